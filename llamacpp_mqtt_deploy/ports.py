@@ -1,0 +1,281 @@
+"""The doors between the corridor and the families: what an engine, a link and a store are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Message
+from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
+
+# --- engines: who makes tokens ---------------------------------------------------------------------------------------
+
+EngineState = Literal["starting", "loading", "ready", "restarting", "unreachable", "failed", "closed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine says of itself; goes into the retained status. `slots` bounds the requests in flight."""
+
+    state: EngineState
+    kind: str
+    detail: str = ""
+    """One sentence for the operator when `state` is not `ready`: what happened and what to do."""
+    backend: str = "unknown"
+    models: tuple[str, ...] = ()
+    n_ctx: int | None = None
+    """Context of one slot in tokens; None when the engine does not tell."""
+    slots: int = 1
+    tools: bool = False
+    vision: bool = False
+    thinking: bool = False
+    json_schema: bool = False
+    streams: bool = True
+    can_restart: bool = False
+
+
+class Engine(Protocol):
+    """Makes tokens. All methods may be called from any thread; `stream` by at most `info().slots` threads at once."""
+
+    def open(self) -> None:
+        """Begin to connect, spawn or load; returns soon, `info().state` tells when it is ready. Raises ConfigError-like
+        ValueError only for what will never work (a missing model file)."""
+
+    def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
+        """Wait until the engine answers; False when the time passed or the signal was set. None waits for ever."""
+
+    def info(self) -> EngineInfo:
+        """The latest knowledge, at once, without touching the engine."""
+
+    def probe(self) -> EngineInfo:
+        """Ask the engine now (bounded by a few seconds) and remember the answer; never raises."""
+
+    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+        """One generation: `Opened`, then deltas, then one `Finished`.
+
+        `on_wait(reason)` is called (`loading`, `engine_restarting`) when the engine cannot take the request yet and the call
+        waits for it. Raises a `RequestError` leaf, or `Stopped` soon after `stop` was set; the engine's slot is then free.
+        Closing the iterator early frees the slot too.
+        """
+
+    def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
+        """Tokens of the prompt as the template renders it; None when this engine cannot tell."""
+
+    def restart(self) -> bool:
+        """Restart the engine (admin `restart_engine`); False when this kind cannot."""
+
+    def close(self, deadline: Deadline) -> None:
+        """Stop what runs and release everything; idempotent."""
+
+
+# --- links: who carries messages -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One message as the broker delivered it. `receipt` is the link's own and goes back into `acknowledge`."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool = False
+    duplicate: bool = False
+    received_at: float = 0.0
+    """Monotonic seconds."""
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    expiry_s: float | None = None
+    """The remaining Message Expiry, None when the publisher set none."""
+    receipt: object = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retained:
+    """The will: what the broker publishes for us when the connection dies."""
+
+    topic: str
+    payload: bytes
+
+
+LinkState = Literal["connecting", "online", "lost", "refused", "taken_over", "dead", "closed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkInfo:
+    """The link's condition for status, watchdog and log."""
+
+    state: LinkState
+    detail: str = ""
+    protocol: str | None = None
+    """`5` or `3.1.1` once connected."""
+    max_payload_bytes: int | None = None
+    """The broker's Maximum Packet Size less room for the header; None when it named none."""
+    session_present: bool = False
+    reconnects: int = 0
+    unacknowledged: int = 0
+    """QoS 1 publishes that wait for their PUBACK."""
+    last_puback_at: float | None = None
+    """Monotonic seconds."""
+    poisoned: int = 0
+    """Publishes that were given up because the broker refused them for ever."""
+
+
+class Outbox(Protocol):
+    """The half of a link that the corridor sees."""
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        correlation: bytes | None = None,
+        expiry_s: int | None = None,
+        on_done: Callable[[bool], None] | None = None,
+    ) -> bool:
+        """Queue a publish; False when the outbox is full, or when topic or payload could never be taken.
+
+        `on_done(True)` runs when the broker acknowledged it, `on_done(False)` when it was given up; at most once, in a thread
+        of the link: it must return at once and must not raise. It survives a reconnect (the publish is sent again).
+        """
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        """Send the PUBACK. Call it in order of receipt. A receipt from an earlier connection is ignored."""
+
+
+class Link(Outbox, Protocol):
+    """One connection to the bus that reconnects for ever."""
+
+    def open(
+        self,
+        *,
+        will: Retained,
+        on_delivery: Callable[[Delivery], bool],
+        on_online: Callable[[LinkInfo], None],
+        on_lost: Callable[[LinkInfo], None],
+    ) -> None:
+        """Start to connect and return. `on_delivery` gives False when its inbox is full: a QoS 1 message is then not
+        acknowledged and the link reconnects a little later so that the broker delivers it again. `on_online` runs after each
+        successful CONNACK, before anything is subscribed. All callbacks run in the link's thread and must only enqueue."""
+
+    def subscribe(self, filters: Sequence[tuple[str, int]], *, timeout_s: float) -> Mapping[str, str]:
+        """Subscribe and wait for SUBACK; returns the refused filters with the reason, empty when all were granted. Raises
+        TimeoutError, ConnectionError. Never call it from a callback. Not repeated on reconnect: `on_online` does that."""
+
+    def info(self) -> LinkInfo: ...
+
+    def flush(self, deadline: Deadline) -> bool:
+        """Wait until nothing is unacknowledged; False when the deadline passed."""
+
+    def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
+        """Publish the farewell (the retained `offline`), wait for its PUBACK, DISCONNECT; idempotent."""
+
+
+# --- stores: who remembers accepted requests and sessions --------------------------------------------------------------
+
+EntryState = Literal["accepted", "streaming", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryKey:
+    """Names a request on this worker: the same request id under another session is another request."""
+
+    route: str
+    session: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One accepted request in the journal. Times are seconds since the epoch (they must survive a restart)."""
+
+    key: EntryKey
+    topic: str
+    payload: bytes
+    digest: str
+    """Hash of the request without `metadata` and `timeout_s`: the same id with another digest is another request."""
+    correlation: bytes | None = None
+    accepted_at: float = 0.0
+    expires_at: float | None = None
+    state: EntryState = "accepted"
+    starts: int = 0
+    terminal: bytes | None = None
+    """The terminal event as published, once `state` is `ended`."""
+    reply_topic: str = ""
+    delivered: bool = False
+    """The broker acknowledged the terminal event."""
+    ended_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryChange:
+    """What a `done` does to its session's history: replace it from `keep` messages on by `append`."""
+
+    session: tuple[str, str]
+    """Route and session path."""
+    append: tuple[Message, ...]
+    forget_before: bool = False
+    """`new: true`: the messages up to now are forgotten first."""
+
+
+class Store(Protocol):
+    """Journal and sessions. Every method is atomic and may be called from any thread; each raises StoreError when the disk
+    fails. A method that wrote returns only after the write would survive the death of the process (and of the machine, for
+    the durable methods `accept`, `mark_streaming` and `finish`)."""
+
+    def open(self) -> None: ...
+
+    def accept(self, entries: Sequence[Entry]) -> None:
+        """Journal these requests in one transaction, in this order."""
+
+    def find(self, key: EntryKey) -> Entry | None: ...
+
+    def mark_started(self, key: EntryKey) -> int:
+        """Count one more start; returns how often it was started now."""
+
+    def mark_streaming(self, key: EntryKey) -> None:
+        """The first chunk is about to be published: from now on the request is never started again."""
+
+    def finish(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None) -> None:
+        """Store the terminal event and the change of the history in one transaction."""
+
+    def mark_delivered(self, keys: Sequence[EntryKey]) -> None: ...
+
+    def unfinished(self) -> list[Entry]:
+        """Accepted and streaming requests in the order in which they were accepted."""
+
+    def undelivered(self) -> list[Entry]:
+        """Ended requests whose terminal event no broker has acknowledged, in the order in which they ended."""
+
+    def history(self, session: tuple[str, str]) -> tuple[Message, ...]: ...
+
+    def reset(self, session: tuple[str, str]) -> None:
+        """Forget the messages; the session stays."""
+
+    def delete(self, session: tuple[str, str]) -> None:
+        """Forget the session altogether."""
+
+    def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Mapping[str, int]:
+        """Drop ended entries older than `remember_s` that are delivered (undelivered ones after a day), sessions unused for
+        `ttl_s`, and, over `max_sessions`, the least recently used session of whoever (first topic level) holds most. Returns
+        how many of each (`entries`, `sessions`)."""
+
+    def close(self) -> None: ...
+
+
+class StoreError(Exception):
+    """The state directory cannot be read or written; the text says what to do."""
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+class Clock(Protocol):
+    """Time as the corridor sees it; tests hold a hand clock."""
+
+    def monotonic(self) -> float: ...
+
+    def time(self) -> float: ...
+

@@ -1,0 +1,311 @@
+"""What a user can set: one model per concern, each field with its unit, its bounds and a default that works on a laptop."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+TopicPart = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
+Lane = Literal["interactive", "normal", "batch"]
+StreamingMode = Literal["native", "simulated", "off"]
+
+
+class Section(BaseModel):
+    """A table of the configuration file; unknown keys are errors, so that a typing mistake is found at start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def default_worker_id() -> str:
+    """The host name, made fit for a topic level."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in socket.gethostname())
+    return name.lstrip("$")[:64] or "worker"
+
+
+def default_state_path() -> Path:
+    """`$STATE_DIRECTORY/state.db` under systemd, else the user's XDG state directory."""
+    under_systemd = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if under_systemd:
+        return Path(under_systemd) / "state.db"
+    base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+    return Path(base) / "llamacpp-mqtt-deploy" / "state.db"
+
+
+class TlsSettings(Section):
+    enabled: bool = False
+    """Encrypt the connection to the broker (TLS 1.2 or newer); the port then defaults to 8883."""
+    ca_file: Path | None = None
+    """PEM file with the authorities to trust; the system's when absent."""
+    cert_file: Path | None = None
+    """PEM file with the client certificate, where the broker asks for one."""
+    key_file: Path | None = None
+    """PEM file with the key of the client certificate, not encrypted."""
+    insecure: bool = False
+    """Do not verify the broker's certificate or host name. For a first try only: anyone can pose as the broker."""
+
+
+class MqttSettings(Section):
+    host: str = "localhost"
+    """Host name or address of the broker; the path of the socket when `transport` is `unix`."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of the broker; 1883 when absent, 8883 with TLS."""
+    transport: Literal["tcp", "websockets", "unix"] = "tcp"
+    """How to reach the broker."""
+    websocket_path: str = "/mqtt"
+    """Path of the websocket on the broker, for `transport = "websockets"`."""
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    """MQTT version; `auto` tries 5 and falls back to 3.1.1."""
+    root: TopicPart = "llm"
+    """First level of all topics: `{root}/request/{session}` and so on."""
+    worker_id: TopicPart = Field(default_factory=default_worker_id)
+    """Name of this worker on the bus; must stay the same over restarts. Default: the host name."""
+    username: str | None = None
+    """User name at the broker."""
+    password: SecretStr | None = None
+    """Password at the broker; better kept in `password_file` or in the systemd credential `mqtt-password`."""
+    password_file: Path | None = None
+    """File whose first line is the password."""
+    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
+    """Seconds of silence after which the connection is checked; the broker declares the worker dead after 1.5 times this."""
+    session_expiry_s: Annotated[int, Field(ge=0, le=0xFFFFFFFF)] = 86400
+    """Seconds for which an MQTT 5 broker keeps requests for a worker that is away (3.1.1: for as long as it likes)."""
+    reconnect_max_s: Annotated[float, Field(ge=0.1, le=10.0)] = 10.0
+    """Longest pause between two attempts to connect, in seconds."""
+    inbox_messages: Annotated[int, Field(ge=20, le=100_000)] = 1000
+    """Messages received and not yet read; beyond it QoS 1 messages wait at the broker."""
+    outbox_messages: Annotated[int, Field(ge=100, le=1_000_000)] = 5000
+    """Events published and not yet acknowledged by the broker; beyond it generations pause or end."""
+    tls: TlsSettings = TlsSettings()
+
+
+class ManagedSettings(Section):
+    binary: Path | None = None
+    """Path of the llama-server to start; found on PATH, then in the `xllamacpp` package, when absent."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Loopback port for the server; 0 uses a private unix socket."""
+    extra_args: tuple[str, ...] = ()
+    """Further arguments for llama-server, after ours."""
+    cache_ram_mib: Annotated[int, Field(ge=0, le=1_048_576)] = 512
+    """Memory for the server's prompt cache in MiB (llama-server's own default is 8192)."""
+
+
+class EngineSettings(Section):
+    kind: Literal["server", "managed", "inprocess"] = "server"
+    """A running server, a llama-server that the worker starts and watches, or llama-cpp-python inside the worker."""
+    dialect: Literal["auto", "llamacpp", "openai"] = "auto"
+    """What the server speaks: llama.cpp's extensions, or only OpenAI's API (Ollama, vLLM and others)."""
+    url: str = "http://127.0.0.1:8080"
+    """Address of the server: `http://host:port`, `https://...`, or `unix:///path/to/llama.sock`."""
+    api_key: SecretStr | None = None
+    """Bearer token for the server; better kept in `api_key_file` or in the systemd credential `engine-api-key`."""
+    api_key_file: Path | None = None
+    """File whose first line is the API key."""
+    model: str | None = None
+    """Name of the model, where the server serves several; becomes the default of the request field `model`."""
+    models: tuple[str, ...] = ()
+    """Further models that requests may name."""
+    model_path: Path | None = None
+    """GGUF file, for `managed` and `inprocess`."""
+    repo_id: str | None = None
+    """Model repository to download from (`owner/name`), for `inprocess`, where there is a network."""
+    filename: str | None = None
+    """File (or glob) in `repo_id`."""
+    context_tokens: Annotated[int, Field(ge=256, le=10_000_000)] | None = None
+    """Context of one slot in tokens; taken from the server or the model when absent."""
+    gpu_layers: Annotated[int, Field(ge=-1, le=1000)] = -1
+    """Layers to keep on the GPU, for `managed` and `inprocess`; -1 is all that fit."""
+    main_gpu: Annotated[int, Field(ge=0, le=64)] = 0
+    """The GPU that holds small tensors, for `managed` and `inprocess`."""
+    tensor_split: tuple[float, ...] = ()
+    """Share of the model per GPU, for `managed` and `inprocess`."""
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+    """Flash attention, for `managed` and `inprocess`."""
+    kv_type: Literal["f32", "f16", "q8_0", "q5_1", "q4_0"] = "f16"
+    """Type of the KV cache, for `managed` and `inprocess`."""
+    batch_tokens: Annotated[int, Field(ge=32, le=8192)] = 256
+    """Prompt tokens per step, for `managed` and `inprocess`: a cancel waits for at most one step."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads, for `managed` and `inprocess`; the engine's own choice when absent."""
+    state_cache_mib: Annotated[int, Field(ge=0, le=1_048_576)] = 256
+    """Memory for saved session states of the `inprocess` engine in MiB."""
+    slots: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Requests in flight at once; asked from llama-server when absent, 1 for other servers."""
+    connect_timeout_s: Annotated[float, Field(gt=0, le=600)] = 5.0
+    """Seconds to wait for a connection to the server."""
+    chunk_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
+    """Seconds without a token or progress after which a generation ends with `idle_timeout`."""
+    unavailable_after_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    """Seconds for which a request waits for a server that cannot be reached, before `engine_unavailable`."""
+    startup_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 0.0
+    """Seconds to wait for broker and engine at start before exit code 3; 0 waits for ever."""
+    managed: ManagedSettings = ManagedSettings()
+
+
+class SamplingSettings(Section):
+    """Defaults of the request fields of the same name; absent ones are left to the engine."""
+
+    temperature: Annotated[float, Field(ge=0, le=5)] | None = None
+    """Randomness of the answer; 0 is always the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Keep the most likely tokens that together reach this probability."""
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """Keep this many of the most likely tokens; 0 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Drop tokens less likely than this share of the most likely one."""
+    seed: Annotated[int, Field(ge=-1, le=0xFFFFFFFF)] | None = None
+    """Seed of the random numbers; -1 is a new one each time."""
+    stop: tuple[str, ...] | None = None
+    """Texts at which the answer ends."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Push away tokens that appeared at all."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Push away tokens by how often they appeared."""
+    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """llama.cpp's penalty on repeated tokens; 1 is none."""
+    max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Longest answer in tokens."""
+    thinking: bool | None = None
+    """Let a reasoning model think first; the model's own habit when absent."""
+    thinking_budget: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    """Longest thinking in tokens."""
+
+
+class GenerationSettings(SamplingSettings):
+    max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = 1024
+    """Longest answer in tokens, where neither route nor request says; capped by `limits.max_tokens`."""
+    system_prompt: str | None = None
+    """System prompt of every session, where neither route nor request says otherwise."""
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    """Overall limit of a request in seconds, waiting included."""
+
+
+class StreamingSettings(Section):
+    mode: StreamingMode = "native"
+    """`native` forwards tokens as they come, `simulated` paces the full answer, `off` sends only the terminal event."""
+    chunk_chars: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Characters of one piece in `simulated`."""
+    chunk_interval_s: Annotated[float, Field(ge=0, le=10)] = 0.01
+    """Seconds between two pieces in `simulated`."""
+    heartbeat_s: Annotated[float, Field(ge=0.1, le=3600)] = 15.0
+    """Seconds without another event after which a `ping` is sent."""
+    coalesce_min_s: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Shortest pause between two chunks of a stream in `native`; 0 sends as fast as the broker acknowledges."""
+    coalesce_max_chars: Annotated[int, Field(ge=1, le=1_000_000)] = 8000
+    """Longest chunk in characters; more is cut into several."""
+
+
+class SessionsSettings(Section):
+    store: Literal["sqlite", "memory"] = "sqlite"
+    """Where accepted requests and histories are kept; `memory` forgets them when the worker ends."""
+    path: Path = Field(default_factory=default_state_path)
+    """File of the SQLite store."""
+    ttl_s: Annotated[float, Field(ge=1)] = 30 * 86400.0
+    """Seconds after its last use when a session is forgotten."""
+    max_sessions: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    """Sessions kept; beyond it the oldest of whoever has most is forgotten."""
+    history_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Most tokens of history put before a prompt; as much as the context holds when absent."""
+    expose_history: bool = True
+    """Answer the control action `history`."""
+
+
+class LimitsSettings(Section):
+    max_request_bytes: Annotated[int, Field(ge=256, le=256 * 1024 * 1024)] = 1024 * 1024
+    """Largest request in bytes."""
+    max_event_bytes: Annotated[int, Field(ge=1024, le=256 * 1024 * 1024)] = 131072
+    """Largest event in bytes; less when the broker says so."""
+    queue_size: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Requests that wait for a slot, over all sessions."""
+    session_queue: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Prompts of one session that wait for their turn."""
+    max_requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Requests per minute of one first topic level; 0 is no limit."""
+    max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 32768
+    """Longest answer that a request may ask for, in tokens."""
+    max_timeout_s: Annotated[float, Field(gt=0, le=7 * 86400)] = 3600.0
+    """Longest `timeout_s` that a request may ask for, in seconds."""
+    remember_s: Annotated[float, Field(ge=1, le=30 * 86400)] = 600.0
+    """Seconds for which an ended request is remembered and not run again."""
+    max_starts: Annotated[int, Field(ge=1, le=100)] = 3
+    """How often a request is started that ends before its first chunk."""
+    drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    """Seconds for running requests to finish after SIGTERM."""
+    aging_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
+    """Seconds after which a waiting request moves up one lane, so that `batch` never starves."""
+
+
+class RouteSettings(SamplingSettings):
+    request: str | None = None
+    """Topic of requests: `maze/user_input`, or `maze/request/{session}`."""
+    reply: str | None = None
+    """Topic of events, with `{session}`: `maze/assistant_response/{session}`."""
+    control: str | None = None
+    """Topic of control messages, with `{session}`; none when the session comes from the payload."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Names of existing clients for our request fields: `{prompt = "message", session_id = "sessionId"}`."""
+    system_prompt: str | None = None
+    """System prompt of this route's sessions."""
+    allow_system_prompt: bool = True
+    """Requests may bring their own system prompt."""
+    allow_messages: bool = True
+    """Requests may bring their own `messages`."""
+    allow_tools: bool = True
+    """Requests may bring their own tools."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools (OpenAI function tools) of requests that bring none."""
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = None
+    """Overall limit of this route's requests in seconds, waiting included."""
+    mode: StreamingMode | None = None
+    """Streaming mode of this route."""
+    model: str | None = None
+    """Model of requests that name none."""
+    default_priority: Lane = "normal"
+    """Lane of requests that name none."""
+    max_priority: Lane = "interactive"
+    """Highest lane that requests may ask for; a higher wish is lowered."""
+    trust_payload_session: bool = False
+    """The session comes from the payload: whoever may publish here can read and steer every session of the route."""
+
+
+class StatusSettings(Section):
+    every_s: Annotated[float, Field(ge=1, le=3600)] = 10.0
+    """Seconds between two renewals of the retained status."""
+    health_every_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
+    """Seconds between two health messages."""
+
+
+class MetricsSettings(Section):
+    """Reserved for the metrics page."""
+
+
+class LoggingSettings(Section):
+    format: Literal["auto", "json", "console"] = "auto"
+    """`auto` is columns on a terminal and JSON elsewhere."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least important lines to log."""
+    log_content: bool = False
+    """Log prompts and answers too. They may be private."""
+
+
+class Settings(BaseSettings):
+    """The whole configuration: file, then environment, then flags; later wins."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LMD_", env_nested_delimiter="__", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    mqtt: MqttSettings = MqttSettings()
+    engine: EngineSettings = EngineSettings()
+    generation: GenerationSettings = GenerationSettings()
+    streaming: StreamingSettings = StreamingSettings()
+    sessions: SessionsSettings = SessionsSettings()
+    limits: LimitsSettings = LimitsSettings()
+    routes: dict[TopicPart, RouteSettings] = Field(default_factory=dict)
+    status: StatusSettings = StatusSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    logging: LoggingSettings = LoggingSettings()
