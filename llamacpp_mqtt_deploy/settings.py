@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-TopicPart = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
+TopicPart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Lane = Literal["interactive", "normal", "batch"]
 StreamingMode = Literal["native", "simulated", "off"]
 
@@ -141,8 +141,6 @@ class EngineSettings(Section):
     """Seconds without a token or progress after which a generation ends with `idle_timeout`."""
     unavailable_after_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
     """Seconds for which a request waits for a server that cannot be reached, before `engine_unavailable`."""
-    startup_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 0.0
-    """Seconds to wait for broker and engine at start before exit code 3; 0 waits for ever."""
     managed: ManagedSettings = ManagedSettings()
 
 
@@ -237,6 +235,8 @@ class LimitsSettings(Section):
     """Seconds for running requests to finish after SIGTERM."""
     aging_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
     """Seconds after which a waiting request moves up one lane, so that `batch` never starves."""
+    startup_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 0.0
+    """Seconds to wait for broker and engine at start before exit code 3; 0 waits for ever."""
 
 
 class RouteSettings(SamplingSettings):
