@@ -1,0 +1,312 @@
+"""The events of one request: their legal order as one table, the writer that keeps to it, and its mirror, the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+PROTOCOL = 1
+
+Phase = Literal["new", "waiting", "open", "streaming", "ended"]
+EventType = Literal["queued", "start", "progress", "chunk", "ping", "snapshot", "done", "error"]
+
+ORDER: Mapping[Phase, Mapping[EventType, Phase]] = {
+    "new": {"queued": "waiting", "start": "open", "done": "ended", "error": "ended"},
+    "waiting": {"queued": "waiting", "ping": "waiting", "start": "open", "done": "ended", "error": "ended"},
+    "open": {
+        # The engine went away before the first chunk: the request waits and starts again, unnoticed.
+        "queued": "waiting",
+        "start": "open",
+        "progress": "open",
+        "ping": "open",
+        "snapshot": "open",
+        "chunk": "streaming",
+        "done": "ended",
+        "error": "ended",
+    },
+    "streaming": {
+        "chunk": "streaming",
+        "ping": "streaming",
+        "snapshot": "streaming",
+        "done": "ended",
+        "error": "ended",
+    },
+    "ended": {},
+}
+"""What may follow what. Code, tests and docs/protocol.md read this table; there is no other."""
+
+# Room in a chunk for everything but its text: type, ids of up to 64 + 129 characters, seq and punctuation.
+_CHUNK_OVERHEAD_BYTES = 400
+
+
+class OutOfOrder(Exception):
+    """An event that may not follow the ones before it: a defect of the caller."""
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """One line of compact JSON; lone surrogates (which no engine should send) become U+FFFD."""
+    try:
+        return orjson.dumps(event)
+    except TypeError:
+        return orjson.dumps(_scrubbed(event))
+
+
+def _scrubbed(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {str(key): _scrubbed(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_scrubbed(item) for item in value]
+    return value
+
+
+class EventWriter:
+    """Numbers the events of one request and refuses an illegal order; knows nothing of topics or brokers.
+
+    Every method returns the encoded event (`chunk` a list of them). `max_bytes` bounds each event: chunks are cut on
+    character borders, a terminal event that is too large comes without the text (`content_omitted`).
+    """
+
+    def __init__(self, *, request_id: str, session_id: str, max_bytes: int) -> None:
+        self.request_id = request_id
+        self.session_id = session_id
+        self.max_bytes = max_bytes
+        self.phase: Phase = "new"
+        self.next_seq = 0
+
+    def _step(self, kind: EventType) -> dict[str, Any]:
+        following = ORDER[self.phase].get(kind)
+        if following is None:
+            msg = f"{kind} may not follow in phase {self.phase} (request {self.request_id})"
+            raise OutOfOrder(msg)
+        self.phase = following
+        return {"type": kind, "request_id": self.request_id, "session_id": self.session_id}
+
+    def allows(self, kind: EventType) -> bool:
+        return kind in ORDER[self.phase]
+
+    def queued(self, *, position: int, reason: str) -> bytes:
+        return encode(self._step("queued") | {"position": position, "reason": reason})
+
+    def start(self, fields: Mapping[str, Any]) -> bytes:
+        return encode(self._step("start") | {"protocol": PROTOCOL} | dict(fields))
+
+    def progress(self, *, processed: int, total: int, cached: int) -> bytes:
+        return encode(self._step("progress") | {"processed": processed, "total": total, "cached": cached})
+
+    def ping(self, *, state: str) -> bytes:
+        return encode(self._step("ping") | {"state": state})
+
+    def snapshot(self, *, content: str, reasoning: str) -> bytes:
+        """What was published so far; live chunks go on from `next_seq`."""
+        event = self._step("snapshot") | {"content": content, "next_seq": self.next_seq}
+        if reasoning:
+            event["reasoning"] = reasoning
+        payload = encode(event)
+        if len(payload) > self.max_bytes:
+            event.pop("reasoning", None)
+            event |= {"content": "", "content_omitted": True}
+            payload = encode(event)
+        return payload
+
+    def chunks(self, kind: Literal["content", "reasoning"], text: str) -> list[bytes]:
+        """The text as one chunk, or as several when it is over `max_bytes`; none when it is empty."""
+        if not text:
+            return []
+        if len(text) * 6 + _CHUNK_OVERHEAD_BYTES <= self.max_bytes:  # 6 bytes: \u0000, the longest escape
+            return [self._chunk(kind, text)]
+        room = max(16, self.max_bytes - _CHUNK_OVERHEAD_BYTES)
+        return [self._chunk(kind, part) for part in split_to_bytes(text, room)]
+
+    def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> bytes:
+        return self._chunk("tool_calls", list(deltas))
+
+    def _chunk(self, kind: str, value: Any) -> bytes:
+        event = self._step("chunk")
+        event["seq"] = self.next_seq
+        event[kind] = value
+        self.next_seq += 1
+        return encode(event)
+
+    def done(self, fields: Mapping[str, Any]) -> bytes:
+        event = self._step("done") | {"seq": self.next_seq, "final": True} | dict(fields)
+        payload = encode(event)
+        if len(payload) > self.max_bytes:
+            for name in ("full_content", "full_reasoning", "message"):
+                event.pop(name, None)
+            event["content_omitted"] = True
+            payload = encode(event)
+        return payload
+
+    def error(self, *, code: str, message: str, retryable: bool, details: Mapping[str, Any]) -> bytes:
+        event = self._step("error") | {
+            "seq": self.next_seq,
+            "final": True,
+            "code": code,
+            "message": message,
+            "retryable": retryable,
+            **details,
+        }
+        payload = encode(event)
+        if len(payload) > self.max_bytes:
+            event.pop("partial_content", None)
+            event["content_omitted"] = True
+            payload = encode(event)
+        if len(payload) > self.max_bytes:  # only `fields` or metadata can be left to be this long
+            event.pop("fields", None)
+            event.pop("metadata", None)
+            event["message"] = message[:200]
+            payload = encode(event)
+        return payload
+
+
+def split_to_bytes(text: str, room: int) -> list[str]:
+    """Cut text so that each part needs at most `room` bytes as a JSON string, on character borders."""
+    parts: list[str] = []
+    start = 0
+    while start < len(text):
+        end = min(len(text), start + room)
+        while end - start > 1 and len(orjson.dumps(text[start:end])) - 2 > room:
+            excess = len(orjson.dumps(text[start:end])) - 2 - room
+            end = max(start + 1, end - max(1, excess // 6))
+        parts.append(text[start:end])
+        start = end
+    return parts
+
+
+def rejected(*, request_id: str, session_id: str, code: str, message: str) -> bytes:
+    """Answers a delivery and ends nothing: the id belongs to another request, or the Response Topic is forbidden."""
+    return encode(
+        {"type": "rejected", "request_id": request_id, "session_id": session_id, "code": code, "message": message}
+    )
+
+
+# --- the client's side -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Reading:
+    """What one event brought that was new to the reader."""
+
+    event: Mapping[str, Any]
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(slots=True)
+class EventReader:
+    """Follows the client rules of the protocol (section 5) for one request.
+
+    `feed` takes decoded events in the order of their arrival, repeated ones included, and returns what is new, or None.
+    `hole` becomes true when a chunk is missing: publish the same request again (same id, same bytes); the `snapshot` or the
+    terminal event that follows fills it. Joined `content` of all readings is the answer.
+    """
+
+    request_id: str
+    next_seq: int = 0
+    content: str = ""
+    reasoning: str = ""
+    terminal: Mapping[str, Any] | None = None
+    hole: bool = False
+    rejected: Mapping[str, Any] | None = None
+    _tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        return self.terminal is not None
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The tool calls so far as OpenAI's assistant message holds them."""
+        return [
+            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+            for _, call in sorted(self._tool_calls.items())
+        ]
+
+    def feed(self, event: Mapping[str, Any]) -> Reading | None:
+        if event.get("request_id") != self.request_id or self.ended:
+            return None
+        match event.get("type"):
+            case "chunk":
+                return self._chunk(event)
+            case "snapshot":
+                return self._snapshot(event)
+            case "done" | "error":
+                return self._end(event)
+            case "rejected":
+                self.rejected = event
+                return Reading(event)
+            case "queued" | "start" | "progress" | "ping":
+                return Reading(event)
+            case _:
+                return None
+
+    def _chunk(self, event: Mapping[str, Any]) -> Reading | None:
+        seq = event.get("seq")
+        if not isinstance(seq, int) or seq < self.next_seq:
+            return None
+        if seq > self.next_seq:
+            self.hole = True
+            return None
+        self.next_seq = seq + 1
+        reading = Reading(
+            event,
+            content=str(event.get("content") or ""),
+            reasoning=str(event.get("reasoning") or ""),
+            tool_calls=event.get("tool_calls") or (),
+        )
+        self.content += reading.content
+        self.reasoning += reading.reasoning
+        for delta in reading.tool_calls:
+            self._merge(delta)
+        return reading
+
+    def _merge(self, delta: Mapping[str, Any]) -> None:
+        call = self._tool_calls.setdefault(int(delta.get("index", 0)), {"id": None, "name": None, "arguments": ""})
+        call["id"] = call["id"] or delta.get("id")
+        call["name"] = call["name"] or delta.get("name")
+        call["arguments"] += delta.get("arguments") or ""
+
+    def _snapshot(self, event: Mapping[str, Any]) -> Reading | None:
+        next_seq = event.get("next_seq")
+        if not isinstance(next_seq, int) or next_seq < self.next_seq:
+            return None
+        if event.get("content_omitted"):
+            # Too large to be told again: what is missing stays missing until the terminal event, if it brings the text.
+            return Reading(event)
+        reading = Reading(
+            event,
+            content=_news(self.content, str(event.get("content") or "")),
+            reasoning=_news(self.reasoning, str(event.get("reasoning") or "")),
+        )
+        self.content += reading.content
+        self.reasoning += reading.reasoning
+        self.next_seq = next_seq
+        self.hole = False
+        return reading
+
+    def _end(self, event: Mapping[str, Any]) -> Reading:
+        self.terminal = event
+        full = event.get("full_content", event.get("partial_content"))
+        reading = Reading(event)
+        if isinstance(full, str):
+            reading.content = _news(self.content, full)
+            self.content += reading.content
+            self.hole = False
+        elif isinstance(event.get("seq"), int) and event["seq"] > self.next_seq:
+            self.hole = True
+        full_reasoning = event.get("full_reasoning")
+        if isinstance(full_reasoning, str):
+            reading.reasoning = _news(self.reasoning, full_reasoning)
+            self.reasoning += reading.reasoning
+        return reading
+
+
+def _news(known: str, full: str) -> str:
+    """What `full` has beyond `known`; nothing when it does not begin with it (another answer may not be mixed in)."""
+    return full[len(known) :] if full.startswith(known) else ""
