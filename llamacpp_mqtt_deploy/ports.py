@@ -211,7 +211,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryChange:
-    """What a `done` does to its session's history: replace it from `keep` messages on by `append`."""
+    """What a `done` does to its session's history: append these messages."""
 
     session: tuple[str, str]
     """Route and session path."""
@@ -267,6 +267,10 @@ class Store(Protocol):
 
 class StoreError(Exception):
     """The state directory cannot be read or written; the text says what to do."""
+
+
+class StoreInUse(StoreError):
+    """Another worker holds the state directory; the text names its process."""
 
 
 # --- clocks ----------------------------------------------------------------------------------------------------------
