@@ -1,0 +1,108 @@
+# Everything that is done to this repository, by name. `make` alone prints the list.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+# One process per CPU; whole files go to one process, so that a server or broker of a module is started once.
+PYTEST_WORKERS ?= auto
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROJECT := llamacpp_mqtt_deploy tests $(wildcard training benchmarks)
+
+# Where a package manager asks nothing and starts nothing.
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
+CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
+
+.PHONY: help install inprocess broker test test-fast check format demo config-example schema config build clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+		if $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y python3-venv; \
+		else echo "Python's venv module is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; fi; \
+	fi
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/install: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --editable '.[dev]' -c constraints.txt
+	@mkdir -p $(@D) && touch $@
+
+# Compiled from source (about four minutes on two cores), then kept in pip's wheel cache.
+$(STAMPS)/inprocess: constraints.txt | $(STAMPS)/install
+	@echo "Installing llama-cpp-python: the first time it is compiled, which takes some minutes."
+	$(PIP) install --quiet --editable '.[inprocess]' -c constraints.txt
+	@$(BIN)/python -c 'import llama_cpp'
+	@mkdir -p $(@D) && touch $@
+
+install: $(STAMPS)/install ## the package and its development tools in .venv
+
+inprocess: $(STAMPS)/inprocess ## llama-cpp-python in .venv (compiled once)
+
+# The package starts a broker on port 1883 when installed. Tests start their own, so policy-rc.d (Debian's switch for
+# this) says no during the installation and the service is left disabled.
+broker: ## the mosquitto program, from apt where it is missing
+	@if ! PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v mosquitto >/dev/null; then \
+		if $(CAN_APT); then \
+			if [ ! -e /usr/sbin/policy-rc.d ]; then \
+				trap 'rm -f /usr/sbin/policy-rc.d' EXIT; \
+				printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; \
+			fi; \
+			$(APT) update && $(APT) install --no-install-recommends -y mosquitto mosquitto-clients; \
+			if [ -d /run/systemd/system ]; then systemctl disable --quiet mosquitto.service; fi; \
+		else \
+			echo "The tests need the MQTT broker mosquitto. On Debian and Ubuntu: sudo apt-get install mosquitto" >&2; \
+			echo "(then, if no broker shall run all the time: sudo systemctl disable --now mosquitto)" >&2; exit 1; \
+		fi; \
+	fi
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+test: install inprocess broker ## the whole suite, with everything that it needs
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-fast: install broker ## the suite without the in-process engine, until the first failure
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not inprocess" -x $(PYTEST_ARGS)
+
+check: install ## lint, format and types
+	$(BIN)/ruff check $(PROJECT)
+	$(BIN)/ruff format --check $(PROJECT)
+	$(BIN)/mypy
+
+format: install ## put the code into its format
+	$(BIN)/ruff check --fix $(PROJECT)
+	$(BIN)/ruff format $(PROJECT)
+
+# --- the product -----------------------------------------------------------------------------------------------------
+
+demo: $(STAMPS)/install ## a broker, a small model and a chat, all on this machine
+	$(BIN)/lmd demo
+
+config: install ## the effective configuration with the origin of each value
+	$(BIN)/lmd config
+
+config-example: install ## write config/config.example.toml from the settings
+	$(BIN)/lmd config --example > config/config.example.toml.new
+	mv config/config.example.toml.new config/config.example.toml
+
+schema: install ## print the JSON Schema of the configuration
+	@$(BIN)/lmd config --schema
+
+build: install ## wheel and source distribution in dist/
+	$(BIN)/python -m build
+
+clean: ## remove what was built
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find llamacpp_mqtt_deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
