@@ -1,0 +1,47 @@
+"""Fixtures that bring a real llama.cpp into tests: a tiny model file and servers that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.llama_server import LlamaServer
+from tests.support.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 0.2 million random weights, some thousand tokens per second."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def slow_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that needs some seconds for a prompt of ten thousand tokens."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "slow.gguf", layers=8, width=256)
+
+
+@pytest.fixture(scope="session")
+def llama_server(tiny_gguf: Path) -> Iterator[LlamaServer]:
+    """A running server with 4 slots of 8192 tokens over TCP, shared by the tests of one process: leave it running, idle."""
+    server = LlamaServer(tiny_gguf).start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def start_llama_server(tiny_gguf: Path) -> Iterator[Callable[..., LlamaServer]]:
+    """Start a server of one's own, for tests that kill it or want it different: `start_llama_server(slots=2, unix=True)`."""
+    servers: list[LlamaServer] = []
+
+    def start(*, model: Path = tiny_gguf, wait: bool = True, **wishes: Any) -> LlamaServer:
+        server = LlamaServer(model, **wishes)
+        servers.append(server)
+        return server.start(wait=wait)
+
+    yield start
+    for server in servers:
+        server.close()
