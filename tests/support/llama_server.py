@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from typing_extensions import override
 
 from tests.support.waiting import eventually
 
@@ -37,6 +38,7 @@ p.cpuparams_batch.n_threads = 1
 p.n_gpu_layers = 0
 p.endpoint_slots = True
 p.warmup = False
+p.enable_reasoning = 0  # a request asks for thinking with chat_template_kwargs
 p.verbosity = 1
 if wish["api_key"]:
     p.api_keys = [wish["api_key"]]
@@ -57,6 +59,7 @@ class _UnixConnection(http.client.HTTPConnection):
         super().__init__("localhost", timeout=10)
         self._path = path
 
+    @override
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(10)
