@@ -160,9 +160,12 @@ class Link(Outbox, Protocol):
         acknowledged and the link reconnects a little later so that the broker delivers it again. `on_online` runs after each
         successful CONNACK, before anything is subscribed. All callbacks run in the link's thread and must only enqueue."""
 
-    def subscribe(self, filters: Sequence[tuple[str, int]], *, timeout_s: float) -> Mapping[str, str]:
+    def subscribe(
+        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+    ) -> Mapping[str, str]:
         """Subscribe and wait for SUBACK; returns the refused filters with the reason, empty when all were granted. Raises
-        TimeoutError, ConnectionError. Never call it from a callback. Not repeated on reconnect: `on_online` does that."""
+        TimeoutError, ConnectionError. Never call it from a callback. Not repeated on reconnect: `on_online` does that.
+        `retained` asks for the messages that the broker keeps for these topics (MQTT 3.1.1 sends them always, flagged)."""
 
     def info(self) -> LinkInfo: ...
 
