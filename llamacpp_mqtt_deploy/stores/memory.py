@@ -25,11 +25,10 @@ SessionKey = tuple[str, str]
 
 @dataclass(slots=True)
 class _Record:
-    """An entry with its places in the order of acceptance and of ending."""
+    """An entry with its place in the order of ending."""
 
     entry: Entry
-    accepted_order: int
-    ended_order: int = 0
+    ended_order: int
 
 
 @dataclass(slots=True)
@@ -68,7 +67,8 @@ class MemoryStore:
                 if known is not None and known.entry.state != "ended":
                     continue
                 self._records.pop(entry.key, None)
-                self._records[entry.key] = _Record(entry, self._next())
+                ended_order = self._next() if entry.state == "ended" else 0
+                self._records[entry.key] = _Record(entry, ended_order)
                 session = self._sessions.get((entry.key.route, entry.key.session))
                 if session is not None:
                     session.last_used = max(session.last_used, entry.accepted_at)
@@ -211,8 +211,8 @@ class MemoryStore:
     def _evict(self, busy: set[SessionKey], excess: int, room: int) -> int:
         if excess <= 0:
             return 0
-        # A session's depth is its place in its level, newest first: taking the deepest, one after the other, always takes
-        # the least recently used session of whoever holds most.
+        # A session's depth is its place in its level, newest first: taking the deepest, one after the other, always
+        # takes the least recently used session of whoever holds most.
         newest_first = sorted(self._sessions, key=lambda s: (self._sessions[s].last_used, s), reverse=True)
         held: dict[str, int] = {}
         depth: dict[SessionKey, int] = {}

@@ -1,0 +1,67 @@
+"""The tables of the state file, as the steps that brought them about."""
+
+from __future__ import annotations
+
+import sqlite3
+
+APPLICATION_ID = 0x4C4D4451
+"""`LMDQ` in the file's header: tells our file from the database of another program."""
+
+_STRICT = "STRICT" if sqlite3.sqlite_version_info >= (3, 37) else ""
+"""Types are enforced where this SQLite can (Debian 12 has 3.40, RHEL 9 has 3.34)."""
+
+_V1 = (
+    # The body has its own table: UPDATE rewrites the whole row, and marking a request of 1 MiB as streaming would sync
+    # that mebibyte again, on the way of the first token.
+    f"""
+    CREATE TABLE entries (
+        id INTEGER PRIMARY KEY,
+        route TEXT NOT NULL,
+        session TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        topic TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        correlation BLOB,
+        accepted_at REAL NOT NULL,
+        expires_at REAL,
+        state TEXT NOT NULL CHECK (state IN ('accepted', 'streaming', 'ended')),
+        starts INTEGER NOT NULL,
+        terminal BLOB,
+        reply_topic TEXT NOT NULL,
+        delivered INTEGER NOT NULL,
+        ended_at REAL,
+        ended_order INTEGER,
+        UNIQUE (route, session, request_id)
+    ) {_STRICT}
+    """,
+    "CREATE INDEX entries_unfinished ON entries (route, session) WHERE state <> 'ended'",
+    "CREATE INDEX entries_ended ON entries (delivered, ended_at) WHERE state = 'ended'",
+    "CREATE INDEX entries_undelivered ON entries (ended_order) WHERE state = 'ended' AND delivered = 0",
+    f"CREATE TABLE payloads (id INTEGER PRIMARY KEY, payload BLOB NOT NULL) {_STRICT}",
+    f"""
+    CREATE TABLE sessions (
+        id INTEGER PRIMARY KEY,
+        route TEXT NOT NULL,
+        session TEXT NOT NULL,
+        first_level TEXT NOT NULL,
+        created REAL NOT NULL,
+        last_used REAL NOT NULL,
+        bytes INTEGER NOT NULL,
+        UNIQUE (route, session)
+    ) {_STRICT}
+    """,
+    "CREATE INDEX sessions_by_use ON sessions (last_used)",
+    # JSON as bytes, not as columns: the order of the keys is part of the prompt that the engine has cached.
+    f"""
+    CREATE TABLE messages (
+        id INTEGER PRIMARY KEY,
+        session_id INTEGER NOT NULL,
+        role TEXT NOT NULL,
+        message BLOB NOT NULL
+    ) {_STRICT}
+    """,
+    "CREATE INDEX messages_of_session ON messages (session_id, id)",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1,)
+"""Statements that bring a file from version N to N + 1, for N = 0, 1, ...; released steps never change."""

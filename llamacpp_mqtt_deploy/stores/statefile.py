@@ -1,0 +1,252 @@
+"""One SQLite file on a real disk: locked to one process, private, checked, migrated, moved aside when it is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from llamacpp_mqtt_deploy.ports import StoreError, StoreInUse
+from llamacpp_mqtt_deploy.stores import schema
+
+BUSY_TIMEOUT_S = 2.0
+"""Patience with another program on the file (an operator's `sqlite3` shell); no other worker gets past the lock."""
+
+WAL_LIMIT_BYTES = 8 * 1024 * 1024
+"""The log file is cut to this after a checkpoint; one large transaction would leave it large for ever."""
+
+KEPT_CORRUPT_FILES = 3
+"""A dying disk damages the file again and again: the copies must not fill what is left of it."""
+
+_HEADER = b"SQLite format 3\x00"
+_MARK = b"llamacpp-mqtt-deploy state"
+_SIDE_FILES = ("-wal", "-shm")
+
+log = structlog.get_logger(__name__)
+
+
+def translated(error: sqlite3.Error | OSError, path: Path) -> StoreError:
+    """The error as a sentence for the operator: what happened, where, what to do."""
+    if isinstance(error, OSError):
+        return _translated_os_error(error, path)
+    name = getattr(error, "sqlite_errorname", "") or type(error).__name__
+    detail = f"{error}; {name}"
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_FULL:
+            advice = f"The disk that holds {path} is full: free some space there"
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
+            advice = f"{path} cannot be written: {_WRITABLE}"
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            advice = f"Another program holds {path} (an open sqlite3 shell, a backup): end it"
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            advice = f"{path} is damaged: restart the worker, which moves the file aside and begins a new one"
+        case sqlite3.SQLITE_IOERR:
+            advice = f"Reading or writing {path} failed: look for disk errors (dmesg), a quota or a file size limit"
+        case _:
+            advice = f"SQLite refused to work on {path}"
+    return StoreError(f"{advice} ({detail}).")
+
+
+_WRITABLE = (
+    "set sessions.path to a file in a directory that this user may write "
+    "(under systemd's ProtectSystem=strict only StateDirectory= is writable), or set sessions.store to 'memory'"
+)
+
+
+def _translated_os_error(error: OSError, path: Path) -> StoreError:
+    detail = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(f"The disk that holds {path} is full: free some space there ({detail}).")
+    return StoreError(f"{path} cannot be opened: {_WRITABLE} ({detail}).")
+
+
+class StateFile:
+    """Owns the lock beside the file and the one connection to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.moved_aside: Path | None = None
+        """Where a damaged file went when this one was opened."""
+        self._lock_path = path.with_name(path.name + ".lock")
+        self._lock_fd: int | None = None
+
+    def open(self) -> sqlite3.Connection:
+        """Lock, create or check, and migrate the file; raises StoreError, and StoreInUse when another worker has it."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            was_ours = self._lock()
+            connection = self._connect_or_begin_anew(was_ours=was_ours)
+            self._sign()
+        except BaseException as error:
+            self.release()
+            if isinstance(error, sqlite3.Error | OSError):
+                raise translated(error, self.path) from error
+            raise
+        return connection
+
+    def release(self) -> None:
+        """Give the lock back; the lock file stays, since removing it would race with the next worker."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    # --- the lock ----------------------------------------------------------------------------------------------------
+
+    def _lock(self) -> bool:
+        """Take the lock; True when its file bears our mark, that is, when a worker has used this path before."""
+        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock_fd = fd
+        held = os.pread(fd, 200, 0)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = held.rpartition(b"pid ")[2].strip().decode("ascii", "replace") or "unknown"
+            message = (
+                f"Another worker, pid {pid}, uses {self.path}: stop it, or give this one its own sessions.path "
+                "(and its own mqtt.root or worker_id)."
+            )
+            raise StoreInUse(message) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            # Some network file systems have no locks; a worker that starts is worth more than this guard.
+            log.warning("store.unlocked", path=str(self._lock_path), reason=error.strerror)
+        return held.startswith(_MARK)
+
+    def _sign(self) -> None:
+        """Write mark and pid into the lock file; only after the file opened, so that a wrong path leaves no mark."""
+        if self._lock_fd is not None:
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, _MARK + b"\npid %d\n" % os.getpid(), 0)
+
+    # --- the file ----------------------------------------------------------------------------------------------------
+
+    def _connect_or_begin_anew(self, *, was_ours: bool) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise
+            if not was_ours and not self._looks_like_ours():
+                message = (
+                    f"{self.path} exists and is not a state file of this program: correct sessions.path, or move the "
+                    "file away."
+                )
+                raise StoreError(message) from error
+            # A worker without an operator must come back by itself; the old file is kept for whoever wants to look.
+            self.moved_aside = self._move_aside()
+            log.exception(
+                "store.moved_aside",
+                path=str(self.path),
+                moved_to=str(self.moved_aside),
+                lost="all session histories and the requests that were accepted and not yet answered",
+                what_to_do="check the disk; `sqlite3 FILE .recover` may rescue the histories",
+            )
+        return self._connect()
+
+    def _looks_like_ours(self) -> bool:
+        """A file of zeros is what a power cut leaves on some file systems; else our mark is in the header."""
+        with self.path.open("rb") as file:
+            head = file.read(72)
+        return not head.strip(b"\x00") or (
+            head.startswith(_HEADER) and head[68:72] == schema.APPLICATION_ID.to_bytes(4, "big")
+        )
+
+    def _connect(self) -> sqlite3.Connection:
+        # Created by us first: SQLite would take the umask, and gives its side files the mode of the main one.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        unclean = _size(self.path.with_name(self.path.name + "-wal")) > 0
+        connection = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=128
+        )
+        try:
+            self._prepare(connection, unclean=unclean)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection, *, unclean: bool) -> None:
+        version = _number(connection, "user_version")
+        application = _number(connection, "application_id")
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if application not in (0, schema.APPLICATION_ID) or (application == 0 and tables):
+            message = f"{self.path} is the database of another program: correct sessions.path."
+            raise StoreError(message)
+        if version > len(schema.MIGRATIONS):
+            message = (
+                f"{self.path} was written by a newer version of this program (schema {version}, this one knows up to "
+                f"{len(schema.MIGRATIONS)}): install that version again, or move the file away to begin a new one."
+            )
+            raise StoreError(message)
+        if not tables:
+            # Only a file without tables can choose it: pages that purge freed go back to the disk, a few at a time.
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            log.warning("store.without_wal", path=str(self.path), mode=mode, reason="the file system cannot")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
+        # Forgotten text is overwritten where that costs no further page; a promise against forensics it is not.
+        connection.execute("PRAGMA secure_delete = FAST")
+        if unclean:
+            # The last worker was killed: look now, at a start, instead of failing at some request next week.
+            finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if finding != "ok":
+                raise _damaged(str(finding))
+        self._migrate(connection, version)
+
+    def _migrate(self, connection: sqlite3.Connection, version: int) -> None:
+        connection.execute("PRAGMA synchronous = FULL")
+        for target, statements in enumerate(schema.MIGRATIONS[version:], start=version + 1):
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                for statement in statements:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {target}")
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            log.info("store.migrated", path=str(self.path), schema=target)
+
+    def _move_aside(self) -> Path:
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        target = self.path.with_name(f"{self.path.name}.corrupt-{stamp}")
+        for suffix in ("", *_SIDE_FILES):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).rename(target.with_name(target.name + suffix))
+        copies = sorted(
+            p for p in self.path.parent.glob(f"{self.path.name}.corrupt-*") if not p.name.endswith(_SIDE_FILES)
+        )
+        for old in copies[:-KEPT_CORRUPT_FILES]:
+            for suffix in ("", *_SIDE_FILES):
+                with contextlib.suppress(OSError):
+                    old.with_name(old.name + suffix).unlink()
+        return target
+
+
+def _number(connection: sqlite3.Connection, pragma: str) -> int:
+    return int(connection.execute(f"PRAGMA {pragma}").fetchone()[0])
+
+
+def _damaged(finding: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(finding)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    error.sqlite_errorname = "SQLITE_CORRUPT"
+    return error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
