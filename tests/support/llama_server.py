@@ -106,7 +106,7 @@ class LlamaServer:
             "api_key": self.api_key,
         }
         assert self._directory is not None
-        self._log = open(Path(self._directory.name) / "log", "ab")  # noqa: SIM115 - closed by kill
+        self._log = (Path(self._directory.name) / "log").open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD, json.dumps(wish)],
             stdin=subprocess.PIPE,
@@ -166,7 +166,8 @@ class LlamaServer:
         return time.monotonic() - started
 
     def _answers(self) -> bool:
-        assert self._process is not None and self._directory is not None
+        assert self._process is not None
+        assert self._directory is not None
         if self._process.poll() is not None:
             log = (Path(self._directory.name) / "log").read_text(errors="replace")
             pytest.fail(f"the llama.cpp server ended with {self._process.returncode}:\n{log[-4000:]}")

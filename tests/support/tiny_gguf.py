@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking %}<think>\n"
     "{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-WORDS = (
+_TEXT = (
     "the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot but some "
     "what there we can out other were all your when up use word how said an each she which do their time if will way about "
     "many then them would write like so these her long make thing see him two has look more day could go come did my sound "
@@ -31,7 +31,8 @@ WORDS = (
     "made live where after back little only round man year came show every good me give our under name very through just "
     "form much great think say help low line before turn cause same mean differ move right boy old too does tell sentence "
     "für schön größer übung café naïve señor garçon élève слово мир дом вода 日本 言葉 漢字 水 한국 단어 😀 🚀 👩‍🚀 ✓ €"
-).split()
+)
+WORDS = _TEXT.split()
 SPECIALS = ("<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 UNLIKELY = -12.0  # logit of what a random model should not say by itself: bytes (broken UTF-8), control tokens, tags
