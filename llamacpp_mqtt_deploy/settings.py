@@ -7,12 +7,23 @@ import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 TopicPart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Lane = Literal["interactive", "normal", "batch"]
 StreamingMode = Literal["native", "simulated", "off"]
+
+
+def _expand_home(path: Path) -> Path:
+    """`~/x` as a shell would read it; an unknown home leaves the path as it is, and the open that fails names it."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+UserPath = Annotated[Path, AfterValidator(_expand_home)]
 
 
 class Section(BaseModel):
@@ -32,18 +43,18 @@ def default_state_path() -> Path:
     under_systemd = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     if under_systemd:
         return Path(under_systemd) / "state.db"
-    base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+    base = os.environ.get("XDG_STATE_HOME") or str(_expand_home(Path("~/.local/state")))
     return Path(base) / "llamacpp-mqtt-deploy" / "state.db"
 
 
 class TlsSettings(Section):
     enabled: bool = False
     """Encrypt the connection to the broker (TLS 1.2 or newer); the port then defaults to 8883."""
-    ca_file: Path | None = None
+    ca_file: UserPath | None = None
     """PEM file with the authorities to trust; the system's when absent."""
-    cert_file: Path | None = None
+    cert_file: UserPath | None = None
     """PEM file with the client certificate, where the broker asks for one."""
-    key_file: Path | None = None
+    key_file: UserPath | None = None
     """PEM file with the key of the client certificate, not encrypted."""
     insecure: bool = False
     """Do not verify the broker's certificate or host name. For a first try only: anyone can pose as the broker."""
@@ -68,7 +79,7 @@ class MqttSettings(Section):
     """User name at the broker."""
     password: SecretStr | None = None
     """Password at the broker; better kept in `password_file` or in the systemd credential `mqtt-password`."""
-    password_file: Path | None = None
+    password_file: UserPath | None = None
     """File whose first line is the password."""
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
     """Seconds of silence after which the connection is checked; the broker declares the worker dead after 1.5 times this."""
@@ -84,7 +95,7 @@ class MqttSettings(Section):
 
 
 class ManagedSettings(Section):
-    binary: Path | None = None
+    binary: UserPath | None = None
     """Path of the llama-server to start; found on PATH, then in the `xllamacpp` package, when absent."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Loopback port for the server; 0 uses a private unix socket."""
@@ -103,13 +114,13 @@ class EngineSettings(Section):
     """Address of the server: `http://host:port`, `https://...`, or `unix:///path/to/llama.sock`."""
     api_key: SecretStr | None = None
     """Bearer token for the server; better kept in `api_key_file` or in the systemd credential `engine-api-key`."""
-    api_key_file: Path | None = None
+    api_key_file: UserPath | None = None
     """File whose first line is the API key."""
     model: str | None = None
     """Name of the model, where the server serves several; becomes the default of the request field `model`."""
     models: tuple[str, ...] = ()
     """Further models that requests may name."""
-    model_path: Path | None = None
+    model_path: UserPath | None = None
     """GGUF file, for `managed` and `inprocess`."""
     repo_id: str | None = None
     """Model repository to download from (`owner/name`), for `inprocess`, where there is a network."""
@@ -200,7 +211,7 @@ class StreamingSettings(Section):
 class SessionsSettings(Section):
     store: Literal["sqlite", "memory"] = "sqlite"
     """Where accepted requests and histories are kept; `memory` forgets them when the worker ends."""
-    path: Path = Field(default_factory=default_state_path)
+    path: UserPath = Field(default_factory=default_state_path)
     """File of the SQLite store."""
     ttl_s: Annotated[float, Field(ge=1)] = 30 * 86400.0
     """Seconds after its last use when a session is forgotten."""
@@ -293,7 +304,11 @@ class LoggingSettings(Section):
 
 
 class Settings(BaseSettings):
-    """The whole configuration: file, then environment, then flags; later wins."""
+    """The whole configuration: file, then environment, then flags; later wins.
+
+    `loading.load` is the one reader of the file and the environment. Building `Settings` by hand reads neither, so that a
+    test or a script gets exactly what it names.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="LMD_", env_nested_delimiter="__", extra="forbid", frozen=True, use_attribute_docstrings=True
@@ -309,3 +324,14 @@ class Settings(BaseSettings):
     status: StatusSettings = StatusSettings()
     metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
