@@ -186,7 +186,7 @@ class _Compiled:
 class TopicMap:
     """All topics of one worker. `routes` are those of `route_topics`; `default` is added when it is not among them.
 
-    Raises ValueError when `check_routes` finds a fault: a map that would answer itself can not be made.
+    Raises ValueError when `check_routes` finds a fault: a map that would answer itself cannot be made.
     """
 
     root: str
@@ -286,8 +286,8 @@ def _complete(kind: AddressKind, route: _Compiled, session: str) -> Address | No
     reply = route.reply.fill(session)
     if len(reply.encode()) > MAX_TOPIC_BYTES:
         return None
-    # A session path holds no `:`, so a route can not be mistaken for a user.
-    first = f"route:{route.topics.name}" if route.topics.trust_payload_session else session.split("/")[0]
+    # A session path holds no `:`, so a route cannot be mistaken for a user.
+    first = f"route:{route.topics.name}" if route.topics.trust_payload_session else session.split("/", maxsplit=1)[0]
     return Address(kind=kind, route=route.topics.name, session=session, reply_topic=reply, first_level=first)
 
 

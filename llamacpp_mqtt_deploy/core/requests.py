@@ -1,0 +1,531 @@
+"""From a message's bytes to a checked value: Generate, Control or Admin, or a refusal that names the fields at fault."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+import orjson
+from pydantic import ValidationError
+
+from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS, Message
+from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, Unsupported
+from llamacpp_mqtt_deploy.core.fields import (
+    AdminFields,
+    ControlFields,
+    Lane,
+    RequestFields,
+    Wire,
+    expectations,
+    faults,
+)
+from llamacpp_mqtt_deploy.core.letters import open_letter, shown
+from llamacpp_mqtt_deploy.core.topics import is_level, is_session
+
+Mode = Literal["prompt", "messages", "tool_results"]
+Stream = bool | Literal["sentence"]
+ControlAction = Literal["cancel", "reset", "delete", "history", "ping"]
+AdminAction = Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level"]
+
+MAX_WARNINGS = 8
+MAX_CONTROL_BYTES = 4096
+"""A control or admin message has three short fields."""
+
+LANES: tuple[Lane, ...] = ("interactive", "normal", "batch")
+"""From the highest to the lowest."""
+
+_REQUEST = expectations(RequestFields)
+_CONTROL = expectations(ControlFields)
+_ADMIN = expectations(AdminFields)
+REQUEST_FIELDS: frozenset[str] = frozenset(_REQUEST)
+
+_MODES: tuple[Mode, ...] = ("prompt", "messages", "tool_results")
+_ONE_OF = "exactly one of prompt, messages and tool_results"
+
+# What other programs call our fields, where spelling alone does not lead there.
+_SYNONYMS: Mapping[str, str] = {
+    "completiontokens": "max_tokens",
+    "content": "prompt",
+    "enablethinking": "thinking",
+    "functions": "tools",
+    "grammar": "response_format",
+    "history": "messages",
+    "id": "request_id",
+    "input": "prompt",
+    "maxcompletiontokens": "max_tokens",
+    "maxnewtokens": "max_tokens",
+    "message": "prompt",
+    "npredict": "max_tokens",
+    "numpredict": "max_tokens",
+    "query": "prompt",
+    "question": "prompt",
+    "reasoning": "thinking",
+    "reasoningbudgettokens": "thinking_budget",
+    "repetitionpenalty": "repeat_penalty",
+    "session": "session_id",
+    "system": "system_prompt",
+    "text": "prompt",
+    "timeout": "timeout_s",
+}
+_BY_PLAIN_NAME: Mapping[str, str] = {name.replace("_", ""): name for name in sorted(REQUEST_FIELDS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPolicy:
+    """What a route and the worker allow.
+
+    `fields` maps our names to those of existing clients (`{"prompt": "message"}`). `models` are the names that a request
+    may choose: an empty tuple refuses every name, None leaves names to the engine. `tool_names` are the route's own tools,
+    offered when a request brings none. Times are seconds.
+    """
+
+    max_request_bytes: int = 1024 * 1024
+    max_tokens: int | None = None
+    max_timeout_s: float | None = None
+    default_timeout_s: float | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    allow_system_prompt: bool = True
+    allow_messages: bool = True
+    allow_tools: bool = True
+    trust_payload_session: bool = False
+    models: tuple[str, ...] | None = ()
+    tool_names: tuple[str, ...] = ()
+    default_priority: Lane = "normal"
+    max_priority: Lane = "interactive"
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A request that could be read but is not yet checked.
+
+    Exactly one of `text` and `body` is set; `body` has our field names. `request_id` and `session_id` are set when they
+    are well-formed, so that a refusal of the rest can be addressed. `unknown` are the names that no field has.
+    """
+
+    text: str | None
+    body: Mapping[str, Any]
+    request_id: str | None
+    session_id: str | None
+    unknown: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """A request of section 2 of the protocol, checked. What the client left out is None (or False, or empty).
+
+    `messages` and `tools` hold known fields only, in OpenAI's shape. `tools` is None when the request says nothing about
+    them and empty when it wants none. `priority` and `timeout_s` are final. `digest` tells whether two requests with one
+    id are the same: a hash of all known fields but `metadata` and `timeout_s`.
+    """
+
+    request_id: str | None
+    session_id: str | None
+    mode: Mode
+    prompt: str | None = None
+    messages: tuple[Message, ...] = ()
+    tool_results: tuple[Message, ...] = ()
+    new: bool = False
+    system_prompt: str | None = None
+    stream: Stream = True
+    full_content: bool = True
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: Mapping[str, Any] | None = None
+    thinking: bool | None = None
+    thinking_budget: int | None = None
+    model: str | None = None
+    priority: Lane = "normal"
+    timeout_s: float | None = None
+    metadata: Mapping[str, Any] | None = None
+    has_images: bool = False
+    warnings: tuple[str, ...] = ()
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A control message; `request_id` is set only for `cancel`."""
+
+    action: ControlAction
+    request_id: str | None = None
+    transaction: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admin:
+    """An admin message; `level` is set for `log_level` and only for it."""
+
+    action: AdminAction
+    level: Literal["debug", "info", "warning", "error"] | None = None
+    transaction: str | None = None
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def parse_request(payload: bytes, *, policy: RequestPolicy) -> Generate | None:
+    """A request from its bytes; None when the payload is blank.
+
+    Raises BadRequest, PayloadTooLarge, ModelNotFound, Unsupported. To answer a refusal under the client's own request id
+    (and session, on a route that takes it from the payload), call `read_letter` and `check_request` one after the other.
+    """
+    letter = read_letter(payload, policy=policy)
+    return None if letter is None else check_request(letter, policy=policy)
+
+
+def read_letter(payload: bytes, *, policy: RequestPolicy) -> Letter | None:
+    """The first half of `parse_request`: bytes to named values, still unchecked. Raises BadRequest, PayloadTooLarge.
+
+    A message that even this refuses has no certain id; `letters.guess_request_id` finds a likely one.
+    """
+    content = open_letter(payload, max_bytes=policy.max_request_bytes)
+    if content is None:
+        return None
+    if isinstance(content, str):
+        return Letter(content, {}, None, None, (), _digest({"prompt": content}))
+    body, unknown = _renamed(content, policy.fields)
+    request_id, session_id = body.get("request_id"), body.get("session_id")
+    return Letter(
+        text=None,
+        body=body,
+        request_id=request_id if isinstance(request_id, str) and is_level(request_id) else None,
+        session_id=session_id if isinstance(session_id, str) and is_session(session_id) else None,
+        unknown=unknown,
+        digest=_digest(body),
+    )
+
+
+def check_request(letter: Letter, *, policy: RequestPolicy) -> Generate:
+    """The second half of `parse_request`. Raises BadRequest, ModelNotFound, Unsupported."""
+    names = _Names(policy.fields)
+    hints = _unknown_warnings(letter.unknown, names)
+    given = {"prompt": letter.text} if letter.text is not None else letter.body
+    request = _validated(RequestFields, given, _REQUEST, names)
+    mode = _mode(request, names, hints)
+    _check_combinations(request, mode, names)
+    _check_permissions(request, policy, names)
+    if policy.trust_payload_session and request.session_id is None:
+        raise _bad({"session_id": _REQUEST["session_id"]}, names)
+    tools = None if request.tools is None else tuple(_plain(tool) for tool in request.tools)
+    messages = tuple(_message(message) for message in request.messages or ())
+    warnings: list[str] = []
+    return Generate(
+        request_id=request.request_id,
+        session_id=_session(request, policy, names, warnings),
+        mode=mode,
+        prompt=request.prompt,
+        messages=messages,
+        tool_results=tuple(_plain(result) for result in request.tool_results or ()),
+        new=_new(request, mode, names, warnings),
+        system_prompt=request.system_prompt,
+        stream=True if request.stream is None else request.stream,
+        full_content=request.full_content is not False,
+        sampling=_sampling(request, policy, names, warnings),
+        tools=tools,
+        tool_choice=_tool_choice(request, policy, names),
+        parallel_tool_calls=request.parallel_tool_calls,
+        response_format=_response_format(request),
+        thinking=request.thinking,
+        thinking_budget=request.thinking_budget,
+        model=_model(request, policy, names),
+        priority=_priority(request, policy, names, warnings),
+        timeout_s=_timeout(request, policy, names, warnings),
+        metadata=request.metadata,
+        has_images=any(_has_image(message) for message in messages),
+        warnings=(*warnings, *hints),
+        digest=letter.digest,
+    )
+
+
+def check_fields(fields: Mapping[str, str]) -> list[str]:
+    """Sentences about what is wrong with a route's `fields`; empty when it can be used."""
+    found = [
+        f"{shown(ours)} is not a field of a request{_did_you_mean(ours)}"
+        for ours in fields
+        if ours not in REQUEST_FIELDS
+    ]
+    found += [f"the name for {ours} is empty" for ours, theirs in fields.items() if not theirs]
+    theirs = list(fields.values())
+    found += [f"two fields are called {shown(name)}" for name in sorted({n for n in theirs if theirs.count(n) > 1})]
+    return found
+
+
+# --- control and admin -----------------------------------------------------------------------------------------------
+
+
+def parse_control(payload: bytes) -> Control:
+    """A control message from its bytes: a JSON object, or the bare action for a person at a shell (`cancel`).
+
+    Raises BadRequest, PayloadTooLarge; `details` then holds `action` and `transaction` where they could be read, so that
+    the ack can carry them.
+    """
+    found = _order(ControlFields, payload, _CONTROL)
+    request_id = found.request_id if found.action == "cancel" else None
+    return Control(action=found.action, request_id=request_id, transaction=found.transaction)
+
+
+def parse_admin(payload: bytes) -> Admin:
+    """An admin message from its bytes: a JSON object, or bare words (`drain`, `log_level debug`).
+
+    Raises BadRequest, PayloadTooLarge, as `parse_control` does.
+    """
+    found = _order(AdminFields, payload, _ADMIN)
+    if found.action != "log_level":
+        return Admin(action=found.action, transaction=found.transaction)
+    if found.level is None:
+        raise _bad({"level": _ADMIN["level"]}, None, **_answerable(found.model_dump()))
+    return Admin(action=found.action, level=found.level, transaction=found.transaction)
+
+
+_Order = TypeVar("_Order", ControlFields, AdminFields)
+
+
+def _order(kind: type[_Order], payload: bytes, expected: Mapping[str, str]) -> _Order:
+    content = open_letter(payload, max_bytes=MAX_CONTROL_BYTES)
+    if content is None:
+        raise _bad({"action": expected["action"]})
+    if isinstance(content, str):
+        words = content.split()
+        content = dict(zip(("action", "level"), words, strict=False)) if len(words) <= 2 else {"action": content}
+        if kind is ControlFields and len(words) == 2:
+            content = {"action": " ".join(words)}
+    return _validated(kind, {name: value for name, value in content.items() if value is not None}, expected)
+
+
+# --- names and digest ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Speaks of a field by the name that this route's clients know."""
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, name: str) -> str:
+        return self.fields.get(name, name)
+
+    def of_path(self, path: str) -> str:
+        first = re.split(r"[.\[]", path, maxsplit=1)[0]
+        return self.of(first) + path[len(first) :]
+
+
+def _renamed(content: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The known fields under our names, null left out as if absent, and the names that are not known."""
+    ours = {theirs: name for name, theirs in fields.items()}
+    body: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    unknown = []
+    for key, value in content.items():
+        name = ours.get(key, key)
+        if name not in REQUEST_FIELDS:
+            unknown.append(key)
+        elif name in origin:
+            raise BadRequest(
+                f"{shown(origin[name])} and {shown(key)} mean the same field",
+                fields={key: f"only one of {origin[name]} and {key}"},
+            )
+        elif value is not None:
+            origin[name], body[name] = key, value
+    return body, tuple(unknown)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    # Of what the client wrote, not of what the limits made of it: a journal outlives a change of the limits.
+    told = {name: value for name, value in body.items() if name not in ("metadata", "timeout_s")}
+    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _unknown_warnings(unknown: Sequence[str], names: _Names) -> list[str]:
+    said = [
+        f"{shown(name)} is not a field of a request and was ignored{_did_you_mean(name, names)}"
+        for name in unknown[:MAX_WARNINGS]
+    ]
+    if len(unknown) > MAX_WARNINGS:
+        said[-1] += f"; so were {len(unknown) - MAX_WARNINGS} others"
+    return said
+
+
+def _did_you_mean(name: str, names: _Names | None = None) -> str:
+    # Compared without case and underscores, so that camelCase finds its way. Long words cost difflib quadratic time.
+    plain = name[:64].lower().replace("_", "").replace("-", "")
+    known = _SYNONYMS.get(plain) or _BY_PLAIN_NAME.get(plain)
+    if known is None:
+        near = get_close_matches(plain, _BY_PLAIN_NAME, n=1, cutoff=0.75)
+        known = _BY_PLAIN_NAME[near[0]] if near else None
+    if known is None:
+        return ""
+    return f"; did you mean {shown(names.of(known) if names else known)}?"
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+_Model = TypeVar("_Model", bound=Wire)
+
+
+def _validated(
+    model: type[_Model], given: Mapping[str, Any], expected: Mapping[str, str], names: _Names | None = None
+) -> _Model:
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        found = faults(error, expected)
+    details = {} if model is RequestFields else _answerable(given)
+    # Outside the except clause: pydantic's error holds the client's text, which must not reach a log as a cause.
+    raise _bad(found, names, **details)
+
+
+def _answerable(given: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: value
+        for name in ("action", "transaction")
+        if isinstance(value := given.get(name), str) and len(value) <= 64
+    }
+
+
+def _bad(found: Mapping[str, str], names: _Names | None = None, **details: Any) -> BadRequest:
+    told = {(names.of_path(path) if names else path): words for path, words in found.items()}
+    message = "; ".join(f"{path}: expected {words}" for path, words in told.items())
+    return BadRequest(message, fields=told, **details)
+
+
+def _mode(request: RequestFields, names: _Names, hints: Iterable[str]) -> Mode:
+    given = [mode for mode in _MODES if getattr(request, mode) is not None]
+    if len(given) == 1:
+        return given[0]
+    told = ", ".join(names.of(mode) for mode in _MODES[:2]) + f" and {names.of(_MODES[2])}"
+    found = " and ".join(names.of(mode) for mode in given) if given else "none"
+    message = "; ".join([f"expected exactly one of {told}, found {found}", *hints])
+    raise BadRequest(message, fields={names.of(mode): f"exactly one of {told}" for mode in (given or _MODES[:1])})
+
+
+def _check_combinations(request: RequestFields, mode: Mode, names: _Names) -> None:
+    if mode == "messages" and request.system_prompt is not None:
+        raise _bad(
+            {"system_prompt": f"not together with {names.of('messages')}: write a message with the role system"}, names
+        )
+    if mode == "tool_results" and request.new:
+        raise _bad(
+            {"new": f"not together with {names.of('tool_results')}: it would forget the call that they answer"}, names
+        )
+
+
+def _check_permissions(request: RequestFields, policy: RequestPolicy, names: _Names) -> None:
+    forbidden = {}
+    if request.messages is not None and not policy.allow_messages:
+        forbidden["messages"] = f"this route does not allow it, send {names.of('prompt')}"
+    elif not policy.allow_system_prompt:
+        own = [
+            number for number, message in enumerate(request.messages or ()) if message.role in ("system", "developer")
+        ]
+        forbidden |= {f"messages[{number}].role": "this route has its own system prompt" for number in own[:1]}
+    if request.system_prompt is not None and not policy.allow_system_prompt:
+        forbidden["system_prompt"] = "this route has its own"
+    if request.tools and not policy.allow_tools:
+        forbidden["tools"] = "this route does not allow it"
+    if forbidden:
+        told = {names.of_path(path): words for path, words in forbidden.items()}
+        raise Unsupported("; ".join(f"{path}: {words}" for path, words in told.items()), fields=told)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def _plain(model: Wire) -> dict[str, Any]:
+    return model.model_dump(exclude_none=True, by_alias=True)
+
+
+def _message(message: Wire) -> dict[str, Any]:
+    plain = _plain(message)
+    if plain["role"] == "developer":
+        # OpenAI's newer word for system; most chat templates do not know it.
+        plain["role"] = "system"
+    return plain
+
+
+def _has_image(message: Message) -> bool:
+    content = message.get("content")
+    return isinstance(content, list) and any(part["type"] == "image_url" for part in content)
+
+
+def _session(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> str | None:
+    if policy.trust_payload_session or request.session_id is None:
+        return request.session_id
+    warnings.append(f"{names.of('session_id')} was ignored: on this route the topic names the session")
+    return None
+
+
+def _new(request: RequestFields, mode: Mode, names: _Names, warnings: list[str]) -> bool:
+    if request.new and mode == "messages":
+        warnings.append(f"{names.of('new')} was ignored: messages do not touch the history")
+        return False
+    return bool(request.new)
+
+
+def _sampling(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> dict[str, Any]:
+    sampling = {name: value for name in SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = [sampling["stop"]]
+    asked = sampling.get("max_tokens")
+    if asked is not None and policy.max_tokens is not None and asked > policy.max_tokens:
+        sampling["max_tokens"] = policy.max_tokens
+        warnings.append(
+            f"{names.of('max_tokens')} was lowered from {asked} to this worker's limit of {policy.max_tokens}"
+        )
+    return sampling
+
+
+def _tool_choice(request: RequestFields, policy: RequestPolicy, names: _Names) -> str | Mapping[str, Any] | None:
+    choice = request.tool_choice
+    if choice is None:
+        return None
+    offered = policy.tool_names if request.tools is None else tuple(tool.function.name for tool in request.tools)
+    if isinstance(choice, str):
+        if choice == "required" and not offered:
+            raise _bad({"tool_choice": f"{names.of('tools')} to choose from"}, names)
+        return choice if offered else None
+    if choice.function.name not in offered:
+        known = ", ".join(offered[:8]) or "none is offered"
+        raise _bad({"tool_choice.function.name": f"the name of an offered tool ({known})"}, names)
+    return _plain(choice)
+
+
+def _response_format(request: RequestFields) -> dict[str, Any] | None:
+    if request.response_format is None or request.response_format.type == "text":
+        return None
+    return _plain(request.response_format)
+
+
+def _model(request: RequestFields, policy: RequestPolicy, names: _Names) -> str | None:
+    if request.model is None or policy.models is None or request.model in policy.models:
+        return request.model
+    expected = f"one of {', '.join(policy.models[:8])}" if policy.models else "nothing: requests cannot choose here"
+    raise ModelNotFound(
+        f"{names.of('model')}: {shown(request.model)} is not served by this worker, expected {expected}",
+        fields={names.of("model"): expected},
+    )
+
+
+def _priority(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> Lane:
+    wanted = request.priority or policy.default_priority
+    if LANES.index(wanted) >= LANES.index(policy.max_priority):
+        return wanted
+    if request.priority is not None:
+        warnings.append(
+            f"{names.of('priority')} was lowered from {wanted} to this route's highest, {policy.max_priority}"
+        )
+    return policy.max_priority
+
+
+def _timeout(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> float | None:
+    asked, limit = request.timeout_s, policy.max_timeout_s
+    if asked is not None and limit is not None and asked > limit:
+        warnings.append(f"{names.of('timeout_s')} was lowered from {asked:g} to this worker's limit of {limit:g}")
+    wanted = policy.default_timeout_s if asked is None else asked
+    return wanted if wanted is None or limit is None else min(wanted, limit)
