@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from llamacpp_mqtt_deploy import consistency, keys
+from llamacpp_mqtt_deploy.core.topics import check_routes, route_topics
 from llamacpp_mqtt_deploy.credentials import engine_api_key, exposed, mqtt_password
 from llamacpp_mqtt_deploy.settings import Settings
 
@@ -77,8 +78,9 @@ def load(
     if settings is None or problems:
         raise ConfigurationError(problems)
     found = list(consistency.problems(settings, given=origins.__contains__, environ=environ))
-    if found:
-        raise ConfigurationError(_line(key.split("."), text, origins) for key, text in found)
+    faults = [_line(key.split("."), text, origins) for key, text in found] + _route_faults(settings)
+    if faults:
+        raise ConfigurationError(faults)
     everywhere = {".".join(path): "default" for path, _ in keys.leaves(settings.model_dump())}
     return Loaded(
         settings=settings,
@@ -279,6 +281,22 @@ def _validate(tree: Tree, origins: Mapping[str, str], problems: list[str]) -> Se
                 problems.append(line)
             seen.add(line)
         return None
+
+
+def _route_faults(settings: Settings) -> list[str]:
+    mqtt = settings.mqtt
+    templates = [
+        route_topics(
+            root=mqtt.root,
+            name=name,
+            request=route.request,
+            reply=route.reply,
+            control=route.control,
+            trust_payload_session=route.trust_payload_session,
+        )
+        for name, route in settings.routes.items()
+    ]
+    return check_routes(root=mqtt.root, worker_id=mqtt.worker_id, routes=templates)
 
 
 def _problem(kind: str, loc: tuple[int | str, ...], found: object, origins: Mapping[str, str]) -> str:

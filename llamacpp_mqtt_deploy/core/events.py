@@ -56,7 +56,7 @@ def encode(event: Mapping[str, Any]) -> bytes:
 
 def _scrubbed(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, Mapping):
         return {str(key): _scrubbed(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

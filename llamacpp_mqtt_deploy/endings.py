@@ -1,0 +1,207 @@
+"""How a request ends: exactly one terminal event, stored with the history before it is published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from llamacpp_mqtt_deploy.answers import Answer, done_fields, usage_fields
+from llamacpp_mqtt_deploy.core.deltas import FinishReason, Message
+from llamacpp_mqtt_deploy.core.errors import (
+    EngineLost,
+    IdleTimeout,
+    Internal,
+    Interrupted,
+    RequestError,
+    ShuttingDown,
+    TimedOut,
+)
+from llamacpp_mqtt_deploy.core.history import exchange_of
+from llamacpp_mqtt_deploy.jobs import Job, JobBook
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Store, StoreError
+from llamacpp_mqtt_deploy.stopping import StopReason
+from llamacpp_mqtt_deploy.tally import Tally
+
+log = structlog.get_logger(__name__)
+
+
+class Endings:
+    """Writes terminal events. Each method may be called from any thread; only the first call for a job has an effect."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        book: JobBook,
+        tally: Tally,
+        delivered: Callable[[EntryKey], None],
+        log_content: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._book = book
+        self._tally = tally
+        self._delivered = delivered
+        self._log_content = log_content
+
+    def done(self, job: Job, answer: Answer, finish_reason: FinishReason, *, content: str | None = None) -> None:
+        """End with `done`. `content` is what was published, where that is less than the answer (cancelled while paced)."""
+        if not self._book.claim_end(job):
+            return
+        told = answer.text() if content is None else content
+        timings = self._timings(job, answer)
+        if finish_reason == "cancelled" and job.stop.at is not None:
+            timings["cancel_ms"] = _ms(time.monotonic() - job.stop.at)
+        fields = done_fields(
+            answer,
+            content=told,
+            finish_reason=finish_reason,
+            with_text=job.request.full_content,
+            timings=timings,
+            metadata=job.request.metadata,
+            warnings=(*job.request.warnings, *answer.warnings),
+        )
+        terminal = job.responder.done(fields)
+        self._end(job, answer, terminal, self._history(job, answer, told, finish_reason), outcome=finish_reason)
+
+    def failed(self, job: Job, error: RequestError, answer: Answer | None = None) -> None:
+        """End with `error`; what was told already comes along as `partial_content`."""
+        if not self._book.claim_end(job):
+            return
+        details: dict[str, Any] = dict(error.details)
+        if answer is not None and answer.begun and job.request.full_content:
+            details["partial_content"] = answer.text()
+        if answer is not None and (answer.begun or answer.progress is not None):
+            details["usage"] = usage_fields(answer.usage())
+        if job.request.metadata is not None:
+            details["metadata"] = job.request.metadata
+        terminal = job.responder.error(
+            code=error.code, message=error.message, retryable=error.retryable, details=details
+        )
+        self._end(job, answer or Answer(), terminal, None, outcome=error.code, error=error)
+
+    def stopped(self, job: Job, answer: Answer, *, content: str | None = None) -> None:
+        """End a job whose stop signal was set, for the reason that it carries."""
+        if job.stop.reason == "cancelled":
+            self.done(job, answer, "cancelled", content=content)
+        else:
+            self.failed(job, stop_error(job.stop.reason, job), answer)
+
+    def _history(self, job: Job, answer: Answer, told: str, finish_reason: FinishReason) -> HistoryChange | None:
+        """Prompt and answer together, or nothing: two user messages in a row break many chat templates."""
+        request = job.request
+        if request.mode == "messages" or job.forgotten:
+            return None
+        append = exchange_of(newest_messages(job), answer.message(told), cancelled=finish_reason == "cancelled")
+        if not append:
+            return None
+        return HistoryChange(
+            session=(job.key.route, job.key.session),
+            append=append,
+            forget_before=request.new,
+        )
+
+    def _end(
+        self,
+        job: Job,
+        answer: Answer,
+        terminal: bytes,
+        history: HistoryChange | None,
+        *,
+        outcome: str,
+        error: RequestError | None = None,
+    ) -> None:
+        try:
+            self._store.finish(job.key, terminal, now=time.time(), history=history)
+            if job.forgotten and history is not None:  # a reset came while we wrote
+                self._store.reset(history.session)
+        except StoreError as problem:
+            # The client still gets its answer; what is lost is the memory of it.
+            log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
+        job.responder.deliver(terminal, lambda ok: self._delivered(job.key) if ok else None)
+        self._book.leave(job)
+        self._record(job, answer, outcome, error)
+
+    def _timings(self, job: Job, answer: Answer) -> dict[str, Any]:
+        now = time.monotonic()
+        started_at = job.started_at if job.started_at is not None else now
+        first_at = job.responder.first_chunk_at or answer.first_at
+        return {
+            "queue_ms": _ms(started_at - job.received_at),
+            "first_token_ms": _ms(first_at - job.received_at) if first_at is not None else None,
+            "total_ms": _ms(now - job.received_at),
+            "tokens_per_second": answer.tokens_per_second(),
+        }
+
+    def _record(self, job: Job, answer: Answer, outcome: str, error: RequestError | None) -> None:
+        """The one line of the log for each request, and its counts."""
+        usage, timings = answer.usage(), self._timings(job, answer)
+        self._tally.ended(
+            outcome,
+            error=error is not None,
+            tokens=usage.completion_tokens,
+            tokens_per_second=answer.tokens_per_second(),
+            first_token_ms=timings["first_token_ms"],
+        )
+        fields: dict[str, Any] = {
+            "route": job.key.route,
+            "session": job.key.session,
+            "request_id": job.key.request_id,
+            "outcome": outcome,
+            "chunks": job.responder.chunks,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "starts": job.starts,
+            **timings,
+        }
+        if self._log_content():
+            fields |= {"prompt": job.request.prompt, "answer": answer.text()}
+        if error is None:
+            log.info("request.finished", **fields)
+        else:
+            cause = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else None
+            log.warning("request.finished", **fields, message=error.message, cause=cause)
+
+
+def newest_messages(job: Job) -> tuple[Message, ...]:
+    """What this request adds to its session before the answer."""
+    request = job.request
+    if request.mode == "tool_results":
+        return tuple(
+            {"role": "tool", "tool_call_id": result["tool_call_id"], "content": result["content"]}
+            for result in request.tool_results or ()
+        )
+    return ({"role": "user", "content": request.prompt},)
+
+
+def stop_error(reason: StopReason | None, job: Job) -> RequestError:
+    """The error that a stop for this reason ends in."""
+    match reason:
+        case "timeout":
+            waited = "" if job.started_at is not None else " while it waited for a slot"
+            limit_s = job.deadline - job.received_at
+            return TimedOut(f"the limit of {limit_s:.3g} s for this request passed{waited}")
+        case "idle_timeout":
+            return IdleTimeout("the engine gave no token and no progress for too long")
+        case "shutting_down":
+            return ShuttingDown("the worker is stopping; send the request again in a moment")
+        case "outbox_full":
+            return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
+        case _:
+            return Internal("the request was stopped without a reason")
+
+
+def interrupted() -> RequestError:
+    """For a request that a worker left behind in the middle of its answer."""
+    return Interrupted("the worker died in the middle of this answer; send a new request to run it again")
+
+
+def often_lost(starts: int) -> RequestError:
+    """For a request that took the engine or the worker down each time."""
+    return EngineLost(f"the engine or the worker went away {starts} times before the first token of this request")
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1000, 2)

@@ -1,0 +1,201 @@
+"""The corridor: one request from its prompt to its terminal event."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import structlog
+
+from llamacpp_mqtt_deploy.answers import Answer
+from llamacpp_mqtt_deploy.composing import Composer
+from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened, Progress, Reasoning, Text, ToolCall
+from llamacpp_mqtt_deploy.core.errors import EngineLost, Internal, RequestError
+from llamacpp_mqtt_deploy.endings import Endings, often_lost
+from llamacpp_mqtt_deploy.jobs import Job, JobBook
+from llamacpp_mqtt_deploy.pacing import Pacing
+from llamacpp_mqtt_deploy.policies import Policies
+from llamacpp_mqtt_deploy.ports import Engine, Store, StoreError
+from llamacpp_mqtt_deploy.stopping import Stopped
+from llamacpp_mqtt_deploy.timers import Timers
+
+log = structlog.get_logger(__name__)
+
+# Protocol, section 3: `progress` at most twice a second. The first one goes at once when there is work worth telling of.
+_PROGRESS_EVERY_S = 0.5
+_PROGRESS_WORTH_TOKENS = 256
+
+
+class Generation:
+    """Runs jobs, one per calling thread."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        store: Store,
+        book: JobBook,
+        endings: Endings,
+        timers: Timers,
+        composer: Composer,
+        policies: Callable[[], Policies],
+        worker_id: str,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._book = book
+        self._endings = endings
+        self._timers = timers
+        self._composer = composer
+        self._policies = policies
+        self._worker_id = worker_id
+
+    def run(self, job: Job) -> None:
+        """Run the job to its terminal event, or to the point where it is paced without us."""
+        answer = Answer()
+        try:
+            job.stop.raise_if_set()
+            call = self._composer.compose(job, answer)
+            finished = self._generate(job, call, answer)
+            if self._is_paced(job, answer):
+                self._pace(job, answer, finished)
+            else:
+                self._book.release_slot(job)
+                self._endings.done(job, answer, finished.finish_reason)
+        except Stopped:
+            self._book.release_slot(job)
+            self._endings.stopped(job, answer)
+        except RequestError as error:
+            self._book.release_slot(job)
+            self._endings.failed(job, error, answer)
+        except Exception as error:
+            log.exception("generation.failed", request_id=job.key.request_id)
+            self._endings.failed(job, Internal("the worker failed on this request; its log says why"), answer)
+            del error
+
+    def _generate(self, job: Job, call: EngineCall, answer: Answer) -> Finished:
+        """Start the engine, again when it is lost before the first chunk (protocol, section 5)."""
+        max_starts = self._policies().settings.limits.max_starts
+        while True:
+            job.starts = self._count_start(job)
+            if job.starts > max_starts:
+                raise often_lost(job.starts - 1)
+            try:
+                with contextlib.closing(self._deltas(job, call)) as deltas:
+                    return self._forward(job, deltas, answer)
+            except EngineLost:
+                if answer.begun or job.starts >= max_starts:
+                    raise
+                log.warning("engine.lost", request_id=job.key.request_id, starts=job.starts)
+                self._waits(job, "engine_restarting")
+                job.stop.wait(0.1 * 2**job.starts)
+                job.stop.raise_if_set()
+
+    def _deltas(self, job: Job, call: EngineCall) -> Any:
+        return self._engine.stream(call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason))
+
+    def _forward(self, job: Job, deltas: Iterator[Delta], answer: Answer) -> Finished:
+        """Pass on what the engine says; a token's way is the first branch."""
+        responder, silent = job.responder, job.responder.silent
+        live = not silent and self._policies().routes[job.key.route].mode == "native"
+        sentences = SentenceCutter() if job.request.stream == "sentence" else None
+        marked = not live
+        told_progress_at: float | None = None
+        for delta in deltas:
+            now = job.activity_at = time.monotonic()
+            if type(delta) is Text or type(delta) is Reasoning:
+                if not marked:
+                    self._mark_streaming(job)
+                    marked = True
+                if type(delta) is Text:
+                    answer.add_text(delta.text, now)
+                    if live:
+                        if sentences is None:
+                            responder.text("content", delta.text)
+                        else:
+                            for sentence in sentences.feed(delta.text):
+                                responder.piece("content", sentence)
+                else:
+                    answer.add_reasoning(delta.text, now)
+                    if live:
+                        responder.text("reasoning", delta.text)
+                job.prompt_done = True
+            elif type(delta) is ToolCall:
+                if not marked:
+                    self._mark_streaming(job)
+                    marked = True
+                event = answer.add_call(delta, now)
+                if live:
+                    responder.tool_calls([event])
+                job.prompt_done = True
+            elif type(delta) is Progress:
+                answer.progress = delta
+                worth = delta.total - delta.processed >= _PROGRESS_WORTH_TOKENS
+                if worth if told_progress_at is None else now - told_progress_at >= _PROGRESS_EVERY_S:
+                    told_progress_at = now
+                    responder.progress(processed=delta.processed, total=delta.total, cached=delta.cached)
+            elif type(delta) is Opened:
+                answer.model = delta.model
+                live = live and delta.streams
+                marked = not live
+                self._tell_start(job, answer)
+            elif type(delta) is Finished:
+                if sentences is not None and live:
+                    for sentence in sentences.flush():
+                        responder.piece("content", sentence)
+                answer.finished = delta
+                return delta
+        raise EngineLost("the engine ended the answer without saying that it was complete")
+
+    def _tell_start(self, job: Job, answer: Answer) -> None:
+        fields: dict[str, Any] = {
+            "model": answer.model or job.request.model or "",
+            "worker": self._worker_id,
+            "created": int(time.time()),
+        }
+        warnings = [*job.request.warnings, *answer.warnings]
+        if warnings:
+            fields["warnings"] = warnings
+        if job.request.metadata is not None:
+            fields["metadata"] = job.request.metadata
+        job.responder.start(fields)
+
+    def _is_paced(self, job: Job, answer: Answer) -> bool:
+        """A whole answer that the client still has to see piece by piece."""
+        return not job.responder.silent and job.responder.chunks == 0 and answer.begun
+
+    def _pace(self, job: Job, answer: Answer, finished: Finished) -> None:
+        streaming = self._policies().settings.streaming
+        self._book.release_slot(job, pacing=True)
+        Pacing(
+            job=job,
+            answer=answer,
+            finish_reason=finished.finish_reason,
+            endings=self._endings,
+            timers=self._timers,
+            before_first=self._mark_streaming,
+            chunk_chars=streaming.chunk_chars,
+            interval_s=streaming.chunk_interval_s,
+        ).start()
+
+    def _waits(self, job: Job, reason: str) -> None:
+        job.activity_at = time.monotonic()
+        job.wait_reason = reason
+        job.responder.queued(position=0, reason=reason, again=True)
+
+    def _count_start(self, job: Job) -> int:
+        try:
+            return self._store.mark_started(job.key)
+        except StoreError as problem:
+            log.error("journal.failed", step="mark_started", problem=str(problem), request_id=job.key.request_id)
+            return job.starts + 1
+
+    def _mark_streaming(self, job: Job) -> None:
+        """Before the first chunk: from here on the request is never started again, also after a crash."""
+        try:
+            self._store.mark_streaming(job.key)
+        except StoreError as problem:
+            log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
