@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.settings import Settings
 
 # Stands for the name that the user gives to a route.
 ANY_NAME = "NAME"
+MASK = "********"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +204,7 @@ def shown(path: Sequence[str], value: object, *, most: int = 80) -> str:
     if value is None:
         return ""
     if is_secret(path):
-        return "********"
+        return MASK
     if isinstance(value, Path):
         value = str(value)
     text = toml_value(value)

@@ -1,0 +1,68 @@
+"""The command line: `llamacpp-mqtt-deploy`, or `lmd` for short; loads a command's code only when that command is called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+import click
+
+from llamacpp_mqtt_deploy import __version__
+
+# Name -> one line for `lmd --help`. Each is `command` in llamacpp_mqtt_deploy/commands/NAME.py. Written here, so that help and
+# version import none of them: together they load the whole program.
+COMMANDS: Mapping[str, str] = {
+    "run": "Run the daemon: connect the engine to the broker.",
+    "ask": "Ask one question and stream the answer.",
+    "chat": "Talk to the model.",
+    "check": "Try configuration, broker, permissions and engine, and say what to do.",
+    "config": "Show the effective configuration and where each value comes from.",
+    "demo": "A broker, a small model and a daemon on this machine, to play with.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        name = f"{__package__}.commands.{cmd_name}"
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name == name:
+                raise click.ClickException(f"this installation has no `{cmd_name}` command") from None
+            raise click.ClickException(
+                f"`{cmd_name}` needs the Python package {error.name!r}, which is missing"
+            ) from error
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and name not in COMMANDS and not name.startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            ctx.fail(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="A first try without any set-up: lmd demo. Every key of the configuration: lmd config --example",
+)
+@click.version_option(__version__, prog_name="llamacpp-mqtt-deploy")
+def main() -> None:
+    """Put a local language model on an MQTT bus: requests in, token streams out."""

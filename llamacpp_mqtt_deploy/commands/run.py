@@ -1,0 +1,46 @@
+"""`lmd run`: loads the settings, sets up the log and hands over to the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from llamacpp_mqtt_deploy.commands.options import config_options, load_or_exit
+
+
+@click.command()
+@config_options
+def command(config_file: Path | None, overrides: Mapping[str, str]) -> None:
+    """Run the daemon in the foreground until SIGTERM or SIGINT.
+
+    On SIGTERM running requests may finish for limits.drain_timeout_s; a second signal ends them at once. SIGHUP reads the
+    configuration again. The log goes to stderr: columns on a terminal, JSON elsewhere.
+
+    \b
+    Examples:
+      lmd run
+      lmd run --config /etc/llamacpp-mqtt-deploy/config.toml
+      lmd run --set mqtt.host=broker.lan --set engine.url=unix:///run/llama-server/llama.sock
+      LMD_MQTT__HOST=broker.lan LMD_LOGGING__LEVEL=debug lmd run
+
+    \b
+    Exit codes:
+      0  a clean stop
+      1  anything else
+      2  a wrong configuration (one line for each field)
+      3  broker or engine out of reach for limits.startup_timeout_s, or another worker
+         serves the same topics
+    """  # noqa: D301 - \b is click's mark for text that must not be wrapped
+    loaded = load_or_exit(config_file, overrides)
+
+    from llamacpp_mqtt_deploy import logs
+    from llamacpp_mqtt_deploy.loading import engine_api_key, mqtt_password
+
+    logs.setup(loaded.settings.logging)
+    logs.hide(mqtt_password(loaded.settings), engine_api_key(loaded.settings))
+
+    from llamacpp_mqtt_deploy import daemon
+
+    raise click.exceptions.Exit(daemon.run(loaded))

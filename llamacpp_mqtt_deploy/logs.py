@@ -1,0 +1,318 @@
+"""How lines reach the log: JSON for machines, columns for a terminal; never a secret, never a raw control character."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from types import TracebackType
+from typing import IO, Any
+
+import orjson
+
+from llamacpp_mqtt_deploy.settings import LoggingSettings
+
+if "structlog" not in sys.modules and "rich" not in sys.modules:
+    # structlog loads rich where it finds it, to draw tracebacks that we print plainly: 25 ms and 5 MB of a daemon that has
+    # no terminal. A None makes this one import fail and is taken back at once.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    try:
+        import structlog
+    finally:
+        del sys.modules["rich"]
+else:
+    import structlog
+
+Event = MutableMapping[str, Any]
+
+LEVELS: dict[str, int] = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_METHODS = LEVELS | {"warn": 30, "exception": 40, "err": 40, "fatal": 50, "msg": 20, "log": 20}
+# sd-daemon(3): journald reads the priority of a line from its beginning.
+_PRIORITIES: Mapping[str, int] = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+MASK = "********"
+# `token`, not `tokens`: counts of tokens are what this log is about.
+_SECRET_KEY = re.compile(
+    r"(?:^|[_.-])(?:password|passwd|passphrase|secret|api[_-]?key|token|authorization|credentials?)$", re.IGNORECASE
+)
+_BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"'\\]+")
+# What people typed and what the model answered. Private, and of any size.
+CONTENT_KEYS = frozenset(
+    {
+        "prompt",
+        "answer",
+        "content",
+        "messages",
+        "system_prompt",
+        "reasoning",
+        "full_content",
+        "partial_content",
+        "payload",
+    }
+)
+# C0 and C1 controls and DEL, the line and paragraph separators, and everything that turns or hides the writing direction:
+# with them a prompt could draw a second log line, or run a terminal's escape sequence.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+class _State:
+    """What a running process may change about its log."""
+
+    threshold = LEVELS["info"]
+    hidden: tuple[str, ...] = ()
+
+
+def setup(settings: LoggingSettings, *, stream: IO[str] | None = None, environ: Mapping[str, str] = os.environ) -> None:
+    """Send all log lines of this process to `stream` (stderr when absent) in the form that the settings ask for.
+
+    `auto` is columns on a terminal and JSON elsewhere. Lines that go to journald begin with their priority. May be called
+    again; loggers that were used before keep their first output.
+    """
+    stream = sys.stderr if stream is None else stream
+    terminal = _is_terminal(stream)
+    as_json = settings.format == "json" or (settings.format == "auto" and not terminal)
+    set_level(settings.level)
+    output = _Output(stream, journal=_is_journal(stream, environ))
+    processors: list[Callable[[Any, str, Event], Any]] = [
+        structlog.contextvars.merge_contextvars,
+        _name,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        structlog.processors.format_exc_info,
+    ]
+    if not settings.log_content:
+        processors.append(_drop_content)
+    processors.append(_mask)
+    if as_json:
+        processors.append(_to_json)
+    else:
+        colours = terminal and not environ.get("NO_COLOR")
+        processors += [_printable, structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=28, sort_keys=False)]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=_Logger,
+        logger_factory=lambda *args: _Named(output, str(args[0]) if args else ""),
+        cache_logger_on_first_use=True,
+    )
+    _take_in_the_standard_library()
+
+
+def set_level(name: str) -> None:
+    """Change the least important level that is logged, at once and for every logger. Raises ValueError for an unknown name."""
+    if name not in LEVELS:
+        raise ValueError(f"unknown log level {name!r}; expected one of {', '.join(LEVELS)}")
+    _State.threshold = LEVELS[name]
+
+
+def level() -> str:
+    """The least important level that is logged now."""
+    return next(name for name, number in LEVELS.items() if number == _State.threshold)
+
+
+def hide(*secrets: str | None) -> None:
+    """Replace these texts wherever they turn up in a log line, in case that something quotes them (an engine's error page).
+
+    Texts under four characters are left alone: hiding them would shred every line.
+    """
+    new = [secret for secret in secrets if secret and len(secret) >= 4]
+    escaped = [_escape_text(orjson.dumps(secret, default=str)[1:-1].decode()) for secret in new if secret.isprintable()]
+    _State.hidden = tuple(dict.fromkeys([*_State.hidden, *new, *escaped]))
+
+
+# --- from logger to stream ---------------------------------------------------------------------------------------------
+
+
+class _Output:
+    """The one writer. A log that cannot be written is lost; it must not take a generation with it."""
+
+    def __init__(self, stream: IO[str], *, journal: bool) -> None:
+        self._stream = stream
+        self._journal = journal
+        self._lock = threading.Lock()
+
+    def write(self, method: str, text: str) -> None:
+        for secret in _State.hidden:
+            if secret in text:
+                text = text.replace(secret, MASK)
+        if self._journal:
+            number = _METHODS.get(method, 20)
+            name = next((name for name, value in LEVELS.items() if value == number), "info")
+            text = "\n".join(f"<{_PRIORITIES[name]}>{line}" for line in text.split("\n"))
+        try:
+            with self._lock:
+                self._stream.write(f"{text}\n")
+                self._stream.flush()
+        except (OSError, ValueError):
+            return  # the pipe's reader is gone, or the stream is closed
+
+
+class _Named:
+    """What structlog calls with the finished line; knows the module it was made for."""
+
+    __slots__ = ("_output", "name")
+
+    def __init__(self, output: _Output, name: str) -> None:
+        self._output = output
+        self.name = name
+
+    def __getattr__(self, method: str) -> Callable[[str], None]:
+        if method not in _METHODS:
+            raise AttributeError(method)
+        return lambda line: self._output.write(method, line)
+
+
+class _Logger(structlog.make_filtering_bound_logger(logging.DEBUG)):  # type: ignore[misc]
+    """structlog's logger with a level that can change: structlog's own fixes it when a logger is first used."""
+
+    def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **fields: Any) -> Any:
+        if _METHODS.get(method_name, 50) < _State.threshold:
+            return None
+        try:
+            return super()._proxy_to_logger(method_name, event, *args, **fields)
+        except Exception as error:  # noqa: BLE001 - a line that cannot be rendered must not end the thread that wrote it
+            line = orjson.dumps(
+                {"level": "error", "event": "log.failed", "line": repr(event)[:100], "error": type(error).__name__}
+            )
+            self._logger.warning(line.decode())
+            return None
+
+
+def _name(logger: Any, _: str, event: Event) -> Event:
+    name = getattr(logger, "name", "")
+    if name:
+        event["logger"] = name.removeprefix("llamacpp_mqtt_deploy.")
+    return event
+
+
+def _drop_content(_: Any, __: str, event: Event) -> Event:
+    for key in CONTENT_KEYS & event.keys():
+        value = event[key]
+        size = f"{len(value)} long, " if isinstance(value, str | bytes | list | tuple) else ""
+        event[key] = f"({size}not logged)"
+    return event
+
+
+def _mask(_: Any, __: str, event: Event) -> Event:
+    for key, value in event.items():
+        event[key] = _masked(key, value)
+    return event
+
+
+def _masked(key: object, value: Any, depth: int = 0) -> Any:
+    if isinstance(key, str) and value is not None and _SECRET_KEY.search(key):
+        return MASK
+    if isinstance(value, str):
+        return _BEARER.sub(rf"\1{MASK}", value) if "earer" in value.lower() else value
+    if depth >= 6:
+        return value if isinstance(value, int | float | bool) else "(nested too deeply)"
+    if isinstance(value, Mapping):
+        return {k: _masked(k, v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked("", item, depth + 1) for item in value]
+    return value
+
+
+def _to_json(_: Any, __: str, event: Event) -> str:
+    first = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
+    try:
+        line = orjson.dumps(first | dict(event), default=_text, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # half a surrogate pair, an integer over 64 bits, a cycle
+        line = orjson.dumps({str(k): _escape_text(repr(v))[:2000] for k, v in (first | dict(event)).items()}).decode()
+    # Only strings can hold these, and inside a JSON string an escape means the same.
+    return _UNSAFE.sub(_escape, line)
+
+
+def _printable(_: Any, __: str, event: Event) -> Event:
+    out: Event = {}
+    for key, value in event.items():
+        if key in ("exception", "stack"):
+            # Lines of their own, each marked, so that no text of an exception can pass for a log line.
+            lines = str(value).split("\n")
+            out[key] = "\n".join(f"    | {_escape_text(line)}" for line in lines)
+        elif value is None or isinstance(value, bool | int | float):
+            out[_escape_text(str(key))] = value
+        else:
+            out[_escape_text(str(key))] = _escape_text(value if isinstance(value, str) else _text(value))
+    return out
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, BaseException):
+        return f"{type(value).__name__}: {value}"
+    return str(value)
+
+
+def _escape_text(text: str) -> str:
+    return _UNSAFE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
+
+
+def _is_terminal(stream: IO[str]) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def _is_journal(stream: IO[str], environ: Mapping[str, str]) -> bool:
+    """systemd.exec(5), $JOURNAL_STREAM: device and inode of the stream, so that a redirected stderr is not mistaken."""
+    try:
+        device, inode = environ.get("JOURNAL_STREAM", "").split(":")
+        found = os.fstat(stream.fileno())
+        return (found.st_dev, found.st_ino) == (int(device), int(inode))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+# --- what is not ours --------------------------------------------------------------------------------------------------
+
+
+class _Bridge(logging.Handler):
+    """Lines that libraries write with the standard library's logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            name = record.levelname.lower()
+            log = structlog.get_logger(record.name)
+            method = getattr(log, name if name in LEVELS else "warning")
+            method("library.logged", message=record.getMessage(), exc_info=record.exc_info or None)
+        except Exception:  # noqa: BLE001 - as above: a log line is never worth a thread
+            return
+
+
+def _take_in_the_standard_library() -> None:
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Bridge)]:
+        root.removeHandler(handler)
+    root.addHandler(_Bridge(level=logging.WARNING))
+    root.setLevel(logging.WARNING)  # urllib3 logs every request at debug, with its address
+    logging.captureWarnings(capture=True)
+    sys.excepthook = _uncaught
+    threading.excepthook = _uncaught_in_thread
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    structlog.get_logger(__name__).critical("process.failed", exc_info=(kind, error, trace))
+
+
+def _uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is None or issubclass(args.exc_type, SystemExit):
+        return
+    name = args.thread.name if args.thread else "unknown"
+    structlog.get_logger(__name__).critical(
+        "thread.died", thread=name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback)
+    )
