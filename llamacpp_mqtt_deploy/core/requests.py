@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
 import orjson
@@ -14,24 +12,17 @@ from pydantic import ValidationError
 
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, Unsupported
-from llamacpp_mqtt_deploy.core.fields import (
-    AdminFields,
-    ControlFields,
-    Lane,
-    RequestFields,
-    Wire,
-    expectations,
-    faults,
-)
+from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, Lane, RequestFields
 from llamacpp_mqtt_deploy.core.letters import open_letter, shown
+from llamacpp_mqtt_deploy.core.names import FieldNames
 from llamacpp_mqtt_deploy.core.topics import is_level, is_session
+from llamacpp_mqtt_deploy.core.wire import Wire, expectations, faults
 
 Mode = Literal["prompt", "messages", "tool_results"]
 Stream = bool | Literal["sentence"]
 ControlAction = Literal["cancel", "reset", "delete", "history", "ping"]
 AdminAction = Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level"]
 
-MAX_WARNINGS = 8
 MAX_CONTROL_BYTES = 4096
 """A control or admin message has three short fields."""
 
@@ -41,37 +32,8 @@ LANES: tuple[Lane, ...] = ("interactive", "normal", "batch")
 _REQUEST = expectations(RequestFields)
 _CONTROL = expectations(ControlFields)
 _ADMIN = expectations(AdminFields)
-REQUEST_FIELDS: frozenset[str] = frozenset(_REQUEST)
 
 _MODES: tuple[Mode, ...] = ("prompt", "messages", "tool_results")
-_ONE_OF = "exactly one of prompt, messages and tool_results"
-
-# What other programs call our fields, where spelling alone does not lead there.
-_SYNONYMS: Mapping[str, str] = {
-    "completiontokens": "max_tokens",
-    "content": "prompt",
-    "enablethinking": "thinking",
-    "functions": "tools",
-    "grammar": "response_format",
-    "history": "messages",
-    "id": "request_id",
-    "input": "prompt",
-    "maxcompletiontokens": "max_tokens",
-    "maxnewtokens": "max_tokens",
-    "message": "prompt",
-    "npredict": "max_tokens",
-    "numpredict": "max_tokens",
-    "query": "prompt",
-    "question": "prompt",
-    "reasoning": "thinking",
-    "reasoningbudgettokens": "thinking_budget",
-    "repetitionpenalty": "repeat_penalty",
-    "session": "session_id",
-    "system": "system_prompt",
-    "text": "prompt",
-    "timeout": "timeout_s",
-}
-_BY_PLAIN_NAME: Mapping[str, str] = {name.replace("_", ""): name for name in sorted(REQUEST_FIELDS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +152,7 @@ def read_letter(payload: bytes, *, policy: RequestPolicy) -> Letter | None:
         return None
     if isinstance(content, str):
         return Letter(content, {}, None, None, (), _digest({"prompt": content}))
-    body, unknown = _renamed(content, policy.fields)
+    body, unknown = FieldNames(policy.fields).read(content)
     request_id, session_id = body.get("request_id"), body.get("session_id")
     return Letter(
         text=None,
@@ -204,8 +166,8 @@ def read_letter(payload: bytes, *, policy: RequestPolicy) -> Letter | None:
 
 def check_request(letter: Letter, *, policy: RequestPolicy) -> Generate:
     """The second half of `parse_request`. Raises BadRequest, ModelNotFound, Unsupported."""
-    names = _Names(policy.fields)
-    hints = _unknown_warnings(letter.unknown, names)
+    names = FieldNames(policy.fields)
+    hints = names.warnings(letter.unknown)
     given = {"prompt": letter.text} if letter.text is not None else letter.body
     request = _validated(RequestFields, given, _REQUEST, names)
     mode = _mode(request, names, hints)
@@ -242,19 +204,6 @@ def check_request(letter: Letter, *, policy: RequestPolicy) -> Generate:
         warnings=(*warnings, *hints),
         digest=letter.digest,
     )
-
-
-def check_fields(fields: Mapping[str, str]) -> list[str]:
-    """Sentences about what is wrong with a route's `fields`; empty when it can be used."""
-    found = [
-        f"{shown(ours)} is not a field of a request{_did_you_mean(ours)}"
-        for ours in fields
-        if ours not in REQUEST_FIELDS
-    ]
-    found += [f"the name for {ours} is empty" for ours, theirs in fields.items() if not theirs]
-    theirs = list(fields.values())
-    found += [f"two fields are called {shown(name)}" for name in sorted({n for n in theirs if theirs.count(n) > 1})]
-    return found
 
 
 # --- control and admin -----------------------------------------------------------------------------------------------
@@ -299,69 +248,10 @@ def _order(kind: type[_Order], payload: bytes, expected: Mapping[str, str]) -> _
     return _validated(kind, {name: value for name, value in content.items() if value is not None}, expected)
 
 
-# --- names and digest ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Speaks of a field by the name that this route's clients know."""
-
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-    def of(self, name: str) -> str:
-        return self.fields.get(name, name)
-
-    def of_path(self, path: str) -> str:
-        first = re.split(r"[.\[]", path, maxsplit=1)[0]
-        return self.of(first) + path[len(first) :]
-
-
-def _renamed(content: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The known fields under our names, null left out as if absent, and the names that are not known."""
-    ours = {theirs: name for name, theirs in fields.items()}
-    body: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    unknown = []
-    for key, value in content.items():
-        name = ours.get(key, key)
-        if name not in REQUEST_FIELDS:
-            unknown.append(key)
-        elif name in origin:
-            raise BadRequest(
-                f"{shown(origin[name])} and {shown(key)} mean the same field",
-                fields={key: f"only one of {origin[name]} and {key}"},
-            )
-        elif value is not None:
-            origin[name], body[name] = key, value
-    return body, tuple(unknown)
-
-
 def _digest(body: Mapping[str, Any]) -> str:
     # Of what the client wrote, not of what the limits made of it: a journal outlives a change of the limits.
     told = {name: value for name, value in body.items() if name not in ("metadata", "timeout_s")}
     return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def _unknown_warnings(unknown: Sequence[str], names: _Names) -> list[str]:
-    said = [
-        f"{shown(name)} is not a field of a request and was ignored{_did_you_mean(name, names)}"
-        for name in unknown[:MAX_WARNINGS]
-    ]
-    if len(unknown) > MAX_WARNINGS:
-        said[-1] += f"; so were {len(unknown) - MAX_WARNINGS} others"
-    return said
-
-
-def _did_you_mean(name: str, names: _Names | None = None) -> str:
-    # Compared without case and underscores, so that camelCase finds its way. Long words cost difflib quadratic time.
-    plain = name[:64].lower().replace("_", "").replace("-", "")
-    known = _SYNONYMS.get(plain) or _BY_PLAIN_NAME.get(plain)
-    if known is None:
-        near = get_close_matches(plain, _BY_PLAIN_NAME, n=1, cutoff=0.75)
-        known = _BY_PLAIN_NAME[near[0]] if near else None
-    if known is None:
-        return ""
-    return f"; did you mean {shown(names.of(known) if names else known)}?"
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -370,7 +260,7 @@ _Model = TypeVar("_Model", bound=Wire)
 
 
 def _validated(
-    model: type[_Model], given: Mapping[str, Any], expected: Mapping[str, str], names: _Names | None = None
+    model: type[_Model], given: Mapping[str, Any], expected: Mapping[str, str], names: FieldNames | None = None
 ) -> _Model:
     try:
         return model.model_validate(given)
@@ -389,13 +279,13 @@ def _answerable(given: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _bad(found: Mapping[str, str], names: _Names | None = None, **details: Any) -> BadRequest:
+def _bad(found: Mapping[str, str], names: FieldNames | None = None, **details: Any) -> BadRequest:
     told = {(names.of_path(path) if names else path): words for path, words in found.items()}
     message = "; ".join(f"{path}: expected {words}" for path, words in told.items())
     return BadRequest(message, fields=told, **details)
 
 
-def _mode(request: RequestFields, names: _Names, hints: Iterable[str]) -> Mode:
+def _mode(request: RequestFields, names: FieldNames, hints: Iterable[str]) -> Mode:
     given = [mode for mode in _MODES if getattr(request, mode) is not None]
     if len(given) == 1:
         return given[0]
@@ -405,7 +295,7 @@ def _mode(request: RequestFields, names: _Names, hints: Iterable[str]) -> Mode:
     raise BadRequest(message, fields={names.of(mode): f"exactly one of {told}" for mode in (given or _MODES[:1])})
 
 
-def _check_combinations(request: RequestFields, mode: Mode, names: _Names) -> None:
+def _check_combinations(request: RequestFields, mode: Mode, names: FieldNames) -> None:
     if mode == "messages" and request.system_prompt is not None:
         raise _bad(
             {"system_prompt": f"not together with {names.of('messages')}: write a message with the role system"}, names
@@ -416,7 +306,7 @@ def _check_combinations(request: RequestFields, mode: Mode, names: _Names) -> No
         )
 
 
-def _check_permissions(request: RequestFields, policy: RequestPolicy, names: _Names) -> None:
+def _check_permissions(request: RequestFields, policy: RequestPolicy, names: FieldNames) -> None:
     forbidden = {}
     if request.messages is not None and not policy.allow_messages:
         forbidden["messages"] = f"this route does not allow it, send {names.of('prompt')}"
@@ -454,21 +344,21 @@ def _has_image(message: Message) -> bool:
     return isinstance(content, list) and any(part["type"] == "image_url" for part in content)
 
 
-def _session(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> str | None:
+def _session(request: RequestFields, policy: RequestPolicy, names: FieldNames, warnings: list[str]) -> str | None:
     if policy.trust_payload_session or request.session_id is None:
         return request.session_id
     warnings.append(f"{names.of('session_id')} was ignored: on this route the topic names the session")
     return None
 
 
-def _new(request: RequestFields, mode: Mode, names: _Names, warnings: list[str]) -> bool:
+def _new(request: RequestFields, mode: Mode, names: FieldNames, warnings: list[str]) -> bool:
     if request.new and mode == "messages":
         warnings.append(f"{names.of('new')} was ignored: messages do not touch the history")
         return False
     return bool(request.new)
 
 
-def _sampling(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> dict[str, Any]:
+def _sampling(request: RequestFields, policy: RequestPolicy, names: FieldNames, warnings: list[str]) -> dict[str, Any]:
     sampling = {name: value for name in SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
@@ -481,7 +371,7 @@ def _sampling(request: RequestFields, policy: RequestPolicy, names: _Names, warn
     return sampling
 
 
-def _tool_choice(request: RequestFields, policy: RequestPolicy, names: _Names) -> str | Mapping[str, Any] | None:
+def _tool_choice(request: RequestFields, policy: RequestPolicy, names: FieldNames) -> str | Mapping[str, Any] | None:
     choice = request.tool_choice
     if choice is None:
         return None
@@ -502,7 +392,7 @@ def _response_format(request: RequestFields) -> dict[str, Any] | None:
     return _plain(request.response_format)
 
 
-def _model(request: RequestFields, policy: RequestPolicy, names: _Names) -> str | None:
+def _model(request: RequestFields, policy: RequestPolicy, names: FieldNames) -> str | None:
     if request.model is None or policy.models is None or request.model in policy.models:
         return request.model
     expected = f"one of {', '.join(policy.models[:8])}" if policy.models else "nothing: requests cannot choose here"
@@ -512,7 +402,7 @@ def _model(request: RequestFields, policy: RequestPolicy, names: _Names) -> str 
     )
 
 
-def _priority(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> Lane:
+def _priority(request: RequestFields, policy: RequestPolicy, names: FieldNames, warnings: list[str]) -> Lane:
     wanted = request.priority or policy.default_priority
     if LANES.index(wanted) >= LANES.index(policy.max_priority):
         return wanted
@@ -523,7 +413,7 @@ def _priority(request: RequestFields, policy: RequestPolicy, names: _Names, warn
     return policy.max_priority
 
 
-def _timeout(request: RequestFields, policy: RequestPolicy, names: _Names, warnings: list[str]) -> float | None:
+def _timeout(request: RequestFields, policy: RequestPolicy, names: FieldNames, warnings: list[str]) -> float | None:
     asked, limit = request.timeout_s, policy.max_timeout_s
     if asked is not None and limit is not None and asked > limit:
         warnings.append(f"{names.of('timeout_s')} was lowered from {asked:g} to this worker's limit of {limit:g}")

@@ -1,0 +1,235 @@
+"""Chat messages, tools and answer formats in OpenAI's shape, as far as they may come from outside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+
+from llamacpp_mqtt_deploy.core.wire import Expect, FirstFault, ShortText, Wire, fault
+
+MAX_PARTS = 256
+MAX_TOOLS = 128
+MAX_SCHEMA_BYTES = 16 * 1024
+MAX_SCHEMA_DEPTH = 24
+"""Levels of a JSON schema; engines turn it into a grammar by recursion."""
+
+_IMAGE = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,(?P<data>[A-Za-z0-9+/]+={0,2})")
+
+FunctionName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$"),
+    Expect("1 to 64 letters, digits, _ . or -"),
+]
+
+
+# --- schemas of the client's own -------------------------------------------------------------------------------------
+
+
+def _check_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    if len(orjson.dumps(schema)) > MAX_SCHEMA_BYTES:
+        raise fault(f"a JSON schema of at most {MAX_SCHEMA_BYTES} bytes")
+    level: list[Any] = [schema]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise fault(f"a JSON schema of at most {MAX_SCHEMA_DEPTH} levels")
+        for part in level:
+            target = part.get("$ref") if isinstance(part, dict) else None
+            if target is not None and not (isinstance(target, str) and target.startswith("#")):
+                # An engine might go and fetch it.
+                raise fault("a JSON schema whose $ref begins with #")
+        level = [inner for part in level for inner in _inner(part) if isinstance(inner, dict | list)]
+    return schema
+
+
+def _inner(part: Any) -> Iterator[Any]:
+    yield from part.values() if isinstance(part, dict) else part
+
+
+JsonSchema = Annotated[dict[str, Any], AfterValidator(_check_schema), Expect("a JSON schema (an object)")]
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+def _check_image(url: str) -> str:
+    # llama-server downloads any http URL and opens any file URL it is given.
+    found = _IMAGE.fullmatch(url)
+    if found is None or len(found["data"]) % 4:
+        raise fault("data:image/png;base64,... (or jpeg, webp, gif); addresses are not fetched")
+    return url
+
+
+class ImageUrl(Wire):
+    url: Annotated[str, AfterValidator(_check_image)]
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Wire):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _part_tag(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return {"text": "@text", "image_url": "@image"}.get(kind) if isinstance(kind, str) else None
+
+
+def _content_tag(value: Any) -> str | None:
+    return "@string" if isinstance(value, str) else "@parts" if isinstance(value, list) else None
+
+
+def _discriminator(tag: Any, expected: str) -> Discriminator:
+    return Discriminator(tag, custom_error_type="expected", custom_error_message=expected)
+
+
+UserPart = Annotated[
+    Annotated[TextPart, Tag("@text")] | Annotated[ImagePart, Tag("@image")],
+    _discriminator(_part_tag, "a part with the type text or image_url"),
+]
+_PARTS = Field(min_length=1, max_length=MAX_PARTS)
+TextContent = Annotated[
+    Annotated[str, Tag("@string")] | Annotated[list[TextPart], Tag("@parts"), _PARTS, FirstFault()],
+    _discriminator(_content_tag, "a string or a list of text parts"),
+]
+UserContent = Annotated[
+    Annotated[str, Tag("@string")] | Annotated[list[UserPart], Tag("@parts"), _PARTS, FirstFault()],
+    _discriminator(_content_tag, "a string or a list of text and image parts"),
+]
+
+
+class CalledFunction(Wire):
+    name: ShortText
+    arguments: str
+
+
+class CalledTool(Wire):
+    id: Annotated[str, StringConstraints(max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class SystemMessage(Wire):
+    role: Literal["system", "developer"]
+    content: TextContent
+    name: ShortText | None = None
+
+
+class UserMessage(Wire):
+    role: Literal["user"]
+    content: UserContent
+    name: ShortText | None = None
+
+
+class AssistantMessage(Wire):
+    role: Literal["assistant"]
+    content: TextContent | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS), FirstFault()] | None = None
+    name: ShortText | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AssistantMessage:
+        if self.content is None and not self.tool_calls:
+            raise fault("content, or tool_calls")
+        return self
+
+
+class ToolMessage(Wire):
+    role: Literal["tool"]
+    content: TextContent
+    tool_call_id: ShortText
+    name: ShortText | None = None
+
+
+def _role_tag(value: Any) -> str | None:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    if not isinstance(role, str):
+        return None
+    roles = {"system": "@system", "developer": "@system", "user": "@user", "assistant": "@assistant", "tool": "@tool"}
+    return roles.get(role)
+
+
+ChatMessage = Annotated[
+    Annotated[SystemMessage, Tag("@system")]
+    | Annotated[UserMessage, Tag("@user")]
+    | Annotated[AssistantMessage, Tag("@assistant")]
+    | Annotated[ToolMessage, Tag("@tool")],
+    _discriminator(_role_tag, "a message with the role system, developer, user, assistant or tool"),
+]
+
+
+class ToolResult(Wire):
+    tool_call_id: ShortText
+    content: str
+
+
+# --- tools and formats -----------------------------------------------------------------------------------------------
+
+
+class Function(Wire):
+    name: FunctionName
+    description: Annotated[str, StringConstraints(max_length=MAX_SCHEMA_BYTES)] | None = None
+    parameters: JsonSchema | None = None
+    strict: bool | None = None
+
+
+class Tool(Wire):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Wire):
+    name: FunctionName
+
+
+class NamedTool(Wire):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _choice_tag(value: Any) -> str | None:
+    return "@word" if isinstance(value, str) else "@named" if isinstance(value, dict | NamedTool) else None
+
+
+TOOL_CHOICES = 'auto, none, required or {"type": "function", "function": {"name": ...}}'
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("@word")] | Annotated[NamedTool, Tag("@named")],
+    _discriminator(_choice_tag, TOOL_CHOICES),
+]
+
+
+class NamedSchema(Wire):
+    name: FunctionName = "answer"
+    description: Annotated[str, StringConstraints(max_length=MAX_SCHEMA_BYTES)] | None = None
+    schema_: Annotated[JsonSchema, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schema_in_its_place(cls, value: Any) -> Any:
+        # Some servers read `schema` beside `json_object`; leaving it out in silence would lose the constraint.
+        if isinstance(value, dict) and "schema" in value:
+            raise fault('{"type": "json_schema", "json_schema": {"schema": ...}} for a schema')
+        return value
+
+    @model_validator(mode="after")
+    def _schema_when_named(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise fault("json_schema with the type json_schema, and only then")
+        return self
