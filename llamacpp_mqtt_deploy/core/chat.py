@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from llamacpp_mqtt_deploy.core.wire import Expect, FirstFault, ShortText, Wire, fault
+from llamacpp_mqtt_deploy.core.wire import Expect, FirstFault, ShortText, Wire, fault, faults
 
 MAX_PARTS = 256
 MAX_TOOLS = 128
@@ -19,6 +28,7 @@ MAX_SCHEMA_DEPTH = 24
 
 _IMAGE = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,(?P<data>[A-Za-z0-9+/]+={0,2})")
 
+CallId = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 FunctionName = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$"),
@@ -109,12 +119,13 @@ UserContent = Annotated[
 
 
 class CalledFunction(Wire):
-    name: ShortText
+    # No more is asked of it than of a model that made it up: the `message` of a `done` must be welcome here.
+    name: Annotated[str, StringConstraints(max_length=1024)]
     arguments: str
 
 
 class CalledTool(Wire):
-    id: Annotated[str, StringConstraints(max_length=256)]
+    id: Annotated[str, StringConstraints(max_length=1024)]
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -148,7 +159,7 @@ class AssistantMessage(Wire):
 class ToolMessage(Wire):
     role: Literal["tool"]
     content: TextContent
-    tool_call_id: ShortText
+    tool_call_id: CallId
     name: ShortText | None = None
 
 
@@ -170,7 +181,7 @@ ChatMessage = Annotated[
 
 
 class ToolResult(Wire):
-    tool_call_id: ShortText
+    tool_call_id: CallId
     content: str
 
 
@@ -233,3 +244,16 @@ class ResponseFormat(Wire):
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise fault("json_schema with the type json_schema, and only then")
         return self
+
+
+_TOOLS: TypeAdapter[list[Tool]] = TypeAdapter(list[Tool])
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about what is wrong with a route's own tools; empty when they can be offered."""
+    try:
+        checked = _TOOLS.validate_python([dict(tool) for tool in tools])
+    except ValidationError as error:
+        return [f"tools{path}: expected {words}" for path, words in faults(error, {}).items()]
+    names = [tool.function.name for tool in checked]
+    return [f"two tools are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
