@@ -111,7 +111,7 @@ def fit(
     Where the cut may fall: a cut that moved with each turn would change the prompt's beginning each turn, and the engine
     would process all of it anew instead of taking it from its cache. So a history is cut only where it crosses a multiple of
     a *stride*, counted in bytes from the beginning of the stored history: the same places at every later turn. The
-    stride is a power of two of bytes, a fifth to a third of the budget for English. A cut thus holds until so much has been
+    stride is a power of two of bytes, a fifth to two fifths of the budget for English. A cut thus holds until so much has been
     said anew, and nothing needs to be remembered between turns. A power of two, because the budget may differ between
     requests (`max_tokens`): the places of a longer stride are among those of a shorter one. Past the last such place any
     exchange may be the first, so that a huge newest message costs no more history than it must.

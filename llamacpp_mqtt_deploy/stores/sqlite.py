@@ -196,6 +196,7 @@ class SqliteStore:
             try:
                 yield self._connection
             except sqlite3.DatabaseError as error:
+                self._file.suspect(error)
                 raise translated(error, self.path) from error
 
     @contextmanager

@@ -26,6 +26,8 @@ KEPT_CORRUPT_FILES = 3
 
 _HEADER = b"SQLite format 3\x00"
 _MARK = b"llamacpp-mqtt-deploy state"
+_SUSPECT = b"damaged"
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SIDE_FILES = ("-wal", "-shm")
 
 log = structlog.get_logger(__name__)
@@ -45,7 +47,7 @@ def translated(error: sqlite3.Error | OSError, path: Path) -> StoreError:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             advice = f"Another program holds {path} (an open sqlite3 shell, a backup): end it"
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            advice = f"{path} is damaged: restart the worker, which moves the file aside and begins a new one"
+            advice = f"{path} is damaged: restart the worker, which then moves the file aside and begins a new one"
         case sqlite3.SQLITE_IOERR:
             advice = f"Reading or writing {path} failed: look for disk errors (dmesg), a quota or a file size limit"
         case _:
@@ -75,13 +77,14 @@ class StateFile:
         """Where a damaged file went when this one was opened."""
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock_fd: int | None = None
+        self._notes = b""
 
     def open(self) -> sqlite3.Connection:
         """Lock, create or check, and migrate the file; raises StoreError, and StoreInUse when another worker has it."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            was_ours = self._lock()
-            connection = self._connect_or_begin_anew(was_ours=was_ours)
+            self._notes = self._lock()
+            connection = self._connect_or_begin_anew()
             self._sign()
         except BaseException as error:
             self.release()
@@ -98,8 +101,13 @@ class StateFile:
 
     # --- the lock ----------------------------------------------------------------------------------------------------
 
-    def _lock(self) -> bool:
-        """Take the lock; True when its file bears our mark, that is, when a worker has used this path before."""
+    def suspect(self, error: sqlite3.Error) -> None:
+        """Note in the lock file that the database showed damage, so that the next start looks at all of it."""
+        if _is_damage(error) and self._lock_fd is not None:
+            self._write_notes(_SUSPECT)
+
+    def _lock(self) -> bytes:
+        """Take the lock; returns what its last holder noted, nothing when no worker has used this path before."""
         fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._lock_fd = fd
         held = os.pread(fd, 200, 0)
@@ -117,23 +125,29 @@ class StateFile:
                 raise
             # Some network file systems have no locks; a worker that starts is worth more than this guard.
             log.warning("store.unlocked", path=str(self._lock_path), reason=error.strerror)
-        return held.startswith(_MARK)
+        return held
 
     def _sign(self) -> None:
         """Write mark and pid into the lock file; only after the file opened, so that a wrong path leaves no mark."""
+        self._write_notes(b"")
+
+    def _write_notes(self, remark: bytes) -> None:
         if self._lock_fd is not None:
-            os.ftruncate(self._lock_fd, 0)
-            os.pwrite(self._lock_fd, _MARK + b"\npid %d\n" % os.getpid(), 0)
+            notes = b"%s\n%s\npid %d\n" % (_MARK, remark, os.getpid())
+            # Written over the old ones before the rest is cut off: that much a full disk allows, and it must not stop us.
+            with contextlib.suppress(OSError):
+                os.pwrite(self._lock_fd, notes, 0)
+                os.ftruncate(self._lock_fd, len(notes))
 
     # --- the file ----------------------------------------------------------------------------------------------------
 
-    def _connect_or_begin_anew(self, *, was_ours: bool) -> sqlite3.Connection:
+    def _connect_or_begin_anew(self) -> sqlite3.Connection:
         try:
             return self._connect()
         except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            if not _is_damage(error):
                 raise
-            if not was_ours and not self._looks_like_ours():
+            if not self._notes.startswith(_MARK) and not self._looks_like_ours():
                 message = (
                     f"{self.path} exists and is not a state file of this program: correct sessions.path, or move the "
                     "file away."
@@ -162,18 +176,18 @@ class StateFile:
         # Created by us first: SQLite would take the umask, and gives its side files the mode of the main one.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        unclean = _size(self.path.with_name(self.path.name + "-wal")) > 0
         connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=128
         )
         try:
-            self._prepare(connection, unclean=unclean)
+            self._prepare(connection)
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _prepare(self, connection: sqlite3.Connection, *, unclean: bool) -> None:
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        killed = _size(self.path.with_name(self.path.name + "-wal")) > 0
         version = _number(connection, "user_version")
         application = _number(connection, "application_id")
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -195,9 +209,11 @@ class StateFile:
         connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         # Forgotten text is overwritten where that costs no further page; a promise against forensics it is not.
         connection.execute("PRAGMA secure_delete = FAST")
-        if unclean:
-            # The last worker was killed: look now, at a start, instead of failing at some request next week.
-            finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        suspected = _SUSPECT in self._notes
+        if killed or suspected:
+            # Look now, at a start, instead of failing at some request next week.
+            check = "integrity_check" if suspected else "quick_check"
+            finding = connection.execute(f"PRAGMA {check}(1)").fetchone()[0]
             if finding != "ok":
                 raise _damaged(str(finding))
         self._migrate(connection, version)
@@ -236,6 +252,10 @@ class StateFile:
 
 def _number(connection: sqlite3.Connection, pragma: str) -> int:
     return int(connection.execute(f"PRAGMA {pragma}").fetchone()[0])
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
 def _damaged(finding: str) -> sqlite3.DatabaseError:

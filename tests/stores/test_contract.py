@@ -1,0 +1,378 @@
+"""What every store promises, over all members of the family."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
+from llamacpp_mqtt_deploy.stores.bounds import PURGE_ROWS, UNDELIVERED_S
+from tests.support.store_cases import MEMBERS, NOW, SESSION, change, entry, key, new_store, talk
+
+OTHER = ("default", "hall")
+
+
+@pytest.fixture(params=MEMBERS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    store = new_store(request.param, tmp_path)
+    store.open()
+    yield store
+    store.close()
+
+
+def purge(store: Store, *, now: float = NOW, **limits: Any) -> dict[str, int]:
+    return dict(store.purge(now=now, **{"remember_s": 600.0, "ttl_s": 86400.0 * 30, "max_sessions": 1000, **limits}))
+
+
+# --- journal ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_accepted_request_is_found_again_as_it_was(store: Store) -> None:
+    plain = entry("plain")
+    full = entry("full", payload=bytes(range(256)), correlation=b"\x00\xff", expires_at=NOW + 1.5, digest="ä")
+    store.accept([plain, full])
+    assert store.find(key("plain")) == plain
+    assert store.find(key("full")) == full
+    assert store.find(key("unknown")) is None
+
+
+def test_the_same_id_under_another_session_or_route_is_another_request(store: Store) -> None:
+    store.accept([entry("r"), entry("r", OTHER), entry("r", ("maze", SESSION[1]))])
+    store.finish(key("r"), b"end", now=NOW)
+    assert [e.key for e in store.unfinished()] == [key("r", OTHER), key("r", ("maze", SESSION[1]))]
+
+
+def test_unfinished_requests_come_in_the_order_in_which_they_were_accepted(store: Store) -> None:
+    store.accept([entry(f"b{n}") for n in range(5)])
+    store.accept([entry("a")])
+    store.mark_streaming(key("b3"))
+    store.finish(key("b1"), b"end", now=NOW)
+    assert [e.key.request_id for e in store.unfinished()] == ["b0", "b2", "b3", "b4", "a"]
+    assert [e.state for e in store.unfinished()] == ["accepted", "accepted", "streaming", "accepted", "accepted"]
+
+
+def test_accepting_an_unfinished_request_again_changes_nothing(store: Store) -> None:
+    store.accept([entry(), entry(digest="other")])
+    store.mark_started(key())
+    store.accept([entry(payload=b"other"), entry("next")])
+    assert store.find(key()) == entry(starts=1)
+    assert [e.key.request_id for e in store.unfinished()] == ["r1", "next"]
+
+
+def test_accepting_an_ended_request_again_begins_anew_at_the_end_of_the_line(store: Store) -> None:
+    store.accept([entry(), entry("next")])
+    store.mark_started(key())
+    store.finish(key(), b"end", now=NOW)
+    again = entry(digest="d2", payload=b"again")
+    store.accept([again])
+    assert store.find(key()) == again
+    assert [e.key.request_id for e in store.unfinished()] == ["next", "r1"]
+    assert store.undelivered() == []
+
+
+def test_accepting_nothing_is_no_error(store: Store) -> None:
+    store.accept([])
+    assert store.unfinished() == []
+
+
+def test_starts_are_counted_until_the_request_ends(store: Store) -> None:
+    store.accept([entry()])
+    assert [store.mark_started(key()) for _ in range(3)] == [1, 2, 3]
+    store.finish(key(), b"end", now=NOW)
+    assert store.mark_started(key()) == 3
+    assert store.mark_started(key("unknown")) == 0
+
+
+def test_streaming_is_marked_once_and_never_on_an_ended_or_unknown_request(store: Store) -> None:
+    store.accept([entry()])
+    store.mark_streaming(key())
+    store.mark_streaming(key())
+    store.mark_streaming(key("unknown"))
+    assert store.find(key()) == entry(state="streaming")
+    store.finish(key(), b"end", now=NOW)
+    store.mark_streaming(key())
+    found = store.find(key())
+    assert found is not None
+    assert found.state == "ended"
+
+
+def test_an_ended_request_keeps_its_terminal_event_and_lets_go_of_its_body(store: Store) -> None:
+    accepted = entry(correlation=b"c", expires_at=NOW + 9)
+    store.accept([accepted])
+    store.finish(key(), b"terminal", now=NOW + 2)
+    assert store.find(key()) == replace(accepted, state="ended", terminal=b"terminal", payload=b"", ended_at=NOW + 2)
+
+
+def test_only_the_first_end_counts(store: Store) -> None:
+    store.accept([entry()])
+    store.finish(key(), b"first", now=NOW, history=change("q", "a"))
+    store.mark_delivered([key()])
+    store.finish(key(), b"second", now=NOW + 1, history=change("x", "y"))
+    found = store.find(key())
+    assert found is not None
+    assert (found.terminal, found.delivered, found.ended_at) == (b"first", True, NOW)
+    assert len(store.history(SESSION)) == 2
+
+
+def test_undelivered_ends_come_in_the_order_in_which_they_ended(store: Store) -> None:
+    store.accept([entry(f"r{n}") for n in range(5)])
+    for name in ("r3", "r0", "r4", "r1"):
+        store.finish(key(name), name.encode(), now=NOW)
+    store.mark_delivered([key("r0"), key("unknown"), key("r2"), key("r0")])
+    assert [e.terminal for e in store.undelivered()] == [b"r3", b"r4", b"r1"]
+    found = store.find(key("r2"))
+    assert found == entry("r2")
+    store.mark_delivered([])
+
+
+# --- histories -------------------------------------------------------------------------------------------------------
+
+
+def test_an_end_and_its_history_come_together_and_in_order(store: Store) -> None:
+    store.accept([entry("1"), entry("2"), entry("3", OTHER)])
+    store.finish(key("1"), b"", now=NOW, history=change("q1", "a1"))
+    store.finish(key("3", OTHER), b"", now=NOW, history=change("qo", "ao", session=OTHER))
+    store.finish(key("2"), b"", now=NOW, history=change("q2", "a2"))
+    assert [m["content"] for m in store.history(SESSION)] == ["q1", "a1", "q2", "a2"]
+    assert [m["content"] for m in store.history(OTHER)] == ["qo", "ao"]
+    assert store.history(("maze", SESSION[1])) == ()
+
+
+def test_a_history_has_the_same_bytes_at_every_turn(store: Store) -> None:
+    odd = {"role": "assistant", "content": None, "tool_calls": [{"type": "f", "id": "1", "a": {"z": 1e-7, "b": 0.1}}]}
+    messages: list[dict[str, Any]] = [
+        {"content": "first \N{SNOWMAN}\x00\u2028", "role": "user", "name": "z"},
+        odd,
+        {"tool_call_id": "1", "role": "tool", "content": ["a", {"y": 1, "x": 2}]},
+    ]
+    store.accept([entry("1"), entry("2")])
+    store.finish(key("1"), b"", now=NOW, history=change(messages=messages))
+    first = orjson.dumps(store.history(SESSION))
+    assert first == orjson.dumps(messages)
+    store.finish(key("2"), b"", now=NOW, history=change("more", "and more"))
+    assert orjson.dumps(store.history(SESSION)).startswith(first[:-1])
+
+
+def test_what_was_given_or_returned_can_be_changed_without_changing_the_history(store: Store) -> None:
+    message: dict[str, Any] = {"role": "user", "content": "as it was"}
+    store.accept([entry()])
+    store.finish(key(), b"", now=NOW, history=HistoryChange(session=SESSION, append=(message,)))
+    message["content"] = "changed"
+    returned: Any = store.history(SESSION)[0]
+    returned["content"] = "changed"
+    assert store.history(SESSION) == ({"role": "user", "content": "as it was"},)
+
+
+def test_a_new_conversation_forgets_what_came_before(store: Store) -> None:
+    store.accept([entry("1"), entry("2"), entry("3")])
+    store.finish(key("1"), b"", now=NOW, history=change("q1", "a1"))
+    store.finish(key("2"), b"", now=NOW, history=change("q2", "a2", new=True))
+    assert [m["content"] for m in store.history(SESSION)] == ["q2", "a2"]
+    store.finish(key("3"), b"", now=NOW, history=change(new=True))
+    assert store.history(SESSION) == ()
+
+
+def test_the_end_of_an_unknown_request_still_changes_its_history(store: Store) -> None:
+    store.finish(key("unknown"), b"", now=NOW, history=change("q", "a"))
+    assert len(store.history(SESSION)) == 2
+    assert store.find(key("unknown")) is None
+    assert store.undelivered() == []
+
+
+def test_a_history_that_cannot_be_written_leaves_the_request_unfinished(store: Store) -> None:
+    store.accept([entry()])
+    with pytest.raises(TypeError):
+        store.finish(key(), b"", now=NOW, history=change("q", messages=[{"role": "assistant", "content": object()}]))
+    assert store.find(key()) == entry()
+    assert store.history(SESSION) == ()
+
+
+def test_reset_and_delete_forget_the_messages_of_one_session(store: Store) -> None:
+    for forget in (store.reset, store.delete):
+        talk(store, SESSION)
+        talk(store, OTHER, text=forget.__name__)
+        forget(SESSION)
+        assert store.history(SESSION) == ()
+        assert store.history(OTHER) != ()
+        forget(("maze", "unknown"))
+        store.accept([entry(forget.__name__)])
+        store.finish(key(forget.__name__), b"", now=NOW, history=change("after", "it"))
+        assert [m["content"] for m in store.history(SESSION)] == ["after", "it"]
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_an_endless_conversation_keeps_its_newest_exchanges_within_its_bound(member: str, tmp_path: Path) -> None:
+    store = new_store(member, tmp_path, max_history_bytes=5000)
+    store.open()
+    try:
+        trimmed = 0
+        before: tuple[Any, ...] = ()
+        for turn in range(60):
+            store.accept([entry(str(turn))])
+            store.finish(key(str(turn)), b"", now=NOW, history=change(f"{turn} " + "q" * 90, f"{turn} " + "a" * 90))
+            history = store.history(SESSION)
+            assert sum(len(orjson.dumps(m)) for m in history) <= 5000
+            assert history[0]["role"] == "user"
+            assert [m["content"].split()[0] for m in history[-2:]] == [str(turn)] * 2
+            trimmed += before[:1] != history[:1]
+            before = history
+        assert len(before) >= 20
+        assert trimmed <= 12  # rarely: each trim makes the engine read the whole history anew
+        store.finish(key("unknown"), b"", now=NOW, history=change("q" * 9000, "a"))
+        assert len(store.history(SESSION)) == 2  # the last exchange stays, whatever its size
+    finally:
+        store.close()
+
+
+# --- purge -----------------------------------------------------------------------------------------------------------
+
+
+def test_delivered_ends_are_remembered_for_a_while_and_undelivered_ones_for_a_day(store: Store) -> None:
+    store.accept([entry("delivered"), entry("lost"), entry("waiting")])
+    store.finish(key("delivered"), b"", now=NOW)
+    store.finish(key("lost"), b"", now=NOW)
+    store.mark_delivered([key("delivered")])
+    assert purge(store, now=NOW + 600) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 601) == {"entries": 1, "sessions": 0}
+    assert store.find(key("delivered")) is None
+    assert purge(store, now=NOW + UNDELIVERED_S) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + UNDELIVERED_S + 1) == {"entries": 1, "sessions": 0}
+    assert [e.key.request_id for e in store.unfinished()] == ["waiting"]
+
+
+def test_sessions_that_nobody_used_are_forgotten(store: Store) -> None:
+    talk(store, SESSION)
+    talk(store, OTHER, at=NOW + 50)
+    assert purge(store, now=NOW + 101, ttl_s=100)["sessions"] == 1
+    assert store.history(SESSION) == ()
+    assert store.history(OTHER) != ()
+
+
+def test_a_request_keeps_its_session_from_being_forgotten(store: Store) -> None:
+    talk(store, SESSION)
+    store.accept([entry("waits", accepted_at=NOW)])
+    assert purge(store, now=NOW + 1000, ttl_s=100, max_sessions=0)["sessions"] == 0
+    store.finish(key("waits"), b"", now=NOW + 1000)
+    assert purge(store, now=NOW + 1200, ttl_s=100)["sessions"] == 1
+
+
+def test_a_new_request_counts_as_use_of_its_session(store: Store) -> None:
+    talk(store, SESSION)
+    store.accept([entry("later", accepted_at=NOW + 90)])
+    store.finish(key("later"), b"", now=NOW + 91)
+    assert purge(store, now=NOW + 150, ttl_s=100)["sessions"] == 0
+
+
+def test_one_client_with_many_sessions_does_not_push_the_others_out(store: Store) -> None:
+    talk(store, ("default", "quiet/only"), at=NOW)
+    for n in range(8):
+        talk(store, ("default", f"greedy/{n}"), at=NOW + 10 + n)
+    for n in range(3):
+        talk(store, ("maze", f"middle/{n}"), at=NOW + 5 + n)
+    assert purge(store, now=NOW + 100, max_sessions=7)["sessions"] == 5
+    left = [s for s in (("default", f"greedy/{n}") for n in range(8)) if store.history(s)]
+    assert left == [("default", f"greedy/{n}") for n in (5, 6, 7)]
+    assert store.history(("default", "quiet/only"))
+    assert all(store.history(("maze", f"middle/{n}")) for n in range(3))
+    assert purge(store, now=NOW + 100, max_sessions=7)["sessions"] == 0
+
+
+def test_the_session_with_a_request_stays_and_the_next_one_goes(store: Store) -> None:
+    for n in range(3):
+        talk(store, ("default", f"greedy/{n}"), at=NOW + n)
+    store.accept([entry("busy", ("default", "greedy/0"), accepted_at=NOW)])
+    assert purge(store, now=NOW + 10, max_sessions=2)["sessions"] == 1
+    assert [bool(store.history(("default", f"greedy/{n}"))) for n in range(3)] == [True, False, True]
+
+
+def test_one_purge_drops_a_bounded_number_of_rows(tmp_path: Path) -> None:
+    for member in ("memory", "sqlite"):
+        store = new_store(member, tmp_path)
+        store.open()
+        names = [f"r{n}" for n in range(PURGE_ROWS + 7)]
+        store.accept([entry(name) for name in names])
+        for name in names:
+            store.finish(key(name), b"", now=NOW, history=change("q", "a", session=("default", name)))
+        store.mark_delivered([key(name) for name in names])
+        limits = {"ttl_s": 1.0, "max_sessions": 3}
+        assert purge(store, now=NOW + 1000, **limits) == {"entries": PURGE_ROWS, "sessions": PURGE_ROWS}
+        assert purge(store, now=NOW + 1000, **limits) == {"entries": 7, "sessions": 7}
+        store.close()
+
+
+def test_a_clock_that_is_set_at_last_does_not_make_everything_look_old(store: Store) -> None:
+    """A board without a battery clock boots in 1970 and jumps by decades when the network comes."""
+    talk(store, SESSION, at=60.0)
+    assert purge(store, now=120.0) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW) == {"entries": 0, "sessions": 0}
+    assert store.history(SESSION)
+    assert purge(store, now=NOW + 601) == {"entries": 1, "sessions": 0}
+
+
+def test_a_clock_that_was_ahead_does_not_keep_things_for_ever(store: Store) -> None:
+    talk(store, SESSION, at=NOW + 10 * 365 * 86400)
+    assert purge(store, now=NOW) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 601, ttl_s=600) == {"entries": 1, "sessions": 1}
+
+
+# --- life ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("member", ["memory", "sqlite"])
+def test_a_closed_store_says_so_and_can_be_opened_again(member: str, tmp_path: Path) -> None:
+    store = new_store(member, tmp_path)
+    store.open()
+    store.open()
+    talk(store, SESSION)
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.accept([entry()])
+    with pytest.raises(StoreError, match="closed"):
+        store.history(SESSION)
+    store.open()
+    assert len(store.history(SESSION)) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("member", ["memory", "sqlite"])
+def test_many_threads_at_once_lose_and_double_nothing(member: str, tmp_path: Path) -> None:
+    store = new_store(member, tmp_path)
+    store.open()
+    failures: list[BaseException] = []
+
+    def live(number: int) -> None:
+        try:
+            session = ("default", f"s{number % 3}")
+            for turn in range(25):
+                name = f"{number}-{turn}"
+                store.accept([entry(name, session)])
+                assert store.mark_started(key(name, session)) == 1
+                store.mark_streaming(key(name, session))
+                history = change(name, name, session=session)
+                store.finish(key(name, session), name.encode(), now=NOW, history=history)
+                assert store.history(session)
+                store.mark_delivered([key(name, session)])
+                purge(store)
+        except BaseException as error:  # noqa: BLE001  brought back to the test's thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=live, args=(n,), name=f"client-{n}") for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    assert store.unfinished() == []
+    assert store.undelivered() == []
+    for n in range(3):
+        contents = [m["content"] for m in store.history(("default", f"s{n}"))]
+        assert contents[::2] == contents[1::2]  # prompt and answer always side by side
+        assert len(set(contents)) == 25 * len([c for c in range(8) if c % 3 == n])
+    store.close()
