@@ -223,7 +223,8 @@ def _to_json(_: Any, __: str, event: Event) -> str:
     try:
         line = orjson.dumps(first | dict(event), default=_text, option=orjson.OPT_NON_STR_KEYS).decode()
     except TypeError:  # half a surrogate pair, an integer over 64 bits, a cycle
-        line = orjson.dumps({str(k): _escape_text(repr(v))[:2000] for k, v in (first | dict(event)).items()}).decode()
+        texts = {str(k): v if isinstance(v, str) else repr(v)[:2000] for k, v in (first | dict(event)).items()}
+        line = orjson.dumps({_escape_text(k): _escape_text(v) for k, v in texts.items()}).decode()
     # Only strings can hold these, and inside a JSON string an escape means the same.
     return _UNSAFE.sub(_escape, line)
 
