@@ -33,8 +33,11 @@ from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
 
 SessionKey = tuple[str, str]
 
+SPARE_PAGES = 256
+"""Free pages (4 KiB each) that stay in the file for what comes next."""
+
 VACUUM_PAGES = 256
-"""Most free pages (4 KiB each) that one `purge` gives back to the disk."""
+"""Most free pages beyond those that one `purge` gives back to the disk."""
 
 _SELECT = (
     "SELECT route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at, state, starts, "
@@ -72,18 +75,7 @@ class SqliteStore:
         with self._lock:
             if self._connection is not None:
                 return
-            connection = self._file.open()
-            try:
-                connection.execute("PRAGMA synchronous = NORMAL")
-                self._order = connection.execute(
-                    "SELECT max(coalesce(max(id), 0), coalesce(max(ended_order), 0)) FROM entries"
-                ).fetchone()[0]
-            except sqlite3.Error as error:
-                connection.close()
-                self._file.release()
-                raise translated(error, self.path) from error
-            self._durable = False
-            self._connection = connection
+            self._connection = self._file.open(self._look)
 
     def close(self) -> None:
         """Fold the log into the file and let go of the lock; idempotent, never raises."""
@@ -179,11 +171,20 @@ class SqliteStore:
             entries = _purge_entries(db, now, remember_s)
         with self._write() as db:
             sessions = _purge_sessions(db, now, ttl_s, max_sessions)
-        if entries or sessions:
-            with self._read() as db:
-                # Each row of the answer is one page given back.
-                db.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+        with self._read() as db:
+            spare = db.execute("PRAGMA freelist_count").fetchone()[0] - SPARE_PAGES
+            if spare > 0:
+                # Gives back one page a step, and `execute` takes a single step of what has no columns.
+                db.executescript(f"PRAGMA incremental_vacuum({min(spare, VACUUM_PAGES)})")
         return {"entries": entries, "sessions": sessions}
+
+    def _look(self, connection: sqlite3.Connection) -> None:
+        row = connection.execute(
+            "SELECT max(coalesce(max(id), 0), coalesce(max(ended_order), 0)) FROM entries"
+        ).fetchone()
+        self._order = int(row[0])
+        connection.execute("PRAGMA synchronous = NORMAL")
+        self._durable = False
 
     # --- under the lock ----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import sqlite3
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -79,12 +80,15 @@ class StateFile:
         self._lock_fd: int | None = None
         self._notes = b""
 
-    def open(self) -> sqlite3.Connection:
-        """Lock, create or check, and migrate the file; raises StoreError, and StoreInUse when another worker has it."""
+    def open(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+        """Lock, create or check, and migrate the file; raises StoreError, and StoreInUse when another worker has it.
+
+        Damage that `first_look` meets counts like damage met here.
+        """
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._notes = self._lock()
-            connection = self._connect_or_begin_anew()
+            connection = self._connect_or_begin_anew(first_look)
             self._sign()
         except BaseException as error:
             self.release()
@@ -141,9 +145,9 @@ class StateFile:
 
     # --- the file ----------------------------------------------------------------------------------------------------
 
-    def _connect_or_begin_anew(self) -> sqlite3.Connection:
+    def _connect_or_begin_anew(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         try:
-            return self._connect()
+            return self._connect(first_look)
         except sqlite3.DatabaseError as error:
             if not _is_damage(error):
                 raise
@@ -162,7 +166,7 @@ class StateFile:
                 lost="all session histories and the requests that were accepted and not yet answered",
                 what_to_do="check the disk; `sqlite3 FILE .recover` may rescue the histories",
             )
-        return self._connect()
+        return self._connect(first_look)
 
     def _looks_like_ours(self) -> bool:
         """A file of zeros is what a power cut leaves on some file systems; else our mark is in the header."""
@@ -172,7 +176,7 @@ class StateFile:
             head.startswith(_HEADER) and head[68:72] == schema.APPLICATION_ID.to_bytes(4, "big")
         )
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         # Created by us first: SQLite would take the umask, and gives its side files the mode of the main one.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -181,6 +185,7 @@ class StateFile:
         )
         try:
             self._prepare(connection)
+            first_look(connection)
         except BaseException:
             connection.close()
             raise
@@ -232,7 +237,10 @@ class StateFile:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-            log.info("store.migrated", path=str(self.path), schema=target)
+        if version == 0:
+            log.info("store.created", path=str(self.path))
+        elif version < len(schema.MIGRATIONS):
+            log.info("store.migrated", path=str(self.path), was=version, schema=len(schema.MIGRATIONS))
 
     def _move_aside(self) -> Path:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")

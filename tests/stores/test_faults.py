@@ -1,0 +1,502 @@
+"""The file store among real faults: kill, full disk, no permission, damage, other programs, other versions, two workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+import pytest
+
+import llamacpp_mqtt_deploy
+from llamacpp_mqtt_deploy.ports import StoreError, StoreInUse
+from llamacpp_mqtt_deploy.stores import schema, statefile
+from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+from tests.support.store_cases import NOW, SESSION, change, entry, key, talk
+
+ROOT = Path(llamacpp_mqtt_deploy.__file__).parents[1]
+
+
+@contextmanager
+def child(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A Python process of our own that runs this code; killed at the end, whatever happened."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PREAMBLE + code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
+_PREAMBLE = """
+import sys
+from pathlib import Path
+import structlog
+from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+from tests.support.store_cases import NOW, change, entry, key
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+store = SqliteStore(Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "state.db"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    mount = shutil.which("mount")
+    directory = tmp_path / "small"
+    directory.mkdir()
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    yield directory
+    # Lazily: a test that failed may have left a file open, and a mount left behind would fail the runs after this one.
+    subprocess.run(["umount", "-l", directory], check=True)
+
+
+def filled(path: Path, sessions: Sequence[tuple[str, str]] = (SESSION,), exchanges: int = 1) -> None:
+    store = SqliteStore(path)
+    store.open()
+    for number in range(exchanges):
+        for session in sessions:
+            talk(store, session, at=NOW + number, text=f"{number} " + "x" * 300)
+    store.close()
+
+
+def fill_up(ballast: Path) -> None:
+    """Take the disk's last byte."""
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def copies(path: Path) -> list[Path]:
+    return sorted(p for p in path.parent.glob(path.name + ".corrupt-*") if not p.name.endswith(("-wal", "-shm")))
+
+
+# --- death -----------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_was_accepted_survives_a_kill_in_the_middle_of_a_burst(path: Path) -> None:
+    burst = """
+store.open()
+n = 0
+while True:
+    names = [f"r{n + i}" for i in range(1 + n % 7)]
+    store.accept([entry(name) for name in names])
+    print(*names, sep="\\n", flush=True)
+    n += len(names)
+"""
+    with child(burst, path) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline().strip() for _ in range(300)]
+        process.kill()
+        told += [line.strip() for line in process.stdout if line.endswith("\n")]
+    store = SqliteStore(path)
+    store.open()
+    kept = [e.key.request_id for e in store.unfinished()]
+    assert told[0] == "r0"
+    assert kept[: len(told)] == told
+    assert len(kept) - len(told) <= 7  # at most the one burst that it had no time to tell
+    store.close()
+
+
+def test_a_kill_never_parts_an_end_from_its_history(path: Path) -> None:
+    work = """
+store.open()
+for n in range(100_000):
+    name = f"r{n}"
+    store.accept([entry(name)])
+    store.mark_started(key(name))
+    store.mark_streaming(key(name))
+    print(name, "streaming", flush=True)
+    store.finish(key(name), name.encode(), now=NOW, history=change(name, "answer to " + name))
+    print(name, "ended", flush=True)
+"""
+    with child(work, path) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline().split() for _ in range(401)]
+        process.kill()
+        told += [line.split() for line in process.stdout if line.endswith("\n")]
+    store = SqliteStore(path)
+    store.open()
+    ended = [e.key.request_id for e in store.undelivered()]
+    assert [m["content"] for m in store.history(SESSION)][::2] == ended
+    assert len(store.history(SESSION)) == 2 * len(ended)
+    assert set(ended) >= {name for name, state in told if state == "ended"}
+    for name in {name for name, state in told if state == "streaming"} - set(ended):
+        found = store.find(key(name))
+        assert found is not None
+        assert (found.state, found.starts) == ("streaming", 1)
+    store.close()
+
+
+# --- full disk, no permission ----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_named_and_the_store_goes_on_when_there_is_room_again(small_disk: Path) -> None:
+    store = SqliteStore(small_disk / "state.db")
+    store.open()
+    talk(store, SESSION)
+    ballast = small_disk / "ballast"
+    fill_up(ballast)
+    accepted: list[str] = []
+
+    def flood() -> None:
+        for n in range(200):
+            store.accept([entry(f"r{n}", payload=bytes(50_000))])
+            accepted.append(f"r{n}")
+
+    with pytest.raises(StoreError, match="full: free some space"):
+        flood()
+    assert store.find(key(f"r{len(accepted)}")) is None  # all of it or nothing
+    assert len(store.history(SESSION)) == 2  # reading still works
+    ballast.unlink()
+    store.accept([entry("later")])
+    store.finish(key("later"), b"end", now=NOW, history=change("q", "a"))
+    store.close()
+    store.open()
+    assert [e.key.request_id for e in store.unfinished()] == accepted
+    assert len(store.history(SESSION)) == 4
+    store.close()
+
+
+def test_a_disk_that_is_full_at_start_is_named(small_disk: Path) -> None:
+    fill_up(small_disk / "ballast")
+    with pytest.raises(StoreError, match="full: free some space"):
+        SqliteStore(small_disk / "state.db").open()
+
+
+def test_a_file_size_limit_ends_in_a_store_error_and_keeps_what_was_accepted(path: Path) -> None:
+    limited = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+store.open()
+try:
+    for n in range(1000):
+        store.accept([entry(f"r{n}", payload=bytes(20_000))])
+        print(f"r{n}", flush=True)
+except StoreError as error:
+    print("StoreError", error, flush=True)
+"""
+    with child(limited, path) as process:
+        assert process.stdout is not None
+        *told, last = process.stdout.read().splitlines()
+    assert last.startswith("StoreError")
+    assert "limit" in last or "full" in last
+    assert told
+    store = SqliteStore(path)
+    store.open()
+    assert [e.key.request_id for e in store.unfinished()] == told
+    store.close()
+
+
+def test_a_read_only_disk_says_which_setting_to_change(small_disk: Path) -> None:
+    filled(small_disk / "state.db")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for place in (small_disk / "state.db", small_disk / "new.db", small_disk / "below" / "state.db"):
+        with pytest.raises(StoreError, match=r"sessions\.path.*StateDirectory="):
+            SqliteStore(place).open()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_write_permission_says_which_setting_to_change(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(StoreError, match=r"sessions\.path"):
+            SqliteStore(tmp_path / "state.db").open()
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_path_that_cannot_be_a_file_says_which_setting_to_change(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("x")
+    for wrong in (tmp_path / "plain" / "state.db", tmp_path):
+        with pytest.raises(StoreError, match=r"sessions\.path"):
+            SqliteStore(wrong).open()
+
+
+def test_state_is_private_to_its_user(path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        store = SqliteStore(path)
+        store.open()
+        talk(store, SESSION)
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in path.parent.iterdir()}
+        assert modes == dict.fromkeys(("state.db", "state.db-wal", "state.db-shm", "state.db.lock"), 0o600)
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        store.close()
+    finally:
+        os.umask(before)
+    assert {p.name for p in path.parent.iterdir()} == {"state.db", "state.db.lock"}
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(8192))
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(b"\x01\x02noise" * 4000)
+
+
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2 // 4096 * 4096)
+
+
+@pytest.mark.parametrize("damage", [zeros, noise, half])
+def test_a_damaged_file_is_kept_aside_and_the_worker_begins_anew(path: Path, damage: Callable[[Path], None]) -> None:
+    filled(path, exchanges=30)
+    damage(path)
+    (path.parent / "state.db-wal").write_bytes(b"left by a kill")
+    before = path.read_bytes()
+    store = SqliteStore(path)
+    store.open()
+    assert store.moved_aside is not None
+    assert store.moved_aside.read_bytes() == before
+    assert copies(path) == [store.moved_aside]
+    assert store.history(SESSION) == ()
+    talk(store, SESSION)
+    store.close()
+    store.open()
+    assert len(store.history(SESSION)) == 2
+    store.close()
+
+
+def test_damage_met_at_work_is_an_error_and_the_next_start_begins_anew(path: Path) -> None:
+    sessions = [("default", f"s{n}") for n in range(20)]
+    filled(path, sessions, exchanges=10)
+    db = sqlite3.connect(path)
+    page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'messages'").fetchone()[0]
+    db.close()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    store = SqliteStore(path)
+    store.open()  # a clean end leaves no reason to read all of it at every start
+
+    def work() -> None:
+        for session in sessions:
+            store.history(session)
+            talk(store, session, at=NOW + 1000)
+
+    with pytest.raises(StoreError, match="damaged: restart the worker"):
+        work()
+    store.close()
+    store.open()
+    assert store.moved_aside is not None
+    assert store.moved_aside.exists()
+    talk(store, SESSION)
+    store.close()
+
+
+def test_a_disk_that_damages_the_file_again_and_again_is_not_filled_with_copies(path: Path) -> None:
+    filled(path)
+    seen = []
+    for _ in range(statefile.KEPT_CORRUPT_FILES + 3):
+        noise(path)
+        store = SqliteStore(path)
+        store.open()
+        assert store.moved_aside is not None
+        seen.append(store.moved_aside)
+        store.close()
+    assert copies(path) == seen[-statefile.KEPT_CORRUPT_FILES :]
+
+
+def test_a_file_that_never_was_ours_is_left_alone(tmp_path: Path) -> None:
+    wrong = tmp_path / "notes.txt"
+    wrong.write_text("[mqtt]\nhost = 'localhost'\n" * 100)
+    before = wrong.read_bytes()
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"not a state file.*sessions\.path"):
+            SqliteStore(wrong).open()
+        assert wrong.read_bytes() == before
+        assert copies(wrong) == []
+
+
+def test_the_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    wrong = tmp_path / "home-assistant.db"
+    other = sqlite3.connect(wrong)
+    other.execute("CREATE TABLE states (a)")
+    other.commit()
+    other.close()
+    before = wrong.read_bytes()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="another program"):
+            SqliteStore(wrong).open()
+        assert wrong.read_bytes() == before
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_of_a_newer_version_is_left_alone(path: Path) -> None:
+    filled(path)
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"newer version.*schema 99"):
+        SqliteStore(path).open()
+    assert path.read_bytes() == before
+
+
+def test_an_older_file_is_migrated_with_all_it_knows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(path)
+    added = ("ALTER TABLE sessions ADD COLUMN title TEXT", "UPDATE sessions SET title = 'old ' || session")
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, added))
+    store = SqliteStore(path)
+    store.open()
+    assert len(store.history(SESSION)) == 2
+    store.close()
+    db = sqlite3.connect(path)
+    assert db.execute("PRAGMA user_version").fetchone()[0] == len(schema.MIGRATIONS)
+    assert db.execute("SELECT title FROM sessions").fetchall() == [(f"old {SESSION[1]}",)]
+    db.close()
+
+
+def test_a_migration_that_fails_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(path)
+    broken = ("ALTER TABLE sessions ADD COLUMN title TEXT", "UPDATE nonsense SET a = 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, broken))
+        with pytest.raises(StoreError, match="nonsense"):
+            SqliteStore(path).open()
+    store = SqliteStore(path)
+    store.open()
+    assert len(store.history(SESSION)) == 2
+    store.close()
+
+
+# --- company ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_worker_on_the_same_file_is_told_who_has_it(path: Path) -> None:
+    hold = """
+store.open()
+print("open", flush=True)
+import threading; threading.Event().wait()
+"""
+    with child(hold, path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        second = SqliteStore(path)
+        with pytest.raises(StoreInUse, match=f"Another worker, pid {process.pid}, uses"):
+            second.open()
+        process.kill()
+        process.wait()
+        second.open()  # a kill leaves no lock behind
+        second.close()
+
+
+def test_two_stores_of_one_process_do_not_share_a_file_either(path: Path) -> None:
+    first = SqliteStore(path)
+    first.open()
+    with pytest.raises(StoreInUse, match=f"pid {os.getpid()}"):
+        SqliteStore(path).open()
+    first.close()
+
+
+def test_a_shell_that_holds_the_file_is_named_and_may_read_while_we_work(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statefile, "BUSY_TIMEOUT_S", 0.05)
+    store = SqliteStore(path)
+    store.open()
+    talk(store, SESSION)
+    shell = sqlite3.connect(path, isolation_level=None)
+    shell.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="Another program holds"):
+        store.accept([entry()])
+    shell.execute("ROLLBACK")
+    shell.execute("BEGIN")
+    assert shell.execute("SELECT count(*) FROM messages").fetchone() == (2,)
+    store.accept([entry()])
+    shell.close()
+    assert store.find(key()) == entry()
+    store.close()
+
+
+# --- size ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_shrinks_again_after_a_flood(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    names = [f"r{n}" for n in range(300)]
+    store.accept([entry(name) for name in names])
+    for name in names:
+        store.finish(key(name), bytes(20_000), now=NOW)
+    store.mark_delivered([key(name) for name in names])
+    for _ in range(10):
+        store.purge(now=NOW + 1000, remember_s=600, ttl_s=1e9, max_sessions=1000)
+        store.accept([entry("last")])
+        store.finish(key("last"), b"", now=NOW)
+        store.mark_delivered([key("last")])
+    wal = path.with_name(path.name + "-wal").stat().st_size
+    assert wal <= statefile.WAL_LIMIT_BYTES + 1024 * 1024
+    store.close()
+    assert path.stat().st_size < 2_000_000
+
+
+def test_what_a_person_asked_to_forget_is_not_in_the_file_any_more(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    talk(store, ("default", "other"), text="keep this sentence")
+    talk(store, SESSION, text="my password is swordfish")
+    store.delete(SESSION)
+    store.close()
+    content = path.read_bytes()
+    assert b"keep this sentence" in content
+    assert b"swordfish" not in content
+
+
+def test_marking_a_large_request_as_streaming_does_not_write_it_again(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    store.accept([entry(payload=bytes(1_000_000))])
+    wal = path.with_name(path.name + "-wal")
+    before = wal.stat().st_size
+    store.mark_started(key())
+    store.mark_streaming(key())
+    assert wal.stat().st_size - before < 50_000
+    found = store.find(key())
+    assert found is not None
+    assert len(found.payload) == 1_000_000
+    store.close()
+
+
+def test_the_stored_history_is_plain_json_for_an_operator_with_a_shell(path: Path) -> None:
+    filled(path)
+    db = sqlite3.connect(path)
+    rows = db.execute("SELECT CAST(message AS TEXT) FROM messages ORDER BY id").fetchall()
+    db.close()
+    assert [orjson.loads(row[0])["role"] for row in rows] == ["user", "assistant"]
