@@ -93,7 +93,7 @@ def _joined(path: list[int | str]) -> str:
 def _words(kind: str, message: str, context: Mapping[str, Any]) -> str:
     match kind:
         case "missing":
-            return "required"
+            return "a value; it is missing"
         case "string_type":
             return "a string"
         case "string_too_short" | "too_short":
