@@ -9,7 +9,6 @@ from typing import Any
 import orjson
 import structlog
 
-from llamacpp_mqtt_deploy.answers import Answer
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
 from llamacpp_mqtt_deploy.core.history import fit, pending_tool_calls
@@ -32,8 +31,8 @@ class Composer:
         self._store = store
         self._policies = policies
 
-    def compose(self, job: Job, answer: Answer) -> EngineCall:
-        """The engine's call; what was left out of the history goes into `answer`. Raises a RequestError."""
+    def compose(self, job: Job) -> EngineCall:
+        """The engine's call; what was left out of the history is noted in the answer. Raises a RequestError."""
         request, settings = job.request, self._policies().settings
         policy = self._policies().routes[job.key.route]
         if request.has_images and not self._engine.info().vision:
@@ -55,11 +54,14 @@ class Composer:
             ),
             chunk_timeout_s=settings.engine.chunk_timeout_s,
         )
+        job.answer.warnings = tuple(
+            f"the engine does not know {name}; it was left out" for name in self._engine.unsupported_fields(call)
+        )
         if request.mode == "messages":
             return call
-        return self._with_history(job, call, policy, answer)
+        return self._with_history(job, call, policy)
 
-    def _with_history(self, job: Job, call: EngineCall, policy: RoutePolicy, answer: Answer) -> EngineCall:
+    def _with_history(self, job: Job, call: EngineCall, policy: RoutePolicy) -> EngineCall:
         history = self._history(job)
         newest = newest_messages(job)
         if job.request.mode == "tool_results":
@@ -73,7 +75,7 @@ class Composer:
             count=lambda messages: self._engine.count_tokens(replace(call, messages=messages), stop=job.stop),
             extra_bytes=len(orjson.dumps(call.tools)) if call.tools else 0,
         )
-        answer.dropped_messages = fitted.dropped_messages
+        job.answer.dropped_messages = fitted.dropped_messages
         return replace(call, messages=fitted.messages)
 
     def _history(self, job: Job) -> Sequence[Message]:

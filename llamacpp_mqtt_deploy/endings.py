@@ -8,11 +8,10 @@ from typing import Any
 
 import structlog
 
-from llamacpp_mqtt_deploy.answers import Answer, done_fields, usage_fields
+from llamacpp_mqtt_deploy.answers import done_fields, usage_fields
 from llamacpp_mqtt_deploy.core.deltas import FinishReason, Message
 from llamacpp_mqtt_deploy.core.errors import (
     EngineLost,
-    IdleTimeout,
     Internal,
     Interrupted,
     RequestError,
@@ -20,8 +19,9 @@ from llamacpp_mqtt_deploy.core.errors import (
     TimedOut,
 )
 from llamacpp_mqtt_deploy.core.history import exchange_of
+from llamacpp_mqtt_deploy.deliveries import Deliveries
 from llamacpp_mqtt_deploy.jobs import Job, JobBook
-from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Store, StoreError
+from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
 from llamacpp_mqtt_deploy.stopping import StopReason
 from llamacpp_mqtt_deploy.tally import Tally
 
@@ -37,21 +37,22 @@ class Endings:
         store: Store,
         book: JobBook,
         tally: Tally,
-        delivered: Callable[[EntryKey], None],
+        deliveries: Deliveries,
         log_content: Callable[[], bool],
     ) -> None:
         self._store = store
         self._book = book
         self._tally = tally
-        self._delivered = delivered
+        self._deliveries = deliveries
         self._log_content = log_content
 
-    def done(self, job: Job, answer: Answer, finish_reason: FinishReason, *, content: str | None = None) -> None:
+    def done(self, job: Job, finish_reason: FinishReason, *, content: str | None = None) -> None:
         """End with `done`. `content` is what was published, where that is less than the answer (cancelled while paced)."""
         if not self._book.claim_end(job):
             return
+        answer = job.answer
         told = answer.text() if content is None else content
-        timings = self._timings(job, answer)
+        timings = _timings(job)
         if finish_reason == "cancelled" and job.stop.at is not None:
             timings["cancel_ms"] = _ms(time.monotonic() - job.stop.at)
         fields = done_fields(
@@ -64,37 +65,38 @@ class Endings:
             warnings=(*job.request.warnings, *answer.warnings),
         )
         terminal = job.responder.done(fields)
-        self._end(job, answer, terminal, self._history(job, answer, told, finish_reason), outcome=finish_reason)
+        self._end(job, terminal, self._history(job, told, finish_reason), outcome=finish_reason)
 
-    def failed(self, job: Job, error: RequestError, answer: Answer | None = None) -> None:
+    def failed(self, job: Job, error: RequestError) -> None:
         """End with `error`; what was told already comes along as `partial_content`."""
         if not self._book.claim_end(job):
             return
+        answer = job.answer
         details: dict[str, Any] = dict(error.details)
-        if answer is not None and answer.begun and job.request.full_content:
+        if answer.begun and job.request.full_content:
             details["partial_content"] = answer.text()
-        if answer is not None and (answer.begun or answer.progress is not None):
+        if answer.begun or answer.progress is not None:
             details["usage"] = usage_fields(answer.usage())
         if job.request.metadata is not None:
             details["metadata"] = job.request.metadata
         terminal = job.responder.error(
             code=error.code, message=error.message, retryable=error.retryable, details=details
         )
-        self._end(job, answer or Answer(), terminal, None, outcome=error.code, error=error)
+        self._end(job, terminal, None, outcome=error.code, error=error)
 
-    def stopped(self, job: Job, answer: Answer, *, content: str | None = None) -> None:
+    def stopped(self, job: Job, *, content: str | None = None) -> None:
         """End a job whose stop signal was set, for the reason that it carries."""
         if job.stop.reason == "cancelled":
-            self.done(job, answer, "cancelled", content=content)
+            self.done(job, "cancelled", content=content)
         else:
-            self.failed(job, stop_error(job.stop.reason, job), answer)
+            self.failed(job, stop_error(job.stop.reason, job))
 
-    def _history(self, job: Job, answer: Answer, told: str, finish_reason: FinishReason) -> HistoryChange | None:
+    def _history(self, job: Job, told: str, finish_reason: FinishReason) -> HistoryChange | None:
         """Prompt and answer together, or nothing: two user messages in a row break many chat templates."""
         request = job.request
         if request.mode == "messages" or job.forgotten:
             return None
-        append = exchange_of(newest_messages(job), answer.message(told), cancelled=finish_reason == "cancelled")
+        append = exchange_of(newest_messages(job), job.answer.message(told), cancelled=finish_reason == "cancelled")
         if not append:
             return None
         return HistoryChange(
@@ -106,7 +108,6 @@ class Endings:
     def _end(
         self,
         job: Job,
-        answer: Answer,
         terminal: bytes,
         history: HistoryChange | None,
         *,
@@ -120,30 +121,18 @@ class Endings:
         except StoreError as problem:
             # The client still gets its answer; what is lost is the memory of it.
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
-        job.responder.deliver(terminal, lambda ok: self._delivered(job.key) if ok else None)
+        self._deliveries.send(job.key, job.responder.topic, terminal, job.entry.correlation)
         self._book.leave(job)
-        self._record(job, answer, outcome, error)
+        self._record(job, outcome, error)
 
-    def _timings(self, job: Job, answer: Answer) -> dict[str, Any]:
-        now = time.monotonic()
-        started_at = job.started_at if job.started_at is not None else now
-        first_at = job.responder.first_chunk_at or answer.first_at
-        return {
-            "queue_ms": _ms(started_at - job.received_at),
-            "first_token_ms": _ms(first_at - job.received_at) if first_at is not None else None,
-            "total_ms": _ms(now - job.received_at),
-            "tokens_per_second": answer.tokens_per_second(),
-        }
-
-    def _record(self, job: Job, answer: Answer, outcome: str, error: RequestError | None) -> None:
+    def _record(self, job: Job, outcome: str, error: RequestError | None) -> None:
         """The one line of the log for each request, and its counts."""
-        usage, timings = answer.usage(), self._timings(job, answer)
+        answer = job.answer
+        usage, timings = answer.usage(), _timings(job)
         self._tally.ended(
             outcome,
             error=error is not None,
-            tokens=usage.completion_tokens,
-            tokens_per_second=answer.tokens_per_second(),
-            first_token_ms=timings["first_token_ms"],
+            usage=usage,
         )
         fields: dict[str, Any] = {
             "route": job.key.route,
@@ -183,24 +172,29 @@ def stop_error(reason: StopReason | None, job: Job) -> RequestError:
             waited = "" if job.started_at is not None else " while it waited for a slot"
             limit_s = job.deadline - job.received_at
             return TimedOut(f"the limit of {limit_s:.3g} s for this request passed{waited}")
-        case "idle_timeout":
-            return IdleTimeout("the engine gave no token and no progress for too long")
         case "shutting_down":
             return ShuttingDown("the worker is stopping; send the request again in a moment")
         case "outbox_full":
             return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
-        case _:
+        case "cancelled" | None:
             return Internal("the request was stopped without a reason")
-
-
-def interrupted() -> RequestError:
-    """For a request that a worker left behind in the middle of its answer."""
-    return Interrupted("the worker died in the middle of this answer; send a new request to run it again")
 
 
 def often_lost(starts: int) -> RequestError:
     """For a request that took the engine or the worker down each time."""
     return EngineLost(f"the engine or the worker went away {starts} times before the first token of this request")
+
+
+def _timings(job: Job) -> dict[str, Any]:
+    now = time.monotonic()
+    started_at = job.started_at if job.started_at is not None else now
+    first_at = job.responder.first_chunk_at or job.answer.first_at
+    return {
+        "queue_ms": _ms(started_at - job.received_at),
+        "first_token_ms": _ms(first_at - job.received_at) if first_at is not None else None,
+        "total_ms": _ms(now - job.received_at),
+        "tokens_per_second": job.answer.tokens_per_second(),
+    }
 
 
 def _ms(seconds: float) -> float:

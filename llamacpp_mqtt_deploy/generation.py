@@ -9,7 +9,6 @@ from typing import Any
 
 import structlog
 
-from llamacpp_mqtt_deploy.answers import Answer
 from llamacpp_mqtt_deploy.composing import Composer
 from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened, Progress, Reasoning, Text, ToolCall
@@ -55,28 +54,26 @@ class Generation:
 
     def run(self, job: Job) -> None:
         """Run the job to its terminal event, or to the point where it is paced without us."""
-        answer = Answer()
         try:
             job.stop.raise_if_set()
-            call = self._composer.compose(job, answer)
-            finished = self._generate(job, call, answer)
-            if self._is_paced(job, answer):
-                self._pace(job, answer, finished)
+            call = self._composer.compose(job)
+            finished = self._generate(job, call)
+            if self._is_paced(job):
+                self._pace(job, finished)
             else:
-                self._book.release_slot(job)
-                self._endings.done(job, answer, finished.finish_reason)
+                self._book.release_slot(job)  # before the last commit: the next job need not wait for the disk
+                self._endings.done(job, finished.finish_reason)
         except Stopped:
-            self._book.release_slot(job)
-            self._endings.stopped(job, answer)
+            self._endings.stopped(job)
         except RequestError as error:
-            self._book.release_slot(job)
-            self._endings.failed(job, error, answer)
-        except Exception as error:
+            self._endings.failed(job, error)
+        except Exception:
             log.exception("generation.failed", request_id=job.key.request_id)
-            self._endings.failed(job, Internal("the worker failed on this request; its log says why"), answer)
-            del error
+            self._endings.failed(job, Internal("the worker failed on this request; its log says why"))
+        finally:
+            self._book.release_slot(job)
 
-    def _generate(self, job: Job, call: EngineCall, answer: Answer) -> Finished:
+    def _generate(self, job: Job, call: EngineCall) -> Finished:
         """Start the engine, again when it is lost before the first chunk (protocol, section 5)."""
         max_starts = self._policies().settings.limits.max_starts
         while True:
@@ -85,9 +82,9 @@ class Generation:
                 raise often_lost(job.starts - 1)
             try:
                 with contextlib.closing(self._deltas(job, call)) as deltas:
-                    return self._forward(job, deltas, answer)
+                    return self._forward(job, deltas)
             except EngineLost:
-                if answer.begun or job.starts >= max_starts:
+                if job.answer.begun or job.starts >= max_starts:
                     raise
                 log.warning("engine.lost", request_id=job.key.request_id, starts=job.starts)
                 self._waits(job, "engine_restarting")
@@ -97,9 +94,9 @@ class Generation:
     def _deltas(self, job: Job, call: EngineCall) -> Any:
         return self._engine.stream(call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason))
 
-    def _forward(self, job: Job, deltas: Iterator[Delta], answer: Answer) -> Finished:
+    def _forward(self, job: Job, deltas: Iterator[Delta]) -> Finished:
         """Pass on what the engine says; a token's way is the first branch."""
-        responder, silent = job.responder, job.responder.silent
+        responder, answer, silent = job.responder, job.answer, job.responder.silent
         live = not silent and self._policies().routes[job.key.route].mode == "native"
         sentences = SentenceCutter() if job.request.stream == "sentence" else None
         marked = not live
@@ -141,7 +138,7 @@ class Generation:
                 answer.model = delta.model
                 live = live and delta.streams
                 marked = not live
-                self._tell_start(job, answer)
+                self._tell_start(job)
             elif type(delta) is Finished:
                 if sentences is not None and live:
                     for sentence in sentences.flush():
@@ -150,29 +147,28 @@ class Generation:
                 return delta
         raise EngineLost("the engine ended the answer without saying that it was complete")
 
-    def _tell_start(self, job: Job, answer: Answer) -> None:
+    def _tell_start(self, job: Job) -> None:
         fields: dict[str, Any] = {
-            "model": answer.model or job.request.model or "",
+            "model": job.answer.model or job.request.model or "",
             "worker": self._worker_id,
             "created": int(time.time()),
         }
-        warnings = [*job.request.warnings, *answer.warnings]
+        warnings = [*job.request.warnings, *job.answer.warnings]
         if warnings:
             fields["warnings"] = warnings
         if job.request.metadata is not None:
             fields["metadata"] = job.request.metadata
         job.responder.start(fields)
 
-    def _is_paced(self, job: Job, answer: Answer) -> bool:
+    def _is_paced(self, job: Job) -> bool:
         """A whole answer that the client still has to see piece by piece."""
-        return not job.responder.silent and job.responder.chunks == 0 and answer.begun
+        return not job.responder.silent and job.responder.chunks == 0 and job.answer.begun
 
-    def _pace(self, job: Job, answer: Answer, finished: Finished) -> None:
+    def _pace(self, job: Job, finished: Finished) -> None:
         streaming = self._policies().settings.streaming
         self._book.release_slot(job, pacing=True)
         Pacing(
             job=job,
-            answer=answer,
             finish_reason=finished.finish_reason,
             endings=self._endings,
             timers=self._timers,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llamacpp_mqtt_deploy.answers import Answer
 from llamacpp_mqtt_deploy.core.admission import LANES, RateLimiter, Ticket, WaitingLine
 from llamacpp_mqtt_deploy.core.errors import ShuttingDown
 from llamacpp_mqtt_deploy.core.requests import Generate
@@ -41,6 +42,7 @@ class Job:
     received_at: float
     deadline: float
     stop: StopSignal = field(default_factory=StopSignal)
+    answer: Answer = field(default_factory=Answer)
     phase: JobPhase = "queued"
     wait_reason: str = "waiting"
     position: int = 0
@@ -55,6 +57,17 @@ class Job:
     @property
     def lane(self) -> int:
         return LANES.index(self.request.priority)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How full the worker is."""
+
+    slots: int
+    busy: int
+    queued: int
+    lanes: Mapping[str, int]
+    draining: bool
 
 
 class JobBook:
@@ -72,7 +85,7 @@ class JobBook:
         self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
         self._early: OrderedDict[EntryKey, float] = OrderedDict()
         self._slots = slots
-        self._running = 0
+        self._held: set[Job] = set()
         self._pausing = False
         self._draining = False
         self._closed = False
@@ -143,7 +156,7 @@ class JobBook:
             return job
 
     def _take_now(self) -> Job | None:
-        if self._closed or self._pausing or self._running >= self._slots:
+        if self._closed or self._pausing or len(self._held) >= self._slots:
             return None
         ticket = self._line.next(time.monotonic())
         if ticket is None:
@@ -151,7 +164,7 @@ class JobBook:
         job = self._jobs[ticket.key]  # type: ignore[index]  # our own keys
         job.phase = "running"
         job.started_at = job.activity_at = time.monotonic()
-        self._running += 1
+        self._held.add(job)
         return job
 
     def must_wait(self, job: Job) -> bool:
@@ -159,16 +172,17 @@ class JobBook:
         with self._condition:
             if job.phase != "queued":
                 return False
-            free = 0 if self._pausing else self._slots - self._running
+            free = 0 if self._pausing else self._slots - len(self._held)
             return job.key not in self._line.front(free, time.monotonic())
 
     def release_slot(self, job: Job, *, pacing: bool = False) -> None:
         """The engine is done with this job; the next one may have its slot."""
         with self._condition:
-            if job.phase != "running":
+            if job not in self._held:
                 return
-            self._running -= 1
-            job.phase = "pacing" if pacing else "ending"
+            self._held.discard(job)
+            if job.phase == "running":
+                job.phase = "pacing" if pacing else "ending"
             if job.started_at is not None:
                 self._mean_run_s += 0.2 * (time.monotonic() - job.started_at - self._mean_run_s)
             self._condition.notify()
@@ -185,10 +199,11 @@ class JobBook:
             return True
 
     def leave(self, job: Job) -> None:
-        """The terminal event is stored: the job is gone, and its session's next prompt may go."""
+        """The terminal event is stored: the job is gone, and its session's next prompt may go.
+
+        Its slot stays taken until `release_slot`: an engine that does not let go of a request has no room for another.
+        """
         with self._condition:
-            if job.phase == "running":
-                self._running -= 1
             job.phase = "ended"
             self._line.remove(job.key)
             if self._jobs.get(job.key) is job:
@@ -210,6 +225,11 @@ class JobBook:
         with self._condition:
             return list(self._jobs.values())
 
+    def all_held_slots(self) -> list[Job]:
+        """Jobs in a worker's hands, also those that were ended over its head because the engine did not let go."""
+        with self._condition:
+            return list(self._held)
+
     def of_session(self, session: tuple[str, str]) -> list[Job]:
         """Jobs whose replies go to this session (route, session path), stateless ones included, oldest first."""
         with self._condition:
@@ -219,16 +239,16 @@ class JobBook:
         with self._condition:
             return dict(self._line.positions(time.monotonic()))  # type: ignore[arg-type]  # our own keys
 
-    def load(self) -> dict[str, object]:
+    def load(self) -> Load:
         """Slots and queue for health and status."""
         with self._condition:
-            return {
-                "slots": self._slots,
-                "slots_busy": self._running,
-                "queue": len(self._line),
-                "queue_by_lane": dict(self._line.by_lane()),
-                "draining": self._draining,
-            }
+            return Load(
+                slots=self._slots,
+                busy=len(self._held),
+                queued=len(self._line),
+                lanes=self._line.by_lane(),
+                draining=self._draining,
+            )
 
     def __len__(self) -> int:
         with self._condition:

@@ -6,7 +6,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Loaded:
     origins: Mapping[str, str]
     file: Path | None
     warnings: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """The flags, to load the same configuration again."""
 
 
 def load(
@@ -87,6 +89,7 @@ def load(
         origins=everywhere | {key: origin for key, origin in origins.items() if key in everywhere},
         file=file,
         warnings=tuple(consistency.warnings(settings)) + tuple(_secrets_in(file, origins)),
+        overrides=dict(overrides or {}),
     )
 
 

@@ -23,7 +23,6 @@ class Pacing:
         self,
         *,
         job: Job,
-        answer: Answer,
         finish_reason: FinishReason,
         endings: Endings,
         timers: Timers,
@@ -32,22 +31,21 @@ class Pacing:
         interval_s: float,
     ) -> None:
         self._job = job
-        self._answer = answer
         self._finish_reason = finish_reason
         self._endings = endings
         self._timers = timers
         self._before_first = before_first
         self._interval_s = interval_s
-        self._pieces = _cut(answer, chunk_chars, by_sentence=job.request.stream == "sentence")
+        self._pieces = _cut(job.answer, chunk_chars, by_sentence=job.request.stream == "sentence")
         self._due: list[tuple[TextKind, str]] = []
         self._begun = False
 
     def start(self) -> None:
-        self._job.stop.on_stop(lambda: self._timers.soon(self._stopped) and None)
+        self._job.stop.on_stop(lambda: self._timers.soon(self._stopped))
         self._timers.soon(self._step)
 
     def _stopped(self) -> None:
-        self._endings.stopped(self._job, self._answer, content=self._job.responder.content_published())
+        self._endings.stopped(self._job, content=self._job.responder.content_published())
 
     def _step(self) -> None:
         job = self._job
@@ -64,17 +62,14 @@ class Pacing:
         if piece is not None:
             self._timers.after(self._interval_s, self._step)
             return
-        calls = self._answer.tool_calls()
+        calls = job.answer.tool_calls()
         if calls:
             if not self._begun:
                 self._before_first(job)
             job.responder.tool_calls(
-                [
-                    {"index": index, "id": call["id"], **call["function"]}
-                    for index, call in enumerate(calls)
-                ]
+                [{"index": index, "id": call["id"], **call["function"]} for index, call in enumerate(calls)]
             )
-        self._endings.done(job, self._answer, self._finish_reason)
+        self._endings.done(job, self._finish_reason)
 
     def _publish(self) -> None:
         kind, text = self._due[0]

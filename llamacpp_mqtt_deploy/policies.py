@@ -27,7 +27,6 @@ class RoutePolicy:
     thinking_budget: int | None
     tools: tuple[Mapping[str, Any], ...]
     model: str | None
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +37,18 @@ class Policies:
     routes: Mapping[str, RoutePolicy]
 
     @classmethod
-    def of(cls, settings: Settings) -> Policies:
+    def of(cls, settings: Settings, *, engine_models: tuple[str, ...] = ()) -> Policies:
+        """`engine_models` are the names that the engine gives itself; requests may use them as well."""
         names = [DEFAULT_ROUTE, *(name for name in settings.routes if name != DEFAULT_ROUTE)]
-        return cls(settings, {name: _route(settings, name, settings.routes.get(name, _PLAIN_ROUTE)) for name in names})
+        return cls(
+            settings,
+            {name: _route(settings, name, settings.routes.get(name, _PLAIN_ROUTE), engine_models) for name in names},
+        )
 
 
 def topic_map(settings: Settings) -> TopicMap:
     """The topics of this configuration; raises ValueError with a sentence for each fault."""
-    return TopicMap(
-        root=settings.mqtt.root, worker_id=settings.mqtt.worker_id, routes=tuple(_topics(settings))
-    )
+    return TopicMap(root=settings.mqtt.root, worker_id=settings.mqtt.worker_id, routes=tuple(_topics(settings)))
 
 
 def _topics(settings: Settings) -> list[RouteTopics]:
@@ -64,7 +65,7 @@ def _topics(settings: Settings) -> list[RouteTopics]:
     ]
 
 
-def _route(settings: Settings, name: str, route: RouteSettings) -> RoutePolicy:
+def _route(settings: Settings, name: str, route: RouteSettings, engine_models: tuple[str, ...]) -> RoutePolicy:
     limits, generation, engine = settings.limits, settings.generation, settings.engine
     sampling: dict[str, Any] = {}
     for field in SAMPLING_FIELDS:
@@ -73,7 +74,7 @@ def _route(settings: Settings, name: str, route: RouteSettings) -> RoutePolicy:
             # A route inherits its class defaults from nobody: only what was written counts.
             if value is not None and (level is generation or field in route.model_fields_set):
                 sampling[field] = list(value) if isinstance(value, tuple) else value
-    models = tuple(dict.fromkeys(m for m in (engine.model, *engine.models, route.model) if m))
+    models = tuple(dict.fromkeys(m for m in (engine.model, *engine.models, route.model, *engine_models) if m))
     timeout_s = route.timeout_s or generation.timeout_s
     return RoutePolicy(
         name=name,
@@ -81,12 +82,14 @@ def _route(settings: Settings, name: str, route: RouteSettings) -> RoutePolicy:
             max_request_bytes=limits.max_request_bytes,
             max_tokens=limits.max_tokens,
             max_timeout_s=limits.max_timeout_s,
+            default_timeout_s=min(timeout_s, limits.max_timeout_s),
             fields=dict(route.fields),
             allow_system_prompt=route.allow_system_prompt,
             allow_messages=route.allow_messages,
             allow_tools=route.allow_tools,
             trust_payload_session=route.trust_payload_session,
-            models=models,
+            models=models or None,
+            tool_names=tuple(tool["function"]["name"] for tool in route.tools),
             default_priority=route.default_priority,
             max_priority=route.max_priority,
         ),
@@ -97,5 +100,4 @@ def _route(settings: Settings, name: str, route: RouteSettings) -> RoutePolicy:
         thinking_budget=route.thinking_budget if route.thinking_budget is not None else generation.thinking_budget,
         tools=route.tools,
         model=route.model or engine.model,
-        timeout_s=min(timeout_s, limits.max_timeout_s),
     )

@@ -62,6 +62,9 @@ class Engine(Protocol):
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
         """Tokens of the prompt as the template renders it; None when this engine cannot tell."""
 
+    def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
+        """Names of the call's fields that this engine leaves out; told to the client as warnings."""
+
     def restart(self) -> bool:
         """Restart the engine (admin `restart_engine`); False when this kind cannot."""
 

@@ -38,7 +38,7 @@ class Responder:
         self.first_chunk_at: float | None = None
         self.last_event_at: float | None = None
         """Monotonic seconds of the latest event, for heartbeats; None before the first."""
-        self.on_overflow: Callable[[], None] = lambda: None
+        self.on_overflow: Callable[[], object] = lambda: None
         self._outbox = outbox
         self._writer = writer
         self._correlation = correlation
@@ -157,7 +157,7 @@ class Responder:
         if self.first_chunk_at is None:
             self.first_chunk_at = self.last_event_at
 
-    def _chunk_done(self, delivered: bool) -> None:  # noqa: FBT001, ARG002  # the link's callback
+    def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
         self._acked += 1
         if self._coalescer:
@@ -166,7 +166,7 @@ class Responder:
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def done(self, fields: Mapping[str, Any]) -> bytes:
-        """Close the stream with `done`; returns the event, which `deliver` publishes once it is stored."""
+        """Close the stream with `done`; returns the event, to be stored and then published."""
         with self._lock:
             self._flush()
             self._closed = True
@@ -178,10 +178,6 @@ class Responder:
             self._flush()
             self._closed = True
             return self._writer.error(code=code, message=message, retryable=retryable, details=details)
-
-    def deliver(self, terminal: bytes, on_done: Callable[[bool], None]) -> bool:
-        """Publish the terminal event; False when the outbox is full (the store still has it)."""
-        return self._outbox.publish(self.topic, terminal, correlation=self._correlation, on_done=on_done)
 
     def _publish(self, payload: bytes, on_done: Callable[[bool], None] | None = None) -> bool:
         self.last_event_at = time.monotonic()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-StopReason = Literal["cancelled", "timeout", "idle_timeout", "shutting_down", "outbox_full"]
+StopReason = Literal["cancelled", "timeout", "shutting_down", "outbox_full"]
 
 
 class Stopped(Exception):
@@ -24,7 +24,7 @@ class StopSignal:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
         self.reason: StopReason | None = None
         self.at: float | None = None
 
@@ -52,7 +52,7 @@ class StopSignal:
         if self._event.is_set():
             raise Stopped(self.reason)
 
-    def on_stop(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def on_stop(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Register a callback, run at once when the signal is set already; returns what takes it back."""
         with self._lock:
             if not self._event.is_set():
@@ -61,7 +61,7 @@ class StopSignal:
         callback()
         return lambda: None
 
-    def _forget(self, callback: Callable[[], None]) -> None:
+    def _forget(self, callback: Callable[[], object]) -> None:
         with self._lock:
             if callback in self._callbacks:
                 self._callbacks.remove(callback)

@@ -178,6 +178,24 @@ def split_to_bytes(text: str, room: int) -> list[str]:
     return parts
 
 
+def interrupted(
+    *, request_id: str, session_id: str, code: str, message: str, retryable: bool, metadata: Mapping[str, Any] | None
+) -> bytes:
+    """The end of a request whose worker died: it has no `seq`, because the chunks were counted in the memory that died."""
+    event: dict[str, Any] = {
+        "type": "error",
+        "request_id": request_id,
+        "session_id": session_id,
+        "final": True,
+        "code": code,
+        "message": message,
+        "retryable": retryable,
+    }
+    if metadata is not None:
+        event["metadata"] = dict(metadata)
+    return encode(event)
+
+
 def rejected(*, request_id: str, session_id: str, code: str, message: str) -> bytes:
     """Answers a delivery and ends nothing: the id belongs to another request, or the Response Topic is forbidden."""
     return encode(

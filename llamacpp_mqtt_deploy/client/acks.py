@@ -1,0 +1,70 @@
+"""Control messages that wait for their `ack`."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamacpp_mqtt_deploy.client.errors import BusError, NotPermitted
+
+WAITING_ACKS = 1000
+
+
+class Ack:
+    """A place for the answer to one control message."""
+
+    def __init__(self) -> None:
+        self.transaction = secrets.token_hex(8)
+        self._arrived = threading.Event()
+        self._event: Mapping[str, Any] = {}
+        self._refusal: str | None = None
+
+    def give(self, event: Mapping[str, Any]) -> None:
+        self._event = event
+        self._arrived.set()
+
+    def refuse(self, sentence: str) -> None:
+        """The broker forbids the control topic."""
+        self._refusal = sentence
+        self._arrived.set()
+
+    def wait(self, timeout_s: float) -> Mapping[str, Any] | None:
+        """The ack, None when it does not come in time; raises `NotPermitted`."""
+        if not self._arrived.wait(timeout_s):
+            return None
+        if self._refusal is not None:
+            raise NotPermitted(self._refusal)
+        return self._event
+
+
+class AckDesk:
+    """Finds the waiting place of an ack by its transaction."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[str, Ack] = {}
+
+    @contextlib.contextmanager
+    def awaiting(self) -> Iterator[Ack]:
+        ack = Ack()
+        with self._lock:
+            if len(self._waiting) >= WAITING_ACKS:
+                raise BusError(f"{WAITING_ACKS} control messages wait for their acks already.")
+            self._waiting[ack.transaction] = ack
+        try:
+            yield ack
+        finally:
+            with self._lock:
+                self._waiting.pop(ack.transaction, None)
+
+    def note(self, event: Mapping[str, Any]) -> bool:
+        """Take an ack; False when nobody here waits for it."""
+        with self._lock:
+            ack = self._waiting.get(str(event.get("transaction")))
+        if ack is None:
+            return False
+        ack.give(event)
+        return True

@@ -1,0 +1,296 @@
+"""One answer as it arrives: text, events or the finished whole, for one consumer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from llamacpp_mqtt_deploy.client.errors import AnswerError, AnswerLost, BusError, RequestRejected
+from llamacpp_mqtt_deploy.client.patience import Patience, Step
+from llamacpp_mqtt_deploy.core.events import EventReader, Reading
+
+# A consumer that falls this many events behind gets neighbouring chunks merged into one: no text is lost, memory stays
+# bounded by the length of the answer.
+BUFFERED_EVENTS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A finished answer. `usage` and `timings` are the protocol's; `event` is the terminal event itself.
+
+    `message` is an assistant message that can be put into `messages` unchanged. `complete` is false when the worker left the
+    text out of the terminal event (`content_omitted`) and a chunk was lost on the way.
+    """
+
+    request_id: str
+    session: str
+    content: str
+    finish_reason: str
+    message: Mapping[str, Any]
+    reasoning: str = ""
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    warnings: tuple[str, ...] = ()
+    complete: bool = True
+    event: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cancelled(self) -> bool:
+        return self.finish_reason == "cancelled"
+
+    @property
+    def tool_calls(self) -> tuple[Mapping[str, Any], ...]:
+        """The tool calls of `message`; empty when there are none."""
+        return tuple(self.message.get("tool_calls") or ())
+
+
+class _Bus(Protocol):
+    """What an answer needs of its bus client."""
+
+    def _cancel(self, answer: Answer) -> None: ...
+
+    def _wake(self) -> None: ...
+
+    def _alive(self) -> bool: ...
+
+
+class Answer:
+    """The answer to one request, consumed once: iterate for the text, or `events()`, or only `result()`.
+
+    As a context manager it cancels the request on the worker when the block is left before the end. Iterating again goes on
+    where the last iteration stopped. `cancel` and the properties may be used from any thread.
+    """
+
+    def __init__(self, bus: _Bus, *, session: str, request_id: str, payload: bytes, patience: Patience) -> None:
+        self.session = session
+        self.request_id = request_id
+        self.payload = payload
+        self._bus = bus
+        self._patience = patience
+        self._reader = EventReader(request_id)
+        self._pending: deque[Reading] = deque()
+        self._changed = threading.Condition()
+        self._outcome: Done | BusError | None = None
+        self._model: str | None = None
+        # The worker's snapshot was too large to be told again: only the terminal event can fill the hole now.
+        self._beyond_repair = False
+
+    # --- the consumer ------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the text as it comes; raises `AnswerError` for an `error` event, `BusError` when no end can be had."""
+        while (reading := self.poll()) is not None:
+            if reading.content:
+                yield reading.content
+        self.result()
+
+    def events(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the decoded events, without repeated ones, the terminal one last; raises only when no end can be had."""
+        while (reading := self.poll()) is not None:
+            yield reading.event
+        if isinstance(self._outcome, BusError) and not isinstance(self._outcome, AnswerError):
+            raise self._outcome
+
+    def poll(self, timeout_s: float | None = None) -> Reading | None:
+        """The next new thing, waiting at most this long; None when the time passed or the answer is at its `ended`."""
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while not self._pending:
+                if self._outcome is not None:
+                    return None
+                remaining_s = 1.0 if ends_at is None else min(1.0, ends_at - time.monotonic())
+                if remaining_s <= 0:
+                    return None
+                # In steps, so that the death of the thread that guards the deadlines is noticed.
+                if not self._changed.wait(remaining_s) and not self._bus._alive():  # noqa: SLF001 - one package
+                    self._end(AnswerLost("The bus client was closed before the answer was complete."))
+            return self._pending.popleft()
+
+    def result(self, timeout_s: float | None = None) -> Done:
+        """Wait for the end; raises `AnswerError`, another `BusError`, or TimeoutError when `timeout_s` passes first."""
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.ended:
+            self.poll(None if ends_at is None else max(0.0, ends_at - time.monotonic()))
+            if ends_at is not None and time.monotonic() >= ends_at and not self.ended:
+                raise TimeoutError(f"request {self.request_id} has not ended within {timeout_s:g} s")
+        if isinstance(self._outcome, Done):
+            return self._outcome
+        assert self._outcome is not None
+        raise self._outcome
+
+    def cancel(self) -> None:
+        """Ask the worker to stop; the answer then ends with `finish_reason` `cancelled` and the text so far."""
+        if not self.ended:
+            self.note(lambda patience: patience.cancelled(time.monotonic()))
+            self._bus._cancel(self)  # noqa: SLF001 - one package
+            self._bus._wake()  # noqa: SLF001 - one package
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    @property
+    def ended(self) -> bool:
+        """The terminal event is here, or waiting was given up."""
+        return self._outcome is not None
+
+    @property
+    def content(self) -> str:
+        """The text so far."""
+        return self._reader.content
+
+    @property
+    def reasoning(self) -> str:
+        """The model's thinking so far."""
+        return self._reader.reasoning
+
+    @property
+    def sends(self) -> int:
+        """How often the request was published; more than once after losses on the way."""
+        return self._patience.sends
+
+    @property
+    def timeout_s(self) -> float | None:
+        """The overall limit of the request, None when it names none."""
+        return self._patience.timeout_s
+
+    # --- the bus client ----------------------------------------------------------------------------------------------
+
+    def deliver(self, event: Mapping[str, Any]) -> None:
+        """Take an event of this request in order of arrival; called by the network thread."""
+        with self._changed:
+            if self._outcome is not None:
+                return
+            accepted = self._patience.heard_anything
+            reading = self._reader.feed(event)
+            if event.get("type") == "rejected":
+                # Once our own request is known to the worker, a rejection is about somebody's other delivery.
+                if not accepted:
+                    self._end(RequestRejected(*_code_and_message(event), details=event))
+                return
+            if event.get("type") == "snapshot" and event.get("content_omitted"):
+                self._beyond_repair = True
+            self._patience.heard(time.monotonic(), progress=not self._lacks_a_chunk)
+            if reading is None:
+                return
+            if event.get("type") == "start" and isinstance(event.get("model"), str):
+                self._model = event["model"]
+            self._pending.append(reading)
+            if len(self._pending) >= BUFFERED_EVENTS:
+                self._pending = _merged(self._pending)
+            if self._reader.terminal is not None:
+                self._end(self._conclude(self._reader.terminal))
+            self._changed.notify_all()
+
+    def fail(self, error: BusError) -> None:
+        """End without a terminal event."""
+        with self._changed:
+            self._end(error)
+
+    def decide(self, now: float, *, heartbeat_s: float, worker_online: bool) -> Step:
+        """What to do about this answer now."""
+        with self._changed:
+            self._patience.heartbeat_s = heartbeat_s
+            return self._patience.decide(now, hole=self._lacks_a_chunk, worker_online=worker_online)
+
+    def note(self, change: Callable[[Patience], None]) -> None:
+        """Tell the patience something, under the answer's lock."""
+        with self._changed:
+            change(self._patience)
+
+    @property
+    def lacks_a_chunk(self) -> bool:
+        """A chunk is missing that another delivery of the request may bring."""
+        return self._lacks_a_chunk and not self.ended
+
+    @property
+    def _lacks_a_chunk(self) -> bool:
+        return self._reader.hole and not self._beyond_repair
+
+    def _end(self, outcome: Done | BusError) -> None:
+        if self._outcome is None:
+            self._outcome = outcome
+            self._changed.notify_all()
+
+    def _conclude(self, event: Mapping[str, Any]) -> Done | BusError:
+        if event.get("type") == "error":
+            known = {"type", "request_id", "session_id", "seq", "final", "code", "message", "retryable"}
+            code, text = _code_and_message(event)
+            details = {name: value for name, value in event.items() if name not in known}
+            return AnswerError(code, text, retryable=event.get("retryable") is True, details=details)
+        full = event.get("full_content")
+        content = full if isinstance(full, str) else self._reader.content
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if isinstance(event.get("message"), Mapping):
+            message = dict(event["message"])
+        elif self._reader.tool_calls:
+            message["tool_calls"] = self._reader.tool_calls
+        return Done(
+            request_id=self.request_id,
+            session=self.session,
+            content=content,
+            finish_reason=str(event.get("finish_reason") or "stop"),
+            message=message,
+            reasoning=self._reader.reasoning,
+            usage=_mapping(event.get("usage")),
+            timings=_mapping(event.get("timings")),
+            model=self._model,
+            warnings=tuple(str(warning) for warning in event.get("warnings") or ()),
+            complete=not self._reader.hole,
+            event=event,
+        )
+
+
+def _code_and_message(event: Mapping[str, Any]) -> tuple[str, str]:
+    return str(event.get("code") or "internal"), str(event.get("message") or "The worker gave no reason.")
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _merged(readings: deque[Reading]) -> deque[Reading]:
+    """Neighbouring chunks of text as one; signs of life between them are left out."""
+    merged: deque[Reading] = deque()
+    run: list[Reading] = []
+    kind = ""
+
+    def close_run() -> None:
+        if len(run) > 1:
+            text = "".join(getattr(reading, kind) for reading in run)
+            event = {**run[-1].event, kind: text}
+            merged.append(
+                Reading(event, content=text if kind == "content" else "", reasoning=text if kind != "content" else "")
+            )
+        else:
+            merged.extend(run)
+        run.clear()
+
+    for reading in readings:
+        if reading.event.get("type") in ("queued", "progress", "ping"):
+            continue
+        this = (
+            ""
+            if reading.event.get("type") != "chunk" or reading.tool_calls
+            else "content"
+            if reading.content
+            else "reasoning"
+        )
+        if this != kind or not this:
+            close_run()
+            kind = this
+        run.append(reading)
+        if not this:
+            close_run()
+    close_run()
+    return merged

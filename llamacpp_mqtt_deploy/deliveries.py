@@ -1,0 +1,58 @@
+"""Terminal events on their way to the broker: published, tried again when the outbox was full, ticked off when taken."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import structlog
+
+from llamacpp_mqtt_deploy.ports import EntryKey, Outbox, Store, StoreError
+
+log = structlog.get_logger(__name__)
+
+# Terminal events that wait for a place in the outbox; the store has every one of them, and the next start delivers it.
+_MAX_WAITING = 10_000
+
+
+class Deliveries:
+    """Delivers terminal events at least once. `sweep` has to be called about once a second."""
+
+    def __init__(self, *, outbox: Outbox, store: Store) -> None:
+        self._outbox = outbox
+        self._store = store
+        self._lock = threading.Lock()
+        self._taken: list[EntryKey] = []
+        self._waiting: OrderedDict[EntryKey, tuple[str, bytes, bytes | None]] = OrderedDict()
+
+    def send(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> None:
+        if not self._publish(key, topic, terminal, correlation):
+            with self._lock:
+                self._waiting[key] = (topic, terminal, correlation)
+                if len(self._waiting) > _MAX_WAITING:
+                    self._waiting.popitem(last=False)
+
+    def _publish(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> bool:
+        return self._outbox.publish(topic, terminal, correlation=correlation, on_done=lambda _ok: self._done(key))
+
+    def _done(self, key: EntryKey) -> None:
+        # Also when it was given up: a broker that refuses an event for ever must not get it again at every start.
+        with self._lock:
+            self._taken.append(key)
+
+    def sweep(self) -> None:
+        """Tick off in the store what the broker has taken, and try again what found no place."""
+        with self._lock:
+            taken, self._taken = self._taken, []
+            waiting = list(self._waiting.items())
+        if taken:
+            try:
+                self._store.mark_delivered(taken)
+            except StoreError as problem:
+                # At worst a terminal event is published once more after a restart, which clients have to bear anyway.
+                log.warning("journal.failed", step="mark_delivered", problem=str(problem))
+        for key, (topic, terminal, correlation) in waiting:
+            if not self._publish(key, topic, terminal, correlation):
+                return
+            with self._lock:
+                self._waiting.pop(key, None)

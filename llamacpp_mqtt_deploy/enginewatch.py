@@ -1,0 +1,64 @@
+"""Keeps asking the engine how it is, in a thread of its own, and tells when that changed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from llamacpp_mqtt_deploy.ports import Engine, EngineInfo
+from llamacpp_mqtt_deploy.stopping import StopSignal
+
+log = structlog.get_logger(__name__)
+
+# A healthy engine is asked rarely; one that is away or loading so often that its return is noticed at once.
+_READY_EVERY_S = 10.0
+_AWAY_EVERY_S = 0.5
+
+
+class EngineWatch:
+    """Calls `on_change(info)` in its own thread for the first answer and whenever the engine's condition changes."""
+
+    def __init__(self, engine: Engine, on_change: Callable[[EngineInfo], None]) -> None:
+        self._engine = engine
+        self._on_change = on_change
+        self._stop = StopSignal()
+        self._thread = threading.Thread(target=self._loop, name="engine-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _loop(self) -> None:
+        last: EngineInfo | None = None
+        while not self._stop.is_set():
+            try:
+                info = self._engine.probe()
+                if info != last:
+                    _tell(info, last)
+                    last = info
+                    self._on_change(info)
+            except Exception:
+                log.exception("engine.probe_failed")
+            self._stop.wait(_READY_EVERY_S if self._engine.info().state == "ready" else _AWAY_EVERY_S)
+
+    def close(self, timeout_s: float) -> None:
+        self._stop.set("shutting_down")
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+
+def _tell(info: EngineInfo, last: EngineInfo | None) -> None:
+    if last is not None and last.state == info.state:
+        return
+    if info.state == "ready":
+        log.info(
+            "engine.ready",
+            kind=info.kind,
+            models=list(info.models),
+            slots=info.slots,
+            n_ctx=info.n_ctx,
+            backend=info.backend,
+        )
+    else:
+        log.warning("engine.not_ready", state=info.state, detail=info.detail)
