@@ -215,7 +215,9 @@ class BusClient:
             if (session, request_id) in self._live:
                 raise ValueError(f"request_id {request_id!r} is in use")
             self._live[session, request_id] = answer
-        self._send(answer)
+            # Marked before it is published: the watch must not find it unsent and publish it too.
+            answer.note(lambda patience: patience.sent(time.monotonic()))
+        self._publish(answer)
         self._changed.set()
         return answer
 
@@ -293,8 +295,14 @@ class BusClient:
         for name in dropped:
             self._connection.unsubscribe(self._topic("reply", name))
 
-    def _send(self, answer: Answer) -> None:
+    def _send_again(self, answer: Answer) -> None:
+        log.info("request.sent_again", request=answer.request_id, session=answer.session, sends=answer.sends + 1)
+        answer.note(lambda patience: patience.sent(time.monotonic()))
+        self._publish(answer)
+
+    def _publish(self, answer: Answer) -> None:
         topic = self._topic("request", answer.session)
+        expiry_s = None if answer.timeout_s is None else max(1, math.ceil(answer.timeout_s))
 
         def acknowledged(value: int, reason: str) -> None:
             if value == NO_MATCHING_SUBSCRIBERS:
@@ -307,18 +315,11 @@ class BusClient:
                 return
             self._changed.set()
 
-        now = time.monotonic()
         try:
-            timeout_s = answer.timeout_s
-            expiry_s = None if timeout_s is None else max(1, math.ceil(timeout_s))
-            if self._connection.publish(topic, answer.payload, expiry_s=expiry_s, on_ack=acknowledged):
-                if answer.sends:
-                    log.info(
-                        "request.sent_again", request=answer.request_id, session=answer.session, sends=answer.sends
-                    )
-                answer.note(lambda patience: patience.sent(now))
-            else:
-                answer.note(lambda patience: patience.offline(now))
+            if not self._connection.publish(topic, answer.payload, expiry_s=expiry_s, on_ack=acknowledged):
+                answer.note(lambda patience: patience.offline(time.monotonic()))
+                if self._connection.ready:  # back already, and the callback came before our note
+                    answer.note(Patience.back)
         except BusError as error:
             answer.fail(error)
 
@@ -372,7 +373,7 @@ class BusClient:
                 case Wait(until):
                     nearest = min(nearest, until)
                 case Send():
-                    self._send(answer)
+                    self._send_again(answer)
                 case Probe():
                     self._probe(answer, now)
                 case GiveUp(why):

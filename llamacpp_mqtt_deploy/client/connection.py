@@ -64,6 +64,9 @@ class Connection:
         self._early: dict[int, list[ReasonCode]] = {}
         self._ready = threading.Event()
         self._gone = threading.Event()
+        self._first_word = threading.Event()
+        """The broker's CONNACK, or the end of the connection."""
+        self._opened = False
         self._closing = False
 
     # --- open and close ----------------------------------------------------------------------------------------------
@@ -80,8 +83,8 @@ class Connection:
                 first_refusal = first_refusal or error.reason
                 continue
             self.protocol = version
+            self._opened = True
             self._ready.set()
-            self._paho.loop_start()
             return
         assert first_refusal is not None
         raise first_refusal
@@ -90,8 +93,11 @@ class Connection:
         """Disconnect; returns within about `timeout_s` and idempotent."""
         client, self._closing = self._paho, True
         self._ready.clear()
-        if client is None:
-            return
+        self._paho = None
+        if client is not None:
+            self._stop(client, timeout_s=timeout_s)
+
+    def _stop(self, client: paho.Client, *, timeout_s: float) -> None:
         ends_at = time.monotonic() + timeout_s
         client.disconnect()
         self._gone.wait(timeout_s / 2)
@@ -104,13 +110,11 @@ class Connection:
         stopper = threading.Thread(target=client.loop_stop, name="lmd-client-stop", daemon=True)
         stopper.start()
         stopper.join(max(0.1, ends_at - time.monotonic()))
-        self._paho = None
 
     def _handshake(self, version: str) -> paho.Client:
-        """Connect and read the CONNACK in the calling thread, so that every failure arrives here as an exception."""
+        """Connect in the calling thread, so that every failure arrives here as an exception, and wait for the CONNACK."""
         client = self._build(version)
         where = str(self.address)
-        ends_at = time.monotonic() + self.address.connect_timeout_s
         try:
             client.connect(
                 self.address.host,
@@ -118,33 +122,30 @@ class Connection:
                 keepalive=self.address.keepalive_s,
                 clean_start=True if version == "5" else paho.MQTT_CLEAN_START_FIRST_ONLY,
             )
-            while not self._answered() and time.monotonic() < ends_at:
-                if client.loop(0.05) != MQTTErrorCode.MQTT_ERR_SUCCESS:
-                    break
         except (OSError, ValueError) as error:
             raise BrokerUnreachable(explain_failure(error, self.address)) from error
-        if self._connack is None:
-            _drop(client)
-            hint = "" if self.address.tls else " If its port expects TLS, switch TLS on."
-            closed = time.monotonic() < ends_at
-            reason = "closed the connection before answering" if closed else "did not answer in time"
-            unreachable = BrokerUnreachable(f"The broker at {where} {reason}.{hint}")
-            if closed:
-                raise _TryOlder(unreachable)  # RabbitMQ before 3.13 closes on MQTT 5 without a word
-            raise unreachable
-        if self._connack.value >= REFUSED:
-            _drop(client)
-            refused = BrokerRefused(explain_refusal(self._connack, self.address))
-            if self._connack.value == UNSUPPORTED_PROTOCOL_VERSION:
+        client.loop_start()
+        in_time = self._first_word.wait(self.address.connect_timeout_s)
+        connack = self._connack
+        if connack is not None and connack.value < REFUSED:
+            return client
+        self._stop(client, timeout_s=1.0)
+        if connack is not None:
+            refused = BrokerRefused(explain_refusal(connack, self.address))
+            if connack.value == UNSUPPORTED_PROTOCOL_VERSION:
                 raise _TryOlder(refused)
             raise refused
-        return client
-
-    def _answered(self) -> bool:
-        return self._connack is not None
+        hint = "" if self.address.tls else " If its port expects TLS, switch TLS on."
+        reason = "closed the connection before answering" if in_time else "did not answer in time"
+        unreachable = BrokerUnreachable(f"The broker at {where} {reason}.{hint}")
+        if in_time:
+            raise _TryOlder(unreachable)  # RabbitMQ before 3.13 closes on MQTT 5 without a word
+        raise unreachable
 
     def _build(self, version: str) -> paho.Client:
         self._connack = None
+        self._first_word.clear()
+        self._gone.clear()
         five = version == "5"
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
@@ -284,13 +285,15 @@ class Connection:
         _guarded(answered, reasons)
 
     def _connected(self, client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
-        first = self._connack is None
-        self._connack = reason
+        self.max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
+        if not self._opened:
+            self._connack = reason
+            self._first_word.set()
+            if reason.value >= REFUSED:
+                client.disconnect()  # else paho's thread would try again
+            return
         if reason.value >= REFUSED:
             log.warning("bus.refused", broker=str(self.address), reason=str(reason))
-            return
-        self.max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
-        if first:
             return
         with self._lock:
             filters = dict(self._filters)
@@ -320,6 +323,9 @@ class Connection:
 
     def _disconnected(self, client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         self._ready.clear()
+        if not self._opened:
+            client.disconnect()
+            self._first_word.set()
         # A publish that the broker refuses by closing the connection would be sent again after every reconnect, for ever.
         # The requests are sent again by their own rules, which have a limit.
         client.drop_out_messages()
@@ -351,15 +357,6 @@ def _guarded(call: Callable[..., None], *arguments: Any) -> None:
         call(*arguments)
     except Exception:
         log.exception("bus.callback_failed")
-
-
-def _drop(client: paho.Client) -> None:
-    client.on_disconnect = None
-    sock = client.socket()
-    client.disconnect()
-    if sock is not None:
-        with contextlib.suppress(OSError):
-            sock.close()
 
 
 def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:

@@ -130,7 +130,8 @@ class Patience:
             return GiveUp("lost") if self.in_vain > self.resend_limit else Send()
         if self._heard_at is None:
             step = self._before_the_first_event(now, self._first_sent_at, self._sent_at, worker_online=worker_online)
-        elif hole:
+        elif hole or self._nobody:
+            # Nobody: the worker has not found its way back to the broker yet.
             step = self._again(now, self._sent_at + min(2.0 ** max(0, self.in_vain - 1), 10.0))
         else:
             step = self._again(now, max(self._sent_at, self._heard_at) + SILENT_HEARTBEATS * self.heartbeat_s)
@@ -147,7 +148,7 @@ class Patience:
                 return Wait(due_at)
             if self._probed_at is None:
                 return Probe()
-            return _at(self._probed_at + PROBE_S, now, GiveUp("no_worker"))
+            return _at(self._probed_at + min(PROBE_S, self.answer_within_s), now, GiveUp("no_worker"))
         # A stream begins within a second: after this long the delivery is lost. An answer in one piece may take its time.
         quiet_s = self.answer_within_s if self.streams else SILENT_HEARTBEATS * self.heartbeat_s
         return self._again(now, sent_at + quiet_s)

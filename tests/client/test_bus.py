@@ -1,0 +1,418 @@
+"""The bus client against a real mosquitto and a worker that the test plays."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from llamacpp_mqtt_deploy.client import (
+    AnswerError,
+    AnswerLost,
+    BrokerRefused,
+    BrokerUnreachable,
+    BusClient,
+    NotPermitted,
+    NoWorker,
+    RequestRejected,
+)
+from tests.client.mosquitto import ACCESS_LIST, Mosquitto, free_port, password_file
+from tests.client.worker import PlayedWorker
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.broker
+
+VERSIONS = pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+
+
+@VERSIONS
+def test_the_pieces_of_an_answer_arrive_in_order_and_join_to_the_whole(
+    broker: Mosquitto, protocol: Literal["5", "3.1.1"]
+) -> None:
+    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.port, protocol=protocol) as bus:
+        answer = bus.ask("one two three")
+        pieces = list(answer)
+        done = answer.result()
+    assert pieces == ["one", " two", " three"]
+    assert done.content == "one two three"
+    assert done.finish_reason == "stop"
+    assert done.model == "played"
+    assert done.usage["completion_tokens"] == 3
+    assert bus.protocol == protocol
+
+
+def test_events_come_decoded_with_the_terminal_one_last(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.port) as bus:
+        kinds = [event["type"] for event in bus.ask("a b").events()]
+    assert kinds == ["start", "chunk", "chunk", "done"]
+
+
+def test_an_error_event_becomes_an_exception_with_its_code(broker: Mosquitto) -> None:
+    def refuse(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(
+            session,
+            request,
+            type="error",
+            seq=0,
+            final=True,
+            code="busy",
+            message="Full.",
+            retryable=True,
+            retry_after_s=7,
+        )
+
+    with PlayedWorker(broker.port, play=refuse), BusClient("127.0.0.1", broker.port) as bus:
+        answer = bus.ask("hello")
+        with pytest.raises(AnswerError, match="busy: Full") as caught:
+            list(answer)
+        assert [event["type"] for event in bus.ask("hello").events()] == ["error"]
+    assert caught.value.retryable
+    assert caught.value.details["retry_after_s"] == 7
+
+
+def test_a_missing_chunk_makes_the_client_send_the_same_bytes_again(broker: Mosquitto) -> None:
+    def lose_one(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        if len(worker.requests) == 1:
+            worker.say(session, request, type="start", model="played")
+            worker.say(session, request, type="chunk", seq=0, content="one")
+            worker.say(session, request, type="chunk", seq=2, content=" three")
+            return
+        worker.say(session, request, type="snapshot", content="one two three", next_seq=3)
+        worker.say(session, request, type="chunk", seq=2, content=" three")
+        worker.say(session, request, type="chunk", seq=3, content=" four")
+        worker.done(session, request, "one two three four", seq=4)
+
+    with PlayedWorker(broker.port, play=lose_one) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        answer = bus.ask("hello")
+        assert list(answer) == ["one", " two three", " four"]
+        assert answer.sends == 2
+        assert len({payload for _, payload in worker.requests}) == 1
+        assert answer.result().complete
+
+
+def test_silence_makes_the_client_send_again_and_a_stored_end_is_taken(broker: Mosquitto) -> None:
+    def fall_silent(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        if len(worker.requests) == 1:
+            worker.say(session, request, type="start", model="played")
+        else:
+            worker.done(session, request, "at last", seq=5)
+
+    with PlayedWorker(broker.port, play=fall_silent) as worker:
+        worker.status(heartbeat_s=0.1)
+        with BusClient("127.0.0.1", broker.port) as bus:
+            bus.status()
+            answer = bus.ask("hello")
+            assert list(answer) == ["at last"]
+            assert answer.sends == 2
+
+
+def test_an_answer_that_stays_silent_is_given_up_after_the_limit(broker: Mosquitto) -> None:
+    def start_only(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        if len(worker.requests) == 1:
+            worker.say(session, request, type="start", model="played")
+
+    with PlayedWorker(broker.port, play=start_only) as worker:
+        worker.status(heartbeat_s=0.1)
+        with BusClient("127.0.0.1", broker.port, resend_limit=2) as bus:
+            bus.status()
+            answer = bus.ask("hello")
+            with pytest.raises(AnswerLost, match="broke off"):
+                answer.result(10)
+        eventually(
+            lambda: ("cancel", answer.request_id) in [(c["action"], c.get("request_id")) for _, c in worker.controls]
+        )
+
+
+def test_repeated_and_foreign_events_change_nothing(broker: Mosquitto) -> None:
+    def stutter(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.raw(f"llm/reply/{session}", b"not json")
+        worker.raw(f"llm/reply/{session}", b"[1]")
+        worker.raw(f"llm/reply/{session}", b'{"type":"chunk","seq":{},"request_id":["x"]}')
+        worker.say(session, {"request_id": "other"}, type="chunk", seq=0, content="foreign")
+        worker.say(session, request, type="novelty", content="later protocol")
+        for _ in range(2):
+            worker.say(session, request, type="chunk", seq=0, content="once")
+        for _ in range(2):
+            worker.done(session, request, "once", seq=1)
+
+    with PlayedWorker(broker.port, play=stutter), BusClient("127.0.0.1", broker.port) as bus:
+        assert list(bus.ask("hello")) == ["once"]
+        assert list(bus.ask("hello")) == ["once"]
+
+
+def test_a_cancel_reaches_the_worker_and_the_partial_text_stays(broker: Mosquitto) -> None:
+    def wait_for_cancel(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(session, request, type="chunk", seq=0, content="partial")
+        threading.Thread(target=finish, args=(worker, session, request), daemon=True).start()
+
+    def finish(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        eventually(lambda: worker.controls)
+        worker.done(session, request, "partial", seq=1, reason="cancelled")
+
+    with PlayedWorker(broker.port, play=wait_for_cancel) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        answer = bus.ask("hello")
+        assert next(iter(answer)) == "partial"
+        answer.cancel()
+        done = answer.result(10)
+    assert done.cancelled
+    assert done.content == "partial"
+    assert worker.controls[0][1] == {"action": "cancel", "request_id": answer.request_id}
+
+
+def test_leaving_the_block_of_an_answer_cancels_it(broker: Mosquitto) -> None:
+    def hang(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(session, request, type="chunk", seq=0, content="partial")
+
+    with PlayedWorker(broker.port, play=hang) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        with bus.ask("hello") as answer:
+            assert next(iter(answer)) == "partial"
+        eventually(lambda: worker.controls)
+        second = bus.ask("again")
+        bus.close()
+        with pytest.raises(AnswerLost, match="closed"):
+            second.result(5)
+        eventually(lambda: second.request_id in [control["request_id"] for _, control in worker.controls])
+
+
+@VERSIONS
+def test_without_a_worker_the_error_says_so(broker: Mosquitto, protocol: Literal["5", "3.1.1"]) -> None:
+    with BusClient("127.0.0.1", broker.port, protocol=protocol, answer_within_s=0.2) as bus:
+        with pytest.raises(NoWorker, match=r"no worker is online under llm/status/#"):
+            bus.ask("hello").result(10)
+        with pytest.raises(NoWorker, match=r"ping was not answered"):
+            bus.control(None, "ping", timeout_s=0.2)
+
+
+def test_a_worker_that_said_goodbye_is_named(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port, play=lambda *_: None) as worker:
+        worker.answers_control = False
+        worker.status(state="offline")
+        with BusClient("127.0.0.1", broker.port, answer_within_s=0.1) as bus:
+            bus.status()
+            with pytest.raises(NoWorker, match="played is offline"):
+                bus.ask("hello").result(10)
+
+
+def test_a_worker_whose_status_may_not_be_read_proves_itself_by_a_ping(broker: Mosquitto) -> None:
+    def late(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        threading.Thread(target=finish, args=(worker, session, request), daemon=True).start()
+
+    def finish(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        eventually(lambda: any(control["action"] == "ping" for _, control in worker.controls))
+        worker.done(session, request, "late", seq=0)
+
+    with (
+        PlayedWorker(broker.port, play=late, online=False),
+        BusClient("127.0.0.1", broker.port, answer_within_s=0.1) as bus,
+    ):
+        assert bus.ask("hello", stream=False).result(10).content == "late"
+
+
+def test_the_client_survives_a_restart_of_the_broker_in_mid_answer(broker: Mosquitto) -> None:
+    def resume(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        if len(worker.requests) == 1:
+            worker.say(session, request, type="chunk", seq=0, content="before")
+        else:
+            worker.say(session, request, type="snapshot", content="before and", next_seq=2)
+            worker.done(session, request, "before and after", seq=3)
+
+    with PlayedWorker(broker.port, play=resume) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        answer = bus.ask("hello")
+        pieces = iter(answer)
+        assert next(pieces) == "before"
+        broker.stop()
+        broker.start()
+        assert "".join(pieces) == " and after"
+        assert answer.sends >= 2
+        assert list(bus.ask("and again")) != []
+        assert len({payload for _, payload in worker.requests[:2]}) == 1
+
+
+def test_a_broker_that_stays_away_is_reported(broker: Mosquitto) -> None:
+    with (
+        PlayedWorker(broker.port, play=lambda *_: None),
+        BusClient("127.0.0.1", broker.port, offline_limit_s=0.3) as bus,
+    ):
+        answer = bus.ask("hello")
+        broker.stop()
+        with pytest.raises(BrokerUnreachable, match="has been away for"):
+            answer.result(10)
+        broker.start()  # so that the worker says goodbye
+
+
+def test_a_request_over_the_brokers_size_limit_ends_instead_of_looping(tmp_path: Path) -> None:
+    small = Mosquitto(tmp_path, "allow_anonymous true\nmessage_size_limit 2000")
+    small.start()
+    try:
+        with PlayedWorker(small.port), BusClient("127.0.0.1", small.port, resend_limit=1) as bus:
+            with pytest.raises(AnswerLost, match="message_size_limit"):
+                bus.ask("x" * 5000).result(30)
+            assert list(bus.ask("small")) == ["small"]
+    finally:
+        small.stop()
+
+
+def test_a_rejected_delivery_raises_with_its_code(broker: Mosquitto) -> None:
+    def reject(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(session, request, type="rejected", code="duplicate_request", message="The id is taken.")
+
+    with (
+        PlayedWorker(broker.port, play=reject),
+        BusClient("127.0.0.1", broker.port) as bus,
+        pytest.raises(RequestRejected, match="duplicate_request"),
+    ):
+        bus.ask("hello", request_id="mine").result(10)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Mosquitto]:
+    passwords = password_file(tmp_path, worker="worker-secret", alice="alice-secret", bob="bob-secret")
+    rules = tmp_path / "rules"
+    rules.write_text(ACCESS_LIST)
+    rules.chmod(0o600)
+    mosquitto = Mosquitto(tmp_path, f"allow_anonymous false\npassword_file {passwords}\nacl_file {rules}")
+    mosquitto.start()
+    yield mosquitto
+    mosquitto.stop()
+
+
+def test_with_the_recommended_access_list_the_own_session_works(guarded: Mosquitto) -> None:
+    with (
+        PlayedWorker(guarded.port, username="worker"),
+        BusClient("127.0.0.1", guarded.port, username="alice", password="alice-secret") as bus,
+    ):
+        assert bus.session.startswith("alice/")
+        assert list(bus.ask("one two")) == ["one", " two"]
+        assert bus.status()["played"]["state"] == "online"
+
+
+def test_a_topic_of_somebody_else_is_refused_at_once_on_mqtt_5(guarded: Mosquitto) -> None:
+    with (
+        PlayedWorker(guarded.port, username="worker"),
+        BusClient("127.0.0.1", guarded.port, username="bob", password="bob-secret", protocol="5") as bus,
+    ):
+        with pytest.raises(NotPermitted, match="'bob' may not publish to llm/request/alice/x"):
+            bus.ask("hello", session="alice/x").result(10)
+        with pytest.raises(NotPermitted, match="llm/control/alice/x"):
+            bus.control("alice/x", "ping")
+
+
+def test_a_denied_publish_on_mqtt_311_ends_with_an_explanation(guarded: Mosquitto) -> None:
+    with (
+        PlayedWorker(guarded.port, username="worker"),
+        BusClient(
+            "127.0.0.1",
+            guarded.port,
+            username="bob",
+            password="bob-secret",
+            protocol="3.1.1",
+            answer_within_s=0.1,
+            resend_limit=1,
+        ) as bus,
+    ):
+        bus.status()
+        with pytest.raises(AnswerLost, match="looks like success"):
+            bus.ask("hello", session="alice/x").result(10)
+
+
+def test_a_wrong_password_is_refused_at_once_and_never_shown(guarded: Mosquitto) -> None:
+    client = BusClient("127.0.0.1", guarded.port, username="alice", password="wr0ng-secret")
+    with pytest.raises(BrokerRefused, match=r"refuses user 'alice'.*password") as caught:
+        client.open()
+    assert "wr0ng" not in str(caught.value) + repr(client.address)
+    client.close()
+
+
+def test_a_closed_port_and_an_unknown_name_are_told_apart() -> None:
+    with pytest.raises(BrokerUnreachable, match="Nothing listens"):
+        BusClient("127.0.0.1", free_port()).open()
+    with pytest.raises(BrokerUnreachable, match="does not resolve"):
+        BusClient("broker.invalid").open()
+    with pytest.raises(BrokerUnreachable, match="does not resolve"):
+        BusClient("a..b").open()
+
+
+def test_history_and_reset_come_back_as_acks(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        worker.history["cli/work"] = [{"role": "user", "content": "hello"}]
+        assert bus.history("cli/work") == [{"role": "user", "content": "hello"}]
+        assert bus.control("cli/work", "reset")["status"] == "ok"
+
+
+def test_many_threads_share_one_client(broker: Mosquitto) -> None:
+    results: dict[int, str] = {}
+    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.port) as bus:
+
+        def ask(number: int) -> None:
+            results[number] = bus.ask(f"number {number}", session=f"cli/{number % 3}").result(20).content
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert results == {number: f"number {number}" for number in range(40)}
+
+
+def test_a_consumer_that_falls_behind_loses_no_text(tmp_path: Path) -> None:
+    count = 6000
+    text = "".join(f"{number} " for number in range(count))
+
+    def flood(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        for number in range(count):
+            worker.say(session, request, type="chunk", seq=number, content=f"{number} ")
+        worker.done(session, request, text, seq=count)
+
+    patient = Mosquitto(tmp_path, "allow_anonymous true\nmax_queued_messages 0")
+    patient.start()
+    try:
+        with PlayedWorker(patient.port, play=flood), BusClient("127.0.0.1", patient.port) as bus:
+            answer = bus.ask("hello")
+            eventually(lambda: answer.ended, 30)
+            pieces = list(answer)
+    finally:
+        patient.stop()
+    assert "".join(pieces) == text
+    assert len(pieces) < count
+
+
+def test_an_answer_that_the_broker_cut_short_is_made_whole_again(tmp_path: Path) -> None:
+    count = 500
+    text = "".join(f"{number} " for number in range(count))
+
+    def flood(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        if len(worker.requests) == 1:
+            for number in range(count):
+                worker.say(session, request, type="chunk", seq=number, content=f"{number} ")
+        worker.done(session, request, text, seq=count)
+
+    # A queue this short drops the newest events of a burst, and every PUBACK still says success.
+    hasty = Mosquitto(tmp_path, "allow_anonymous true\nmax_queued_messages 1\nmax_inflight_messages 1")
+    hasty.start()
+    try:
+        with PlayedWorker(hasty.port, play=flood) as worker:
+            worker.status(heartbeat_s=0.2)
+            with BusClient("127.0.0.1", hasty.port) as bus:
+                bus.status()
+                assert "".join(bus.ask("hello")) == text
+    finally:
+        hasty.stop()
+
+
+@pytest.mark.parametrize("session", ["", "a/b/c", "a b", "$x", "a\n", "a/", "+", "x" * 65])
+def test_a_session_that_is_no_session_path_is_refused_before_anything_is_sent(session: str) -> None:
+    with pytest.raises(ValueError, match=r"session|one or two levels"):
+        BusClient().ask("hello", session=session or " ")
+
+
+def test_the_request_on_the_wire_holds_only_what_was_asked_for(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        bus.ask("hi", temperature=0.5, seed=None, timeout_s=9).result(10)
+        bus.ask(messages=[{"role": "user", "content": "hi"}], stream="sentence").result(10)
+    first, second = (json.loads(payload) for _, payload in worker.requests)
+    assert set(first) == {"request_id", "prompt", "temperature", "timeout_s"}
+    assert set(second) == {"request_id", "messages", "stream"}

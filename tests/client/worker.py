@@ -1,0 +1,105 @@
+"""A worker that a test plays by hand: it records what arrives and publishes what it is told to."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+
+Play = Callable[["PlayedWorker", str, dict[str, Any]], None]
+
+
+def answer_in_words(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+    """Echo the prompt word by word, as a well behaved worker does."""
+    words = str(request.get("prompt") or request["messages"][-1]["content"]).split(" ")
+    pieces = [word if number == 0 else f" {word}" for number, word in enumerate(words)]
+    worker.say(session, request, type="start", protocol=1, model="played", worker="played", created=0)
+    for number, piece in enumerate(pieces):
+        worker.say(session, request, type="chunk", seq=number, content=piece)
+    worker.done(session, request, "".join(pieces), seq=len(pieces))
+
+
+class PlayedWorker:
+    """Answers each request with `play`; `requests` holds (session, payload) and `controls` (session, message)."""
+
+    def __init__(
+        self, port: int, *, play: Play = answer_in_words, username: str | None = None, online: bool = True
+    ) -> None:
+        self.play = play
+        self.requests: list[tuple[str, bytes]] = []
+        self.controls: list[tuple[str, dict[str, Any]]] = []
+        self.history: dict[str, list[dict[str, str]]] = {}
+        self.answers_control = True
+        self._online = online
+        self._subscribed = threading.Event()
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
+        if username is not None:
+            self._client.username_pw_set(username, f"{username}-secret")
+        self._client.on_connect = self._connected
+        self._client.on_subscribe = lambda *_: self._subscribed.set()
+        self._client.on_message = self._received
+        self._client.reconnect_delay_set(1, 1)
+        self._port = port
+
+    def __enter__(self) -> Self:
+        self._client.connect("127.0.0.1", self._port)
+        self._client.loop_start()
+        assert self._subscribed.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._publish("llm/status/played", b"", retain=True).wait_for_publish(5)
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def say(self, session: str, request: dict[str, Any], **event: Any) -> None:
+        event = {"type": event.pop("type"), "request_id": request.get("request_id"), "session_id": session, **event}
+        self._publish(f"llm/reply/{session}", json.dumps(event).encode())
+
+    def done(self, session: str, request: dict[str, Any], text: str, *, seq: int, reason: str = "stop") -> None:
+        self.say(
+            session,
+            request,
+            type="done",
+            seq=seq,
+            final=True,
+            full_content=text,
+            message={"role": "assistant", "content": text},
+            finish_reason=reason,
+            usage={"prompt_tokens": 3, "completion_tokens": seq, "total_tokens": 3 + seq, "cached_tokens": 0},
+            timings={"queue_ms": 0, "first_token_ms": 12, "total_ms": 40, "tokens_per_second": 25.0},
+            dropped_messages=0,
+        )
+
+    def status(self, **fields: Any) -> None:
+        status = {"state": "online", "protocol": 1, "heartbeat_s": 15, **fields}
+        self._publish("llm/status/played", json.dumps(status).encode(), retain=True).wait_for_publish(5)
+
+    def raw(self, topic: str, payload: bytes) -> None:
+        self._publish(topic, payload)
+
+    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> paho.MQTTMessageInfo:
+        return self._client.publish(topic, payload, qos=1, retain=retain)
+
+    def _connected(self, client: paho.Client, *_: object) -> None:
+        if self._online:
+            self._publish("llm/status/played", b'{"state":"online","protocol":1,"heartbeat_s":15}', retain=True)
+        client.subscribe([("llm/request/#", 1), ("llm/control/#", 1)])
+
+    def _received(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
+        _, kind, session = message.topic.split("/", 2)
+        if kind == "request":
+            self.requests.append((session, bytes(message.payload)))
+            self.play(self, session, json.loads(message.payload))
+            return
+        control = json.loads(message.payload)
+        self.controls.append((session, control))
+        if self.answers_control:
+            extra = {"messages": self.history.get(session, [])} if control["action"] == "history" else {}
+            ack = {"type": "ack", "action": control["action"], "status": "ok", **extra}
+            ack |= {name: control[name] for name in ("transaction", "request_id") if name in control}
+            self._publish(f"llm/reply/{session}", json.dumps(ack).encode())
