@@ -68,8 +68,12 @@ JsonSchema = Annotated[dict[str, Any], AfterValidator(_check_schema), Expect("a 
 
 
 class TextPart(Wire):
+    """A piece of text."""
+
     type: Literal["text"]
+    """Always `text`."""
     text: str
+    """The text."""
 
 
 def _check_image(url: str) -> str:
@@ -81,13 +85,21 @@ def _check_image(url: str) -> str:
 
 
 class ImageUrl(Wire):
+    """The picture itself, not its address."""
+
     url: Annotated[str, AfterValidator(_check_image)]
+    """`data:image/png;base64,...`, or jpeg, webp, gif."""
     detail: Literal["auto", "low", "high"] | None = None
+    """How closely to look, where the model knows such a thing."""
 
 
 class ImagePart(Wire):
+    """A picture."""
+
     type: Literal["image_url"]
+    """Always `image_url`."""
     image_url: ImageUrl
+    """The picture."""
 
 
 def _part_tag(value: Any) -> str | None:
@@ -119,35 +131,61 @@ UserContent = Annotated[
 
 
 class CalledFunction(Wire):
+    """The function of a tool call."""
+
     # No more is asked of it than of a model that made it up: the `message` of a `done` must be welcome here.
     name: Annotated[str, StringConstraints(max_length=1024)]
+    """Its name."""
     arguments: str
+    """A JSON text."""
 
 
 class CalledTool(Wire):
+    """A tool call of an earlier answer."""
+
     id: Annotated[str, StringConstraints(max_length=1024)]
+    """The name of the call, to which a tool message answers."""
     type: Literal["function"] = "function"
+    """Always `function`."""
     function: CalledFunction
+    """What was called."""
 
 
 class SystemMessage(Wire):
+    """Instructions."""
+
     role: Literal["system", "developer"]
+    """`developer` means the same as `system`."""
     content: TextContent
+    """The instructions."""
     name: ShortText | None = None
+    """Who speaks."""
 
 
 class UserMessage(Wire):
+    """What a user said."""
+
     role: Literal["user"]
+    """Always `user`."""
     content: UserContent
+    """Text, or text and pictures."""
     name: ShortText | None = None
+    """Who speaks."""
 
 
 class AssistantMessage(Wire):
+    """An earlier answer; the `message` of a `done` fits unchanged."""
+
     role: Literal["assistant"]
+    """Always `assistant`."""
     content: TextContent | None = None
+    """Its text; may be absent when it called tools."""
     reasoning_content: str | None = None
+    """Its thinking."""
     tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS), FirstFault()] | None = None
+    """The tools it called."""
     name: ShortText | None = None
+    """Who speaks."""
 
     @model_validator(mode="after")
     def _says_something(self) -> AssistantMessage:
@@ -157,10 +195,16 @@ class AssistantMessage(Wire):
 
 
 class ToolMessage(Wire):
+    """The result of a tool call."""
+
     role: Literal["tool"]
+    """Always `tool`."""
     content: TextContent
+    """The result."""
     tool_call_id: CallId
+    """The call that it answers."""
     name: ShortText | None = None
+    """The tool."""
 
 
 def _role_tag(value: Any) -> str | None:
@@ -181,32 +225,53 @@ ChatMessage = Annotated[
 
 
 class ToolResult(Wire):
+    """The result of a tool call of the last answer."""
+
     tool_call_id: CallId
+    """The call that it answers."""
     content: str
+    """The result."""
 
 
 # --- tools and formats -----------------------------------------------------------------------------------------------
 
 
 class Function(Wire):
+    """A function that the model may call."""
+
     name: FunctionName
+    """Its name."""
     description: Annotated[str, StringConstraints(max_length=MAX_SCHEMA_BYTES)] | None = None
+    """What it does, for the model."""
     parameters: JsonSchema | None = None
+    """A JSON schema of its arguments, at most 16 KiB; `$ref` only within it."""
     strict: bool | None = None
+    """Whether arguments must follow the schema exactly."""
 
 
 class Tool(Wire):
+    """A tool that the model may call."""
+
     type: Literal["function"]
+    """Always `function`."""
     function: Function
+    """What it is."""
 
 
 class NamedFunction(Wire):
+    """The one function to call."""
+
     name: FunctionName
+    """One of the offered ones."""
 
 
 class NamedTool(Wire):
+    """The one tool to call."""
+
     type: Literal["function"]
+    """Always `function`."""
     function: NamedFunction
+    """Which one."""
 
 
 def _choice_tag(value: Any) -> str | None:
@@ -221,15 +286,25 @@ ToolChoice = Annotated[
 
 
 class NamedSchema(Wire):
+    """A schema that the answer follows."""
+
     name: FunctionName = "answer"
+    """Its name; some servers want one."""
     description: Annotated[str, StringConstraints(max_length=MAX_SCHEMA_BYTES)] | None = None
+    """What it is for, for the model."""
     schema_: Annotated[JsonSchema, Field(alias="schema")]
+    """The JSON schema, at most 16 KiB; `$ref` only within it."""
     strict: bool | None = None
+    """Whether the answer must follow it exactly."""
 
 
 class ResponseFormat(Wire):
+    """The form of the answer."""
+
     type: Literal["text", "json_object", "json_schema"]
+    """Free text, any JSON object, or JSON that follows a schema."""
     json_schema: NamedSchema | None = None
+    """The schema, with the type `json_schema` only."""
 
     @model_validator(mode="before")
     @classmethod

@@ -22,10 +22,21 @@ def _known_code(code: str) -> str:
     return code
 
 
+REJECTIONS = ("duplicate_request", "reply_topic_forbidden")
+"""Codes of `rejected`, which end no request."""
+
+
+def _counted_code(code: str) -> str:
+    return code if code in REJECTIONS else _known_code(code)
+
+
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 ErrorCode = Annotated[str, AfterValidator(_known_code), Field(json_schema_extra={"enum": sorted(BY_CODE)})]
+CountedCode = Annotated[
+    str, AfterValidator(_counted_code), Field(json_schema_extra={"enum": sorted([*BY_CODE, *REJECTIONS])})
+]
 FaultyFields = dict[str, str]
 EngineStateName = Literal["starting", "loading", "ready", "restarting", "unreachable", "failed", "closed"]
 

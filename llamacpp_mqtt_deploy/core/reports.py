@@ -6,6 +6,7 @@ from typing import Literal
 
 from llamacpp_mqtt_deploy.core.emitted import (
     Count,
+    CountedCode,
     Emitted,
     EngineStateName,
     ErrorCode,
@@ -206,8 +207,8 @@ class Health(Emitted):
     """Of all answers together, over the last period."""
     requests: RequestsHealth
     """Since the start."""
-    errors: dict[ErrorCode, Count]
-    """By code, since the start; codes that never came are left out."""
+    errors: dict[CountedCode, Count]
+    """Answers with `error` or `rejected` by code, since the start; codes that never came are left out."""
     tokens: TokensHealth
     """Since the start."""
     rss_bytes: Count | None = None
