@@ -37,7 +37,10 @@ class Request(RequestFields):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "oneOf": [{"required": [name]} for name in ("prompt", "messages", "tool_results")],
+            "oneOf": [
+                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+                for name in ("prompt", "messages", "tool_results")
+            ],
             "examples": [
                 {"request_id": "a1b2c3", "prompt": "Name three rivers."},
                 {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.2, "stream": False},

@@ -238,6 +238,8 @@ def test_health() -> None:
     [
         *DOCUMENT["$defs"]["Request"]["examples"],
         {"prompt": "x", "temperature": None, "unknown": 1},
+        {"prompt": "x", "messages": None},
+        {"prompt": None},
         {"prompt": "x", "stream": "sentence", "stop": ["a"], "logit_bias": {"5": -1.5}, "max_tokens": 5},
         {"messages": [MESSAGE | {"tool_calls": []}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]},
         {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
