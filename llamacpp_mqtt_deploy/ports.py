@@ -234,18 +234,22 @@ class Store(Protocol):
     def open(self) -> None: ...
 
     def accept(self, entries: Sequence[Entry]) -> None:
-        """Journal these requests in one transaction, in this order."""
+        """Journal these requests in one transaction, in this order. A key that is unfinished stays as it is; an ended one is
+        replaced and begins anew."""
 
     def find(self, key: EntryKey) -> Entry | None: ...
 
     def mark_started(self, key: EntryKey) -> int:
-        """Count one more start; returns how often it was started now."""
+        """Count one more start; returns how often it was started now, 0 for an unknown key. An ended one is not counted."""
 
     def mark_streaming(self, key: EntryKey) -> None:
-        """The first chunk is about to be published: from now on the request is never started again."""
+        """The first chunk is about to be published: from now on the request is never started again. No error for an unknown
+        or ended key."""
 
     def finish(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None) -> None:
-        """Store the terminal event and the change of the history in one transaction."""
+        """Store the terminal event and the change of the history in one transaction, and let go of the payload (the digest
+        stays). A request ends once: a second call changes nothing, its history neither. Under an unknown key only the
+        history changes."""
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None: ...
 
@@ -255,7 +259,9 @@ class Store(Protocol):
     def undelivered(self) -> list[Entry]:
         """Ended requests whose terminal event no broker has acknowledged, in the order in which they ended."""
 
-    def history(self, session: tuple[str, str]) -> tuple[Message, ...]: ...
+    def history(self, session: tuple[str, str]) -> tuple[Message, ...]:
+        """The messages, oldest first, with the same bytes as JSON at every turn. The oldest exchanges of a history of
+        megabytes are forgotten now and then."""
 
     def reset(self, session: tuple[str, str]) -> None:
         """Forget the messages; the session stays."""
@@ -266,7 +272,8 @@ class Store(Protocol):
     def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Mapping[str, int]:
         """Drop ended entries older than `remember_s` that are delivered (undelivered ones after a day), sessions unused for
         `ttl_s`, and, over `max_sessions`, the least recently used session of whoever (first topic level) holds most. Returns
-        how many of each (`entries`, `sessions`)."""
+        how many of each (`entries`, `sessions`). One call drops at most a few hundred of a kind, and never a session with an
+        unfinished request."""
 
     def close(self) -> None: ...
 
@@ -288,4 +295,3 @@ class Clock(Protocol):
     def monotonic(self) -> float: ...
 
     def time(self) -> float: ...
-

@@ -36,7 +36,6 @@ _V1 = (
     """,
     "CREATE INDEX entries_unfinished ON entries (route, session) WHERE state <> 'ended'",
     "CREATE INDEX entries_ended ON entries (delivered, ended_at) WHERE state = 'ended'",
-    "CREATE INDEX entries_undelivered ON entries (ended_order) WHERE state = 'ended' AND delivered = 0",
     f"CREATE TABLE payloads (id INTEGER PRIMARY KEY, payload BLOB NOT NULL) {_STRICT}",
     f"""
     CREATE TABLE sessions (

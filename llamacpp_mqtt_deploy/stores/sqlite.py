@@ -343,9 +343,11 @@ def _mend_times(db: sqlite3.Connection, now: float) -> None:
 
 
 def _purge_entries(db: sqlite3.Connection, now: float, remember_s: float) -> int:
+    # Two halves, since an OR would read the whole index.
     old = db.execute(
-        "SELECT id FROM entries WHERE state = 'ended' "
-        "AND ((delivered = 1 AND ended_at < :old) OR (delivered = 0 AND ended_at < min(:old, :lost))) "
+        "SELECT id FROM ("
+        "SELECT id, ended_order FROM entries WHERE state = 'ended' AND delivered = 1 AND ended_at < :old UNION ALL "
+        "SELECT id, ended_order FROM entries WHERE state = 'ended' AND delivered = 0 AND ended_at < min(:old, :lost)) "
         "ORDER BY ended_order LIMIT :most",
         {"old": now - remember_s, "lost": now - UNDELIVERED_S, "most": PURGE_ROWS},
     ).fetchall()
