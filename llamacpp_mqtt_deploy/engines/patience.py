@@ -67,7 +67,8 @@ def patiently(attempt: Callable[[], T], patience: Patience, stop: StopSignal, on
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(NotReady),
-        wait=tenacity.wait_exponential_jitter(initial=FIRST_PAUSE_S, max=LONGEST_PAUSE_S, jitter=FIRST_PAUSE_S),
+        wait=tenacity.wait_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S)
+        + tenacity.wait_random(0, FIRST_PAUSE_S),
         stop=patience,
         sleep=nap,
         before_sleep=tell,

@@ -21,10 +21,10 @@ from llamacpp_mqtt_deploy.core.deltas import (
     ToolCall,
     Usage,
 )
-from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineUnavailable, IdleTimeout, RequestError
+from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineUnavailable, IdleTimeout, RequestError, ShuttingDown
 from llamacpp_mqtt_deploy.engines.slots import Slots
 from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
-from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
+from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 REMEMBERED_CALLS = 1000  # enough for any test, and a demonstration that runs for weeks stays small
 
@@ -150,6 +150,7 @@ class ScriptedEngine:
         self._state: EngineState = "starting"
         self._detail = ""
         self._changed = threading.Condition()
+        self._closing = StopSignal()
 
     # --- the hand of a test ------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class ScriptedEngine:
         forget = stop.on_stop(self._wake)
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self._state == "ready" or stop.is_set(), timeout_s)
+                self._changed.wait_for(lambda: self._state in ("ready", "closed") or stop.is_set(), timeout_s)
                 return self._state == "ready" and not stop.is_set()
         finally:
             forget()
@@ -205,14 +206,30 @@ class ScriptedEngine:
     def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
         stop.raise_if_set()
         self.calls.append(call)
-        self._wait_until_ready(stop, on_wait)
-        self._slots.acquire(stop)
+        either = StopSignal()  # the caller's wish, or the end of the engine
+        forget = [
+            stop.on_stop(lambda: _pass_on(stop, either)),
+            self._closing.on_stop(lambda: _pass_on(self._closing, either)),
+        ]
         try:
-            script = self._played.popleft() if self._played else self._script(call)
-            self._refuse_overflow(call)
-            yield from self._perform(script, call, stop, on_wait)
+            self._wait_until_ready(either, on_wait)
+            self._slots.acquire(either)
+            try:
+                script = self._played.popleft() if self._played else self._script(call)
+                self._refuse_overflow(call)
+                yield from self._perform(script, call, either, on_wait)
+            finally:
+                self._slots.release()
+        except Stopped:
+            if stop.is_set():
+                raise
+            raise ShuttingDown("The worker is shutting its engine down.") from None
         finally:
-            self._slots.release()
+            for each in forget:
+                each()
+
+    def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
+        return ()
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
         stop.raise_if_set()
@@ -224,6 +241,7 @@ class ScriptedEngine:
 
     def close(self, deadline: Deadline) -> None:
         self.become("closed")
+        self._closing.set("shutting_down")
 
     def _perform(
         self, script: Script, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]
@@ -264,6 +282,7 @@ class ScriptedEngine:
         yield Finished("stop", Usage(prompt_tokens=self._count(call) or 0, completion_tokens=completion_tokens))
 
     def _wait_until_ready(self, stop: StopSignal, on_wait: Callable[[str], None]) -> None:
+        stop.raise_if_set()
         if self._state == "ready":
             return
         on_wait("loading" if self._state in ("starting", "loading") else "engine_restarting")
@@ -283,6 +302,10 @@ class ScriptedEngine:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+def _pass_on(source: StopSignal, target: StopSignal) -> None:
+    target.set(source.reason or "cancelled")
 
 
 def _silent(call: EngineCall) -> IdleTimeout:

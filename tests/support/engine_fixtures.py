@@ -32,6 +32,22 @@ def llama_server(tiny_gguf: Path) -> Iterator[LlamaServer]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def slow_llama_server(slow_gguf: Path) -> Iterator[LlamaServer]:
+    """A running server with 2 slots whose prompts take long enough to be cancelled; shared, leave it running and idle."""
+    server = LlamaServer(slow_gguf, slots=2).start()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def slow_unix_llama_server(slow_gguf: Path) -> Iterator[LlamaServer]:
+    """As `slow_llama_server`, behind a unix socket."""
+    server = LlamaServer(slow_gguf, slots=2, unix=True).start()
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def start_llama_server(tiny_gguf: Path) -> Iterator[Callable[..., LlamaServer]]:
     """Start a server of one's own, for tests that kill it or want it different: `start_llama_server(slots=2, unix=True)`."""

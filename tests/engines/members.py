@@ -1,0 +1,146 @@
+"""The engines that the contract suite knows: one function for each, in `MEMBERS`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import pytest
+
+from llamacpp_mqtt_deploy.core.deltas import EngineCall, Progress
+from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
+from llamacpp_mqtt_deploy.engines.server import ServerEngine
+from llamacpp_mqtt_deploy.ports import Engine
+from llamacpp_mqtt_deploy.settings import EngineSettings
+from tests.support.llama_server import LlamaServer, free_port
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]},
+    },
+}
+CITY_SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Köln"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+def say(text: str, **sampling: object) -> EngineCall:
+    """A call with one user message."""
+    return EngineCall(
+        messages=[{"role": "user", "content": text}], sampling={"temperature": 0.8, "seed": 7, **sampling}
+    )
+
+
+@dataclass(kw_only=True)
+class Member:
+    """An open engine and what it needs to show each clause of the contract."""
+
+    engine: Engine
+    busy: Callable[[], int]
+    """Slots that the engine's own books call busy."""
+    short: EngineCall
+    """Gives some text, limited by `max_tokens`."""
+    endless: Callable[[], EngineCall]
+    """A generation of many seconds."""
+    long_prompt: Callable[[], EngineCall]
+    """A prompt that takes many seconds and shows progress."""
+    overflow: EngineCall
+    tools: EngineCall
+    json_schema: EngineCall
+    thinking: EngineCall
+    frozen: Callable[[], AbstractContextManager[object]]
+    """While inside, the engine takes requests and gives nothing."""
+    unreachable: Engine
+    """An engine of this kind whose source of tokens does not exist; gives up after 0.3 s."""
+    can_see_progress: bool = True
+
+
+def scripted_member(request: pytest.FixtureRequest) -> Iterator[Member]:
+    def endless() -> EngineCall:
+        engine.play("word ", Gate())
+        return say("go on")
+
+    def long_prompt() -> EngineCall:
+        engine.play(Progress(0, 100, 0), Progress(50, 100, 0), Gate())
+        return say("long")
+
+    @contextlib.contextmanager
+    def frozen() -> Iterator[None]:
+        engine.play(Silence())
+        yield
+
+    engine = ScriptedEngine(slots=2, n_ctx=4096)
+    engine.open()
+    away = ScriptedEngine(unavailable_after_s=0.3)
+    away.become("unreachable")
+    yield Member(
+        engine=engine,
+        busy=lambda: engine.busy,
+        short=say("the water für 水 😀 is good", max_tokens=8),
+        endless=endless,
+        long_prompt=long_prompt,
+        overflow=say("word " * 5000),
+        tools=replace(say("weather"), tools=[WEATHER], tool_choice="required"),
+        json_schema=replace(say("city"), response_format={"type": "json_object"}),
+        thinking=replace(say("think"), thinking=True),
+        frozen=frozen,
+        unreachable=away,
+    )
+
+
+def _server(server: LlamaServer) -> Iterator[Member]:
+    engine = ServerEngine(EngineSettings(url=server.url, unavailable_after_s=5.0))
+    engine.open()
+    prompts = iter(range(1000))
+
+    @contextlib.contextmanager
+    def frozen() -> Iterator[None]:
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+    away = ServerEngine(EngineSettings(url=f"http://127.0.0.1:{free_port()}", unavailable_after_s=0.3))
+    away.open()
+    tools = say("weather", max_tokens=60, temperature=0, logit_bias=[["<tool_call>", 50]])
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY_SCHEMA}}
+    yield Member(
+        engine=engine,
+        busy=server.busy_slots,
+        short=say("the water für 水 😀 is good", max_tokens=8),
+        endless=lambda: say("go on", max_tokens=8000),
+        # A prompt that was seen before would come from the server's cache.
+        long_prompt=lambda: say(f"{next(prompts)} " + "the water is good " * 1500, max_tokens=1),
+        overflow=say("the water " * 9000, max_tokens=1),
+        tools=replace(tools, tools=[WEATHER], tool_choice="required"),
+        json_schema=replace(say("city", max_tokens=200), response_format=schema),
+        thinking=replace(say("think", max_tokens=30), thinking=True, thinking_budget=5),
+        frozen=frozen,
+        unreachable=away,
+    )
+
+
+def server_member(request: pytest.FixtureRequest) -> Iterator[Member]:
+    yield from _server(request.getfixturevalue("slow_llama_server"))
+
+
+def unix_server_member(request: pytest.FixtureRequest) -> Iterator[Member]:
+    yield from _server(request.getfixturevalue("slow_unix_llama_server"))
+
+
+MEMBERS: dict[str, Callable[[pytest.FixtureRequest], Iterator[Member]]] = {
+    "scripted": scripted_member,
+    "server": server_member,
+    "server-unix": unix_server_member,
+}
