@@ -11,6 +11,10 @@ import orjson
 from llamacpp_mqtt_deploy.core.deltas import Finished, FinishReason, Message, Progress, ToolCall, Usage
 
 
+# An answer that came in less than this came in one piece: its speed cannot be told from outside the engine.
+_MEASURABLE_S = 0.001
+
+
 @dataclass(slots=True)
 class Answer:
     """What the engine has said so far; times are monotonic seconds."""
@@ -102,7 +106,7 @@ class Answer:
     def tokens_per_second(self) -> float | None:
         if self.finished is not None and self.finished.tokens_per_second:
             return round(self.finished.tokens_per_second, 2)
-        if self.first_at is None or self.last_at is None or self.last_at <= self.first_at:
+        if self.first_at is None or self.last_at is None or self.last_at - self.first_at < _MEASURABLE_S:
             return None
         return round((self.usage().completion_tokens - 1) / (self.last_at - self.first_at), 2)
 

@@ -1,0 +1,308 @@
+"""From a prompt on the bus to its last event: what a client sees of one request."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamacpp_mqtt_deploy.core.deltas import Finished, Progress, Reasoning, Text, ToolCall, Usage
+from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost
+from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Wait
+from tests.support.house import Bus
+from tests.support.waiting import eventually
+
+
+def test_a_plain_text_prompt_is_answered_with_start_chunks_and_done(bus: Bus) -> None:
+    bus.house()
+    bus.sender.publish("llm/request/demo", b"Tell me about the sea")
+    done = bus.listener.until(type="done")
+    reader = bus.listener.read(done["request_id"])
+    assert done["_topic"] == "llm/reply/demo"
+    assert done["full_content"] == reader.content == "Tell me about the sea"
+    assert done["message"] == {"role": "assistant", "content": "Tell me about the sea"}
+    assert done["finish_reason"] == "stop"
+    kinds = [event["type"] for event in bus.listener.of(done["request_id"])]
+    assert kinds[0] == "start"
+    assert set(kinds[1:-1]) == {"chunk"}
+
+
+def test_a_two_level_session_has_its_own_reply_topic(bus: Bus) -> None:
+    bus.house()
+    bus.ask("hello there", session="ada/kitchen", request_id="r1")
+    done = bus.listener.terminal("r1")
+    assert done["_topic"] == "llm/reply/ada/kitchen"
+    assert done["session_id"] == "ada/kitchen"
+
+
+def test_stream_false_brings_exactly_one_event(bus: Bus) -> None:
+    bus.house()
+    bus.ask("one two three", request_id="r1", stream=False, metadata={"room": 7})
+    done = bus.listener.terminal("r1")
+    assert done["full_content"] == "one two three"
+    assert done["seq"] == 0
+    assert done["metadata"] == {"room": 7}
+    assert [event["type"] for event in bus.listener.of("r1")] == ["done"]
+
+
+def test_full_content_false_leaves_the_text_out_of_done(bus: Bus) -> None:
+    bus.house()
+    bus.ask("one two three", request_id="r1", full_content=False)
+    done = bus.listener.terminal("r1")
+    assert done["content_omitted"] is True
+    assert "full_content" not in done
+    assert "message" not in done
+    assert bus.listener.read("r1").content == "one two three"
+
+
+def test_sentences_come_whole(bus: Bus) -> None:
+    bus.house()
+    bus.ask("It is 3.5 degrees. Dr. Who says so! Really? yes", request_id="r1", stream="sentence")
+    bus.listener.terminal("r1")
+    chunks = [event["content"] for event in bus.listener.of("r1") if event["type"] == "chunk"]
+    assert chunks == ["It is 3.5 degrees.", " Dr. Who says so!", " Really?", " yes"]
+
+
+def test_simulated_streaming_cuts_pieces_on_grapheme_borders(bus: Bus) -> None:
+    bus.house(streaming__mode="simulated", streaming__chunk_chars=3, streaming__chunk_interval_s=0.001)
+    family = "👨‍👩‍👧‍👦"
+    bus.ask(f"ab{family}cde\u0301f", request_id="r1")
+    bus.listener.terminal("r1")
+    chunks = [event["content"] for event in bus.listener.of("r1") if event["type"] == "chunk"]
+    assert "".join(chunks) == f"ab{family}cde\u0301f"
+    assert all(not piece.startswith(("\u200d", "\u0301")) for piece in chunks)
+    assert chunks[0] == f"ab{family}"
+
+
+def test_simulated_pacing_holds_no_slot(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.house(engine, streaming__mode="simulated", streaming__chunk_chars=1, streaming__chunk_interval_s=0.05)
+    bus.ask("a long answer that takes its time to be paced out", request_id="slow", session="one")
+    bus.listener.until(type="chunk", request_id="slow")
+    bus.ask("x", request_id="quick", session="two")
+    bus.listener.terminal("quick")
+    assert not any(event.get("final") for event in bus.listener.of("slow"))
+    bus.control("cancel", session="one")
+    done = bus.listener.terminal("slow")
+    assert done["finish_reason"] == "cancelled"
+    assert done["full_content"] == bus.listener.read("slow").content
+    assert len(done["full_content"]) < len("a long answer that takes its time to be paced out")
+
+
+def test_an_engine_that_cannot_stream_is_paced_like_simulated(bus: Bus) -> None:
+    bus.house(ScriptedEngine(streams=False), streaming__chunk_chars=5, streaming__chunk_interval_s=0.03)
+    bus.ask("nine lives has the cat", request_id="r1")
+    bus.listener.terminal("r1")
+    chunks = [event["content"] for event in bus.listener.of("r1") if event["type"] == "chunk"]
+    assert chunks == ["nine ", "lives", " has ", "the c", "at"]
+
+
+def test_mode_off_sends_the_terminal_event_alone(bus: Bus) -> None:
+    bus.house(streaming__mode="off")
+    bus.ask("hush now", request_id="r1")
+    bus.listener.terminal("r1")
+    assert [event["type"] for event in bus.listener.of("r1")] == ["done"]
+
+
+def test_reasoning_and_tool_calls_stream_apart_from_content(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play(
+        Reasoning("let me "),
+        Reasoning("think"),
+        Text("I will look."),
+        ToolCall(0, "call-1", "get_time", ""),
+        ToolCall(0, None, None, '{"zone"'),
+        ToolCall(0, None, None, ': "UTC"}'),
+        Finished("tool_calls", Usage(prompt_tokens=3, completion_tokens=9, reasoning_tokens=2)),
+    )
+    bus.house(engine)
+    bus.ask("what time is it?", request_id="r1")
+    done = bus.listener.terminal("r1")
+    reader = bus.listener.read("r1")
+    assert done["full_reasoning"] == reader.reasoning == "let me think"
+    assert done["full_content"] == reader.content == "I will look."
+    call = {"id": "call-1", "type": "function", "function": {"name": "get_time", "arguments": '{"zone": "UTC"}'}}
+    assert done["message"]["tool_calls"] == reader.tool_calls == [call]
+    assert done["usage"]["reasoning_tokens"] == 2
+
+
+def test_tool_results_continue_the_answer_that_called(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play(ToolCall(0, "c1", "get_time", "{}"), Finished("tool_calls", Usage()))
+    bus.house(engine)
+    bus.ask("what time is it?", request_id="r1")
+    bus.listener.terminal("r1")
+    bus.ask(None, request_id="r2", tool_results=[{"tool_call_id": "nope", "content": "12:00"}])
+    refused = bus.listener.terminal("r2")
+    assert refused["code"] == "bad_request"
+    assert "c1" in refused["fields"]["tool_results"]
+    bus.ask(None, request_id="r3", tool_results=[{"tool_call_id": "c1", "content": "12:00"}])
+    bus.listener.terminal("r3")
+    roles = [message["role"] for message in engine.calls[-1].messages]
+    assert roles == ["user", "assistant", "tool"]
+
+
+def test_a_bad_request_gets_one_error_that_names_the_fields(bus: Bus) -> None:
+    bus.house()
+    bus.ask("hi", request_id="r1", temperature="hot", top_p=7)
+    error = bus.listener.terminal("r1")
+    assert error["code"] == "bad_request"
+    assert set(error["fields"]) == {"temperature", "top_p"}
+    assert error["retryable"] is False
+
+
+def test_near_misses_are_named_in_warnings_of_start_and_done(bus: Bus) -> None:
+    bus.house()
+    bus.ask("hi", request_id="r1", max_token=5)
+    done = bus.listener.terminal("r1")
+    start = bus.listener.until(type="start", request_id="r1")
+    assert "max_tokens" in done["warnings"][0]
+    assert start["warnings"] == done["warnings"]
+
+
+def test_an_empty_message_is_ignored(bus: Bus) -> None:
+    bus.house()
+    bus.sender.publish("llm/request/demo", b"  \n")
+    bus.ask("hi", request_id="r1")
+    bus.listener.terminal("r1")
+    assert {event["request_id"] for event in bus.listener.events if "request_id" in event} == {"r1"}
+
+
+def test_a_retained_request_is_ignored(bus: Bus) -> None:
+    bus.sender.publish("llm/request/demo", b"old news", retain=True)
+    bus.house()
+    bus.ask("hi", request_id="r1")
+    bus.listener.terminal("r1")
+    assert {event["request_id"] for event in bus.listener.events if "request_id" in event} == {"r1"}
+
+
+def test_correlation_data_is_mirrored_and_a_foreign_response_topic_rejected(bus: Bus) -> None:
+    bus.house()
+    bus.sender.publish(
+        "llm/request/demo", b'{"prompt":"hi","request_id":"r1"}', correlation=b"\x00\x01", response_topic="llm/reply/demo"
+    )
+    bus.listener.terminal("r1")
+    replies = [delivery for delivery in bus.listener.deliveries if delivery.topic == "llm/reply/demo"]
+    assert {delivery.correlation for delivery in replies} == {b"\x00\x01"}
+    bus.sender.publish(
+        "llm/request/demo", b'{"prompt":"hi","request_id":"r2"}', response_topic="home/door/set"
+    )
+    rejected = bus.listener.until(type="rejected", request_id="r2")
+    assert rejected["code"] == "reply_topic_forbidden"
+    bus.ask("still there", request_id="r3")
+    bus.listener.terminal("r3")
+    assert not any(delivery.topic == "home/door/set" for delivery in bus.listener.deliveries)
+
+
+def test_an_engine_error_ends_the_request_with_its_code_and_the_partial_text(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play("half an ", "ans", EngineFailed("the engine says: Context size has been exceeded."))
+    engine.play(ContextOverflow("too long", n_prompt_tokens=6020, n_ctx=512))
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    error = bus.listener.terminal("r1")
+    assert (error["code"], error["partial_content"]) == ("engine_error", "half an ans")
+    bus.ask("hi", request_id="r2")
+    error = bus.listener.terminal("r2")
+    assert (error["code"], error["n_prompt_tokens"], error["n_ctx"]) == ("context_overflow", 6020, 512)
+
+
+def test_an_engine_lost_before_the_first_chunk_is_started_again_unnoticed(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play(EngineLost("gone"))
+    engine.play(EngineLost("gone again"))
+    engine.play("here ", "I am")
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    done = bus.listener.terminal("r1")
+    assert done["full_content"] == bus.listener.read("r1").content == "here I am"
+    assert bus.listener.until(type="queued", request_id="r1")["reason"] == "engine_restarting"
+
+
+def test_an_engine_lost_for_the_third_time_ends_the_request(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    for _ in range(3):
+        engine.play(EngineLost("gone"))
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    assert bus.listener.terminal("r1")["code"] == "engine_lost"
+    assert len(engine.calls) == 3
+
+
+def test_an_engine_lost_after_the_first_chunk_is_never_started_again(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play("half", EngineLost("gone"))
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    error = bus.listener.terminal("r1")
+    assert (error["code"], error["retryable"], error["partial_content"]) == ("engine_lost", True, "half")
+    assert len(engine.calls) == 1
+
+
+def test_a_loading_engine_is_told_as_queued(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play(Wait("loading"), "ready now")
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    bus.listener.terminal("r1")
+    assert [event["type"] for event in bus.listener.of("r1")][:2] == ["queued", "start"]
+    assert bus.listener.until(type="queued", request_id="r1")["reason"] == "loading"
+
+
+def test_the_first_event_comes_within_a_second_also_from_a_slow_engine(bus: Bus) -> None:
+    gate = Gate()
+    engine = ScriptedEngine()
+    engine.play(gate)
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    assert bus.listener.until(timeout_s=2.0, request_id="r1")["type"] in ("start", "queued")
+    gate.open()
+    bus.listener.terminal("r1")
+
+
+def test_progress_and_ping_tell_a_long_prompt_from_a_dead_worker(bus: Bus) -> None:
+    gate = Gate()
+    engine = ScriptedEngine()
+    engine.play(Progress(0, 4000, 0), gate, Progress(4000, 4000, 0), "at last")
+    bus.house(engine, streaming__heartbeat_s=0.3)
+    bus.ask("hi", request_id="r1")
+    progress = bus.listener.until(type="progress", request_id="r1")
+    assert (progress["processed"], progress["total"]) == (0, 4000)
+    assert bus.listener.until(type="ping", request_id="r1")["state"] == "prompt"
+    gate.open()
+    bus.listener.terminal("r1")
+
+
+def test_chunks_collect_while_the_broker_does_not_acknowledge(bus: Bus) -> None:
+    words = [f"word{number} " for number in range(200)]
+    gate = Gate()
+    engine = ScriptedEngine()
+    engine.play(gate, *words)
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    eventually(gate.reached.is_set)
+    bus.broker.hold_pubacks()
+    gate.open()
+    bus.listener.terminal("r1")
+    bus.broker.release_pubacks()
+    chunks = [event for event in bus.listener.of("r1") if event["type"] == "chunk"]
+    assert len(chunks) == 2  # the first token at once, the rest when the stream ended
+    assert bus.listener.read("r1").content == "".join(words)
+
+
+def test_a_chunk_larger_than_an_event_may_be_is_cut_and_done_comes_without_the_text(bus: Bus) -> None:
+    text = "ä\n\u2028" * 3000
+    engine = ScriptedEngine()
+    engine.play(text)
+    bus.house(engine, limits__max_event_bytes=2048)
+    bus.ask("hi", request_id="r1")
+    done = bus.listener.terminal("r1")
+    assert done["content_omitted"] is True
+    assert bus.listener.read("r1").content == text
+    assert max(len(delivery.payload) for delivery in bus.listener.deliveries if "reply" in delivery.topic) <= 2048
+
+
+@pytest.mark.parametrize("topic", ["llm/request/a b", "llm/request/a/b/c", "llm/request/$x"])
+def test_a_topic_outside_the_protocol_is_ignored_and_the_worker_lives(bus: Bus, topic: str) -> None:
+    bus.house()
+    bus.sender.publish(topic, b"hi")
+    bus.ask("hi", request_id="r1")
+    bus.listener.terminal("r1")
