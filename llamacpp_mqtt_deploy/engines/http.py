@@ -126,13 +126,21 @@ class Line:
             self._duplicate = made.dup()
 
 
+def _connect(connection: HTTPConnection, line: Line) -> socket.socket:
+    timeout_s = connection.timeout if isinstance(connection.timeout, int | float) else 60.0
+    try:
+        return line.connect(connection.host, connection.port, timeout_s, connection.socket_options)
+    except OSError as error:
+        # A bare ECONNRESET from here would pass for one while sending, which urllib3 swallows.
+        raise urllib3.exceptions.NewConnectionError(connection, str(error)) from error
+
+
 class _LineConnection(HTTPConnection):
     line: Line
 
     @override
     def _new_conn(self) -> socket.socket:
-        timeout_s = self.timeout if isinstance(self.timeout, int | float) else 60.0
-        return self.line.connect(self._dns_host, self.port, timeout_s, self.socket_options)
+        return _connect(self, self.line)
 
     @override
     def connect(self) -> None:
@@ -145,8 +153,7 @@ class _LineTlsConnection(HTTPSConnection):
 
     @override
     def _new_conn(self) -> socket.socket:
-        timeout_s = self.timeout if isinstance(self.timeout, int | float) else 60.0
-        return self.line.connect(self._dns_host, self.port, timeout_s, self.socket_options)
+        return _connect(self, self.line)
 
     @override
     def connect(self) -> None:
@@ -252,7 +259,8 @@ class Exchange:
             )
         except requests.exceptions.ReadTimeout as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
+            # AttributeError: urllib3 looks for the socket of a connection that was reset while it shook hands.
             failure = NoAnswer if self._line.connected else ConnectFailed
             raise failure(_reason(error)) from error
 
