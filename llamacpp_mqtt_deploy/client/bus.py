@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import ssl
@@ -12,7 +13,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import orjson
-import structlog
 
 from llamacpp_mqtt_deploy.client.acks import AckDesk
 from llamacpp_mqtt_deploy.client.address import Address, Transport, Version, not_permitted, tls_context
@@ -31,7 +31,7 @@ from llamacpp_mqtt_deploy.client.errors import (
 from llamacpp_mqtt_deploy.client.patience import GiveUp, Patience, Probe, Send, Wait, Why
 from llamacpp_mqtt_deploy.core.topics import is_level, is_session
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
 LIVE_ANSWERS = 1000
 KEPT_SESSIONS = 64  # reply subscriptions that are kept for the next request of their session
@@ -257,6 +257,18 @@ class BusClient:
             raise NoWorker(self._nobody(f"The control message {action} was not answered within {timeout_s:g} s"))
         return event
 
+    def tell(self, session: str, action: str, *, timeout_s: float = 1.0) -> bool:
+        """Send a control message and wait only for the broker to take it; whether it did. Never raises."""
+        taken = threading.Event()
+        try:
+            payload = orjson.dumps({"action": action})
+            published = self._connection.publish(
+                self._topic("control", session), payload, on_ack=lambda _value, _reason: taken.set()
+            )
+        except BusError:
+            return False
+        return published and taken.wait(timeout_s)
+
     def history(self, session: str | None = None, *, timeout_s: float = 10.0) -> list[Mapping[str, Any]]:
         """The messages that the worker remembers of this session; raises `AnswerError` where it may not tell."""
         ack = self.control(session, "history", timeout_s=timeout_s)
@@ -296,7 +308,9 @@ class BusClient:
             self._connection.unsubscribe(self._topic("reply", name))
 
     def _send_again(self, answer: Answer) -> None:
-        log.info("request.sent_again", request=answer.request_id, session=answer.session, sends=answer.sends + 1)
+        log.info(
+            "request.sent_again request=%s session=%s sends=%d", answer.request_id, answer.session, answer.sends + 1
+        )
         answer.note(lambda patience: patience.sent(time.monotonic()))
         self._publish(answer)
 
@@ -414,7 +428,7 @@ class BusClient:
         try:
             event = orjson.loads(payload)
         except orjson.JSONDecodeError:
-            log.warning("event.unreadable", topic=topic, bytes=len(payload))
+            log.warning("event.unreadable topic=%s bytes=%d", topic, len(payload))
             return
         if not isinstance(event, dict):
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import socket
 import threading
@@ -11,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import paho.mqtt.client as paho
-import structlog
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -20,7 +20,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from llamacpp_mqtt_deploy.client.address import Address, explain_failure, explain_refusal, not_permitted
 from llamacpp_mqtt_deploy.client.errors import BrokerRefused, BrokerUnreachable, BusError, NotPermitted
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
 UNSUPPORTED_PROTOCOL_VERSION = 0x84
 REFUSED = 0x80
@@ -293,7 +293,7 @@ class Connection:
                 client.disconnect()  # else paho's thread would try again
             return
         if reason.value >= REFUSED:
-            log.warning("bus.refused", broker=str(self.address), reason=str(reason))
+            log.warning("bus.refused broker=%s reason=%s", self.address, reason)
             return
         with self._lock:
             filters = dict(self._filters)
@@ -318,7 +318,7 @@ class Connection:
 
     def _ready_again(self) -> None:
         self._ready.set()
-        log.info("bus.connected", broker=str(self.address), protocol=self.protocol)
+        log.info("bus.connected broker=%s protocol=%s", self.address, self.protocol)
         _guarded(self._on_ready)
 
     def _disconnected(self, client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
@@ -334,7 +334,7 @@ class Connection:
             self._early.clear()
         self._gone.set()
         if not self._closing:
-            log.info("bus.lost", broker=str(self.address), reason=str(reason))
+            log.info("bus.lost broker=%s reason=%s", self.address, reason)
             _guarded(self._on_lost)
 
     def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:

@@ -1,0 +1,246 @@
+"""`lmd chat`: a conversation whose history the worker keeps; each line of a pipe is a prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamacpp_mqtt_deploy.commands.ask import request_fields, request_options
+from llamacpp_mqtt_deploy.commands.terminal import (
+    CANCELLED,
+    EXIT_CODES,
+    FAILED,
+    TERMINATED,
+    Interrupts,
+    Screen,
+    broker_options,
+    bus_client,
+    client_settings,
+    closing_pipe,
+    follow,
+    harmless,
+    leave,
+    session_path,
+    tell,
+    told,
+)
+
+if TYPE_CHECKING:
+    from llamacpp_mqtt_deploy.client import BusClient
+
+REMEMBERED_LINES = 1000
+
+HELP = """\
+/new            forget the conversation so far
+/cancel         stop whatever this session still has running (Ctrl-C stops the answer on the screen)
+/system TEXT    set the system prompt from here on; without TEXT the worker's own
+/history        show what the worker remembers
+/help           this text
+/quit           leave (or Ctrl-D); the conversation stays on the worker
+A line that ends with \\ goes on in the next one; a prompt that begins with / is written with //."""
+
+
+@click.command(
+    help=f"""Talk to the model; the worker remembers the conversation.
+
+    Ctrl-C stops the running answer and keeps the conversation, Ctrl-D leaves. On a pipe each line is a prompt.
+
+    \b
+    Examples:
+      lmd chat
+      lmd chat --session kitchen --system "You are a cook."
+      printf 'My name is Ada.\\nWhat is my name?\\n' | lmd chat
+
+    {EXIT_CODES}
+    On a pipe the code is that of the first prompt that failed.
+    """
+)
+@click.option("-s", "--session", metavar="NAME", help="Continue this session. Default: a new one, told at the start.")
+@click.option("--new", is_flag=True, help="Forget what was said in the session before.")
+@request_options
+@broker_options
+def command(
+    session: str | None,
+    new: bool,
+    config_file: Path | None,
+    overrides: Mapping[str, str],
+    **flags: Any,
+) -> None:
+    settings = client_settings(config_file, overrides, flags)
+    username = settings.mqtt.username
+    path = session_path(session or f"chat-{secrets.token_hex(4)}", username or (None if session else "cli"))
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    failures: list[int] = []
+    with (
+        closing_pipe(),
+        contextlib.suppress(KeyboardInterrupt),
+        told("lmd chat", failures),
+        bus_client(settings) as bus,
+    ):
+        chat = Chat(bus, path, Screen.standard(reasoning=flags["reasoning"]), fields=request_fields(flags))
+        if new:
+            chat.control("reset")
+        if interactive:
+            _greet(chat)
+        for line in _typed_lines() if interactive else _piped_lines():
+            if not chat.take(line):
+                break
+            if interactive and TERMINATED not in failures:
+                failures.clear()  # they were told, and the person went on
+    leave(failures[0] if failures else 0)
+
+
+@contextlib.contextmanager
+def _interrupted(failures: list[int]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        failures.insert(0, CANCELLED)
+
+
+def _greet(chat: Chat) -> None:
+    name = chat.session
+    workers = [worker for worker in chat.bus.status() if worker in chat.bus.workers_online()]
+    with_whom = f" with {', '.join(workers)}" if workers else ""
+    tell(f"Session {name}{with_whom}. /help lists the commands, Ctrl-D leaves; `lmd chat --session {name}` continues.")
+
+
+@dataclass(slots=True)
+class Chat:
+    """One conversation: takes lines, sends prompts and commands, shows answers."""
+
+    bus: BusClient
+    session: str
+    screen: Screen
+    fields: dict[str, Any] = field(default_factory=dict)
+    interactive: bool = True
+    failures: list[int] = field(default_factory=list)
+    """Exit codes of the prompts and commands that failed."""
+
+    def take(self, line: str) -> bool:
+        """Do what this line says; false when it says to leave."""
+        if not line.strip():
+            return True
+        if not line.startswith("/"):
+            return self.ask(line)
+        if line.startswith("//"):
+            return self.ask(line[1:])
+        name, _, rest = line[1:].strip().partition(" ")
+        match name:
+            case "quit" | "exit":
+                return False
+            case "help":
+                tell(HELP)
+            case "new":
+                self.control("reset", done="Forgotten; a new conversation begins.")
+            case "cancel":
+                self.control("cancel", done="Cancelled.")
+            case "system":
+                self._system(rest.strip())
+            case "history":
+                self._history()
+            case _:
+                tell(f"There is no command /{name}. /help lists them; // begins a prompt with a slash.")
+                self.failures.append(FAILED)
+        return True
+
+    def ask(self, prompt: str) -> bool:
+        """Send a prompt and show its answer; false when a signal says to leave."""
+        with told("lmd chat", self.failures), Interrupts() as interrupts:
+            answer = self.bus.ask(prompt, session=self.session, **self.fields)
+            try:
+                done = follow(answer, interrupts, self.screen.show)
+            finally:
+                self.screen.finish()
+            if interrupts.code is not None and (not self.interactive or interrupts.code == TERMINATED):
+                self.failures.insert(0, interrupts.code)
+                return False
+            if done.cancelled:
+                tell("(cancelled)")
+            self.screen.summary(done)
+        return True
+
+    def control(self, action: str, *, done: str = "") -> None:
+        with told("lmd chat", self.failures):
+            ack = self.bus.control(self.session, action)
+            if ack.get("status") != "ok":
+                tell(f"{action}: {ack.get('message') or ack.get('code') or 'the worker refused'}")
+                self.failures.append(FAILED)
+            elif done:
+                tell(done)
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.fields["system_prompt"] = text
+            tell("The system prompt is set.")
+        else:
+            self.fields.pop("system_prompt", None)
+            tell("The worker's own system prompt is used.")
+
+    def _history(self) -> None:
+        with told("lmd chat", self.failures):
+            messages = self.bus.history(self.session)
+            for message in messages:
+                content = message.get("content")
+                text = content if isinstance(content, str) else str(content or message.get("tool_calls") or "")
+                click.echo(f"{message.get('role', '?')}: {harmless(text) if sys.stdout.isatty() else text}")
+            if not messages:
+                tell("The worker remembers nothing of this session.")
+
+
+# --- lines -------------------------------------------------------------------------------------------------------------
+
+
+def _piped_lines() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def _typed_lines() -> Iterator[str]:
+    with _line_editing():
+        kept = ""
+        while True:
+            try:
+                line = input("... " if kept else "> ")
+            except EOFError:
+                click.echo()
+                return
+            except KeyboardInterrupt:
+                kept = ""
+                click.echo("\n(Ctrl-D or /quit leaves)", err=True)
+                continue
+            if line.endswith("\\"):
+                kept += line[:-1] + "\n"
+                continue
+            yield kept + line
+            kept = ""
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """Arrow keys and a history file, where this Python has readline; prompts may be private, so only this user may read it."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+    file = Path(base) / "llamacpp-mqtt-deploy" / "chat_history"
+    readline.set_history_length(REMEMBERED_LINES)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file.touch(mode=0o600)
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(file)
