@@ -66,22 +66,10 @@ def test_the_wheel_has_the_code_its_types_and_the_demo_model_and_nothing_else(wh
 
 
 def test_the_wheel_runs_by_both_of_its_names(wheel: Path, tmp_path: Path) -> None:
+    # Without --ignore-installed pip would remove the checkout's own installation first.
+    options = ["--quiet", "--no-deps", "--no-index", "--ignore-installed", "--prefix", str(tmp_path)]
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-index",
-            "--prefix",
-            str(tmp_path),
-            str(wheel),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=60,
+        [sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True, capture_output=True, timeout=60
     )
     (library,) = tmp_path.rglob("site-packages")
     for name in ("lmd", "llamacpp-mqtt-deploy"):
