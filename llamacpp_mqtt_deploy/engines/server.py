@@ -90,6 +90,11 @@ class ServerEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    @property
+    def busy(self) -> int:
+        """Requests that this engine has in flight."""
+        return self._slots.busy
+
     def probe(self) -> EngineInfo:
         return self._ask()
 

@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.engines.server import ServerEngine
 from llamacpp_mqtt_deploy.ports import Engine
 from llamacpp_mqtt_deploy.settings import EngineSettings
 from tests.support.llama_server import LlamaServer, free_port
+from tests.support.openai_server import MODEL, OpenAiServer
 
 WEATHER = {
     "type": "function",
@@ -62,7 +63,25 @@ class Member:
     """While inside, the engine takes requests and gives nothing."""
     unreachable: Engine
     """An engine of this kind whose source of tokens does not exist; gives up after 0.3 s."""
-    can_see_progress: bool = True
+    lacks: frozenset[str] = frozenset()
+    """What engines of this kind cannot: `progress`, `thinking`, `counting` (tokens), `limiting` (max_tokens)."""
+
+
+@contextlib.contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """Hold a process still: its sockets take connections and requests, and nothing comes back."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def nobody() -> ServerEngine:
+    """An engine whose server does not run."""
+    engine = ServerEngine(EngineSettings(url=f"http://127.0.0.1:{free_port()}", unavailable_after_s=0.3))
+    engine.open()
+    return engine
 
 
 def scripted_member(request: pytest.FixtureRequest) -> Iterator[Member]:
@@ -75,7 +94,7 @@ def scripted_member(request: pytest.FixtureRequest) -> Iterator[Member]:
         return say("long")
 
     @contextlib.contextmanager
-    def frozen() -> Iterator[None]:
+    def silent() -> Iterator[None]:
         engine.play(Silence())
         yield
 
@@ -93,7 +112,7 @@ def scripted_member(request: pytest.FixtureRequest) -> Iterator[Member]:
         tools=replace(say("weather"), tools=[WEATHER], tool_choice="required"),
         json_schema=replace(say("city"), response_format={"type": "json_object"}),
         thinking=replace(say("think"), thinking=True),
-        frozen=frozen,
+        frozen=silent,
         unreachable=away,
     )
 
@@ -103,16 +122,6 @@ def _server(server: LlamaServer) -> Iterator[Member]:
     engine.open()
     prompts = iter(range(1000))
 
-    @contextlib.contextmanager
-    def frozen() -> Iterator[None]:
-        os.kill(server.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(server.pid, signal.SIGCONT)
-
-    away = ServerEngine(EngineSettings(url=f"http://127.0.0.1:{free_port()}", unavailable_after_s=0.3))
-    away.open()
     tools = say("weather", max_tokens=60, temperature=0, logit_bias=[["<tool_call>", 50]])
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY_SCHEMA}}
     yield Member(
@@ -126,8 +135,8 @@ def _server(server: LlamaServer) -> Iterator[Member]:
         tools=replace(tools, tools=[WEATHER], tool_choice="required"),
         json_schema=replace(say("city", max_tokens=200), response_format=schema),
         thinking=replace(say("think", max_tokens=30), thinking=True, thinking_budget=5),
-        frozen=frozen,
-        unreachable=away,
+        frozen=lambda: frozen(server.pid),
+        unreachable=nobody(),
     )
 
 
@@ -139,7 +148,39 @@ def unix_server_member(request: pytest.FixtureRequest) -> Iterator[Member]:
     yield from _server(request.getfixturevalue("slow_unix_llama_server"))
 
 
+def openai_member(request: pytest.FixtureRequest) -> Iterator[Member]:
+    server: OpenAiServer = request.getfixturevalue("openai_server")
+    engine = ServerEngine(EngineSettings(url=server.url, model=MODEL, slots=2, context_tokens=4096))
+    engine.open()
+
+    def endless() -> EngineCall:
+        server.script(type="stream_fault", kind="stall", after_chunks=3, stall_seconds=60)
+        return say("go on and on and on")
+
+    def long_prompt() -> EngineCall:
+        server.script(type="slow_first_token", seconds=60)
+        return say("long")
+
+    yield Member(
+        engine=engine,
+        busy=lambda: engine.busy,
+        short=say("the water für 水 😀 is good"),
+        endless=endless,
+        long_prompt=long_prompt,
+        overflow=say("word"),
+        tools=replace(say("weather"), tools=[WEATHER], tool_choice="required"),
+        json_schema=replace(
+            say("city"), response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": CITY_SCHEMA}}
+        ),
+        thinking=say("think"),
+        frozen=lambda: frozen(server.pid),
+        unreachable=nobody(),
+        lacks=frozenset({"progress", "thinking", "counting", "limiting"}),
+    )
+
+
 MEMBERS: dict[str, Callable[[pytest.FixtureRequest], Iterator[Member]]] = {
+    "openai": openai_member,
     "scripted": scripted_member,
     "server": server_member,
     "server-unix": unix_server_member,

@@ -98,6 +98,9 @@ def test_a_stream_opens_shows_progress_speaks_and_finishes(member: Member) -> No
     assert [type(delta) for delta in deltas].count(Opened) == 1
     assert [type(delta) for delta in deltas].count(Finished) == 1
     kinds = [type(delta) for delta in deltas[1:-1]]
+    if "progress" in member.lacks:
+        assert set(kinds) == {Text}
+        return
     assert set(kinds) == {Progress, Text}
     assert kinds == sorted(kinds, key=[Progress, Text].index)
     last = [delta for delta in deltas if isinstance(delta, Progress)][-1]
@@ -115,10 +118,16 @@ def test_usage_counts_prompt_and_answer(member: Member) -> None:
     finished = play(member.engine, member.short)[-1]
     assert isinstance(finished, Finished)
     assert finished.usage.completion_tokens > 0
+    assert finished.usage.prompt_tokens > 0
+    if "counting" in member.lacks:
+        assert member.engine.count_tokens(member.short, stop=StopSignal()) is None
+        return
     assert finished.usage.prompt_tokens == member.engine.count_tokens(member.short, stop=StopSignal())
 
 
 def test_max_tokens_ends_an_answer_with_length(member: Member) -> None:
+    if "limiting" in member.lacks:
+        pytest.skip("this server ignores max_tokens")
     finished = play(member.engine, replace(member.short, sampling={**member.short.sampling, "max_tokens": 2}))[-1]
     assert isinstance(finished, Finished)
     assert finished.finish_reason == "length"
@@ -133,7 +142,7 @@ def test_the_info_says_what_the_engine_is(member: Member) -> None:
     assert info.n_ctx is not None
     assert info.models
     assert info.tools
-    assert info.thinking
+    assert info.thinking is ("thinking" not in member.lacks)
     assert info.json_schema
 
 
@@ -154,7 +163,7 @@ def test_a_cancel_in_the_middle_of_an_answer_frees_the_slot(member: Member) -> N
 
 def test_a_cancel_in_the_middle_of_a_prompt_frees_the_slot(member: Member) -> None:
     run = Run(member.engine, member.long_prompt())
-    eventually(lambda: len(run.deltas) > 2)
+    eventually(lambda: run.has(Opened if "progress" in member.lacks else Progress))
     assert run.cancel() < 0.5
     assert not run.has(Text)
     assert_free(member)
@@ -164,7 +173,7 @@ def test_a_cancel_in_a_prompt_frees_the_slot_while_another_generates(member: Mem
     other = Run(member.engine, member.endless())
     eventually(lambda: other.has(Text))
     run = Run(member.engine, member.long_prompt())
-    eventually(lambda: len(run.deltas) > 2)
+    eventually(lambda: run.has(Opened if "progress" in member.lacks else Progress))
     assert run.cancel() < 0.5
     assert_free(member, others=1)
     assert other.is_alive()
@@ -202,6 +211,8 @@ def test_a_freed_slot_serves_the_next_call(member: Member) -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers(member: Member) -> None:
+    if "counting" in member.lacks:
+        pytest.skip("this server has no context")
     with pytest.raises(ContextOverflow) as caught:
         play(member.engine, member.overflow)
     assert caught.value.details["n_prompt_tokens"] > caught.value.details["n_ctx"]
@@ -258,6 +269,8 @@ def test_a_constrained_answer_is_json(member: Member) -> None:
 
 
 def test_thinking_is_kept_apart_from_the_answer(member: Member) -> None:
+    if "thinking" in member.lacks:
+        pytest.skip("this server has no thinking model")
     deltas = play(member.engine, member.thinking)
     kinds = [type(delta) for delta in deltas if isinstance(delta, Reasoning | Text)]
     assert kinds[0] is Reasoning

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.llama_server import LlamaServer
+from tests.support.openai_server import OpenAiServer
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -61,3 +62,17 @@ def start_llama_server(tiny_gguf: Path) -> Iterator[Callable[..., LlamaServer]]:
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def shared_openai_server() -> Iterator[OpenAiServer]:
+    server = OpenAiServer().start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def openai_server(shared_openai_server: OpenAiServer) -> OpenAiServer:
+    """An OpenAI-compatible server of another make, with nothing scripted."""
+    shared_openai_server.reset()
+    return shared_openai_server

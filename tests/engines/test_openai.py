@@ -1,0 +1,171 @@
+"""The dialect of servers that speak OpenAI's API and are not llama.cpp: against one of another make, and against oddities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Reasoning, Text, ToolCall
+from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost, IdleTimeout, RequestError
+from llamacpp_mqtt_deploy.engines.server import ServerEngine
+from llamacpp_mqtt_deploy.settings import EngineSettings
+from llamacpp_mqtt_deploy.stopping import StopSignal
+from tests.support.openai_server import MODEL, OpenAiServer
+from tests.support.sham_server import DONE, ShamServer, delta, event, reply, stream
+
+CHAT = "/v1/chat/completions"
+CALL = EngineCall(messages=[{"role": "user", "content": "one two three four"}], chunk_timeout_s=5)
+
+
+def engine_at(url: str, **settings: Any) -> ServerEngine:
+    engine = ServerEngine(EngineSettings(**{"url": url, "unavailable_after_s": 10, **settings}))
+    engine.open()
+    return engine
+
+
+def play(engine: ServerEngine, call: EngineCall = CALL, waits: list[str] | None = None) -> list[Delta]:
+    return list(engine.stream(call, stop=StopSignal(), on_wait=([] if waits is None else waits).append))
+
+
+def said(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas if isinstance(delta, Text))
+
+
+# --- another make ----------------------------------------------------------------------------------------------------
+
+
+def test_the_dialect_is_found_out_and_the_first_model_taken(openai_server: OpenAiServer) -> None:
+    engine = engine_at(openai_server.url + "/v1/")
+    info = engine.probe()
+    assert info.state == "ready"
+    assert info.slots == 1
+    assert MODEL in info.models
+    deltas = play(engine)
+    assert "one two three four" in said(deltas)
+    assert isinstance(deltas[-1], Finished)
+    assert deltas[-1].usage.completion_tokens > 0
+
+
+def test_fields_that_only_llamacpp_knows_are_named(openai_server: OpenAiServer) -> None:
+    engine = engine_at(openai_server.url)
+    engine.probe()
+    call = replace(CALL, sampling={"top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.1}, thinking=True)
+    assert engine.unsupported_fields(call) == ("top_k", "min_p", "repeat_penalty", "thinking")
+    assert said(play(engine, call))
+
+
+@pytest.mark.parametrize(
+    "behavior, leaf",
+    [
+        ({"type": "stream_fault", "kind": "disconnect", "after_chunks": 2}, EngineLost),
+        ({"type": "stream_fault", "kind": "truncate", "after_chunks": 2}, EngineLost),
+        ({"type": "stream_fault", "kind": "malformed", "after_chunks": 2}, EngineFailed),
+        ({"type": "stream_fault", "kind": "stall", "after_chunks": 2, "stall_seconds": 20}, IdleTimeout),
+        ({"type": "fail", "status": 500}, EngineFailed),
+        ({"type": "fail", "status": 400, "code": "context_length_exceeded", "message": "too long"}, ContextOverflow),
+    ],
+)
+def test_a_server_that_breaks_is_reported_as_what_it_is(
+    openai_server: OpenAiServer, behavior: dict[str, Any], leaf: type[RequestError]
+) -> None:
+    engine = engine_at(openai_server.url, model=MODEL)
+    engine.probe()
+    openai_server.script(**behavior)
+    with pytest.raises(leaf):
+        play(engine, replace(CALL, chunk_timeout_s=0.5))
+    assert "one two three four" in said(play(engine))
+
+
+def test_a_rate_limit_is_waited_for(openai_server: OpenAiServer) -> None:
+    engine = engine_at(openai_server.url, model=MODEL)
+    engine.probe()
+    openai_server.script(type="fail", status=429, times=2)
+    waits: list[str] = []
+    assert said(play(engine, waits=waits))
+    assert waits == ["waiting"]
+
+
+# --- oddities --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sham() -> Iterator[ShamServer]:
+    with ShamServer() as server:
+        del server.answers["/props"]
+        server.on("/v1/models", reply(200, {"data": [{"id": "first"}, {"id": "second"}]}))
+        yield server
+
+
+def test_the_body_holds_only_what_openai_knows(sham: ShamServer) -> None:
+    sham.on(CHAT, stream(delta("stop", content="a"), DONE))
+    sampling = {"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1, "seed": -1, "temperature": 1}
+    play(engine_at(sham.url), replace(CALL, sampling=sampling, thinking=True, thinking_budget=5))
+    assert sham.bodies() == [
+        {
+            "messages": list(CALL.messages),
+            "model": "first",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 1,
+        }
+    ]
+
+
+def test_an_answer_that_finished_counts_without_done(sham: ShamServer) -> None:
+    sham.on(CHAT, stream(delta(content="whole"), delta("length")))
+    deltas = play(engine_at(sham.url))
+    assert said(deltas) == "whole"
+    assert isinstance(deltas[-1], Finished)
+    assert deltas[-1].finish_reason == "length"
+
+
+def test_an_answer_that_did_not_finish_is_lost(sham: ShamServer) -> None:
+    sham.on(CHAT, stream(delta(content="half")))
+    with pytest.raises(EngineLost):
+        play(engine_at(sham.url))
+
+
+def test_roles_again_and_empty_choices_do_no_harm(sham: ShamServer) -> None:
+    events = [delta(role="assistant", content=""), delta(role="assistant", content="a"), event({"choices": []})]
+    crlf = [each.replace(b"\n", b"\r\n") for each in (*events, delta("stop", content="b"), DONE)]
+    sham.on(CHAT, stream(*crlf))
+    assert said(play(engine_at(sham.url))) == "ab"
+
+
+def test_tokens_are_counted_by_pieces_where_the_server_does_not_count(sham: ShamServer) -> None:
+    sham.on(CHAT, stream(delta(reasoning="thinks"), delta(content="a"), delta(content="b"), delta("stop"), DONE))
+    deltas = play(engine_at(sham.url))
+    assert [each.text for each in deltas if isinstance(each, Reasoning)] == ["thinks"]
+    assert isinstance(deltas[-1], Finished)
+    assert deltas[-1].usage.completion_tokens == 3
+
+
+def test_tool_calls_without_an_index_or_with_the_same_one_stay_apart(sham: ShamServer) -> None:
+    calls = [{"id": f"c{n}", "index": 0, "function": {"name": f"f{n}", "arguments": {"n": n}}} for n in range(2)]
+    bare = {"id": "c2", "function": {"name": "f2", "arguments": "{}"}}
+    sham.on(CHAT, stream(delta(tool_calls=calls), delta(tool_calls=[bare]), delta("stop"), DONE))
+    deltas = play(engine_at(sham.url))
+    pieces = [each for each in deltas if isinstance(each, ToolCall)]
+    assert pieces == [
+        ToolCall(0, "c0", "f0", '{"n":0}'),
+        ToolCall(1, "c1", "f1", '{"n":1}'),
+        ToolCall(2, "c2", "f2", "{}"),
+    ]
+    assert isinstance(deltas[-1], Finished)
+    assert deltas[-1].finish_reason == "tool_calls"
+
+
+def test_a_server_without_a_model_list_still_serves(sham: ShamServer) -> None:
+    del sham.answers["/v1/models"]
+    sham.on(CHAT, stream(delta("stop", content="a"), DONE))
+    assert said(play(engine_at(sham.url, model="mine"))) == "a"
+    assert sham.bodies()[0]["model"] == "mine"
+
+
+def test_the_llamacpp_dialect_refuses_another_server(sham: ShamServer) -> None:
+    info = engine_at(sham.url, dialect="llamacpp").probe()
+    assert info.state == "failed"
+    assert "openai" in info.detail
