@@ -6,8 +6,12 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import isclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr
+from pydantic.fields import FieldInfo
 
 from llamacpp_mqtt_deploy.settings import Settings
 
@@ -60,8 +64,14 @@ def find(path: Sequence[str]) -> Key | None:
 
 def is_secret(path: Sequence[str]) -> bool:
     """Whether the value must not be shown. Unknown keys count as secret: they may be a password with a typing mistake."""
-    key = find(path)
-    return key is None or key.secret
+    field = _field(_generic(path))
+    return field is None or _holds_a_secret(field)
+
+
+def names_a_secret(path: Sequence[str]) -> bool:
+    """Whether this is a known key for a secret."""
+    field = _field(_generic(path))
+    return field is not None and _holds_a_secret(field)
 
 
 def expected_at(path: Sequence[str]) -> str:
@@ -93,6 +103,34 @@ def _generic(path: Sequence[str]) -> tuple[str, ...]:
     if len(path) > 1 and path[0] == "routes":
         return ("routes", ANY_NAME, *path[2:])
     return tuple(path)
+
+
+@cache
+def _field(path: tuple[str, ...]) -> FieldInfo | None:
+    """The field of a key, None for tables and for what is unknown.
+
+    Asks the models rather than their JSON Schema, which takes as long to make as all the rest of loading.
+    """
+    model: type[BaseModel] = Settings
+    names = iter(path)
+    for name in names:
+        field = model.model_fields.get(name)
+        if field is None:
+            return None
+        values = get_args(field.annotation)[-1:] if get_origin(field.annotation) is dict else ()
+        below = next(
+            (kind for kind in (field.annotation, *values) if isclass(kind) and issubclass(kind, BaseModel)), None
+        )
+        if below is None:
+            return field if next(names, None) is None else None
+        model = below
+        if values:
+            next(names, None)  # the name that the user gave
+    return None
+
+
+def _holds_a_secret(field: FieldInfo) -> bool:
+    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def _tables(schema: Mapping[str, Any], node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Table]:
@@ -192,7 +230,7 @@ def _number(value: float) -> str:
 
 def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     """The values of nested tables with their paths; a list, and a table below a key (`fields`), count as one value."""
-    if isinstance(value, Mapping) and find(path) is None and (value or not path):
+    if isinstance(value, Mapping) and _field(_generic(path)) is None and (value or not path):
         for name, child in value.items():
             yield from leaves(child, (*path, str(name)))
     elif path:

@@ -235,8 +235,7 @@ def _from_flags(overrides: Mapping[str, str], problems: list[str]) -> list[Given
     given: list[Given] = []
     for dotted, value in overrides.items():
         path = tuple(dotted.split("."))
-        key = keys.find(path)
-        if key is not None and key.secret:
+        if keys.names_a_secret(path):
             # Every user of the machine can read the arguments of every process.
             problems.append(
                 _line(
