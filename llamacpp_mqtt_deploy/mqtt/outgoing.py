@@ -1,0 +1,115 @@
+"""The publishes that no broker has acknowledged yet: their order, their window, and which of them is poison."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+STRIKES = 3
+"""So many connections in a row must end on one and the same unacknowledged publish before it is given up."""
+
+QUIET_S = 0.3
+"""A connection on probation must live this long before the suspect is sent, so that the suspect's death is its own."""
+
+
+@dataclass(slots=True, eq=False)
+class Publish:
+    """One message on its way. `expires_at` is monotonic seconds; `on_done` runs at most once."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    correlation: bytes | None
+    expires_at: float | None
+    on_done: Callable[[bool], None] | None
+
+
+class Outgoing:
+    """Waiting publishes in order, then the ones in flight in the order in which they were sent.
+
+    `waiting` may be appended to by any thread; everything else belongs to the link's thread.
+
+    A broker that closes the connection because of one publish (mosquitto's `message_size_limit` is not announced) gets it again
+    after each reconnect, for ever. So: when two connections in a row end on the same oldest unacknowledged publish, the next
+    ones are on probation, where publishes go one at a time. What then is alone in flight when the connection ends, and for
+    the third time, is the culprit, and it alone is given up; innocent ones before it are acknowledged on the way.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[Publish] = deque()
+        self.flying: dict[int, Publish] = {}
+        self.window = 1
+        self._suspects = 0
+        self._oldest: Publish | None = None
+        self._strikes = 0
+        self._quiet_until = 0.0
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.flying)
+
+    @property
+    def on_probation(self) -> bool:
+        return self._suspects > 0
+
+    def connected(self, *, window: int, now: float) -> None:
+        self.window = window
+        self._quiet_until = now + QUIET_S if self._suspects else 0.0
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds for which nothing may be sent yet."""
+        return max(0.0, self._quiet_until - now) if self._suspects else 0.0
+
+    def next(self, now: float) -> Publish | None:
+        """Take the next publish that may be sent now."""
+        if not self.waiting or len(self.flying) >= (1 if self._suspects else self.window):
+            return None
+        if self._suspects and now < self._quiet_until:
+            return None
+        return self.waiting.popleft()
+
+    def sent(self, mid: int, publish: Publish) -> None:
+        self.flying[mid] = publish
+
+    def put_back(self, publish: Publish) -> None:
+        self.waiting.appendleft(publish)
+
+    def acknowledged(self, mid: int) -> Publish | None:
+        """Take out what this PUBACK is for."""
+        publish = self.flying.pop(mid, None)
+        if publish is not None and self._suspects:
+            self._suspects -= 1
+        return publish
+
+    def requeue(self) -> None:
+        """Put everything in flight back in front, in order: the next connection sends it anew."""
+        self.waiting.extendleft(reversed(self.flying.values()))
+        self.flying.clear()
+
+    def lost(self, *, blameless: bool) -> Publish | None:
+        """An established connection ended; returns the publish to give up, if there is one.
+
+        `blameless` ends (our own doing, a broker that shuts down) prove nothing about any publish.
+        """
+        if blameless or not self.flying:
+            return None
+        oldest = next(iter(self.flying.values()))
+        self._strikes = self._strikes + 1 if oldest is self._oldest else 1
+        self._oldest = oldest
+        if self._strikes >= STRIKES and self._suspects and len(self.flying) == 1:
+            self.flying.clear()
+            self._suspects -= 1
+            self._oldest, self._strikes = None, 0
+            return oldest
+        if self._strikes >= STRIKES - 1 and not self._suspects:
+            self._suspects = len(self.flying)
+        return None
+
+    def give_up(self) -> list[Publish]:
+        """Empty the table; for closing."""
+        self.requeue()
+        left = list(self.waiting)
+        self.waiting.clear()
+        self._suspects = 0
+        return left

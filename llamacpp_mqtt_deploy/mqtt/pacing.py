@@ -1,0 +1,135 @@
+"""When to try again and when to say so again: pure arithmetic on a clock that the caller reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Literal
+
+Version = Literal["5", "3.1.1"]
+
+FIRST_PAUSE_S = 0.1
+STABLE_AFTER_S = 5.0
+"""A connection that lived this long was a success; a shorter one does not shorten the next pause."""
+
+REMIND_AFTER_S = (10.0, 60.0, 300.0, 1800.0)
+"""Pauses between two log lines for one and the same reason."""
+
+STATED_AGAIN_AFTER_S = 60.0
+"""After an outage this long the broker may be another one, or a newer one: MQTT 5 is tried again."""
+
+
+class Backoff:
+    """Pauses that double from 0.1 s up to the most, each shortened at random by up to half (so that a fleet spreads)."""
+
+    def __init__(self, most_s: float, *, draw: Callable[[], float] = random.random) -> None:
+        self._most_s = most_s
+        self._draw = draw
+        self._next_s = FIRST_PAUSE_S
+
+    def next_s(self) -> float:
+        """The pause before the next attempt, in seconds."""
+        pause = min(self._next_s, self._most_s)
+        self._next_s = min(self._next_s * 2, self._most_s)
+        return pause * (1.0 - self._draw() / 2)
+
+    def ended(self, lived_s: float) -> None:
+        """A connection ended that lived this long."""
+        if lived_s >= STABLE_AFTER_S:
+            self._next_s = FIRST_PAUSE_S
+
+
+class Reminder:
+    """Says whether a line is due: the first time, when the reason changes, then at growing pauses."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._due_at = 0.0
+        self._times = 0
+
+    def due(self, reason: str, now: float) -> bool:
+        """Whether to log this reason now."""
+        if reason != self._reason:
+            self._reason, self._times = reason, 0
+        elif now < self._due_at:
+            return False
+        self._due_at = now + REMIND_AFTER_S[min(self._times, len(REMIND_AFTER_S) - 1)]
+        self._times += 1
+        return True
+
+    def clear(self) -> None:
+        """The trouble is over; the same reason is news again."""
+        self._reason = None
+
+
+class VersionChoice:
+    """Which MQTT version to speak next.
+
+    `auto` begins with 5. A broker that *says* it does not know the version (reason 0x84) is believed at once; one that hangs up
+    without a word (RabbitMQ before 3.13) only after two such closes in a row, since a broker or proxy that is just starting
+    does the same, and never once 5 has worked in this process. What was guessed from silence is tried again at the
+    next outage, what was stated only after an outage of a minute, because then another broker may be there.
+    """
+
+    def __init__(self, setting: Literal["auto", "5", "3.1.1"]) -> None:
+        self._auto = setting == "auto"
+        self.current: Version = "3.1.1" if setting == "3.1.1" else "5"
+        self._proven_5 = False
+        self._guessed = False
+        self._silent = 0
+        self._unreadable = 0
+        self._down_since: float | None = None
+
+    def answered(self) -> None:
+        """The broker sent a CONNACK that does not complain about the version."""
+        self._silent = 0
+        self._down_since = None
+        if self.current == "5":
+            self._proven_5 = True
+
+    def refused(self) -> bool:
+        """The broker does not know this version; True when it is worth trying the other one at once."""
+        if not self._auto:
+            return False
+        was_5 = self.current == "5"
+        self._switch(guessed=False)
+        self._proven_5 = False
+        return was_5
+
+    def closed_silently(self) -> None:
+        """The connection was closed after CONNECT and before any CONNACK."""
+        self._silent += 1
+        if self._auto and self._silent >= 2 and not (self._proven_5 and self.current == "5"):
+            self._switch(guessed=True)
+
+    def unreadable(self) -> None:
+        """The client could not read what the broker sent and hung up.
+
+        A message that paho cannot decode would come again after each reconnect; a 3.1.1 connection receives it
+        without the properties that are the usual cause.
+        """
+        self._unreadable += 1
+        if self._auto and self._unreadable >= 3 and self.current == "5":
+            self._switch(guessed=True)
+
+    def readable(self) -> None:
+        """Messages arrive and are understood."""
+        self._unreadable = 0
+
+    def lost(self, now: float) -> None:
+        """An established connection ended."""
+        self._down_since = now
+        if self._auto and self._guessed and self.current == "3.1.1":
+            self._switch(guessed=False)
+
+    def before_attempt(self, now: float) -> None:
+        if self._auto and self.current == "3.1.1" and self._down_since is not None:
+            if now - self._down_since < STATED_AGAIN_AFTER_S:
+                return
+            self._down_since = None
+            self._switch(guessed=False)
+
+    def _switch(self, *, guessed: bool) -> None:
+        self.current = "3.1.1" if self.current == "5" else "5"
+        self._guessed = guessed
+        self._silent = self._unreadable = 0
