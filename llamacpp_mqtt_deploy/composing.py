@@ -58,7 +58,10 @@ class Composer:
             f"the engine does not know {name}; it was left out" for name in self._engine.unsupported_fields(call)
         )
         if request.mode == "messages":
-            return call
+            if policy.parse.allow_system_prompt or not policy.system_prompt:
+                return call
+            # A route that allows no other system prompt means its own one to stand before everything.
+            return replace(call, messages=({"role": "system", "content": policy.system_prompt}, *call.messages))
         return self._with_history(job, call, policy)
 
     def _with_history(self, job: Job, call: EngineCall, policy: RoutePolicy) -> EngineCall:

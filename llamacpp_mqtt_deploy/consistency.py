@@ -8,6 +8,8 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from llamacpp_mqtt_deploy import credentials
+from llamacpp_mqtt_deploy.core.chat import check_tools
+from llamacpp_mqtt_deploy.core.names import check_fields
 from llamacpp_mqtt_deploy.settings import Settings
 
 Finding = tuple[str, str]
@@ -25,6 +27,9 @@ def problems(
     yield from _mqtt(settings, environ)
     yield from _engine(settings, environ)
     yield from _sizes(settings, given)
+    for name, route in settings.routes.items():
+        yield from ((f"routes.{name}.fields", fault) for fault in check_fields(route.fields))
+        yield from ((f"routes.{name}.tools", fault) for fault in check_tools(route.tools))
 
 
 def _mqtt(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -380,8 +380,8 @@ class Daemon:
         """Refuse to serve a root that another worker serves (protocol, section 1)."""
         # Twice: what is retained comes before the second SUBACK, on every broker that we know.
         look = [(self._topics.status_filter, 0)]
-        refused = self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S)
-        refused = refused or self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S)
+        refused = self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S, retained=True)
+        refused = refused or self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S, retained=True)
         if refused:
             log.warning("presence.blind", refused=dict(refused), message="cannot see whether another worker is here")
             return

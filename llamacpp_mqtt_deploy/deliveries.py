@@ -7,12 +7,13 @@ from collections import OrderedDict
 
 import structlog
 
-from llamacpp_mqtt_deploy.ports import EntryKey, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Store, StoreError
 
 log = structlog.get_logger(__name__)
 
 # Terminal events that wait for a place in the outbox; the store has every one of them, and the next start delivers it.
 _MAX_WAITING = 10_000
+_MAX_UNSTORED = 1000
 
 
 class Deliveries:
@@ -23,7 +24,15 @@ class Deliveries:
         self._store = store
         self._lock = threading.Lock()
         self._taken: list[EntryKey] = []
+        self._unstored: OrderedDict[EntryKey, tuple[bytes, float, HistoryChange | None]] = OrderedDict()
         self._waiting: OrderedDict[EntryKey, tuple[str, bytes, bytes | None]] = OrderedDict()
+
+    def store_later(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None) -> None:
+        """An end that the store could not take (a full disk): tried again, or a restart would end the request once more."""
+        with self._lock:
+            self._unstored[key] = (terminal, now, history)
+            if len(self._unstored) > _MAX_UNSTORED:
+                self._unstored.popitem(last=False)
 
     def send(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> None:
         if not self._publish(key, topic, terminal, correlation):
@@ -42,8 +51,10 @@ class Deliveries:
 
     def sweep(self) -> None:
         """Tick off in the store what the broker has taken, and try again what found no place."""
+        self._store_what_waits()
         with self._lock:
-            taken, self._taken = self._taken, []
+            taken = [key for key in self._taken if key not in self._unstored]
+            self._taken = [key for key in self._taken if key in self._unstored]
             waiting = list(self._waiting.items())
         if taken:
             try:
@@ -56,3 +67,15 @@ class Deliveries:
                 return
             with self._lock:
                 self._waiting.pop(key, None)
+
+    def _store_what_waits(self) -> None:
+        with self._lock:
+            unstored = list(self._unstored.items())
+        for key, (terminal, now, history) in unstored:
+            try:
+                self._store.finish(key, terminal, now=now, history=history)
+            except StoreError:
+                return
+            log.info("journal.caught_up", request_id=key.request_id)
+            with self._lock:
+                self._unstored.pop(key, None)

@@ -119,8 +119,9 @@ class Endings:
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
         except StoreError as problem:
-            # The client still gets its answer; what is lost is the memory of it.
+            # The client gets its answer all the same; the memory of it follows when the disk takes it.
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
+            self._deliveries.store_later(job.key, terminal, now=time.time(), history=history)
         self._deliveries.send(job.key, job.responder.topic, terminal, job.entry.correlation)
         self._book.leave(job)
         self._record(job, outcome, error)

@@ -352,6 +352,10 @@ class Intake:
             bytes=len(delivery.payload),
             message=error.message,
         )
+        if address.reply_topic is not None and request_id is not None and self._is_known(address, request_id):
+            # A broken copy of a request that is known: an `error` would end the good one in its client's eyes.
+            self._reject(address, request_id, delivery, "duplicate_request")
+            return
         if address.reply_topic is None or address.session is None:
             return  # The session stood in the payload and cannot be read: there is no topic to answer on.
         writer = EventWriter(
@@ -361,6 +365,13 @@ class Intake:
         )
         payload = writer.error(code=error.code, message=error.message, retryable=error.retryable, details=error.details)
         self._outbox.publish(address.reply_topic, payload, correlation=_correlation(delivery))
+
+    def _is_known(self, address: Address, request_id: str) -> bool:
+        key = EntryKey(address.route, address.session or "", request_id)
+        try:
+            return self._book.find(key) is not None or self._store.find(key) is not None
+        except StoreError:
+            return False
 
     def _reject(self, address: Address, request_id: str, delivery: Delivery, code: str) -> bool:
         assert address.reply_topic is not None

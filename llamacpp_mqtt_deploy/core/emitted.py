@@ -136,7 +136,7 @@ class Queued(Event):
     type: Literal["queued"]
     """Always `queued`."""
     position: Count
-    """How many are before it, as far as known."""
+    """Its place in the queue, 1 is next; 0 when it has left the queue and waits for the engine."""
     reason: Literal["waiting", "loading", "engine_restarting"]
     """What it waits for."""
 
@@ -272,8 +272,8 @@ class Error(Event):
 
     type: Literal["error"]
     """Always `error`."""
-    seq: Count
-    """How many chunks there were."""
+    seq: Count | None = None
+    """How many chunks there were; absent when the worker that counted them died."""
     final: Literal[True]
     """Nothing follows."""
     code: ErrorCode

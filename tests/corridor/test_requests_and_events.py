@@ -177,14 +177,15 @@ def test_a_retained_request_is_ignored(bus: Bus) -> None:
 def test_correlation_data_is_mirrored_and_a_foreign_response_topic_rejected(bus: Bus) -> None:
     bus.house()
     bus.sender.publish(
-        "llm/request/demo", b'{"prompt":"hi","request_id":"r1"}', correlation=b"\x00\x01", response_topic="llm/reply/demo"
+        "llm/request/demo",
+        b'{"prompt":"hi","request_id":"r1"}',
+        correlation=b"\x00\x01",
+        response_topic="llm/reply/demo",
     )
     bus.listener.terminal("r1")
     replies = [delivery for delivery in bus.listener.deliveries if delivery.topic == "llm/reply/demo"]
     assert {delivery.correlation for delivery in replies} == {b"\x00\x01"}
-    bus.sender.publish(
-        "llm/request/demo", b'{"prompt":"hi","request_id":"r2"}', response_topic="home/door/set"
-    )
+    bus.sender.publish("llm/request/demo", b'{"prompt":"hi","request_id":"r2"}', response_topic="home/door/set")
     rejected = bus.listener.until(type="rejected", request_id="r2")
     assert rejected["code"] == "reply_topic_forbidden"
     bus.ask("still there", request_id="r3")

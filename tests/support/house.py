@@ -12,7 +12,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.core.events import EventReader
 from llamacpp_mqtt_deploy.core.schema import validate_admin_ack, validate_event, validate_health, validate_status
-from llamacpp_mqtt_deploy.daemon import Daemon
+from llamacpp_mqtt_deploy.daemon import Daemon, client_id
 from llamacpp_mqtt_deploy.engines.scripted import ScriptedEngine
 from llamacpp_mqtt_deploy.loading import load
 from llamacpp_mqtt_deploy.mqtt.loopback import LoopbackLink
@@ -95,7 +95,8 @@ class House:
         self.broker = broker
         self.engine = engine
         self.loaded = load(None, dict(settings), environ={})
-        self.daemon = Daemon(self.loaded, link=LoopbackLink(broker), engine=engine)
+        self.client_id = client_id(self.loaded.settings.mqtt)
+        self.daemon = Daemon(self.loaded, link=LoopbackLink(broker, client_id=self.client_id), engine=engine)
         self.exit_code: int | None = None
         self._thread = threading.Thread(target=self._run, name="daemon", daemon=True)
 

@@ -1,0 +1,88 @@
+"""Coalescing, cutting into pieces and into sentences: no character is lost."""
+
+from __future__ import annotations
+
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.chunking import MAX_SENTENCE_CHARS, SentenceCutter, pieces
+from llamacpp_mqtt_deploy.core.coalescer import Coalescer
+
+
+@given(st.lists(st.tuples(st.sampled_from(["content", "reasoning"]), st.text(min_size=1)), max_size=50), st.data())
+def test_a_coalescer_loses_nothing_and_keeps_the_order(deltas: list[tuple[str, str]], data: st.DataObject) -> None:
+    coalescer = Coalescer()
+    out: list[tuple[str, str]] = []
+    for number, (kind, text) in enumerate(deltas):
+        coalescer.feed(kind, text)  # type: ignore[arg-type]
+        coalescer.in_flight = data.draw(st.integers(0, 2))
+        if coalescer.ready(float(number)):
+            out += coalescer.take(float(number))
+    out += coalescer.take(float(len(deltas)))
+    for wanted in ("content", "reasoning"):
+        assert "".join(t for k, t in out if k == wanted) == "".join(t for k, t in deltas if k == wanted)
+    assert not coalescer
+
+
+def test_the_first_piece_goes_at_once_and_the_next_when_it_is_acknowledged() -> None:
+    coalescer = Coalescer()
+    coalescer.feed("content", "a")
+    assert coalescer.ready(0.0)
+    assert coalescer.take(0.0) == [("content", "a")]
+    coalescer.in_flight = 1
+    coalescer.feed("content", "b")
+    coalescer.feed("content", "c")
+    assert not coalescer.ready(9.0)
+    coalescer.in_flight = 0
+    assert coalescer.ready(9.0)
+    assert coalescer.take(9.0) == [("content", "bc")]
+
+
+def test_a_minimum_interval_holds_pieces_back_and_says_for_how_long() -> None:
+    coalescer = Coalescer(min_interval_s=1.0)
+    coalescer.feed("content", "a")
+    coalescer.take(0.0)
+    coalescer.feed("content", "b")
+    assert not coalescer.ready(0.5)
+    assert coalescer.due_in_s(0.5) == 0.5
+    assert coalescer.ready(1.0)
+
+
+GRAPHEMES = st.text(alphabet=st.sampled_from("ab \n\u0301\u200d👩👨👧🏽🇩🇪\U0001f3fbक्षि"))
+
+
+@given(GRAPHEMES | st.text(), st.integers(1, 12))
+def test_pieces_split_no_grapheme_cluster_and_join_to_the_text(text: str, chars: int) -> None:
+    found = list(pieces(text, chars))
+    assert "".join(found) == text
+    clusters = [regex.findall(r"\X", piece) for piece in found]
+    assert sum(map(len, clusters)) == len(regex.findall(r"\X", text))
+    assert all(len(cluster) == chars for cluster in clusters[:-1])
+
+
+@given(st.lists(st.text(alphabet="ab .!?\n\"'。3", max_size=20), max_size=30))
+def test_sentences_join_to_the_text_at_any_cut(cuts: list[str]) -> None:
+    cutter = SentenceCutter()
+    found = [sentence for cut in cuts for sentence in cutter.feed(cut)] + cutter.flush()
+    assert "".join(found) == "".join(cuts)
+    assert all(found)
+
+
+def test_a_sentence_waits_for_what_shows_that_it_has_ended() -> None:
+    cutter = SentenceCutter()
+    assert cutter.feed("It costs 3.") == []
+    assert cutter.feed("50 euros. And") == ["It costs 3.50 euros."]
+    assert cutter.feed(" e.g. this! Next") == [" And e.g. this!"]
+    assert cutter.flush() == [" Next"]
+
+
+def test_sentences_end_without_a_blank_in_chinese() -> None:
+    assert SentenceCutter().feed("你好。再见。") == ["你好。", "再见。"]
+
+
+def test_text_without_an_end_is_not_held_back_for_ever() -> None:
+    cutter = SentenceCutter()
+    found = [part for _ in range(80) for part in cutter.feed("no end in sight and ")]
+    assert found
+    assert max(map(len, found)) <= MAX_SENTENCE_CHARS

@@ -1,0 +1,120 @@
+"""Who may wait, who goes first, and who is told to come back."""
+
+from __future__ import annotations
+
+from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
+from tests.support.house import Bus
+from tests.support.waiting import eventually
+
+
+def _hold_the_slot(bus: Bus, engine: ScriptedEngine) -> Gate:
+    gate = Gate()
+    engine.play(gate, "held")
+    bus.ask("hold", request_id="holder", session="holder")
+    eventually(gate.reached.is_set)
+    return gate
+
+
+def _ends(bus: Bus) -> list[str]:
+    return [event["request_id"] for event in bus.listener.events if event.get("final")]
+
+
+def test_a_full_queue_refuses_with_busy_and_says_when_to_try_again(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.house(engine, limits__queue_size=2)
+    gate = _hold_the_slot(bus, engine)
+    for number in range(3):
+        bus.ask("x", request_id=f"r{number}", session=f"s{number}")
+    error = bus.listener.terminal("r2")
+    assert (error["code"], error["retryable"]) == ("busy", True)
+    assert error["retry_after_s"] >= 1
+    gate.open()
+    assert bus.listener.terminal("r1")["type"] == "done"
+
+
+def test_the_lowest_lane_is_refused_first_and_the_highest_runs_first(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.house(engine, limits__queue_size=2)
+    gate = _hold_the_slot(bus, engine)
+    bus.ask("x", request_id="batch", session="a", priority="batch")
+    bus.ask("x", request_id="normal", session="b")
+    bus.ask("x", request_id="interactive", session="c", priority="interactive")
+    assert bus.listener.terminal("batch")["code"] == "busy"
+    gate.open()
+    bus.listener.terminal("normal")
+    assert _ends(bus) == ["batch", "holder", "interactive", "normal"]
+
+
+def test_slots_are_shared_in_turn_between_first_topic_levels(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.house(engine)
+    gate = _hold_the_slot(bus, engine)
+    for number in range(3):
+        bus.ask("x", request_id=f"greedy{number}", session=f"greedy/s{number}")
+    bus.ask("x", request_id="modest", session="modest/s")
+    gate.open()
+    bus.listener.terminal("greedy2")
+    assert _ends(bus).index("modest") <= 2
+
+
+def test_positions_are_told_as_they_change(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.house(engine)
+    gate = _hold_the_slot(bus, engine)
+    second = Gate()
+    engine.play(second)
+    bus.ask("x", request_id="r1", session="a")
+    bus.ask("x", request_id="r2", session="b")
+    assert bus.listener.until(type="queued", request_id="r2")["position"] == 2
+    gate.open()
+    assert bus.listener.until(type="queued", request_id="r2", position=1)
+    second.open()
+    bus.listener.terminal("r2")
+
+
+def test_rate_limits_count_per_first_topic_level(bus: Bus) -> None:
+    bus.house(limits__max_requests_per_minute=2)
+    for number in range(3):
+        bus.ask("x", request_id=f"r{number}", session=f"ada/s{number}")
+    error = bus.listener.terminal("r2")
+    assert error["code"] == "rate_limited"
+    assert 0 < error["retry_after_s"] <= 60
+    bus.ask("x", request_id="other", session="bob/s")
+    assert bus.listener.terminal("other")["type"] == "done"
+
+
+def test_time_limits_count_the_waiting(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.house(engine)
+    gate = _hold_the_slot(bus, engine)
+    bus.ask("x", request_id="r1", session="a", timeout_s=0.3)
+    error = bus.listener.terminal("r1", timeout_s=3)
+    assert error["code"] == "timeout"
+    assert "waited" in error["message"]
+    gate.open()
+
+
+def test_a_running_request_over_its_limit_ends_with_timeout_and_its_text(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play("so far", Silence())
+    bus.house(engine)
+    bus.ask("x", request_id="r1", timeout_s=0.5)
+    error = bus.listener.terminal("r1", timeout_s=3)
+    assert (error["code"], error["partial_content"]) == ("timeout", "so far")
+
+
+def test_the_remaining_message_expiry_is_a_time_limit_too(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play(Silence())
+    bus.house(engine)
+    bus.sender.publish("llm/request/demo", b'{"prompt":"x","request_id":"r1"}', expiry_s=0.5)
+    assert bus.listener.terminal("r1", timeout_s=3)["code"] == "timeout"
+
+
+def test_an_engine_that_falls_silent_ends_in_idle_timeout(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play("so far", Silence())
+    bus.house(engine, engine__chunk_timeout_s=0.3)
+    bus.ask("x", request_id="r1")
+    error = bus.listener.terminal("r1", timeout_s=3)
+    assert (error["code"], error["retryable"], error["partial_content"]) == ("idle_timeout", True, "so far")
