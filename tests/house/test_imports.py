@@ -57,6 +57,7 @@ RANKS: Mapping[str, int] = {
     "demo": 75,
     "daemon": 70,
     "client": 70,
+    "direct": 70,
     "checking": 70,
     "workers": 60,
     "intake": 50,
@@ -158,7 +159,7 @@ def test_a_family_imports_neither_the_corridor_nor_another_family(path: Path) ->
 @each_module
 def test_only_the_top_names_a_concrete_adapter(path: Path) -> None:
     importer = module_name(path).split(".")[0]
-    if importer in {*FAMILIES, "daemon", "commands", "cli", "demo", "checking", "client", "building"}:
+    if importer in {*FAMILIES, "daemon", "commands", "cli", "demo", "checking", "client", "direct"}:
         return
     for imported, _ in ours(path):
         assert imported.split(".")[0] not in FAMILIES, f"{importer} imports {imported}; it should know only the ports"
