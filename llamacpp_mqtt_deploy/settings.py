@@ -116,6 +116,8 @@ class EngineSettings(Section):
     """Bearer token for the server; better kept in `api_key_file` or in the systemd credential `engine-api-key`."""
     api_key_file: UserPath | None = None
     """File whose first line is the API key."""
+    ca_file: UserPath | None = None
+    """PEM file with the authorities to trust for an `https` address; the public ones when absent."""
     model: str | None = None
     """Name of the model, where the server serves several; becomes the default of the request field `model`."""
     models: tuple[str, ...] = ()

@@ -92,10 +92,8 @@ class CompletionReader:
             self._read_delta(choice.get("delta") or choice.get("message") or {}, deltas, halves=halves)
             if finish_reason := choice.get("finish_reason"):
                 self._read_finish(str(finish_reason), choice)
-        if usage := event.get("usage"):
-            self._usage = usage
-        if timings := event.get("timings"):
-            self._timings = timings
+        self._usage = _section(event, "usage") or self._usage
+        self._timings = _section(event, "timings") or self._timings
         return deltas
 
     def finished(self) -> Finished:
@@ -187,8 +185,8 @@ class CompletionReader:
 
     def _counted(self) -> Usage:
         usage, timings = self._usage, self._timings
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+        cached = _section(usage, "prompt_tokens_details").get("cached_tokens")
+        reasoning = _section(usage, "completion_tokens_details").get("reasoning_tokens")
         prompt = usage.get("prompt_tokens")
         if prompt is None:
             known = self._progress.total if self._progress else 0
@@ -280,6 +278,11 @@ def _forgiving_loads(data: bytes) -> Any:
         return json.loads(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError) as error:
         raise EngineFailed("The engine sent an event that is not JSON.") from error
+
+
+def _section(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = document.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _count(value: object) -> int:

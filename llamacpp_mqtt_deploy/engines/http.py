@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 from urllib.parse import urlsplit
@@ -206,7 +207,13 @@ class Exchange:
     """
 
     def __init__(
-        self, address: Address, *, api_key: str | None, connect_timeout_s: float, stops: Iterable[StopSignal] = ()
+        self,
+        address: Address,
+        *,
+        api_key: str | None,
+        connect_timeout_s: float,
+        ca_file: Path | None = None,
+        stops: Iterable[StopSignal] = (),
     ) -> None:
         self._address = address
         self._line = Line(address)
@@ -214,6 +221,7 @@ class Exchange:
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy, no .netrc: the prompt goes to the configured server or nowhere
         self._session.headers.clear()
+        self._session.verify = True if ca_file is None else str(ca_file)
         self._session.mount(f"{address.base.partition(':')[0]}://", _LineAdapter(self._line))
         self._headers = {"Accept-Encoding": "identity", "Connection": "close", "User-Agent": "llamacpp-mqtt-deploy"}
         if api_key:

@@ -66,7 +66,9 @@ class ServerEngine:
     # --- condition ---------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Read the key; nothing is asked yet. Raises ValueError when the key file cannot be read."""
+        """Read the key; nothing is asked yet. Raises ValueError when a file is missing that the settings name."""
+        if self._settings.ca_file is not None and not self._settings.ca_file.is_file():
+            raise ValueError(f"engine.ca_file: there is no file {self._settings.ca_file}")
         path = self._settings.api_key_file
         if self._api_key is None and path is not None:
             try:
@@ -138,7 +140,7 @@ class ServerEngine:
                 return before
             self._info = info
         if info.state != before.state:
-            log.info("engine.changed", state=info.state, before=before.state, detail=info.detail, slots=info.slots)
+            log.debug("engine.changed", state=info.state, before=before.state, detail=info.detail, slots=info.slots)
         return info
 
     # --- generation --------------------------------------------------------------------------------------------------
@@ -336,6 +338,7 @@ class ServerEngine:
             self._address,
             api_key=self._api_key,
             connect_timeout_s=limit_s if connect_timeout_s is None else min(limit_s, connect_timeout_s),
+            ca_file=self._settings.ca_file,
             stops=(*stops, self._closing),
         )
 

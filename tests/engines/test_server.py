@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import SecretStr
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened, Progress, Text
 from llamacpp_mqtt_deploy.core.errors import (
@@ -23,11 +30,13 @@ from llamacpp_mqtt_deploy.core.errors import (
     IdleTimeout,
     ModelNotFound,
     RequestError,
+    Unsupported,
 )
 from llamacpp_mqtt_deploy.engines.http import READ_BYTES
 from llamacpp_mqtt_deploy.engines.server import ServerEngine
 from llamacpp_mqtt_deploy.settings import EngineSettings
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
+from tests.support.llama_server import LlamaServer
 from tests.support.sham_server import DONE, END, STREAM, Answer, ShamServer, chunk, delta, event, reply, reset, stream
 from tests.support.waiting import eventually
 
@@ -373,22 +382,20 @@ def test_a_slow_reader_is_not_taken_for_a_silent_engine(sham: ShamServer) -> Non
     assert said(deltas) == "ab"
 
 
-def cancel_while(sham: ShamServer, until: threading.Event | None = None, call: EngineCall = CALL) -> float:
-    """Cancel a call in a thread; the seconds until it raised `Stopped`."""
-    engine, stop, errors = engine_for(sham), StopSignal(), list[BaseException]()
+def cancel_while(sham: ShamServer, **settings: Any) -> float:
+    """Cancel a call whose request has been received; the seconds until it raised `Stopped`."""
+    engine, stop, errors = engine_for(sham, **settings), StopSignal(), list[BaseException]()
+    asked_before = len(sham.bodies())
 
     def run() -> None:
         try:
-            play(engine, call, stop=stop)
+            play(engine, stop=stop)
         except BaseException as error:  # noqa: BLE001 - looked at below
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    if until is not None:
-        assert until.wait(5)
-    else:
-        eventually(sham.bodies)
+    eventually(lambda: len(sham.bodies()) > asked_before)
     started = time.monotonic()
     stop.set("cancelled")
     thread.join(10)
@@ -530,3 +537,127 @@ def test_slots_progress_tells_work_from_rest(sham: ShamServer) -> None:
     ]
     sham.on("/slots", reply(501, {"error": {"message": "off"}}))
     assert engine_for(sham).slots_progress() is None
+
+
+# --- TLS -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A file with a self-signed certificate for 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sham")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    plain = serialization.PrivateFormat.PKCS8
+    file = tmp_path / "sham.pem"
+    file.write_bytes(made.public_bytes(pem) + key.private_bytes(pem, plain, serialization.NoEncryption()))
+    return file
+
+
+@pytest.fixture
+def tls_sham(certificate: Path) -> Iterator[ShamServer]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with ShamServer(tls=context) as server:
+        yield server
+
+
+def test_a_server_behind_tls_is_read_and_cancelled_like_any_other(tls_sham: ShamServer, certificate: Path) -> None:
+    tls_sham.on(CHAT, GOOD, (STREAM, chunk(delta(content="a")), threading.Event()))
+    assert said(play(engine_for(tls_sham, ca_file=certificate))) == "good"
+    assert cancel_while(tls_sham, ca_file=certificate) < 0.5
+    assert tls_sham.hung_up.wait(5)
+
+
+def test_a_server_that_nobody_vouches_for_gets_no_prompt(tls_sham: ShamServer) -> None:
+    with pytest.raises(EngineUnavailable):
+        play(engine_for(tls_sham, unavailable_after_s=0))
+    assert not tls_sham.bodies()
+    info = engine_for(tls_sham).probe()
+    assert info.state == "unreachable"
+    assert "certificate" in info.detail
+
+
+def test_a_cancel_ends_a_tls_handshake_that_hangs() -> None:
+    with ShamServer() as sham, socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        engine = engine_for(sham, url=url, dialect="llamacpp", connect_timeout_s=30)
+        stop = StopSignal()
+        timer = threading.Timer(0.2, stop.set, ("cancelled",))
+        timer.start()
+        started = time.monotonic()
+        with pytest.raises(Stopped):
+            play(engine, stop=stop)
+        assert time.monotonic() - started < 2
+
+
+# --- llama.cpp's own server --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("unix", [False, True])
+def test_a_killed_server_loses_its_answers_and_is_found_again(
+    start_llama_server: Callable[..., LlamaServer], unix: bool
+) -> None:
+    server = start_llama_server(slots=1, unix=unix, api_key="sesame")
+    engine = ServerEngine(EngineSettings(url=server.url, api_key=SecretStr("sesame"), unavailable_after_s=30))
+    engine.open()
+    call = replace(CALL, sampling={"max_tokens": 4000})
+    running = engine.stream(call, stop=StopSignal(), on_wait=lambda reason: None)
+    next(delta for delta in running if isinstance(delta, Text))
+    server.kill()
+    with pytest.raises(EngineLost):
+        list(running)
+    assert engine.probe().state == "unreachable"
+    server.start(wait=False)
+    waits: list[str] = []
+    deltas = play(engine, replace(CALL, sampling={"max_tokens": 4}), waits=waits)
+    assert isinstance(deltas[-1], Finished)
+    assert waits[0] == "engine_restarting"
+    assert engine.info().state == "ready"
+
+
+@pytest.mark.engine
+def test_a_wrong_key_is_refused_by_the_server_itself(start_llama_server: Callable[..., LlamaServer]) -> None:
+    server = start_llama_server(slots=1, api_key="sesame")
+    engine = ServerEngine(EngineSettings(url=server.url, api_key=SecretStr("wrong"), unavailable_after_s=1))
+    with pytest.raises(EngineUnavailable):
+        play(engine)
+    assert engine.info().state == "failed"
+
+
+@pytest.mark.engine
+def test_the_servers_refusals_are_passed_on_in_its_words(llama_server: LlamaServer) -> None:
+    engine = ServerEngine(EngineSettings(url=llama_server.url))
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+    with pytest.raises(RequestError) as caught:
+        play(engine, replace(CALL, response_format=schema))
+    assert not caught.value.retryable
+    assert "nonsense" in caught.value.message
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    with pytest.raises(Unsupported):
+        play(engine, replace(CALL, messages=[{"role": "user", "content": [image]}]))
+
+
+@pytest.mark.engine
+def test_what_a_slot_does_can_be_watched(slow_llama_server: LlamaServer) -> None:
+    engine = ServerEngine(EngineSettings(url=slow_llama_server.url))
+    call = replace(CALL, sampling={"max_tokens": 4000})
+    running = engine.stream(call, stop=StopSignal(), on_wait=lambda reason: None)
+    next(delta for delta in running if isinstance(delta, Text))
+    progress = engine.slots_progress()
+    assert progress is not None
+    (working,) = [slot for slot in progress if slot.working]
+    assert working.tokens_decoded > 0
+    assert isinstance(running, Generator)
+    running.close()
+    slow_llama_server.idle_within(2)

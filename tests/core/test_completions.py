@@ -1,0 +1,174 @@
+"""The reader of chat completions takes whatever servers send and gives clean deltas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.completions import MAX_MESSAGE_CHARS, CompletionReader, clean, error_from
+from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, Progress, Reasoning, Text, ToolCall, Usage
+from llamacpp_mqtt_deploy.core.errors import EngineFailed, RequestError
+
+
+def chunk(finish_reason: str | None = None, **delta: Any) -> bytes:
+    return json.dumps({"choices": [{"index": 0, "finish_reason": finish_reason, "delta": delta}]}).encode()
+
+
+def read(*events: bytes) -> tuple[list[Delta], Finished]:
+    reader = CompletionReader()
+    deltas = [delta for event in events for delta in reader.read(event)]
+    return deltas, reader.finished()
+
+
+def joined(deltas: Iterable[Delta], kind: type[Text | Reasoning] = Text) -> str:
+    return "".join(delta.text for delta in deltas if isinstance(delta, kind))
+
+
+# What b11434 sent for five tokens, with `return_progress` and `include_usage`.
+ROLE = '{"choices":[{"finish_reason":null,"index":0,"delta":{"role":"assistant","content":null}}]'
+TIMINGS = '"timings":{"cache_n":20,"prompt_n":8,"predicted_n":5,"predicted_per_second":2791.3}'
+USAGE = (
+    '"usage":{"completion_tokens":5,"prompt_tokens":28,"total_tokens":33,"prompt_tokens_details":{"cached_tokens":20}}'
+)
+RECORDED = [
+    f'{ROLE},"prompt_progress":{{"total":28,"cache":20,"processed":20,"time_ms":0}}}}'.encode(),
+    f'{ROLE},"prompt_progress":{{"total":28,"cache":20,"processed":28,"time_ms":3}}}}'.encode(),
+    f"{ROLE}}}".encode(),
+    b'{"choices":[{"finish_reason":null,"index":0,"delta":{"reasoning_content":"hm"}}]}',
+    b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":" fo"}}]}',
+    b'{"choices":[{"finish_reason":"length","index":0,"delta":{}}]}',
+    f'{{"choices":[],{USAGE},{TIMINGS}}}'.encode(),
+    b"[DONE]",
+]
+
+
+def test_a_recorded_stream_reads_as_it_should() -> None:
+    deltas, finished = read(*RECORDED)
+    assert deltas == [Progress(20, 28, 20), Progress(28, 28, 20), Reasoning("hm"), Text(" fo")]
+    assert finished == Finished("length", Usage(prompt_tokens=28, completion_tokens=5, cached_tokens=20), 2791.3)
+
+
+def test_usage_comes_from_the_timings_where_there_is_none() -> None:
+    event = b'{"choices":[],"timings":{"cache_n":20,"prompt_n":8,"predicted_n":5,"predicted_per_second":null}}'
+    finished = read(chunk(content="a"), event)[1]
+    assert finished.usage == Usage(prompt_tokens=28, completion_tokens=5, cached_tokens=20)
+    assert finished.tokens_per_second is None
+
+
+def test_vllms_stop_reason_is_the_stop_sequence() -> None:
+    event = b'{"choices":[{"finish_reason":"stop","stop_reason":"###","delta":{}}]}'
+    assert read(chunk(content="a"), event)[1].stop_sequence == "###"
+
+
+@pytest.mark.parametrize("reason", ["error", "abort"])
+def test_a_generation_that_was_broken_off_is_no_answer(reason: str) -> None:
+    with pytest.raises(EngineFailed):
+        read(chunk(reason))
+
+
+def test_content_in_parts_is_joined() -> None:
+    assert joined(read(chunk(content=[{"type": "text", "text": "a"}, {"type": "image"}, {"text": "b"}]))[0]) == "ab"
+
+
+@given(st.text(min_size=1), st.data())
+def test_surrogate_pairs_cut_by_the_server_come_out_whole(text: str, data: st.DataObject) -> None:
+    units = text.encode("utf-16-le", "surrogatepass")
+    places = data.draw(st.lists(st.integers(0, len(units) // 2), max_size=6))
+    marks = [0, *sorted(2 * place for place in places), len(units)]
+    pieces = [units[a:b].decode("utf-16-le", "surrogatepass") for a, b in zip(marks, marks[1:], strict=False)]  # noqa: RUF007
+    deltas, _ = read(*(json.dumps({"choices": [{"delta": {"content": piece}}]}).encode() for piece in pieces))
+    assert joined(deltas) == text
+    assert all(isinstance(delta, Text) and delta.text for delta in deltas)
+
+
+def test_half_a_pair_becomes_a_replacement_character() -> None:
+    assert joined(read(chunk(content="\ud83d"), chunk(content="a\ude00"))[0]).encode()
+
+
+def test_broken_utf8_is_read_with_replacement_characters() -> None:
+    assert joined(read(b'{"choices":[{"delta":{"content":"a\xff\xfeb"}}]}')[0]) == "a\ufffd\ufffdb"
+
+
+@given(st.lists(st.text(max_size=4), min_size=1, max_size=6), st.booleans())
+def test_arguments_of_a_call_are_joined_whether_or_not_its_name_is_repeated(pieces: list[str], again: bool) -> None:
+    named = {"id": "x", "index": 0, "type": "function"}
+    calls = [
+        {**(named if again or number == 0 else {"index": 0}), "function": {"name": "f", "arguments": piece}}
+        for number, piece in enumerate(pieces)
+    ]
+    if not again:
+        for call in calls[1:]:
+            del call["function"]["name"]  # type: ignore[attr-defined]
+    deltas, finished = read(*(chunk(tool_calls=[call]) for call in calls), chunk("tool_calls"))
+    assert "".join(delta.arguments for delta in deltas if isinstance(delta, ToolCall)) == "".join(pieces)
+    assert isinstance(deltas[0], ToolCall)
+    assert (deltas[0].id, deltas[0].name) == ("x", "f")
+    assert all(delta.id is None and delta.name is None for delta in deltas[1:] if isinstance(delta, ToolCall))
+    assert all(isinstance(delta, ToolCall) and delta.index == 0 for delta in deltas)
+    assert finished.finish_reason == "tool_calls"
+
+
+_NAMES = (
+    "choices delta content tool_calls function arguments index id name usage timings error message code type "
+    "prompt_progress processed finish_reason reasoning_content predicted_n prompt_tokens_details"
+)
+NAMES = _NAMES.split()
+json_values: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(NAMES),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.lists(json_values | st.binary(max_size=10), max_size=4))
+def test_whatever_comes_gives_deltas_or_an_error_of_ours(events: list[Any]) -> None:
+    reader = CompletionReader()
+    try:
+        for event in events:
+            for delta in reader.read(event if isinstance(event, bytes) else orjson.dumps(event)):
+                if isinstance(delta, Text | Reasoning):
+                    assert isinstance(delta.text, str)
+                    assert delta.text
+        finished = reader.finished()
+    except RequestError:
+        return
+    assert finished.usage.completion_tokens >= 0
+
+
+@given(st.text() | json_values, st.none() | st.integers(100, 599))
+def test_every_error_of_an_engine_becomes_one_short_line(error: Any, status: int | None) -> None:
+    made = error_from(error, status)
+    assert len(made.message) < MAX_MESSAGE_CHARS + 200
+    assert made.message.isprintable() or not made.message.isascii()
+
+
+@pytest.mark.parametrize(
+    "raw, shown",
+    [
+        ("failed to load /srv/models/llama.gguf", "failed to load [path]"),
+        ("failed at C:\\models\\llama.gguf now", "failed at [path] now"),
+        ("JSON schema error at #/properties/city/enum: bad", "JSON schema error at #/properties/city/enum: bad"),
+        ("see http://10.1.2.3:80/x?y for more", "see [address] for more"),
+        ("either/or and 1/2", "either/or and 1/2"),
+        ("two\r\nlines\x07", "two lines"),
+    ],
+)
+def test_an_engines_text_loses_paths_addresses_and_line_ends(raw: str, shown: str) -> None:
+    assert clean(raw) == shown
