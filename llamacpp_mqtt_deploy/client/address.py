@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from paho.mqtt.reasoncodes import ReasonCode
@@ -44,17 +45,19 @@ class Address:
 
 
 def tls_context(
-    *, ca_file: str | None = None, cert_file: str | None = None, key_file: str | None = None, insecure: bool = False
+    *,
+    ca_file: str | Path | None = None,
+    cert_file: str | Path | None = None,
+    key_file: str | Path | None = None,
+    insecure: bool = False,
 ) -> ssl.SSLContext:
-    """A client context: TLS 1.2 or newer, certificate and host name verified unless `insecure`. Raises OSError, ValueError."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if cert_file is not None:
-        context.load_cert_chain(cert_file, key_file)
-    if insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+    """A client context: TLS 1.2 or newer, certificate and host name verified unless `insecure`. Raises ValueError."""
+    from llamacpp_mqtt_deploy.mqtt.tls import build_context  # noqa: PLC0415 - loads pydantic, for those who use TLS
+    from llamacpp_mqtt_deploy.settings import TlsSettings  # noqa: PLC0415
+
+    files = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
+    paths = {name: None if file is None else Path(file) for name, file in files.items()}
+    return build_context(TlsSettings(enabled=True, insecure=insecure, **paths))
 
 
 def not_permitted(verb: str, topic: str, address: Address, reason: str) -> str:

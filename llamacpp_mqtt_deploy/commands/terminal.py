@@ -82,15 +82,21 @@ def broker_options(function: F) -> F:
     return config_options(function)
 
 
-def client_settings(config_file: Path | None, overrides: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
-    """The settings with the flags of `broker_options` on top; a wrong configuration ends with exit code 2."""
-    from llamacpp_mqtt_deploy.loading import SYSTEM_FILE, find_file
-
+def flag_overrides(flags: Mapping[str, Any]) -> dict[str, str]:
+    """The flags of `broker_options` as settings (dotted key -> text)."""
     given = {key: str(flags[flag]) for flag, key in _BROKER_FLAGS.items() if flags.get(flag) is not None}
     if flags.get("ca_file") is not None and flags.get("tls") is None:
         given["mqtt.tls.enabled"] = "true"
     if flags.get("tls") is not None:
         given["mqtt.tls.enabled"] = "true" if flags["tls"] else "false"
+    return given
+
+
+def client_settings(config_file: Path | None, overrides: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
+    """The settings with the flags of `broker_options` on top; a wrong configuration ends with exit code 2."""
+    from llamacpp_mqtt_deploy.loading import SYSTEM_FILE, find_file
+
+    given = flag_overrides(flags)
     if config_file is None and find_file(None, os.environ) == SYSTEM_FILE and not os.access(SYSTEM_FILE, os.R_OK):
         # The service's file holds its password and is not for every user of the machine; asking needs none of it.
         click.echo(f"({SYSTEM_FILE} is not readable by this user and left out)", err=True)
@@ -106,27 +112,18 @@ def client_settings(config_file: Path | None, overrides: Mapping[str, str], flag
 
 
 def bus_client(settings: Settings, **options: Any) -> BusClient:
-    """A client, not yet open, for the broker of these settings; raises `BusError` for TLS files that cannot be used."""
-    from llamacpp_mqtt_deploy.client import BrokerUnreachable, BusClient, tls_context
+    """A client, not yet open, for the broker of these settings; raises ValueError for TLS files that cannot be used."""
+    from llamacpp_mqtt_deploy.client import BusClient
     from llamacpp_mqtt_deploy.credentials import mqtt_password
+    from llamacpp_mqtt_deploy.mqtt.tls import build_context
 
     mqtt = settings.mqtt
-    tls: Any = False
-    if mqtt.tls.enabled:
-        files = {"ca_file": mqtt.tls.ca_file, "cert_file": mqtt.tls.cert_file, "key_file": mqtt.tls.key_file}
-        try:
-            tls = tls_context(
-                **{name: None if path is None else str(path) for name, path in files.items()},
-                insecure=mqtt.tls.insecure,
-            )
-        except (OSError, ValueError) as error:
-            raise BrokerUnreachable(f"The files of [mqtt.tls] cannot be used: {error}.") from error
     return BusClient(
         mqtt.host,
         mqtt.port,
         username=mqtt.username,
         password=mqtt_password(settings),
-        tls=tls,
+        tls=build_context(mqtt.tls) if mqtt.tls.enabled else False,
         root=mqtt.root,
         protocol=mqtt.protocol,
         transport=mqtt.transport,

@@ -1,0 +1,166 @@
+"""The engine: reachable, which model, how much context; and one token, to be sure."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+from llamacpp_mqtt_deploy import hostlog
+from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
+from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
+from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.ports import EngineInfo
+from llamacpp_mqtt_deploy.settings import EngineSettings
+from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
+
+GENERATE_WITHIN_S = 60.0  # one token, behind whatever the engine is doing
+# ProtectHome=yes of the service hides these (systemd.exec(5)).
+HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
+
+
+def check_engine(engine: EngineSettings, *, generate: bool, running: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Ask the engine. `running` is the status of the worker that runs with this configuration, None when none does."""
+    hostlog.lend()
+    if engine.kind == "server":
+        yield from _server(engine, generate=generate)
+        return
+    yield from _model_file(engine)
+    if engine.kind == "managed":
+        yield _binary(engine)
+    if running is None:
+        yield skip(
+            "engine.reachable",
+            f"a {engine.kind} engine starts with the worker",
+            "start it with `lmd run` and check again",
+        )
+        return
+    told = running.get("engine")
+    state = told.get("state") if isinstance(told, Mapping) else told
+    if state == "ready":
+        yield ok("engine.reachable", "the running worker says that its engine is ready")
+    else:
+        yield fail(
+            "engine.reachable", f"the running worker says that its engine is {state}", "look into the worker's log"
+        )
+
+
+def _server(engine: EngineSettings, *, generate: bool) -> Iterator[Finding]:
+    from llamacpp_mqtt_deploy.engines.server import ServerEngine  # noqa: PLC0415 - needs requests; the rest does not
+
+    server = ServerEngine(engine)
+    try:
+        try:
+            server.open()
+        except ValueError as error:
+            yield fail("engine.reachable", str(error), "mend [engine]")
+            return
+        info = server.probe()
+        if info.state != "ready":
+            advice = (
+                "wait until the model is loaded" if info.state == "loading" else "start the server, or check engine.url"
+            )
+            yield fail("engine.reachable", info.detail or f"the server at {engine.url} is {info.state}", advice)
+            return
+        yield ok("engine.reachable", f"{engine.url} answers ({info.backend})")
+        yield from _description(engine, info)
+        if generate:
+            yield _one_token(server, engine, info)
+        else:
+            yield skip("engine.generate", "not tried (--no-generate)")
+    finally:
+        server.close(Deadline(2.0))
+
+
+def _description(engine: EngineSettings, info: EngineInfo) -> Iterator[Finding]:
+    if engine.model is not None and info.models and engine.model not in info.models:
+        yield warn(
+            "engine.model",
+            f"the server does not name {engine.model!r} among its models ({', '.join(info.models[:5])})",
+            "check engine.model",
+        )
+    else:
+        yield ok("engine.model", engine.model or ", ".join(info.models[:5]) or "the server does not tell")
+    if info.n_ctx is None:
+        yield warn(
+            "engine.context",
+            "the server does not tell its context",
+            "set engine.context_tokens, so that histories are cut in time",
+        )
+    else:
+        yield ok("engine.context", f"{info.n_ctx} tokens for each of {info.slots} slots")
+
+
+def _one_token(server: Any, engine: EngineSettings, info: EngineInfo) -> Finding:
+    call = EngineCall(
+        messages=[{"role": "user", "content": "Hi"}],
+        model=engine.model or (info.models[0] if info.models else None),
+        sampling={"max_tokens": 1},
+        chunk_timeout_s=GENERATE_WITHIN_S,
+    )
+    stop = StopSignal()
+    limit = threading.Timer(GENERATE_WITHIN_S, stop.set, ["timeout"])
+    limit.name, limit.daemon = "lmd-check-limit", True
+    limit.start()
+    began_at = time.monotonic()
+    try:
+        with closing(cast("Any", server.stream(call, stop=stop, on_wait=lambda _reason: None))) as stream:
+            ended = any(isinstance(delta, Finished) for delta in stream)
+    except Stopped:
+        return fail("engine.generate", f"no token within {GENERATE_WITHIN_S:g} s", "is the engine overloaded or stuck?")
+    except RequestError as error:
+        return fail("engine.generate", f"{error.code}: {error.message}", "try the server by hand; look into its log")
+    finally:
+        limit.cancel()
+    took_ms = (time.monotonic() - began_at) * 1000
+    if not ended:
+        return fail("engine.generate", "the answer did not end properly", "look into the server's log")
+    return ok("engine.generate", f"one token in {took_ms:.0f} ms")
+
+
+def _binary(engine: EngineSettings) -> Finding:
+    if engine.managed.binary is not None:
+        path = shutil.which(engine.managed.binary)
+        if path is None:
+            return fail("engine.binary", f"{engine.managed.binary} cannot be run", "check engine.managed.binary")
+        return ok("engine.binary", path)
+    path = shutil.which("llama-server")
+    if path is not None:
+        return ok("engine.binary", path)
+    try:
+        import xllamacpp  # noqa: F401, PLC0415 - heavy, and only here when no binary is
+    except ImportError:
+        return fail(
+            "engine.binary",
+            "there is no llama-server on PATH and no xllamacpp package",
+            "install one of them, or set engine.managed.binary",
+        )
+    return ok("engine.binary", "the xllamacpp package")
+
+
+def _model_file(engine: EngineSettings) -> Iterator[Finding]:
+    path = engine.model_path
+    if path is None:
+        yield skip("engine.file", f"{engine.filename} comes from {engine.repo_id}")
+        return
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        size = path.stat().st_size
+    except OSError as error:
+        yield fail("engine.file", f"{path}: {error.strerror or error}", "check engine.model_path and its permissions")
+        return
+    if magic != b"GGUF":
+        yield fail("engine.file", f"{path} is no GGUF file", "llama.cpp reads GGUF only")
+        return
+    yield ok("engine.file", f"{path} ({size / 1e9:.2f} GB)")
+    if any(path.resolve().is_relative_to(home) for home in HOMES):
+        yield warn(
+            "engine.file.home",
+            f"{path} is in a home directory, which the systemd service cannot see (ProtectHome)",
+            "put models into /var/lib or /srv",
+        )

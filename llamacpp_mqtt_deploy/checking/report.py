@@ -1,0 +1,101 @@
+"""All checks in order, each with its own connections and its own end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from llamacpp_mqtt_deploy.checking.engine import check_engine
+from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
+from llamacpp_mqtt_deploy.checking.machine import check_clock, check_store, check_versions
+from llamacpp_mqtt_deploy.checking.network import check_network
+from llamacpp_mqtt_deploy.checking.permissions import Bus, check_permissions
+from llamacpp_mqtt_deploy.checking.probing import Probe
+from llamacpp_mqtt_deploy.client.address import Address
+from llamacpp_mqtt_deploy.client.errors import BrokerRefused, BusError
+from llamacpp_mqtt_deploy.credentials import mqtt_password
+from llamacpp_mqtt_deploy.loading import Loaded
+from llamacpp_mqtt_deploy.mqtt.tls import build_context
+from llamacpp_mqtt_deploy.policies import topic_map
+from llamacpp_mqtt_deploy.settings import MqttSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLogin:
+    """The user as whom the permissions of clients are tried."""
+
+    username: str
+    password: str | None
+
+
+def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bool = True) -> Iterator[Finding]:
+    """Try everything that a worker with this configuration needs; yields each finding as soon as it is known."""
+    settings = loaded.settings
+    yield ok("config.valid", str(loaded.file) if loaded.file else "no file; defaults, environment and flags")
+    for warning in loaded.warnings:
+        yield warn("config.wise", warning)
+    bus: Bus | None = None
+    with ExitStack() as stack:
+        reachable = True
+        for finding in check_network(settings.mqtt):
+            reachable &= finding.verdict != "FAIL"
+            yield finding
+        if reachable:
+            address = _address(settings.mqtt, settings.mqtt.username, mqtt_password(settings))
+            worker, login = _log_in("broker", address, stack)
+            yield login
+            if worker is not None:
+                yield _version(worker)
+                other: Probe | None = None
+                if client is not None:
+                    other, login = _log_in(
+                        "client", replace(address, username=client.username, password=client.password), stack
+                    )
+                    yield login
+                elif settings.mqtt.username is None:
+                    # Without user names worker and clients are the same to the broker.
+                    other, _ = _log_in("client", address, stack)
+                bus = Bus(topic_map(settings), worker, other)
+                yield from check_permissions(bus)
+        else:
+            yield skip("broker.login", "not tried")
+    online = bus.online if bus else {}
+    yield from check_engine(settings.engine, generate=generate, running=online.get(settings.mqtt.worker_id))
+    yield from check_store(settings.sessions)
+    yield check_clock(online)
+    yield check_versions()
+
+
+def _address(mqtt: MqttSettings, username: str | None, password: str | None) -> Address:
+    return Address(
+        host=mqtt.host,
+        port=mqtt.port,
+        transport=mqtt.transport,
+        websocket_path=mqtt.websocket_path,
+        protocol=mqtt.protocol,
+        username=username,
+        password=password,
+        tls=build_context(mqtt.tls) if mqtt.tls.enabled else None,
+    )
+
+
+def _log_in(name: str, address: Address, stack: ExitStack) -> tuple[Probe | None, Finding]:
+    who = f"user {address.username}" if address.username else "without a user name"
+    try:
+        probe = stack.enter_context(Probe(address))
+    except BrokerRefused as error:
+        return None, fail(f"{name}.login", error.message)
+    except BusError as error:
+        return None, fail(f"{name}.login", error.message)
+    return probe, ok(f"{name}.login", f"{who} is accepted")
+
+
+def _version(worker: Probe) -> Finding:
+    if worker.protocol == "5":
+        return ok("broker.protocol", "MQTT 5")
+    return warn(
+        "broker.protocol",
+        "MQTT 3.1.1: denied publishes look like success, and a stale `online` stays after a power cut",
+        "a broker with MQTT 5 (mosquitto 1.6 or newer) does better",
+    )
