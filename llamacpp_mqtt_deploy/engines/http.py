@@ -297,14 +297,18 @@ class Exchange:
         ends_at = time.monotonic() + timeout_s
         parts: list[bytes] = []
         size = 0
-        while part := self.read_some():
+        while True:
+            left_s = ends_at - time.monotonic()
+            if left_s <= 0:
+                raise Silent("the answer took too long")
+            self.limit_silence(left_s)
+            part = self.read_some()
+            if not part:
+                return b"".join(parts)
             size += len(part)
             if size > MAX_DOCUMENT_BYTES:
                 raise ValueError("the answer is too long")
-            if time.monotonic() > ends_at:
-                raise Silent("the answer took too long")
             parts.append(part)
-        return b"".join(parts)
 
     def limit_silence(self, timeout_s: float) -> None:
         """Let the next reads wait at most this long."""

@@ -302,8 +302,8 @@ class ServerEngine:
         status = exchange.status
         try:
             document = exchange.read_all(timeout_s=COUNT_WITHIN_S)
-        except ValueError:
-            document = b""
+        except (Silent, ValueError):
+            document = b""  # the status says enough
         try:
             parsed = orjson.loads(document)
         except orjson.JSONDecodeError:

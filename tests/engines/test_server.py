@@ -176,6 +176,26 @@ def test_json_that_is_no_completion_is_an_error(sham: ShamServer) -> None:
     assert isinstance(error_of(sham, reply(200, {"status": "ok"})), EngineFailed)
 
 
+@pytest.mark.parametrize(
+    "greeting", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x16\x03\x01\x00\x00", b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 500]
+)
+def test_another_protocol_is_no_answer(sham: ShamServer, greeting: bytes) -> None:
+    assert isinstance(error_of(sham, greeting), EngineLost)
+
+
+def test_a_refusal_that_drips_is_cut_off(sham: ShamServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drip(connection: socket.socket) -> None:
+        pause = threading.Event()
+        while not pause.wait(0.02):
+            connection.sendall(b"x")
+
+    monkeypatch.setattr("llamacpp_mqtt_deploy.engines.server.COUNT_WITHIN_S", 0.2)
+    started = time.monotonic()
+    head = b"HTTP/1.1 500 X\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
+    assert isinstance(error_of(sham, (head, drip)), EngineFailed)
+    assert time.monotonic() - started < 3
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
