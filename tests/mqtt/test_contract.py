@@ -1,0 +1,401 @@
+"""What every link does, over all of them: loopback, mosquitto on both versions, and amqtt."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from llamacpp_mqtt_deploy.mqtt.link import MqttLink
+from llamacpp_mqtt_deploy.mqtt.loopback import LoopbackBroker, LoopbackLink
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo
+from llamacpp_mqtt_deploy.settings import MqttSettings
+from llamacpp_mqtt_deploy.stopping import Deadline
+from tests.support.bus_client import BusClient
+from tests.support.cable import Cable
+from tests.support.link_case import LinkCase
+from tests.support.waiting import eventually
+
+MEMBERS = ("loopback", "mosquitto-5", "mosquitto-3.1.1", "mosquitto-auto", "amqtt-auto")
+
+GAPS = {
+    ("amqtt-auto", "offline-queue"): "amqtt 0.12 loses QoS 1 messages for a client that is away",
+    ("amqtt-auto", "redelivery"): "amqtt 0.12 does not deliver unacknowledged messages again",
+    ("amqtt-auto", "unacknowledged"): "amqtt 0.12 stops delivering while a QoS 1 message is unacknowledged",
+    ("mosquitto-3.1.1", "properties"): "MQTT 3.1.1 has no properties",
+    ("amqtt-auto", "properties"): "MQTT 3.1.1 has no properties",
+    ("loopback", "socket"): "there is no socket to cut",
+}
+
+
+class Bus:
+    """One member: makes links and plain clients, and cuts the link's connection."""
+
+    def __init__(self, member: str, request: pytest.FixtureRequest) -> None:
+        self.member = member
+        self.root = f"t{uuid.uuid4().hex[:10]}"
+        self.client_id = f"link-{self.root}"
+        self._open: list[Any] = []
+        if member == "loopback":
+            self._loopback = LoopbackBroker()
+            return
+        broker = request.getfixturevalue("mosquitto" if member.startswith("mosquitto") else "amqtt_broker")
+        self._port: int = broker.port
+        self._cable: Cable = request.getfixturevalue("cable_to")(broker.port)
+
+    def topic(self, rest: str) -> str:
+        return f"{self.root}/{rest}"
+
+    def needs(self, *abilities: str) -> None:
+        for ability in abilities:
+            if (self.member, ability) in GAPS:
+                pytest.skip(GAPS[self.member, ability])
+
+    def case(self, *, wait: bool = True, acknowledges: bool = True, outbox_messages: int = 5000) -> LinkCase:
+        link: Any
+        if self.member == "loopback":
+            link = LoopbackLink(self._loopback, client_id=self.client_id, outbox_messages=outbox_messages)
+        else:
+            settings = MqttSettings(
+                host="127.0.0.1",
+                port=self._cable.port,
+                protocol=self.member.partition("-")[2],  # type: ignore[arg-type]
+                outbox_messages=outbox_messages,
+                reconnect_max_s=0.3,
+            )
+            link = MqttLink(settings, client_id=self.client_id)
+        case = LinkCase(link, will_topic=self.topic("status"), acknowledges=acknowledges)
+        self._open.append(lambda: case.close(farewell=False, seconds=1.0))
+        return case.open(wait=wait)
+
+    def client(self) -> Any:
+        if self.member == "loopback":
+            return self._loopback.client()
+        client = BusClient(self._port, version="3.1.1" if "3.1.1" in self.member or "amqtt" in self.member else "5")
+        self._open.append(client.close)
+        return client
+
+    def cut(self) -> None:
+        if self.member == "loopback":
+            self._loopback.drop_connection(self.client_id)
+        else:
+            self._cable.cut()
+
+    def close(self) -> None:
+        for close in reversed(self._open):
+            close()
+
+
+@pytest.fixture(params=MEMBERS)
+def bus(request: pytest.FixtureRequest) -> Iterator[Bus]:
+    bus = Bus(request.param, request)
+    yield bus
+    bus.close()
+
+
+def subscribed(case: LinkCase, topic_filter: str) -> LinkCase:
+    assert case.link.subscribe([(topic_filter, 1)], timeout_s=5) == {}
+    return case
+
+
+def test_a_message_arrives_with_its_payload_qos_and_receipt(bus: Bus) -> None:
+    case = subscribed(bus.case(), bus.topic("request/#"))
+    bus.client().publish(bus.topic("request/a"), b"hello")
+    found = case.receive()
+    assert (found.topic, found.payload, found.qos, found.retain) == (bus.topic("request/a"), b"hello", 1, False)
+    assert found.receipt is not None
+
+
+def test_the_order_of_requests_is_kept(bus: Bus) -> None:
+    case = subscribed(bus.case(), bus.topic("request/#"))
+    client = bus.client()
+    for number in range(50):
+        client.publish(bus.topic("request/a"), str(number).encode())
+    assert [case.receive().payload for _ in range(50)] == [str(n).encode() for n in range(50)]
+
+
+def test_events_reach_a_subscriber_in_order_and_are_reported_done(bus: Bus) -> None:
+    case = bus.case()
+    client = bus.client()
+    client.subscribe(bus.topic("reply/#"))
+    done: list[bool] = []
+    for number in range(200):
+        assert case.link.publish(bus.topic("reply/a"), str(number).encode(), on_done=done.append)
+    assert [client.receive().payload for _ in range(200)] == [str(n).encode() for n in range(200)]
+    assert case.link.flush(Deadline(10))
+    eventually(lambda: done == [True] * 200)
+    assert case.link.info().unacknowledged == 0
+    assert case.link.info().last_puback_at is not None
+
+
+def test_properties_of_a_request_are_read(bus: Bus) -> None:
+    bus.needs("properties")
+    case = subscribed(bus.case(), bus.topic("request/#"))
+    client = bus.client()
+    if bus.member == "loopback":
+        client.publish(bus.topic("request/a"), b"x", correlation=b"c\0", response_topic="r/1", expiry_s=60)
+    else:
+        client.publish(
+            bus.topic("request/a"), b"x", CorrelationData=b"c\0", ResponseTopic="r/1", MessageExpiryInterval=60
+        )
+    found = case.receive()
+    assert (found.correlation, found.response_topic) == (b"c\0", "r/1")
+    assert found.expiry_s is not None
+    assert 50 < found.expiry_s <= 60
+
+
+def test_a_retained_message_is_delivered_on_request_and_flagged(bus: Bus) -> None:
+    client = bus.client()
+    client.publish(bus.topic("status/w"), b"online", retain=True)
+    case = bus.case()
+    assert case.link.subscribe([(bus.topic("status/#"), 1)], timeout_s=5, retained=True) == {}
+    found = case.receive()
+    assert (found.payload, found.retain) == (b"online", True)
+
+
+def test_a_retained_request_is_not_delivered_on_mqtt_5_and_flagged_on_3_1_1(bus: Bus) -> None:
+    client = bus.client()
+    client.publish(bus.topic("request/a"), b"old", retain=True)
+    case = subscribed(bus.case(), bus.topic("request/#"))
+    client.publish(bus.topic("request/a"), b"new")
+    found = [case.receive()]
+    if found[0].payload == b"old":
+        assert case.link.info().protocol == "3.1.1"
+        assert found[0].retain
+        found.append(case.receive())
+    assert (found[-1].payload, found[-1].retain) == (b"new", False)
+
+
+def test_a_broken_connection_is_reported_with_the_will_and_comes_back(bus: Bus) -> None:
+    case = bus.case()
+    client = bus.client()
+    client.subscribe(bus.topic("status"))
+    bus.cut()
+    assert case.lost().state == "lost"
+    assert client.receive().payload == b"offline"
+    again = case.online()
+    assert again.reconnects == 1
+    assert case.publish(bus.topic("x"), b"1")
+
+
+def test_nothing_that_was_published_is_lost_over_a_broken_connection(bus: Bus) -> None:
+    case = bus.case()
+    client = bus.client()
+    client.subscribe(bus.topic("reply/#"))
+    done: list[bool] = []
+    for number in range(300):
+        assert case.link.publish(bus.topic("reply/a"), str(number).encode(), on_done=done.append)
+        if number in (100, 200):
+            bus.cut()
+    assert case.link.flush(Deadline(20))
+    found: list[int] = []
+    while len(set(found)) < 300:
+        found.append(int(client.receive().payload))
+    # At least once and in order: a number may come again, none may be missing when a later one comes.
+    first_seen = list(dict.fromkeys(found))
+    assert first_seen == sorted(first_seen)
+    eventually(lambda: done == [True] * 300)
+
+
+def test_requests_sent_while_the_worker_is_away_are_kept_for_it(bus: Bus) -> None:
+    bus.needs("offline-queue")
+    case = subscribed(bus.case(), bus.topic("request/#"))
+    case.close(farewell=False)
+    client = bus.client()
+    for number in range(60):
+        client.publish(bus.topic("request/a"), str(number).encode())
+    again = bus.case()
+    assert [again.receive().payload for _ in range(60)] == [str(n).encode() for n in range(60)]
+    assert again.link.info().session_present
+
+
+def test_what_was_not_acknowledged_is_delivered_again_after_a_reconnect(bus: Bus) -> None:
+    bus.needs("redelivery")
+    case = subscribed(bus.case(acknowledges=False), bus.topic("request/#"))
+    client = bus.client()
+    for number in range(5):
+        client.publish(bus.topic("request/a"), str(number).encode())
+    first = [case.receive() for _ in range(5)]
+    for delivery in first[:2]:
+        case.link.acknowledge(delivery)
+    bus.client()  # another round trip through the broker
+    eventually(lambda: case.link.info().state == "online")
+    assert case.publish(bus.topic("x"), b"after the acknowledgements")
+    bus.cut()
+    case.online()
+    again = [case.receive() for _ in range(3)]
+    assert [d.payload for d in again] == [b"2", b"3", b"4"]
+    assert all(d.duplicate for d in again)
+    # Receipts of the old connection mean nothing any more.
+    for delivery in first[2:]:
+        case.link.acknowledge(delivery)
+    assert case.publish(bus.topic("x"), b"after the old receipts")
+    bus.cut()
+    case.online()
+    assert [case.receive().payload for _ in range(3)] == [b"2", b"3", b"4"]
+
+
+def test_a_full_inbox_makes_the_broker_deliver_again_in_order(bus: Bus) -> None:
+    bus.needs("redelivery")
+    case = bus.case()
+    refused: list[bytes] = []
+
+    def take(delivery: Delivery) -> bool:
+        if delivery.payload == b"1" and len(refused) < 2:
+            refused.append(delivery.payload)
+            return False
+        return case._take(delivery)
+
+    case.take = take
+    subscribed(case, bus.topic("request/#"))
+    client = bus.client()
+    for number in range(4):
+        client.publish(bus.topic("request/a"), str(number).encode())
+    assert [case.receive(15).payload for _ in range(4)] == [b"0", b"1", b"2", b"3"]
+    assert refused == [b"1", b"1"]
+
+
+def test_a_callback_that_raises_ends_nothing(bus: Bus) -> None:
+    case = bus.case()
+
+    def explode(delivery: Delivery) -> bool:
+        raise RuntimeError("a defect in the daemon")
+
+    case.take = explode
+    subscribed(case, bus.topic("request/#"))
+    client = bus.client()
+    client.publish(bus.topic("request/a"), b"bad", qos=0)
+    client.publish(bus.topic("request/a"), b"bad too", qos=0)
+
+    def also_explode(well: bool) -> None:
+        raise RuntimeError("another defect")
+
+    assert case.link.publish(bus.topic("x"), b"1", on_done=also_explode)
+    assert case.publish(bus.topic("x"), b"2")
+    eventually(lambda: case.link.info().state == "online")
+    case.take = case._take
+    client.publish(bus.topic("request/a"), b"good", qos=0)
+    found = case.receive()
+    while found.payload != b"good":
+        found = case.receive()
+
+
+@pytest.mark.parametrize(
+    "topic",
+    ["", "a/+", "a/#", "a\0b", "a\nb", "a/\ud800", "$CONTROL/dynamic-security/v1", "$SYS/x", "/".join("x" * 201), "x" * 70000],
+    ids=["empty", "plus", "hash", "nul", "newline", "surrogate", "control", "sys", "levels", "long"],
+)  # fmt: skip
+def test_a_topic_that_no_broker_takes_is_refused_before_it_is_sent(bus: Bus, topic: str) -> None:
+    case = bus.case()
+    assert case.link.publish(topic, b"x") is False
+    assert case.publish(bus.topic("x"), b"still here")
+    assert case.link.info().reconnects == 0
+
+
+def test_a_full_outbox_refuses_and_takes_again_when_it_has_drained(bus: Bus) -> None:
+    case = bus.case(outbox_messages=100)
+    # Held back at the broker or by speed alone: whatever is taken is never more than the bound, and all of it is done.
+    taken, done = 0, []
+    for _ in range(3000):
+        taken += case.link.publish(bus.topic("x"), b"1", on_done=done.append)
+        assert case.link.info().unacknowledged <= 100
+    assert case.link.flush(Deadline(10))
+    eventually(lambda: len(done) == taken)
+    assert case.publish(bus.topic("x"), b"2")
+
+
+def test_closing_says_farewell_and_not_the_will(bus: Bus) -> None:
+    case = bus.case()
+    client = bus.client()
+    client.subscribe(bus.topic("status"))
+    case.close()
+    assert client.receive().payload == b"bye"
+    assert case.link.info().state == "closed"
+    case.close()
+    assert case.link.publish(bus.topic("x"), b"1") is False
+    client.publish(bus.topic("status"), b"last")
+    assert client.receive().payload == b"last"
+
+
+def test_closing_without_time_lets_the_will_speak(bus: Bus) -> None:
+    case = bus.case()
+    client = bus.client()
+    client.subscribe(bus.topic("status"))
+    case.close(seconds=0.0)
+    assert client.receive().payload in (b"offline", b"bye")
+
+
+def test_closing_without_farewell_says_nothing(bus: Bus) -> None:
+    case = bus.case()
+    client = bus.client()
+    client.subscribe(bus.topic("status"))
+    case.close(farewell=False)
+    client.publish(bus.topic("status"), b"last")
+    assert client.receive().payload == b"last"
+
+
+def test_acknowledgements_are_sent_before_the_link_closes(bus: Bus) -> None:
+    bus.needs("redelivery")
+    case = subscribed(bus.case(acknowledges=False), bus.topic("request/#"))
+    client = bus.client()
+    for number in range(3):
+        client.publish(bus.topic("request/a"), str(number).encode())
+    for delivery in [case.receive() for _ in range(3)]:
+        case.link.acknowledge(delivery)
+    case.close(farewell=False)
+    client.publish(bus.topic("request/a"), b"new")
+    assert bus.case().receive().payload == b"new"
+
+
+def test_a_second_connection_under_the_same_id_ends_the_first_one(bus: Bus) -> None:
+    first = bus.case()
+    bus.client_id = first.link._client_id  # type: ignore[attr-defined]
+    bus.case()
+    assert first.lost().state in ("taken_over", "lost")
+
+
+def test_subscribing_while_closed_is_a_connection_error(bus: Bus) -> None:
+    case = bus.case()
+    case.close()
+    with pytest.raises(ConnectionError):
+        case.link.subscribe([("a", 1)], timeout_s=1)
+
+
+def test_subscribing_from_a_callback_is_refused(bus: Bus) -> None:
+    case = bus.case(wait=False)
+    errors: list[Exception] = []
+
+    def take(delivery: Delivery) -> bool:
+        try:
+            case.link.subscribe([("a", 1)], timeout_s=1)
+        except RuntimeError as error:
+            errors.append(error)
+        return case._take(delivery)
+
+    case.take = take
+    case.online()
+    subscribed(case, bus.topic("request/#"))
+    bus.client().publish(bus.topic("request/a"), b"x")
+    case.receive()
+    assert errors
+
+
+def test_an_illegal_filter_is_refused_with_a_reason(bus: Bus) -> None:
+    case = bus.case()
+    refused = case.link.subscribe([("a/#/b", 1), (bus.topic("request/#"), 1)], timeout_s=5)
+    assert list(refused) == ["a/#/b"]
+    assert case.stays_online()
+
+
+def test_closing_before_opening_does_nothing(bus: Bus) -> None:
+    make: Callable[[], Any] = (
+        (lambda: LoopbackLink(LoopbackBroker()))
+        if bus.member == "loopback"
+        else (lambda: MqttLink(MqttSettings(), client_id="x"))
+    )
+    link = make()
+    link.close(Deadline(1))
+    info: LinkInfo = link.info()
+    assert info.state == "closed"

@@ -1,0 +1,98 @@
+"""A TCP cable between two ends that a test can cut, unplug and stall."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+
+
+class Cable:
+    """Listens on `port` and forwards to the target. One thread moves all bytes."""
+
+    def __init__(self, target_port: int) -> None:
+        self._target_port = target_port
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._server.getsockname()[1]
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._stalled = False
+        self._silent_hangup = False
+        self._unplugged = False
+        self._closed = threading.Event()
+        self.connections = 0
+        self._thread = threading.Thread(target=self._run, name="cable", daemon=True)
+        self._thread.start()
+
+    def cut(self) -> None:
+        """End all connections; new ones work."""
+        for pair in list(self._pairs):
+            self._drop(pair)
+
+    def stall(self) -> None:
+        """Move no byte in either direction, as a firewall that forgot the connection."""
+        self._stalled = True
+
+    def resume(self) -> None:
+        self._stalled = False
+
+    def hang_up_at_once(self, on: bool = True) -> None:
+        """Take connections and close them at the first bytes, as a proxy does whose broker is still starting."""
+        self._silent_hangup = on
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(5)
+        self.cut()
+        self._server.close()
+
+    def _drop(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        with contextlib.suppress(ValueError):
+            self._pairs.remove(pair)
+        for end in pair:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            pairs = list(self._pairs)
+            ends = [] if self._stalled else [end for pair in pairs for end in pair if end.fileno() >= 0]
+            try:
+                ready, _, _ = select.select([self._server, *ends], [], [], 0.02)
+            except (OSError, ValueError):
+                continue
+            for end in ready:
+                if end is self._server:
+                    self._accept()
+                    continue
+                pair = next((p for p in pairs if end in p), None)
+                if pair is not None:
+                    self._move(pair, end)
+
+    def _accept(self) -> None:
+        near, _ = self._server.accept()
+        self.connections += 1
+        if self._silent_hangup:
+            near.settimeout(1)
+            with contextlib.suppress(OSError):
+                near.recv(1024)
+            near.close()
+            return
+        try:
+            far = socket.create_connection(("127.0.0.1", self._target_port), 2)
+        except OSError:
+            near.close()
+            return
+        self._pairs.append((near, far))
+
+    def _move(self, pair: tuple[socket.socket, socket.socket], end: socket.socket) -> None:
+        other = pair[1] if end is pair[0] else pair[0]
+        try:
+            data = end.recv(65536)
+            if data:
+                other.sendall(data)
+                return
+        except OSError:
+            pass
+        self._drop(pair)
