@@ -10,7 +10,6 @@ import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Finished, FinishReason, Message, Progress, ToolCall, Usage
 
-
 # An answer that came in less than this came in one piece: its speed cannot be told from outside the engine.
 _MEASURABLE_S = 0.001
 

@@ -328,7 +328,7 @@ class Daemon:
     def _act(self, note: Note) -> None:
         match note.kind:
             case "online":
-                self._greet(note.value)
+                self._greet()
             case "lost":
                 self._online = self._subscribed = False
                 self._check_refusal(note.value)
@@ -354,9 +354,8 @@ class Daemon:
             return True
         return self._intake.offer(delivery)
 
-    def _greet(self, info: LinkInfo) -> None:
+    def _greet(self) -> None:
         """A connection stands: look who else is there, take up what was left, subscribe, say `online`."""
-        log.info("link.online", protocol=info.protocol, session_present=info.session_present)
         self._online = True
         try:
             self._look_for_rivals(first=not self._recovered)
@@ -435,7 +434,6 @@ class Daemon:
         self._announce()
 
     def _check_refusal(self, info: LinkInfo) -> None:
-        log.warning("link.lost", state=info.state, detail=info.detail)
         self._say()
         if info.state == "taken_over":
             raise Ending(EXIT_UNREACHABLE, "another client took our client id; stopping instead of fighting for it")
