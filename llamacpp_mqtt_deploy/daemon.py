@@ -152,7 +152,7 @@ class Daemon:
             max_requests_per_minute=limits.max_requests_per_minute,
             slots=settings.engine.slots or 1,
         )
-        self._deliveries = Deliveries(outbox=self._link, store=self._store)
+        self._deliveries = Deliveries(outbox=self._link, store=self._store, has_room=self._outbox_has_room)
         self._endings = Endings(
             store=self._store,
             book=self._book,
@@ -529,6 +529,10 @@ class Daemon:
         broker = self._link.info().max_payload_bytes
         limit = self._settings.limits.max_event_bytes
         return limit if broker is None else max(1024, min(limit, broker))
+
+    def _outbox_has_room(self) -> bool:
+        link = self._link.info()
+        return not self._signals and link.state == "online" and link.unacknowledged < self._settings.mqtt.outbox_messages
 
     def _ping_state(self) -> Mapping[str, Any]:
         return {

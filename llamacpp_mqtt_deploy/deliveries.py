@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 import structlog
 
@@ -17,11 +18,15 @@ _MAX_UNSTORED = 1000
 
 
 class Deliveries:
-    """Delivers terminal events at least once. `sweep` has to be called about once a second."""
+    """Delivers terminal events at least once. `sweep` has to be called about once a second.
 
-    def __init__(self, *, outbox: Outbox, store: Store) -> None:
+    `has_room` says whether the outbox would take a publish now: one that it refuses all the same can never be taken.
+    """
+
+    def __init__(self, *, outbox: Outbox, store: Store, has_room: Callable[[], bool]) -> None:
         self._outbox = outbox
         self._store = store
+        self._has_room = has_room
         self._lock = threading.Lock()
         self._taken: list[EntryKey] = []
         self._unstored: OrderedDict[EntryKey, tuple[bytes, float, HistoryChange | None]] = OrderedDict()
@@ -64,7 +69,10 @@ class Deliveries:
                 log.warning("journal.failed", step="mark_delivered", problem=str(problem))
         for key, (topic, terminal, correlation) in waiting:
             if not self._publish(key, topic, terminal, correlation):
-                return
+                if not self._has_room():
+                    return
+                log.error("terminal.undeliverable", topic=topic, bytes=len(terminal), request_id=key.request_id)
+                self._done(key)
             with self._lock:
                 self._waiting.pop(key, None)
 

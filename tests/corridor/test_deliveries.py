@@ -1,0 +1,103 @@
+"""Terminal events reach the broker, whatever the outbox and the disk do in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llamacpp_mqtt_deploy.deliveries import Deliveries
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, StoreError
+from llamacpp_mqtt_deploy.stores.memory import MemoryStore
+
+KEY = EntryKey("default", "demo", "r1")
+
+
+class Outbox:
+    """Takes publishes while `open`; keeps the callbacks until `acknowledge_all`."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.sent: list[bytes] = []
+        self._done: list[Callable[[bool], None]] = []
+
+    def publish(self, topic: str, payload: bytes, *, on_done: Callable[[bool], None] | None = None, **_: Any) -> bool:
+        if not self.open:
+            return False
+        self.sent.append(payload)
+        if on_done is not None:
+            self._done.append(on_done)
+        return True
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        raise NotImplementedError
+
+    def acknowledge_all(self) -> None:
+        for done in self._done:
+            done(True)
+
+
+class FullDisk(MemoryStore):
+    full = True
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        if self.full:
+            raise StoreError("no space left")
+        super().finish(*args, **kwargs)
+
+
+def _store(store: MemoryStore) -> MemoryStore:
+    store.open()
+    store.accept([Entry(key=KEY, topic="t", payload=b"{}", digest="d", reply_topic="llm/reply/demo")])
+    return store
+
+
+def test_a_terminal_event_is_ticked_off_when_the_broker_took_it() -> None:
+    outbox, store = Outbox(), _store(MemoryStore())
+    deliveries = Deliveries(outbox=outbox, store=store, has_room=lambda: True)
+    store.finish(KEY, b"end", now=1.0)
+    deliveries.send(KEY, "llm/reply/demo", b"end", None)
+    deliveries.sweep()
+    assert [entry.key for entry in store.undelivered()] == [KEY]
+    outbox.acknowledge_all()
+    deliveries.sweep()
+    assert store.undelivered() == []
+
+
+def test_a_terminal_event_waits_for_a_place_in_a_full_outbox() -> None:
+    outbox, store = Outbox(), _store(MemoryStore())
+    deliveries = Deliveries(outbox=outbox, store=store, has_room=lambda: outbox.open)
+    outbox.open = False
+    deliveries.send(KEY, "llm/reply/demo", b"end", None)
+    deliveries.sweep()
+    assert outbox.sent == []
+    outbox.open = True
+    deliveries.sweep()
+    deliveries.sweep()
+    assert outbox.sent == [b"end"]
+
+
+def test_a_terminal_event_that_can_never_be_taken_does_not_block_the_others() -> None:
+    outbox, store = Outbox(), _store(MemoryStore())
+    store.finish(KEY, b"end", now=1.0)
+    deliveries = Deliveries(outbox=outbox, store=store, has_room=lambda: True)
+    outbox.open = False
+    deliveries.send(KEY, "llm/reply/demo", b"end", None)
+    deliveries.sweep()
+    deliveries.sweep()
+    assert store.undelivered() == []
+
+
+def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None:
+    store = FullDisk()
+    _store(store)
+    outbox = Outbox()
+    deliveries = Deliveries(outbox=outbox, store=store, has_room=lambda: True)
+    deliveries.store_later(KEY, b"end", now=1.0, history=None)
+    deliveries.send(KEY, "llm/reply/demo", b"end", None)
+    outbox.acknowledge_all()
+    deliveries.sweep()
+    assert [entry.state for entry in store.unfinished()] == ["accepted"]
+    store.full = False
+    deliveries.sweep()
+    assert store.unfinished() == []
+    assert store.undelivered() == []
