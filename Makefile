@@ -14,13 +14,13 @@ PYTEST_WORKERS ?= auto
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PROJECT := llamacpp_mqtt_deploy tests $(wildcard training benchmarks)
+PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 
 # Where a package manager asks nothing and starts nothing.
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker test test-fast check format demo config-example schema config build clean
+.PHONY: help install inprocess broker test test-fast check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,6 +99,9 @@ config-example: install ## write config/config.example.toml from the settings
 
 schema: install ## print the JSON Schema of the configuration
 	@$(BIN)/lmd config --schema
+
+docs: install ## write the generated parts of docs/
+	$(BIN)/python docs/generate.py
 
 build: install ## wheel and source distribution in dist/
 	$(BIN)/python -m build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,15 @@ class Reloaded:
     needs_restart: tuple[str, ...]
 
 
+def is_live(path: Sequence[str]) -> bool:
+    """Whether a change of this key (`("routes", "maze", "model")`) comes into force without a restart."""
+    section, key = path[0], path[-1]
+    if section == "routes":
+        return key not in _TOPIC_KEYS
+    name = ".".join(path)
+    return name not in _BUILT_IN_KEYS and (section in _LIVE_SECTIONS or name in _LIVE_KEYS)
+
+
 def reload(old: Settings, new: Settings) -> Reloaded:
     """Take from `new` what can change while the worker runs, and keep the rest of `old`."""
     changed: list[str] = []
@@ -48,12 +58,11 @@ def reload(old: Settings, new: Settings) -> Reloaded:
         for key in type(mine).model_fields:
             if getattr(mine, key) == getattr(theirs, key):
                 continue
-            name = f"{section}.{key}"
-            if name not in _BUILT_IN_KEYS and (section in _LIVE_SECTIONS or name in _LIVE_KEYS):
+            if is_live((section, key)):
                 update[key] = getattr(theirs, key)
-                changed.append(name)
+                changed.append(f"{section}.{key}")
             else:
-                waiting.append(name)
+                waiting.append(f"{section}.{key}")
         merged[section] = mine.model_copy(update=update)
     return Reloaded(old.model_copy(update=merged), tuple(changed), tuple(waiting))
 
@@ -67,8 +76,8 @@ def _routes(old: Settings, new: Settings, changed: list[str], waiting: list[str]
             waiting.append(f"routes.{name}")
             continue
         different = [key for key in type(mine).model_fields if getattr(mine, key) != getattr(theirs, key)]
-        waiting += [f"routes.{name}.{key}" for key in different if key in _TOPIC_KEYS]
-        live = [key for key in different if key not in _TOPIC_KEYS]
+        live = [key for key in different if is_live(("routes", name, key))]
+        waiting += [f"routes.{name}.{key}" for key in different if key not in live]
         changed += [f"routes.{name}.{key}" for key in live]
         if live:
             topics = {key: getattr(mine, key) for key in _TOPIC_KEYS}
