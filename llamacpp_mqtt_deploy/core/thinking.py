@@ -1,0 +1,82 @@
+"""Splits what a reasoning model writes into its thinking and its answer, at any cut of the text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text
+from llamacpp_mqtt_deploy.core.stopwords import held_back
+
+Where = Literal["before", "inside", "after", "answer"]
+
+
+class ThinkingSplitter:
+    """Takes text, gives `Reasoning` and `Text`; the tags and the blanks around them belong to neither.
+
+    Thinking stands at the beginning or nowhere: a tag in the middle of an answer is part of the answer. `inside` says that
+    the prompt ended with the opening tag.
+    """
+
+    def __init__(self, opening: str, closing: str, *, inside: bool = False) -> None:
+        self._opening = opening
+        self._closing = closing
+        self._where: Where = "inside" if inside else "before"
+        self._begun = False  # some thinking was given: blanks before it are dropped
+        self._held = ""
+
+    @property
+    def inside(self) -> bool:
+        """The model is thinking at this point."""
+        return self._where == "inside"
+
+    @property
+    def undecided(self) -> bool:
+        """Nothing but blanks came yet: the next text may open the thinking."""
+        return self._where == "before"
+
+    def feed(self, text: str) -> list[Reasoning | Text]:
+        self._held += text
+        out: list[Reasoning | Text] = []
+        if self._where == "before":
+            self._begin(out)
+        if self._where == "inside":
+            self._think(out)
+        if self._where == "after":
+            self._held = self._held.lstrip()
+            if self._held:
+                self._where = "answer"
+        if self._where == "answer" and self._held:
+            out.append(Text(self._held))
+            self._held = ""
+        return out
+
+    def end(self) -> list[Reasoning | Text]:
+        """What was held back when the text ended."""
+        held, self._held = self._held, ""
+        if self._where == "before":
+            return [Text(held)] if held else []
+        held = held.strip() if self._where == "inside" else ""
+        return [Reasoning(held)] if held else []
+
+    def _begin(self, out: list[Reasoning | Text]) -> None:
+        start = self._held.lstrip()
+        if start.startswith(self._opening):
+            self._held = start[len(self._opening) :]
+            self._where = "inside"
+        elif not self._opening.startswith(start):
+            self._where = "answer"
+
+    def _think(self, out: list[Reasoning | Text]) -> None:
+        if not self._begun:
+            self._held = self._held.lstrip()
+        end = self._held.find(self._closing)
+        if end >= 0:
+            thought, self._held = self._held[:end].rstrip(), self._held[end + len(self._closing) :]
+            self._where = "after"
+        else:
+            keep = held_back(self._held, (self._closing,))
+            thought = self._held[: len(self._held) - keep].rstrip()
+            self._held = self._held[len(thought) :]
+        if thought:
+            self._begun = True
+            out.append(Reasoning(thought))

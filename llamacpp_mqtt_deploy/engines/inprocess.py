@@ -1,0 +1,451 @@
+"""The engine inside the worker's own process: llama.cpp through llama-cpp-python, driven by one thread that owns it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
+from llamacpp_mqtt_deploy.core.errors import (
+    EngineFailed,
+    EngineLost,
+    EngineUnavailable,
+    Internal,
+    ModelNotFound,
+    RequestError,
+    ShuttingDown,
+)
+from llamacpp_mqtt_deploy.engines import downloading, modelfile, native
+from llamacpp_mqtt_deploy.engines.modelfile import Unusable
+from llamacpp_mqtt_deploy.engines.planning import Planner
+from llamacpp_mqtt_deploy.engines.prefixes import Prefixes
+from llamacpp_mqtt_deploy.engines.running import Generation, Interrupted, Plan, Run
+from llamacpp_mqtt_deploy.engines.slots import Slots
+from llamacpp_mqtt_deploy.engines.templates import TemplateBroken
+from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
+from llamacpp_mqtt_deploy.settings import EngineSettings
+from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
+
+log = structlog.get_logger(__name__)
+
+GRACE_S = 0.3
+"""How long a stopped call waits for the owner to let go of the slot before it leaves it behind."""
+WEDGED_AFTER_S = 20.0
+"""A batch of a large model on a slow processor takes some seconds; llama.cpp stops within one, or not at all."""
+SMALLEST_CONTEXT = 512
+_MIB = 1024 * 1024
+
+
+class InprocessEngine:
+    """Loads one model and runs one generation at a time; see `ports.Engine`.
+
+    llama.cpp's context belongs to the thread `llama`, which nothing else touches it from. A caller hands it a `Run` and
+    reads deltas; it never waits for native code beyond `GRACE_S`.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._closing = StopSignal()
+        self._slots = Slots(1)
+        self._changed = threading.Condition()  # guards what follows; held for arithmetic only
+        self._info = EngineInfo(
+            state="starting", kind="inprocess", detail="The model was not loaded yet.", can_restart=True
+        )
+        self._waiting: deque[Run] = deque()
+        self._running: Run | None = None
+        self._reload = False
+        self._thread: threading.Thread | None = None
+        self._vocabulary = (
+            threading.Lock()
+        )  # held while a caller uses the model, so that it is not freed under its hands
+        self._planner: Planner | None = None
+
+    # --- condition ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Start to load in the thread that will own the model. Raises ValueError when no model is named."""
+        settings = self._settings
+        if settings.model_path is None and not (settings.repo_id and settings.filename):
+            raise ValueError(
+                "engine.model_path: name a .gguf file (or engine.repo_id and engine.filename to download one)"
+            )
+        with self._changed:
+            if self._thread is not None or self._closing.is_set():
+                return
+            self._thread = threading.Thread(target=self._own, name="llama", daemon=True)
+        self._become("loading", "The model is being loaded.")
+        self._thread.start()
+
+    def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
+        forget = stop.on_stop(self._wake)
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: stop.is_set() or self._info.state in ("ready", "closed"), timeout_s)
+                return self._info.state == "ready" and not stop.is_set()
+        finally:
+            forget()
+
+    def info(self) -> EngineInfo:
+        info = self._info
+        wedged_s = self._wedged_s()
+        if wedged_s is not None and info.state == "ready":
+            return replace(
+                info,
+                state="failed",
+                detail=f"llama.cpp did not come back from a computation for {wedged_s:.0f} s after it was told to stop. "
+                "Only a restart of the worker helps.",
+            )
+        return info
+
+    def probe(self) -> EngineInfo:
+        return self.info()
+
+    def restart(self) -> bool:
+        """Load the model anew; a running answer is lost. False when the engine is closed or wedged."""
+        with self._changed:
+            if self._thread is None or self._closing.is_set() or self._wedged_s() is not None:
+                return False
+            self._reload = True
+            running = self._running
+            self._changed.notify_all()
+        if running is not None:
+            running.interrupt()
+        return True
+
+    def close(self, deadline: Deadline) -> None:
+        self._become("closed", "")
+        self._closing.set("shutting_down")
+        self._wake()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(deadline.remaining_s())
+            if thread.is_alive():
+                log.warning("engine.left_behind", reason="llama.cpp does not come back from a computation")
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return self._slots.busy
+
+    def _become(self, state: EngineState, detail: str) -> None:
+        self._saw(replace(self._info, state=state, detail=detail))
+
+    def _saw(self, info: EngineInfo) -> None:
+        with self._changed:
+            before = self._info
+            if before.state == "closed":
+                return
+            self._info = info
+            self._changed.notify_all()
+        if info.state != before.state:
+            log.info("engine.changed", state=info.state, before=before.state, detail=info.detail)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wedged_s(self) -> float | None:
+        """Seconds for which the running call has not come back after it was told to stop, once they are too many."""
+        running = self._running
+        if running is None or running.interrupted_at is None:
+            return None
+        seconds = time.monotonic() - max(running.interrupted_at, running.beat)
+        return seconds if seconds > WEDGED_AFTER_S else None
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+        try:
+            yield from self._stream(call, stop, on_wait)
+        except (RequestError, Interrupted) as error:
+            if stop.is_set():
+                raise Stopped(stop.reason) from error
+            if self._closing.is_set():
+                raise _closed() from error
+            if isinstance(error, Interrupted):
+                raise EngineLost("The engine was restarted in the middle of the answer.") from error
+            raise
+
+    def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
+        planner = self._planner
+        return () if planner is None else planner.left_out(call)
+
+    def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
+        stop.raise_if_set()
+        try:
+            self._wait_until_ready(stop, lambda _: None)
+        except EngineUnavailable:
+            return None
+        with self._vocabulary:
+            stop.raise_if_set()
+            return None if self._planner is None else self._planner.count(call)
+
+    def _stream(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+        stop.raise_if_set()
+        self._wait_until_ready(stop, on_wait)
+        plan = self._plan(call)
+        while not self._slots.acquire(stop, timeout_s=1.0):
+            if self.info().state == "failed":
+                raise EngineUnavailable("The worker's engine hangs; its operator must restart the worker.")
+        run = Run(plan)  # from here on the owner frees the slot
+        forget = [signal.on_stop(run.interrupt) for signal in (stop, self._closing)]
+        try:
+            self._hand_over(run)
+            yield from run.receive()
+        finally:
+            for take_back in forget:
+                take_back()
+            run.interrupt()
+            run.ended.wait(GRACE_S)
+
+    def _wait_until_ready(self, stop: StopSignal, on_wait: Callable[[str], None]) -> None:
+        told: str | None = None
+        forget = stop.on_stop(self._wake)
+        try:
+            while True:
+                state = self._info.state
+                stop.raise_if_set()
+                match state:
+                    case "ready":
+                        return
+                    case "closed":
+                        raise _closed()
+                    case "failed":
+                        raise EngineUnavailable(
+                            "The worker's engine could not load its model; its operator finds why in the status."
+                        )
+                reason = "engine_restarting" if state == "restarting" else "loading"
+                if reason != told:
+                    told = reason
+                    on_wait(reason)
+                with self._changed:
+                    self._changed.wait_for(lambda before=state: self._info.state != before or stop.is_set())  # type: ignore[misc]
+        finally:
+            forget()
+
+    def _plan(self, call: EngineCall) -> Plan:
+        with self._vocabulary:
+            planner = self._planner
+            if planner is None:
+                raise EngineLost("The engine was restarted before the answer began.")
+            if call.model is not None and call.model != planner.name:
+                raise ModelNotFound("This worker's engine does not have this model.")
+            return planner.plan(call)
+
+    def _hand_over(self, run: Run) -> None:
+        with self._changed:
+            if not self._closing.is_set():
+                self._waiting.append(run)
+                self._changed.notify_all()
+                return
+        run.end()
+        self._slots.release()
+        raise _closed()
+
+    # --- the owner's thread ------------------------------------------------------------------------------------------
+
+    def _own(self) -> None:
+        """Load, then run what is handed over, until the engine is closed or loaded anew."""
+        try:
+            while not self._closing.is_set():
+                self._reload = False
+                self._live_once()
+        except Exception:
+            log.exception("engine.thread_failed")
+            self._become("failed", "The engine's thread failed; the log says why. Restart the worker.")
+        finally:
+            self._end_waiting(_closed())
+
+    def _end_waiting(self, error: RequestError) -> None:
+        with self._changed:
+            left = list(self._waiting)
+            self._waiting.clear()
+        for run in left:
+            self._slots.release()
+            run.end(error)
+
+    def _live_once(self) -> None:
+        model: native.Model | None = None
+        context: native.Context | None = None
+        try:
+            model, name = self._load()
+            context = self._make_context(model)
+            planner = Planner(model, name=name, n_ctx=context.n_ctx)
+            with self._vocabulary:
+                self._planner = planner
+            self._saw(self._ready(model, planner))
+            self._serve(context)
+        except (Unusable, native.NotInstalled, TemplateBroken) as error:
+            text = (
+                f"The chat template in the model file is broken: {error}"
+                if isinstance(error, TemplateBroken)
+                else str(error)
+            )
+            self._become("failed", text)
+            self._idle()
+        except downloading.GivenUp:
+            pass
+        finally:
+            with self._vocabulary:  # the context before the model, and neither under somebody's hands
+                self._planner = None
+                if context is not None:
+                    context.close()
+                if model is not None:
+                    model.close()
+
+    def _idle(self) -> None:
+        """Nothing to run: wait to be closed or told to try again."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing.is_set() or self._reload)
+        if not self._closing.is_set():
+            self._become("loading", "The model is being loaded again.")
+
+    def _serve(self, context: native.Context) -> None:
+        prefixes = Prefixes(context, self._settings.state_cache_mib * _MIB)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._reload or self._closing.is_set())
+                if self._closing.is_set():
+                    return
+                run = None if self._reload else self._waiting.popleft()
+                self._running = run
+            if run is None:
+                self._become("restarting", "The model is being loaded again.")
+                self._end_waiting(EngineLost("The engine was restarted before the answer began."))
+                return
+            self._perform(run, context, prefixes)
+
+    def _perform(self, run: Run, context: native.Context, prefixes: Prefixes) -> None:
+        error: BaseException | None = None
+        try:
+            Generation(run, context, prefixes).perform()
+        except (Interrupted, native.Aborted):
+            error = Interrupted()
+        except RequestError as refused:
+            error = refused
+        except native.DecodeFailed as failed:
+            log.warning("engine.decode_failed", problem=str(failed))
+            context.truncate(0)
+            error = EngineFailed(str(failed))
+        except Exception as problem:
+            log.exception("engine.call_failed")
+            context.truncate(0)
+            error = Internal("The engine failed on this request; the worker's log says why.")
+            error.__cause__ = problem
+        finally:
+            with self._changed:
+                self._running = None
+            self._slots.release()
+            run.end(error)
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def _load(self) -> tuple[native.Model, str]:
+        settings = self._settings
+        library = native.Library.load()
+        if settings.gpu_layers > 0 and not library.can_offload():
+            raise Unusable(
+                "engine.gpu_layers is set and this llama-cpp-python is built without GPU support. Install a build with it "
+                '(CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir llama-cpp-python), or set it to 0.'
+            )
+        path = self._find()
+        modelfile.look_at(path)
+        try:
+            model = native.Model(
+                library,
+                str(path),
+                gpu_layers=settings.gpu_layers,
+                main_gpu=settings.main_gpu,
+                tensor_split=settings.tensor_split,
+                progress=lambda done: self._tell_progress("Loading", path.name, done),
+            )
+        except native.LoadFailed as error:
+            if self._closing.is_set():
+                raise downloading.GivenUp from error
+            raise Unusable(modelfile.explain(str(error), path)) from error
+        if model.has_encoder:
+            model.close()
+            raise Unusable(
+                f"{path.name} is an encoder-decoder model, which this engine does not run. Use a chat model."
+            )
+        return model, settings.model or path.stem
+
+    def _find(self) -> Path:
+        settings = self._settings
+        if settings.model_path is not None:
+            return settings.model_path
+        assert settings.repo_id is not None
+        assert settings.filename is not None
+        filename = settings.filename
+
+        def tell(done: float) -> None:
+            if not self._tell_progress("Downloading", filename, done):
+                raise downloading.GivenUp
+
+        return downloading.fetch(settings.repo_id, filename, tell)
+
+    def _tell_progress(self, doing: str, name: str, done: float) -> bool:
+        """Put the percentage into the detail, in steps of five; False when the engine is being closed."""
+        detail = f"{doing} {name}: {int(done * 20) * 5} %."
+        if detail != self._info.detail:
+            self._become("loading", detail)
+        return not self._closing.is_set()
+
+    def _make_context(self, model: native.Model) -> native.Context:
+        settings = self._settings
+        n_ctx = settings.context_tokens or self._fitting_context(model)
+        while True:
+            try:
+                return native.Context(
+                    model,
+                    n_ctx=n_ctx,
+                    batch_tokens=settings.batch_tokens,
+                    threads=modelfile.threads_of(settings),
+                    flash_attention=settings.flash_attention,
+                    kv_type=settings.kv_type,
+                )
+            except native.LoadFailed as error:
+                if settings.context_tokens is None and n_ctx >= 2 * SMALLEST_CONTEXT:
+                    n_ctx //= 2
+                    log.warning("engine.context_halved", n_ctx=n_ctx, problem=str(error))
+                    continue
+                model.close()
+                path = settings.model_path or Path(settings.filename or "the model")
+                raise Unusable(modelfile.explain(str(error), path)) from error
+
+    def _fitting_context(self, model: native.Model) -> int:
+        """The model's own context, or what fits into half of the free memory: models of today are trained with more than
+        most machines can hold."""
+        wanted = model.n_ctx_train
+        free = modelfile.free_memory_bytes()
+        if free is not None and model.kv_bytes_per_token > 0:
+            fitting = free // 2 // model.kv_bytes_per_token
+            if fitting < wanted:
+                wanted = max(SMALLEST_CONTEXT, fitting // 256 * 256)
+                log.info("engine.context_chosen", n_ctx=wanted, trained=model.n_ctx_train, free_mib=free // _MIB)
+        return wanted
+
+    def _ready(self, model: native.Model, planner: Planner) -> EngineInfo:
+        offloaded = model.library.can_offload() and self._settings.gpu_layers != 0
+        return replace(
+            self._info,
+            state="ready",
+            detail="",
+            backend=model.library.backend() if offloaded else "cpu",
+            models=(planner.name,),
+            n_ctx=planner.n_ctx,
+            slots=1,
+            tools=planner.template.tool_style is not None,
+            thinking=planner.template.thinking_tags is not None,
+            json_schema=True,
+        )
+
+
+def _closed() -> ShuttingDown:
+    return ShuttingDown("The worker is shutting its engine down.")
