@@ -92,7 +92,9 @@ class Generation:
                 job.stop.raise_if_set()
 
     def _deltas(self, job: Job, call: EngineCall) -> Any:
-        return self._engine.stream(call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason))
+        return self._engine.stream(
+            call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason), before_read=job.responder.settle
+        )
 
     def _forward(self, job: Job, deltas: Iterator[Delta]) -> Finished:
         """Pass on what the engine says; a token's way is the first branch."""
@@ -126,7 +128,7 @@ class Generation:
                     marked = True
                 event = answer.add_call(delta, now)
                 if live:
-                    responder.tool_calls([event])
+                    responder.tool_call(event)
                 job.prompt_done = True
             elif type(delta) is Progress:
                 answer.progress = delta

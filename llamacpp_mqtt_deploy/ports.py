@@ -51,8 +51,18 @@ class Engine(Protocol):
     def probe(self) -> EngineInfo:
         """Ask the engine now (bounded by a few seconds) and remember the answer; never raises."""
 
-    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+    def stream(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None = None,
+    ) -> Iterator[Delta]:
         """One generation: `Opened`, then deltas, then one `Finished`.
+
+        An engine that gets several deltas at once calls `before_read` each time before it waits for more; the caller then
+        publishes what came together as one piece, and may take a moment for it (some milliseconds).
 
         `on_wait(reason)` is called (`loading`, `engine_restarting`) when the engine cannot take the request yet and the call
         waits for it. Raises a `RequestError` leaf, or `Stopped` soon after `stop` was set; the engine's slot is then free.

@@ -12,6 +12,11 @@ from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.ports import Outbox
 
 
+# How long a reader lets the broker keep up before it reads on: far above a round trip in a house, far below what a cancel or
+# the engine's own buffers would notice.
+_KEEP_UP_S = 0.02
+
+
 class Responder:
     """The event stream of one request, from `queued` to the terminal event; may be called from any thread.
 
@@ -50,6 +55,9 @@ class Responder:
         self._sent = 0
         self._acked = 0
         self._published: dict[TextKind, list[str]] = {"content": [], "reasoning": []}
+        self._all_acked = threading.Event()
+        self._settles = False
+        self._keeping_up = False
         self._wake_is_set = False
         self._overflowed = False
         self._closed = False
@@ -95,7 +103,32 @@ class Responder:
         """New text as it is generated: published at once, or as soon as the broker has taken the pieces before it."""
         with self._lock:
             self._coalescer.feed(kind, text)
+            if not self._settles:
+                self._let_go()
+
+    def tool_call(self, delta: dict[str, Any]) -> None:
+        """A new piece of a tool call; as `text`."""
+        with self._lock:
+            self._coalescer.feed_call(delta)
+            if not self._settles:
+                self._let_go()
+
+    def settle(self) -> None:
+        """The engine has nothing more at hand: publish what came together, then let the broker keep up for a moment.
+
+        What the engine says meanwhile collects in its socket, where it costs nothing: it could not be published before the
+        broker has acknowledged anyway, and one read then takes all of it. Once called, `text` only collects.
+        """
+        with self._lock:
+            self._settles = True
             self._let_go()
+        if self._sent > self._acked:
+            self._keeping_up = True
+            self._all_acked.wait(_KEEP_UP_S)
+            self._keeping_up = False  # from here on an acknowledgement wakes by itself, so nothing is left lying
+            if self._coalescer:
+                with self._lock:
+                    self._let_go()
 
     def piece(self, kind: TextKind, text: str) -> None:
         """A piece that is published as it is, now (paced and sentence modes)."""
@@ -105,9 +138,8 @@ class Responder:
                 self._published[kind].append(text)
 
     def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
-        """Tool call deltas are never held back; text before them goes first."""
+        """Whole tool calls, published as they are, now (paced modes)."""
         with self._lock:
-            self._flush()
             if not (self.silent or self._closed):
                 self._publish_chunks([self._writer.tool_calls(deltas)])
 
@@ -140,9 +172,13 @@ class Responder:
             self._let_go()
 
     def _flush(self, now: float | None = None) -> None:
-        for kind, text in self._coalescer.take(time.monotonic() if now is None else now):
+        for piece in self._coalescer.take(time.monotonic() if now is None else now):
             if self.silent or self._closed:
                 continue
+            if piece[0] == "tool_calls":
+                self._publish_chunks([self._writer.tool_calls(piece[1])])
+                continue
+            kind, text = piece
             for start in range(0, len(text), self._max_chars):
                 part = text[start : start + self._max_chars] if len(text) > self._max_chars else text
                 self._publish_chunks(self._writer.chunks(kind, part))
@@ -151,6 +187,7 @@ class Responder:
     def _publish_chunks(self, payloads: Sequence[bytes]) -> None:
         for payload in payloads:
             self._sent += 1
+            self._all_acked.clear()
             if not self._publish(payload, self._chunk_done):
                 self._acked += 1
         self.chunks = self._writer.next_seq
@@ -160,7 +197,9 @@ class Responder:
     def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
         self._acked += 1
-        if self._coalescer:
+        if self._acked == self._sent:
+            self._all_acked.set()
+        if self._coalescer and not self._keeping_up:
             self._wake(0.0, self._let_go_later)
 
     # --- the end -------------------------------------------------------------------------------------------------------

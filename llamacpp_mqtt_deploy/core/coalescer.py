@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 TextKind = Literal["content", "reasoning"]
+ChunkKind = Literal["content", "reasoning", "tool_calls"]
+Piece = tuple[TextKind, str] | tuple[Literal["tool_calls"], list[dict[str, Any]]]
+"""What goes out as one chunk (a text over the limits as several)."""
 
 
 class Coalescer:
@@ -21,7 +24,7 @@ class Coalescer:
         self.min_interval_s = min_interval_s
         self.in_flight = 0
         self.last_sent: float | None = None
-        self._parts: list[tuple[TextKind, list[str]]] = []
+        self._parts: list[tuple[ChunkKind, list[Any]]] = []
 
     def __bool__(self) -> bool:
         """True while text waits."""
@@ -32,6 +35,17 @@ class Coalescer:
             self._parts[-1][1].append(text)
         else:
             self._parts.append((kind, [text]))
+
+    def feed_call(self, delta: dict[str, Any]) -> None:
+        """A piece of a tool call, as its chunk tells it; arguments of the same call are joined."""
+        if not self._parts or self._parts[-1][0] != "tool_calls":
+            self._parts.append(("tool_calls", [delta]))
+            return
+        deltas = self._parts[-1][1]
+        if deltas[-1]["index"] == delta["index"] and not ("id" in delta or "name" in delta):
+            deltas[-1] = deltas[-1] | {"arguments": deltas[-1]["arguments"] + delta["arguments"]}
+        else:
+            deltas.append(delta)
 
     def ready(self, now: float) -> bool:
         """Whether the waiting text may go out now."""
@@ -47,10 +61,15 @@ class Coalescer:
             return None
         return max(0.0, self.last_sent + self.min_interval_s - now)
 
-    def take(self, now: float) -> list[tuple[TextKind, str]]:
-        """All the waiting text, in order; the caller publishes it and counts the pieces into `in_flight`."""
-        parts = [(kind, "".join(texts)) for kind, texts in self._parts]
+    def take(self, now: float) -> list[Piece]:
+        """All that waits, in order; the caller publishes it and counts the pieces into `in_flight`."""
+        pieces: list[Piece] = []
+        for kind, items in self._parts:
+            if kind == "tool_calls":
+                pieces.append((kind, items))
+            else:
+                pieces.append((kind, items[0] if len(items) == 1 else "".join(items)))
         self._parts.clear()
-        if parts:
+        if pieces:
             self.last_sent = now
-        return parts
+        return pieces

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -19,6 +20,7 @@ from typing_extensions import override
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from llamacpp_mqtt_deploy.core.chunked import ChunkedDecoder
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
@@ -227,6 +229,7 @@ class Exchange:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._response: requests.Response | None = None
+        self._unframed: tuple[BufferedReader, ChunkedDecoder] | None = None
         self._forget = [stop.on_stop(self._line.cut) for stop in stops]
 
     def __enter__(self) -> Self:
@@ -265,6 +268,7 @@ class Exchange:
                 allow_redirects=False,
                 stream=True,
             )
+            self._unframed = _unframed(self._response)
         except requests.exceptions.ReadTimeout as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
@@ -286,11 +290,23 @@ class Exchange:
         """What has arrived, waiting for at least one byte; empty at the end. Raises `Broken`, `Silent`."""
         assert self._response is not None
         try:
+            if self._unframed is not None:
+                return self._read_chunks(*self._unframed)
             return cast("bytes", self._response.raw.read1(READ_BYTES, decode_content=True) or b"")
-        except urllib3.exceptions.ReadTimeoutError as error:
+        except (urllib3.exceptions.ReadTimeoutError, TimeoutError) as error:
             raise Silent("no byte in time") from error
         except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
             raise Broken(_reason(error)) from error
+
+    def _read_chunks(self, raw: BufferedReader, decoder: ChunkedDecoder) -> bytes:
+        while not decoder.ended:
+            arrived = raw.read1(READ_BYTES)
+            if not arrived:
+                raise Broken("the answer ended in the middle of a chunk")
+            body = decoder.feed(arrived)
+            if body:
+                return body
+        return b""
 
     def read_all(self, *, timeout_s: float) -> bytes:
         """The whole answer. Raises `Broken`, `Silent` after `timeout_s` altogether, `ValueError` when it is too long."""
@@ -315,6 +331,19 @@ class Exchange:
         if self._line.socket is not None:
             with contextlib.suppress(OSError):  # the answer has ended already
                 self._line.socket.settimeout(max(0.001, timeout_s))
+
+
+def _unframed(response: requests.Response) -> tuple[BufferedReader, ChunkedDecoder] | None:
+    """The bytes below the chunked framing, to take everything that has arrived with one read.
+
+    urllib3 and http.client give at most one chunk a call, with some ten Python calls around it, and llama.cpp sends each token
+    as a chunk: at thousands of tokens a second that was half of the worker's work. None for any other framing.
+    """
+    if response.headers.get("Transfer-Encoding", "").lower() != "chunked" or "Content-Encoding" in response.headers:
+        return None
+    below = getattr(response.raw, "_original_response", None)
+    raw = getattr(below, "fp", None)
+    return (raw, ChunkedDecoder()) if isinstance(raw, BufferedReader) else None
 
 
 def _reason(error: BaseException) -> str:

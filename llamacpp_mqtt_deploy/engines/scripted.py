@@ -203,7 +203,14 @@ class ScriptedEngine:
     def probe(self) -> EngineInfo:
         return self.info()
 
-    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+    def stream(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None = None,
+    ) -> Iterator[Delta]:
         stop.raise_if_set()
         self.calls.append(call)
         either = StopSignal()  # the caller's wish, or the end of the engine

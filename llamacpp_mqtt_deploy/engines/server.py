@@ -145,9 +145,16 @@ class ServerEngine:
 
     # --- generation --------------------------------------------------------------------------------------------------
 
-    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+    def stream(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None = None,
+    ) -> Iterator[Delta]:
         try:
-            yield from self._stream(call, stop, on_wait)
+            yield from self._stream(call, stop, on_wait, before_read)
         except RequestError as error:
             if stop.is_set():
                 raise Stopped(stop.reason) from error
@@ -159,7 +166,13 @@ class ServerEngine:
         """Names of the request fields that this server cannot be given; they are left out, and a `start` can warn."""
         return dialects.unsupported(call, self._dialect or "llamacpp")
 
-    def _stream(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+    def _stream(
+        self,
+        call: EngineCall,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None,
+    ) -> Iterator[Delta]:
         stop.raise_if_set()
         patience = Patience(self._settings.unavailable_after_s)
         patiently(lambda: self._need_description(stop), patience, stop, on_wait)
@@ -167,7 +180,7 @@ class ServerEngine:
         try:
             with patiently(lambda: self._begin(call, stop), patience, stop, on_wait) as exchange:
                 if exchange.content_type == "text/event-stream" or not exchange.content_type:
-                    yield from self._receive(exchange, call, stop)
+                    yield from self._receive(exchange, call, stop, before_read)
                 elif exchange.content_type == "application/json":
                     yield from self._receive_whole(exchange, call, stop)
                 else:
@@ -175,12 +188,16 @@ class ServerEngine:
         finally:
             self._slots.release()
 
-    def _receive(self, exchange: Exchange, call: EngineCall, stop: StopSignal) -> Iterator[Delta]:
+    def _receive(
+        self, exchange: Exchange, call: EngineCall, stop: StopSignal, before_read: Callable[[], None] | None
+    ) -> Iterator[Delta]:
         yield Opened(self._model_of(call))
         decoder, reader = SseDecoder(), CompletionReader()
         heard_at = time.monotonic()
         only_pings = False
         while not reader.done:
+            if before_read is not None:
+                before_read()
             chunk = self._read(exchange, call, stop)
             heard = False
             for data in self._decode(decoder, chunk):

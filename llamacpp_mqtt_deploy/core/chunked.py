@@ -1,0 +1,60 @@
+"""HTTP's chunked transfer coding: raw bytes in at any cut, the body out (RFC 9112, section 7.1)."""
+
+from __future__ import annotations
+
+MAX_LINE_BYTES = 8192
+"""Longest line with a chunk's size; extensions and trailers that nobody sends would be the rest of it."""
+
+
+class BadChunk(ValueError):
+    """The bytes are no chunked body."""
+
+
+class ChunkedDecoder:
+    """Takes the framing off. llama.cpp sends each token as a chunk of its own; reading them one by one costs a call each."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        """The last chunk came; its trailer is left unread, as the connection is not used again."""
+        self._line = b""
+        self._left = 0  # bytes of the current chunk that are still to come
+        self._closing = False  # the CRLF after a chunk's bytes is still to come
+
+    def feed(self, raw: bytes) -> bytes:
+        """The body bytes in these raw bytes. Raises BadChunk."""
+        parts: list[bytes] = []
+        at = 0
+        if self._line:
+            raw, self._line = self._line + raw, b""
+        while at < len(raw) and not self.ended:
+            if self._left:
+                part = raw[at : at + self._left]
+                parts.append(part)
+                at += len(part)
+                self._left -= len(part)
+                self._closing = not self._left
+                continue
+            end = raw.find(b"\n", at)
+            if end < 0:
+                self._line = raw[at:]
+                if len(self._line) > MAX_LINE_BYTES:
+                    raise BadChunk("a chunk's size without end")
+                break
+            line = raw[at:end].strip()
+            at = end + 1
+            if self._closing:
+                if line:
+                    raise BadChunk("more bytes than a chunk said")
+                self._closing = False
+                continue
+            self._left = _size(line)
+            self.ended = not self._left
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip()
+    # int() would take signs, blanks and underscores as well.
+    if not digits or len(digits) > 16 or digits.translate(None, b"0123456789abcdefABCDEF"):
+        raise BadChunk("no size of a chunk")
+    return int(digits, 16)
