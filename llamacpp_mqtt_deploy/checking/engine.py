@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import threading
 import time
@@ -131,9 +132,7 @@ def _binary(engine: EngineSettings) -> Finding:
     path = shutil.which("llama-server")
     if path is not None:
         return ok("engine.binary", path)
-    try:
-        import xllamacpp  # noqa: F401, PLC0415 - heavy, and only here when no binary is
-    except ImportError:
+    if importlib.util.find_spec("xllamacpp") is None:
         return fail(
             "engine.binary",
             "there is no llama-server on PATH and no xllamacpp package",

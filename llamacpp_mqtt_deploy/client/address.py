@@ -75,6 +75,8 @@ def explain_failure(error: Exception, address: Address) -> str:
             return f"The certificate of the broker at {where} is not accepted: {error.verify_message}. Check mqtt.tls.ca_file."
         case ssl.SSLError():
             return f"TLS with the broker at {where} failed ({error.reason or error}). Is the port right, and is it a TLS port?"
+        case ConnectionResetError() if address.tls:
+            return f"The broker at {where} closed the connection during the TLS handshake. Is it a TLS port?"
         case ConnectionRefusedError():
             return f"Nothing listens at {where}. Is the broker running, and is the port right?"
         case FileNotFoundError():

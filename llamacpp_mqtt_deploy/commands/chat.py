@@ -79,13 +79,9 @@ def command(
     path = session_path(session or f"chat-{secrets.token_hex(4)}", username or (None if session else "cli"))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     failures: list[int] = []
-    with (
-        closing_pipe(),
-        contextlib.suppress(KeyboardInterrupt),
-        told("lmd chat", failures),
-        bus_client(settings) as bus,
-    ):
-        chat = Chat(bus, path, Screen.standard(reasoning=flags["reasoning"]), fields=request_fields(flags))
+    with closing_pipe(), _interrupted(failures), told("lmd chat", failures), bus_client(settings) as bus:
+        screen = Screen.standard(reasoning=flags["reasoning"])
+        chat = Chat(bus, path, screen, fields=request_fields(flags), interactive=interactive, failures=failures)
         if new:
             chat.control("reset")
         if interactive:

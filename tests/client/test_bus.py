@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -19,10 +18,15 @@ from llamacpp_mqtt_deploy.client import (
     NotPermitted,
     NoWorker,
     RequestRejected,
+    tls_context,
 )
-from tests.client.mosquitto import ACCESS_LIST, Mosquitto, free_port, password_file
 from tests.client.worker import PlayedWorker
+from tests.support.amqtt_broker import AmqttBroker
+from tests.support.certificates import Authority
+from tests.support.mosquitto import Mosquitto, free_port
 from tests.support.waiting import eventually
+
+Start = Callable[..., Mosquitto]
 
 pytestmark = pytest.mark.broker
 
@@ -241,19 +245,14 @@ def test_a_broker_that_stays_away_is_reported(broker: Mosquitto) -> None:
         broker.stop()
         with pytest.raises(BrokerUnreachable, match="has been away for"):
             answer.result(10)
-        broker.start()  # so that the worker says goodbye
 
 
-def test_a_request_over_the_brokers_size_limit_ends_instead_of_looping(tmp_path: Path) -> None:
-    small = Mosquitto(tmp_path, "allow_anonymous true\nmessage_size_limit 2000")
-    small.start()
-    try:
-        with PlayedWorker(small.port), BusClient("127.0.0.1", small.port, resend_limit=1) as bus:
-            with pytest.raises(AnswerLost, match="message_size_limit"):
-                bus.ask("x" * 5000).result(30)
-            assert list(bus.ask("small")) == ["small"]
-    finally:
-        small.stop()
+def test_a_request_over_the_brokers_size_limit_ends_instead_of_looping(start_mosquitto: Start) -> None:
+    small = start_mosquitto(settings=["message_size_limit 2000"])
+    with PlayedWorker(small.port), BusClient("127.0.0.1", small.port, resend_limit=1) as bus:
+        with pytest.raises(AnswerLost, match="message_size_limit"):
+            bus.ask("x" * 5000).result(30)
+        assert list(bus.ask("small")) == ["small"]
 
 
 def test_a_rejected_delivery_raises_with_its_code(broker: Mosquitto) -> None:
@@ -266,18 +265,6 @@ def test_a_rejected_delivery_raises_with_its_code(broker: Mosquitto) -> None:
         pytest.raises(RequestRejected, match="duplicate_request"),
     ):
         bus.ask("hello", request_id="mine").result(10)
-
-
-@pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[Mosquitto]:
-    passwords = password_file(tmp_path, worker="worker-secret", alice="alice-secret", bob="bob-secret")
-    rules = tmp_path / "rules"
-    rules.write_text(ACCESS_LIST)
-    rules.chmod(0o600)
-    mosquitto = Mosquitto(tmp_path, f"allow_anonymous false\npassword_file {passwords}\nacl_file {rules}")
-    mosquitto.start()
-    yield mosquitto
-    mosquitto.stop()
 
 
 def test_with_the_recommended_access_list_the_own_session_works(guarded: Mosquitto) -> None:
@@ -358,7 +345,7 @@ def test_many_threads_share_one_client(broker: Mosquitto) -> None:
     assert results == {number: f"number {number}" for number in range(40)}
 
 
-def test_a_consumer_that_falls_behind_loses_no_text(tmp_path: Path) -> None:
+def test_a_consumer_that_falls_behind_loses_no_text(start_mosquitto: Start) -> None:
     count = 6000
     text = "".join(f"{number} " for number in range(count))
 
@@ -367,20 +354,16 @@ def test_a_consumer_that_falls_behind_loses_no_text(tmp_path: Path) -> None:
             worker.say(session, request, type="chunk", seq=number, content=f"{number} ")
         worker.done(session, request, text, seq=count)
 
-    patient = Mosquitto(tmp_path, "allow_anonymous true\nmax_queued_messages 0")
-    patient.start()
-    try:
-        with PlayedWorker(patient.port, play=flood), BusClient("127.0.0.1", patient.port) as bus:
-            answer = bus.ask("hello")
-            eventually(lambda: answer.ended, 30)
-            pieces = list(answer)
-    finally:
-        patient.stop()
+    patient = start_mosquitto(settings=["max_queued_messages 0"])
+    with PlayedWorker(patient.port, play=flood), BusClient("127.0.0.1", patient.port) as bus:
+        answer = bus.ask("hello")
+        eventually(lambda: answer.ended, 30)
+        pieces = list(answer)
     assert "".join(pieces) == text
     assert len(pieces) < count
 
 
-def test_an_answer_that_the_broker_cut_short_is_made_whole_again(tmp_path: Path) -> None:
+def test_an_answer_that_the_broker_cut_short_is_made_whole_again(start_mosquitto: Start) -> None:
     count = 500
     text = "".join(f"{number} " for number in range(count))
 
@@ -391,16 +374,34 @@ def test_an_answer_that_the_broker_cut_short_is_made_whole_again(tmp_path: Path)
         worker.done(session, request, text, seq=count)
 
     # A queue this short drops the newest events of a burst, and every PUBACK still says success.
-    hasty = Mosquitto(tmp_path, "allow_anonymous true\nmax_queued_messages 1\nmax_inflight_messages 1")
-    hasty.start()
-    try:
-        with PlayedWorker(hasty.port, play=flood) as worker:
-            worker.status(heartbeat_s=0.2)
-            with BusClient("127.0.0.1", hasty.port) as bus:
-                bus.status()
-                assert "".join(bus.ask("hello")) == text
-    finally:
-        hasty.stop()
+    hasty = start_mosquitto(settings=["max_queued_messages 1", "max_inflight_messages 1"])
+    with PlayedWorker(hasty.port, play=flood) as worker:
+        worker.status(heartbeat_s=0.2)
+        with BusClient("127.0.0.1", hasty.port) as bus:
+            bus.status()
+            assert "".join(bus.ask("hello")) == text
+
+
+def test_over_tls_a_certificate_that_is_not_trusted_is_told_apart(start_mosquitto: Start, authority: Authority) -> None:
+    broker = start_mosquitto(tls=(authority.ca_file, *authority.issue("localhost")))
+    trusting = tls_context(ca_file=authority.ca_file)
+    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.tls_port, tls=trusting) as bus:
+        assert list(bus.ask("one two")) == ["one", " two"]
+    with pytest.raises(BrokerUnreachable, match="certificate of the broker"):
+        BusClient("127.0.0.1", broker.tls_port, tls=True).open()
+    with pytest.raises(BrokerUnreachable, match="TLS"):
+        BusClient("127.0.0.1", broker.port, tls=trusting).open()
+    with pytest.raises(BrokerUnreachable, match="switch TLS on"):
+        BusClient("127.0.0.1", broker.tls_port).open()
+
+
+def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(amqtt_broker: AmqttBroker) -> None:
+    with (
+        PlayedWorker(amqtt_broker.port, protocol="3.1.1"),
+        BusClient("127.0.0.1", amqtt_broker.port, connect_timeout_s=5) as bus,
+    ):
+        assert bus.protocol == "3.1.1"
+        assert list(bus.ask("one two")) == ["one", " two"]
 
 
 @pytest.mark.parametrize("session", ["", "a/b/c", "a b", "$x", "a\n", "a/", "+", "x" * 65])

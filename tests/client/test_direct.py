@@ -12,11 +12,8 @@ from llamacpp_mqtt_deploy.core.deltas import Finished, Reasoning, ToolCall, Usag
 from llamacpp_mqtt_deploy.core.errors import EngineLost, EngineUnavailable, IdleTimeout, RequestError, TimedOut
 from llamacpp_mqtt_deploy.direct import DeploymentConfig, LlamaCppClient
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
-from tests.client.mosquitto import free_port
-from tests.support.llama_server import LlamaServer
+from tests.support.llama_server import LlamaServer, free_port
 from tests.support.waiting import eventually
-
-pytest_plugins = ["tests.support.engine_fixtures"]
 
 HELLO = [{"role": "user", "content": "Count from 1 to 10"}]
 

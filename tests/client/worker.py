@@ -10,6 +10,25 @@ from typing import Any, Self
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
+ACCESS_LIST = """
+pattern write llm/request/%u/#
+pattern write llm/control/%u/#
+pattern read llm/reply/%u/#
+pattern read llm/status/#
+pattern read llm/health/#
+
+user worker
+topic read llm/request/#
+topic read llm/control/#
+topic read llm/admin/#
+topic write llm/reply/#
+topic write llm/admin-reply/#
+topic readwrite llm/status/#
+topic readwrite llm/health/#
+"""
+
+PASSWORDS = {name: f"{name}-secret" for name in ("worker", "alice", "bob")}
+
 Play = Callable[["PlayedWorker", str, dict[str, Any]], None]
 
 
@@ -27,7 +46,13 @@ class PlayedWorker:
     """Answers each request with `play`; `requests` holds (session, payload) and `controls` (session, message)."""
 
     def __init__(
-        self, port: int, *, play: Play = answer_in_words, username: str | None = None, online: bool = True
+        self,
+        port: int,
+        *,
+        play: Play = answer_in_words,
+        username: str | None = None,
+        online: bool = True,
+        protocol: str = "5",
     ) -> None:
         self.play = play
         self.requests: list[tuple[str, bytes]] = []
@@ -36,7 +61,10 @@ class PlayedWorker:
         self.answers_control = True
         self._online = online
         self._subscribed = threading.Event()
-        self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
+        self._client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            protocol=MQTTProtocolVersion.MQTTv5 if protocol == "5" else MQTTProtocolVersion.MQTTv311,
+        )
         if username is not None:
             self._client.username_pw_set(username, f"{username}-secret")
         self._client.on_connect = self._connected
@@ -52,7 +80,8 @@ class PlayedWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._publish("llm/status/played", b"", retain=True).wait_for_publish(5)
+        if self._client.is_connected():
+            self._publish("llm/status/played", b"", retain=True).wait_for_publish(5)
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -94,7 +123,8 @@ class PlayedWorker:
         _, kind, session = message.topic.split("/", 2)
         if kind == "request":
             self.requests.append((session, bytes(message.payload)))
-            self.play(self, session, json.loads(message.payload))
+            if message.payload:  # an empty request is ignored
+                self.play(self, session, json.loads(message.payload))
             return
         control = json.loads(message.payload)
         self.controls.append((session, control))

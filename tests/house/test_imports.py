@@ -61,7 +61,7 @@ RANKS: Mapping[str, int] = {
     "daemon": 70,
     "client": 70,
     "direct": 70,
-    "checking": 70,
+    "checking": 72,
     "workers": 60,
     "intake": 50,
     "generation": 50,
