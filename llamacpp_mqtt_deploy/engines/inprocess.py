@@ -160,9 +160,16 @@ class InprocessEngine:
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
-    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+    def stream(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None = None,
+    ) -> Iterator[Delta]:
         try:
-            yield from self._stream(call, stop, on_wait)
+            yield from self._stream(call, stop, on_wait, before_read)
         except (RequestError, Interrupted) as error:
             if stop.is_set():
                 raise Stopped(stop.reason) from error
@@ -186,7 +193,13 @@ class InprocessEngine:
             stop.raise_if_set()
             return None if self._planner is None else self._planner.count(call)
 
-    def _stream(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+    def _stream(
+        self,
+        call: EngineCall,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None,
+    ) -> Iterator[Delta]:
         stop.raise_if_set()
         self._wait_until_ready(stop, on_wait)
         plan = self._plan(call)
@@ -197,7 +210,7 @@ class InprocessEngine:
         forget = [signal.on_stop(run.interrupt) for signal in (stop, self._closing)]
         try:
             self._hand_over(run)
-            yield from run.receive()
+            yield from run.receive(before_read)
         finally:
             for take_back in forget:
                 take_back()

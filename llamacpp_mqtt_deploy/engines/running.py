@@ -93,8 +93,10 @@ class Run:
             self.ended.set()
             self._changed.notify_all()
 
-    def receive(self) -> Iterator[Delta]:
+    def receive(self, before_read: Callable[[], None] | None) -> Iterator[Delta]:
         """For the caller: deltas until the end, then what the run ended with is raised.
+
+        `before_read` is called each time before more is waited for.
 
         Raises Interrupted as soon as the run was told to stop, and IdleTimeout when it got nowhere for `chunk_timeout_s`,
         whether or not the loop comes back from native code.
@@ -117,6 +119,8 @@ class Run:
                 if self._error is not None:
                     raise self._error
                 return
+            if before_read is not None:
+                before_read()
 
 
 class Generation:

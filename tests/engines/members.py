@@ -8,14 +8,17 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Progress
+from llamacpp_mqtt_deploy.engines.inprocess import InprocessEngine
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
 from llamacpp_mqtt_deploy.engines.server import ServerEngine
 from llamacpp_mqtt_deploy.ports import Engine
 from llamacpp_mqtt_deploy.settings import EngineSettings
+from tests.support.inside import frozen_computation, make_engine
 from tests.support.llama_server import LlamaServer, free_port
 from tests.support.openai_server import MODEL, OpenAiServer
 
@@ -64,7 +67,8 @@ class Member:
     unreachable: Engine
     """An engine of this kind whose source of tokens does not exist; gives up after 0.3 s."""
     lacks: frozenset[str] = frozenset()
-    """What engines of this kind cannot: `progress`, `thinking`, `counting` (tokens), `limiting` (max_tokens)."""
+    """What engines of this kind cannot: `progress`, `thinking`, `counting` (tokens), `limiting` (max_tokens), `parallel`
+    (two requests at once), be `away`."""
 
 
 @contextlib.contextmanager
@@ -179,7 +183,31 @@ def openai_member(request: pytest.FixtureRequest) -> Iterator[Member]:
     )
 
 
+def inprocess_member(request: pytest.FixtureRequest) -> Iterator[Member]:
+    engine: InprocessEngine = make_engine(request.getfixturevalue("slow_gguf"))
+    prompts = iter(range(1000))
+    away = InprocessEngine(EngineSettings(kind="inprocess", model_path=Path("/nonexistent/model.gguf")))
+    away.open()
+    tools = say("weather", max_tokens=60, temperature=0, logit_bias=[["<tool_call>", 50]])
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY_SCHEMA}}
+    yield Member(
+        engine=engine,
+        busy=lambda: engine.busy,
+        short=say("the water für 水 😀 is good", max_tokens=8),
+        endless=lambda: say("go on", max_tokens=8000),
+        long_prompt=lambda: say(f"{next(prompts)} " + "the water is good " * 1500, max_tokens=1),
+        overflow=say("the water " * 9000, max_tokens=1),
+        tools=replace(tools, tools=[WEATHER], tool_choice="required"),
+        json_schema=replace(say("city", max_tokens=200), response_format=schema),
+        thinking=replace(say("think", max_tokens=30), thinking=True, thinking_budget=5),
+        frozen=frozen_computation,
+        unreachable=away,
+        lacks=frozenset({"parallel", "away"}),
+    )
+
+
 MEMBERS: dict[str, Callable[[pytest.FixtureRequest], Iterator[Member]]] = {
+    "inprocess": inprocess_member,
     "openai": openai_member,
     "scripted": scripted_member,
     "server": server_member,
