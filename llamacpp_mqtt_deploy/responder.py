@@ -126,6 +126,9 @@ class Responder:
             self._keeping_up = True
             self._all_acked.wait(_KEEP_UP_S)
             self._keeping_up = False  # from here on an acknowledgement wakes by itself, so nothing is left lying
+            pause_s = self._coalescer.pause_s(time.monotonic())
+            if 0 < pause_s <= _KEEP_UP_S:
+                time.sleep(pause_s)
             if self._coalescer:
                 with self._lock:
                     self._let_go()

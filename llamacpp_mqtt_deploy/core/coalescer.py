@@ -61,6 +61,10 @@ class Coalescer:
             return None
         return max(0.0, self.last_sent + self.min_interval_s - now)
 
+    def pause_s(self, now: float) -> float:
+        """Seconds until the next piece may go, as far as the minimum interval says."""
+        return 0.0 if self.last_sent is None else max(0.0, self.last_sent + self.min_interval_s - now)
+
     def take(self, now: float) -> list[Piece]:
         """All that waits, in order; the caller publishes it and counts the pieces into `in_flight`."""
         pieces: list[Piece] = []
