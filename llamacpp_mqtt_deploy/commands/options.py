@@ -16,9 +16,9 @@ WRONG_CONFIGURATION = 2
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def config_options(function: F) -> F:
-    """Add `--config FILE` and `--set KEY=VALUE` (repeatable) as the arguments `config_file` and `overrides`."""
-    function = click.option(
+def set_option(function: F) -> F:
+    """Add `--set KEY=VALUE` (repeatable) as the argument `overrides`."""
+    return click.option(
         "--set",
         "overrides",
         metavar="KEY=VALUE",
@@ -26,6 +26,10 @@ def config_options(function: F) -> F:
         callback=_overrides,
         help="Set one key, as in --set engine.url=http://gpu:8080. Wins over environment and file. May be repeated.",
     )(function)
+
+
+def config_options(function: F) -> F:
+    """Add `--config FILE` and `--set KEY=VALUE` (repeatable) as the arguments `config_file` and `overrides`."""
     return click.option(
         "-c",
         "--config",
@@ -33,7 +37,7 @@ def config_options(function: F) -> F:
         metavar="FILE",
         type=click.Path(path_type=Path),
         help="Configuration file. Else $LMD_CONFIG, ./llamacpp-mqtt-deploy.toml or /etc/llamacpp-mqtt-deploy/config.toml.",
-    )(function)
+    )(set_option(function))
 
 
 def load_or_exit(config_file: Path | None, overrides: Mapping[str, str]) -> Loaded:
