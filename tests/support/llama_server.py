@@ -24,7 +24,7 @@ import xllamacpp as xlc
 wish = json.loads(sys.argv[1])
 p = xlc.CommonParams()
 p.model.path = wish["model"]
-p.model_alias = {"tiny"}
+p.model_alias = {wish["alias"]}
 p.hostnames = [wish["host"]]
 p.port = wish["port"]
 p.n_ctx = wish["n_ctx"] * wish["slots"]
@@ -76,6 +76,8 @@ class LlamaServer:
     """Context of one slot in tokens."""
     batch: int = 64
     api_key: str | None = None
+    alias: str = "tiny"
+    """Name of the model."""
     unix: bool = False
     ping_s: int = 1
     port: int = 0
@@ -104,6 +106,7 @@ class LlamaServer:
             "batch": self.batch,
             "ping_s": self.ping_s,
             "api_key": self.api_key,
+            "alias": self.alias,
         }
         assert self._directory is not None
         self._log = (Path(self._directory.name) / "log").open("ab")

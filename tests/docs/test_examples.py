@@ -1,0 +1,48 @@
+"""Every command of the documentation's `console` blocks is run, and what it prints is what the page shows.
+
+`LMD_DOCS=write python -m pytest tests/docs/test_examples.py` writes the outputs into the pages instead.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.docs import shell
+from tests.docs.conftest import WorldWith
+from tests.docs.pages import PAGES, Block, blocks
+
+pytestmark = [pytest.mark.broker, pytest.mark.engine]
+
+WRITES = os.environ.get("LMD_DOCS") == "write"
+CONSOLE = [page for page in PAGES if any(block.language == "console" for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", CONSOLE, ids=lambda page: page.name)
+def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: WorldWith) -> None:
+    problems = []
+    text = page.read_text("utf-8")
+    for block in blocks(page):
+        if block.language != "console":
+            continue
+        outputs = _outputs(block, world_with)
+        if WRITES:
+            text = text.replace(f"```console\n{block.text}```", f"```console\n{shell.written(block, outputs)}```", 1)
+        elif found := shell.problem(block, outputs):
+            problems.append(f"{block.where}: {found}")
+    if WRITES:
+        page.write_text(text, "utf-8")
+    assert not problems, "\n\n".join(problems)
+
+
+def _outputs(block: Block, world_with: WorldWith) -> list[list[str]]:
+    world = world_with(block.note("run with") or "")
+    commands = [step.command for step in shell.steps(block)]
+    if commands == ["lmd run"]:
+        outputs = [world.start_worker()]
+    else:
+        world.start_worker()
+        outputs = shell.run(block, world.environment, str(world.home))
+    return [[world.at_home(line) for line in output] for output in outputs]
