@@ -142,9 +142,11 @@ class Generation:
                 marked = not live
                 self._tell_start(job)
             elif type(delta) is Finished:
-                if sentences is not None and live:
-                    for sentence in sentences.flush():
+                if live:
+                    for sentence in sentences.flush() if sentences is not None else ():
                         responder.piece("content", sentence)
+                    # Text that came together with the end still waits; untold it would pass for an answer to be paced.
+                    responder.flush()
                 answer.finished = delta
                 return delta
         raise EngineLost("the engine ended the answer without saying that it was complete")
