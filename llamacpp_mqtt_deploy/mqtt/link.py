@@ -22,7 +22,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.mqtt import refusals
 from llamacpp_mqtt_deploy.mqtt.outgoing import STRIKES, Outgoing, Publish
-from llamacpp_mqtt_deploy.mqtt.pacing import Backoff, Reminder, VersionChoice
+from llamacpp_mqtt_deploy.mqtt.pacing import STABLE_AFTER_S, Backoff, Reminder, VersionChoice
 from llamacpp_mqtt_deploy.mqtt.refusals import Refusal
 from llamacpp_mqtt_deploy.mqtt.tls import build_context, stamps
 from llamacpp_mqtt_deploy.mqtt.topics import filter_fault, topic_fault
@@ -36,6 +36,9 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 CONNACK_TIMEOUT_S = 10.0
+DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
+"""Where the broker may not know MQTT 5 and silence may be its answer."""
+
 STALL_S = 1.0
 """How long a full inbox gets to drain before the broker is asked, by a new connection, to deliver again."""
 
@@ -133,6 +136,7 @@ class MqttLink:
         self._last_puback_at: float | None = None
         self._poisoned = 0
         self._died_online = False
+        self._loud = True
 
     # --- the port ---
 
@@ -308,12 +312,13 @@ class MqttLink:
             # A host that cannot be one, for example a label over 63 characters.
             self._failed(Refusal(f"{self._where} is no address: {error}. Check mqtt.host."))
             return
-        connack_by = time.monotonic() + CONNACK_TIMEOUT_S
+        patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._versions.in_doubt else CONNACK_TIMEOUT_S
+        connack_by = time.monotonic() + patience_s
         while wire.closed() is None:
             self._turn(wire)
             if self._state != "online" and time.monotonic() >= connack_by and wire.closed() is None:
                 wire.abort()
-                self._failed(refusals.of_no_connack(self._where, CONNACK_TIMEOUT_S))
+                self._unanswered(refusals.of_no_connack(self._where, patience_s))
                 return
             if self._finished():
                 self._leave(wire)
@@ -443,8 +448,8 @@ class MqttLink:
             info = self._info()
         self._stalled_until = None
         self._acks.clear()
-        self._reminder.clear()
-        log.info(
+        # Where connections break as fast as they come, the log tells of both at growing pauses only.
+        (log.info if self._loud else log.debug)(
             "link.online",
             broker=self._where,
             protocol=wire.version,
@@ -522,8 +527,10 @@ class MqttLink:
         lived_s = now - self._online_since
         on_purpose = self._stalled_until is not None
         self._backoff.ended(lived_s)
+        if lived_s >= STABLE_AFTER_S:
+            self._reminder.clear()
         self._versions.lost(now)
-        if closed.unreadable:
+        if closed.unreadable and not self._outgoing.flying:
             self._versions.unreadable()
         elif lived_s > STALL_S:
             self._versions.readable()
@@ -542,7 +549,7 @@ class MqttLink:
             )
         else:
             refusal = Refusal(f"The connection to the broker at {self._where} broke.", needs_person=False)
-        blameless = on_purpose or closed.unreadable or closed.code in refusals.BLAMELESS_CLOSES
+        blameless = on_purpose or closed.code in refusals.BLAMELESS_CLOSES
         poison = self._outgoing.lost(blameless=blameless)
         self._went_down(refusal)
         if poison is not None:
@@ -571,8 +578,13 @@ class MqttLink:
                         f"What answers at {self._where} does not speak MQTT. Check mqtt.host and mqtt.port."
                     )
                 else:
-                    self._versions.closed_silently()
-                    refusal = refusals.of_silence(self._where, tls=self._settings.tls.enabled)
+                    self._unanswered(refusals.of_silence(self._where, tls=self._settings.tls.enabled))
+                    return
+        self._failed(refusal)
+
+    def _unanswered(self, refusal: Refusal) -> None:
+        if self._versions.unanswered():
+            log.info("link.fell_back", broker=self._where, protocol=self._versions.current, why=refusal.text)
         self._failed(refusal)
 
     def _failed(self, refusal: Refusal) -> None:
@@ -601,7 +613,8 @@ class MqttLink:
         for subscription in waiting:
             subscription.done.set()
         if was_online:
-            if self._reminder.due(refusal.text, time.monotonic()):
+            self._loud = self._reminder.due(refusal.text, time.monotonic())
+            if self._loud:
                 log.warning("link.lost", broker=self._where, why=refusal.text, unacknowledged=info.unacknowledged)
             self._guard(self._on_lost, info)
 

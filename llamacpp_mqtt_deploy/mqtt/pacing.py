@@ -65,10 +65,11 @@ class Reminder:
 class VersionChoice:
     """Which MQTT version to speak next.
 
-    `auto` begins with 5. A broker that *says* it does not know the version (reason 0x84) is believed at once; one that hangs up
-    without a word (RabbitMQ before 3.13) only after two such closes in a row, since a broker or proxy that is just starting
-    does the same, and never once 5 has worked in this process. What was guessed from silence is tried again at the
-    next outage, what was stated only after an outage of a minute, because then another broker may be there.
+    `auto` begins with 5. A broker that *says* it does not know the version (reason 0x84) is believed at once. One that hangs up
+    without a word (RabbitMQ before 3.13) or does not answer (amqtt, which takes the properties for the length of a client id and
+    waits for the rest) is believed after two such attempts in a row, since a broker or proxy that is just starting does the same,
+    and never once 5 has worked in this process. What was guessed from silence is tried once more at the next outage; what was
+    stated, or guessed twice, only after an outage of a minute, because then another broker may be there.
     """
 
     def __init__(self, setting: Literal["auto", "5", "3.1.1"]) -> None:
@@ -76,14 +77,21 @@ class VersionChoice:
         self.current: Version = "3.1.1" if setting == "3.1.1" else "5"
         self._proven_5 = False
         self._guessed = False
+        self._trying_again = False
         self._silent = 0
         self._unreadable = 0
         self._down_since: float | None = None
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the broker may not know the version that is spoken now: a short wait for its answer is enough."""
+        return self._auto and self.current == "5" and not self._proven_5
 
     def answered(self) -> None:
         """The broker sent a CONNACK that does not complain about the version."""
         self._silent = 0
         self._down_since = None
+        self._trying_again = False
         if self.current == "5":
             self._proven_5 = True
 
@@ -96,11 +104,18 @@ class VersionChoice:
         self._proven_5 = False
         return was_5
 
-    def closed_silently(self) -> None:
-        """The connection was closed after CONNECT and before any CONNACK."""
+    def unanswered(self) -> bool:
+        """No CONNACK came: closed before it, or silence. True when the other version is next."""
         self._silent += 1
-        if self._auto and self._silent >= 2 and not (self._proven_5 and self.current == "5"):
-            self._switch(guessed=True)
+        if (
+            not self._auto
+            or (self._proven_5 and self.current == "5")
+            or self._silent < (1 if self._trying_again else 2)
+        ):
+            return False
+        self._switch(guessed=not self._trying_again)
+        self._trying_again = False
+        return True
 
     def unreadable(self) -> None:
         """The client could not read what the broker sent and hung up.
@@ -121,6 +136,7 @@ class VersionChoice:
         self._down_since = now
         if self._auto and self._guessed and self.current == "3.1.1":
             self._switch(guessed=False)
+            self._trying_again = True
 
     def before_attempt(self, now: float) -> None:
         if self._auto and self.current == "3.1.1" and self._down_since is not None:
@@ -128,6 +144,7 @@ class VersionChoice:
                 return
             self._down_since = None
             self._switch(guessed=False)
+            self._trying_again = True
 
     def _switch(self, *, guessed: bool) -> None:
         self.current = "3.1.1" if self.current == "5" else "5"

@@ -91,6 +91,7 @@ _PUBACK: Mapping[int, str] = {
     NOT_AUTHORIZED: "not authorised: the broker's ACL must allow this worker to write to that topic",
     0x90: "the broker does not accept the topic",
     0x91: "the packet id is in use",
+    0x95: "larger than the broker takes: raise its message_size_limit, or lower limits.max_event_bytes",
     0x97: "a quota of the broker is used up",
     0x99: "the broker does not accept the payload",
 }
@@ -100,6 +101,7 @@ _SUBACK: Mapping[int, str] = {
     0x83: "the broker does not accept it",
     NOT_AUTHORIZED: "not authorised: the broker's ACL must allow this worker to read it",
     0x8F: "the broker does not accept the topic filter",
+    0x91: "the packet id is in use",
     0x97: "a quota of the broker is used up",
     0x9E: "the broker does not support shared subscriptions",
     0xA1: "the broker does not support subscription identifiers",
@@ -168,6 +170,10 @@ _TLS_TEXTS: tuple[tuple[str, str], ...] = (
     ("CERTIFICATE_UNKNOWN", "The broker at {where} does not accept our client certificate. Check mqtt.tls.cert_file."),
     ("PROTOCOL_VERSION", "The broker at {where} speaks only TLS versions older than 1.2. Update the broker."),
     ("UNSUPPORTED_PROTOCOL", "The broker at {where} speaks only TLS versions older than 1.2. Update the broker."),
+    (
+        "NO_TLS_HANDSHAKE",
+        "Something at {where} takes connections but does not answer in TLS. Check mqtt.port, or set mqtt.tls.enabled = false.",
+    ),
     ("WRONG_VERSION_NUMBER", "Nothing speaks TLS at {where}. Check mqtt.port, or set mqtt.tls.enabled = false."),
     ("RECORD_LAYER_FAILURE", "Nothing speaks TLS at {where}. Check mqtt.port, or set mqtt.tls.enabled = false."),
 )

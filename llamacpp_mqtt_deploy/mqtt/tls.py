@@ -11,6 +11,10 @@ from llamacpp_mqtt_deploy.settings import TlsSettings
 HANDSHAKE_TIMEOUT_S = 5.0
 
 
+class HandshakeError(ssl.SSLError):
+    """The other side took the connection, and either never answered our ClientHello or hung up on it."""
+
+
 class ClosingContext(ssl.SSLContext):
     """Shakes hands when it wraps, and closes the socket when that fails; paho would leave it to the garbage collector."""
 
@@ -38,6 +42,9 @@ class ClosingContext(ssl.SSLContext):
         try:
             wrapped.settimeout(HANDSHAKE_TIMEOUT_S)
             wrapped.do_handshake()
+        except (TimeoutError, ConnectionError) as error:
+            wrapped.close()
+            raise HandshakeError("no TLS handshake") from error
         except BaseException:
             wrapped.close()
             raise

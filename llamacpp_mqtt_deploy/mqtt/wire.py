@@ -125,10 +125,12 @@ def _read_text(buffer: bytes, most: int) -> tuple[str, int]:
 
 
 def _mend_paho() -> None:
-    """Let paho read every text that a broker may forward.
+    """Let paho read what brokers send; it hangs up on what it cannot read, and gets it again after each reconnect.
 
-    paho 2.2.0 takes U+FEFF in a property for malformed and hangs up (MQTT 5 section 1.5.4 allows it: MQTT-1.5.4-3). mosquitto
-    forwards it, and delivers it again after each reconnect: one user property from any client would silence the worker for good.
+    1. paho 2.2.0 takes U+FEFF in a property for malformed (MQTT-1.5.4-3 allows it). mosquitto forwards it: one user property from
+       any client would silence the worker for good.
+    2. mosquitto 2.0 answers a publish over its `message_size_limit` with PUBACK 0x95, which the specification knows in DISCONNECT
+       only, and paho's table too: one large event would keep the worker reconnecting for ever.
     """
     probe = b"\x00\x03\xef\xbb\xbf"
     try:
@@ -137,13 +139,31 @@ def _mend_paho() -> None:
         paho_properties.readUTF = _read_text
     except AttributeError:
         pass  # a paho that reads its properties in another way
+    for code, name in ((0x95, "Packet too large"), (0x9B, "QoS not supported"), (0x9A, "Retain not supported")):
+        packets = ReasonCode.names.get(code, {}).get(name)
+        if isinstance(packets, list) and PacketTypes.PUBACK not in packets:
+            packets.append(PacketTypes.PUBACK)
 
 
 _mend_paho()
 
 
 class _Client(paho.Client):
-    """paho's client with a unix socket that has a timeout and is closed when it cannot connect."""
+    """paho's client with a timeout for unix sockets; it knows its last socket, so that a failed attempt can close it.
+
+    The overridden methods are paho's own business: should they get other names there, the sockets of failed attempts wait for
+    the garbage collector, and that is all.
+    """
+
+    last_socket: socket.socket | None = None
+
+    def _create_socket_connection(self) -> socket.socket:
+        self.last_socket = sock = super()._create_socket_connection()
+        return sock
+
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        self.last_socket = sock = super()._ssl_wrap_socket(tcp_sock)
+        return sock
 
     def _create_unix_socket_connection(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -239,6 +259,8 @@ class Wire:
             self._client.connect(settings.host, port, settings.keepalive_s, **arguments)
         except BaseException:
             self._closed = Closed()
+            if self._client.last_socket is not None:
+                self._client.last_socket.close()
             raise
         self.write()
 

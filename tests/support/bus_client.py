@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import uuid
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,7 +32,9 @@ class BusClient:
         five = version == "5"
         self._five = five
         self._client = client = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5 if five else paho.MQTTv311
+            CallbackAPIVersion.VERSION2,
+            client_id or f"test-{uuid.uuid4().hex}",
+            protocol=paho.MQTTv5 if five else paho.MQTTv311,
         )
         client.username_pw_set(username, password)
         client.on_connect = lambda *_: self._connected.set()

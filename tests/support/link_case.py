@@ -27,7 +27,7 @@ class LinkCase:
     def open(self, *, wait: bool = True) -> LinkCase:
         self.link.open(
             will=self.will,
-            on_delivery=lambda delivery: self.take(delivery),
+            on_delivery=lambda delivery: self.take(delivery),  # noqa: PLW0108 - `take` is exchanged later
             on_online=self.onlines.put,
             on_lost=self.losses.put,
         )
