@@ -28,6 +28,7 @@ class Deliveries:
         self._store = store
         self._has_room = has_room
         self._lock = threading.Lock()
+        self._closing = False
         self._taken: list[EntryKey] = []
         self._unstored: OrderedDict[EntryKey, tuple[bytes, float, HistoryChange | None]] = OrderedDict()
         self._waiting: OrderedDict[EntryKey, tuple[str, bytes, bytes | None]] = OrderedDict()
@@ -47,12 +48,18 @@ class Deliveries:
                     self._waiting.popitem(last=False)
 
     def _publish(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> bool:
-        return self._outbox.publish(topic, terminal, correlation=correlation, on_done=lambda _ok: self._done(key))
+        return self._outbox.publish(topic, terminal, correlation=correlation, on_done=lambda ok: self._done(key, taken=ok))
 
-    def _done(self, key: EntryKey) -> None:
+    def _done(self, key: EntryKey, *, taken: bool) -> None:
         # Also when it was given up: a broker that refuses an event for ever must not get it again at every start.
         with self._lock:
-            self._taken.append(key)
+            if taken or not self._closing:
+                self._taken.append(key)
+
+    def last_call(self) -> None:
+        """The link is about to close and gives up what no broker has acknowledged: that is the next life's to deliver."""
+        with self._lock:
+            self._closing = True
 
     def sweep(self) -> None:
         """Tick off in the store what the broker has taken, and try again what found no place."""
@@ -72,7 +79,7 @@ class Deliveries:
                 if not self._has_room():
                     return
                 log.error("terminal.undeliverable", topic=topic, bytes=len(terminal), request_id=key.request_id)
-                self._done(key)
+                self._done(key, taken=False)
             with self._lock:
                 self._waiting.pop(key, None)
 
