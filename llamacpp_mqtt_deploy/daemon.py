@@ -341,7 +341,7 @@ class Daemon:
                     self._notifier.ready()
             case "resubscribe":
                 if self._online and not self._subscribed:
-                    self._subscribe()
+                    self._greet()  # all of it: the first try may have failed before what was left was taken up
             case "signal":
                 pass
 
@@ -623,6 +623,7 @@ class Daemon:
                 self._endings.stopped(job)
         self._intake.close(end.remaining_s())
         self._link.flush(end)
+        self._deliveries.last_call()
         farewell = self._presence.farewell() if self._recovered and self._may_say_goodbye(code) else None
         self._link.close(Deadline(max(1.0, end.remaining_s())), farewell=farewell)
         self._deliveries.sweep()
