@@ -203,6 +203,17 @@ class Intake:
         return address is not None and address.kind == "request" and not delivery.retain
 
     def _accept(self, pending: list[tuple[Delivery, _Accepted | None]]) -> None:
+        """Take in a burst, or part of one. A defect on the way costs these requests, never the thread that reads all others."""
+        try:
+            self._admit(pending)
+        except Exception:
+            log.exception("intake.failed", requests=len(pending))
+            for delivery, item in pending:
+                self._outbox.acknowledge(delivery)
+                if item is not None:
+                    self._endings.failed(item.job, Internal("the worker failed on this request; its log says why"))
+
+    def _admit(self, pending: list[tuple[Delivery, _Accepted | None]]) -> None:
         """Journal, acknowledge in order of receipt, then say the first word to each."""
         accepted = [item for _, item in pending if item is not None]
         problem: StoreError | None = None
