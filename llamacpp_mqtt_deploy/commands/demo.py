@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from llamacpp_mqtt_deploy.client import BusClient
     from llamacpp_mqtt_deploy.commands.demo_show import Turn
-    from llamacpp_mqtt_deploy.demo.brokers import Choice
+    from llamacpp_mqtt_deploy.core.events import Reading
+    from llamacpp_mqtt_deploy.demo.brokers import Broker, Choice
     from llamacpp_mqtt_deploy.demo.household import Household
     from llamacpp_mqtt_deploy.demo.worker import Facts
 
@@ -144,21 +145,23 @@ class Demo:
                 broker = brokers.start_broker(house, kind, port, environ=environ)
                 done(f"{broker.name} on {brokers.HOST}:{broker.port}, no password")
             settings = worker.worker_settings(
-                port=broker.port, directory=house.directory, model=model, overrides=overrides
+                broker=broker, directory=house.directory, model=model, overrides=overrides
             )
-            with self._set_up(house, settings, own_model=model is not None) as bus:
+            with self._set_up(house, broker, settings, own_model=model is not None) as bus:
                 self._talk(bus)
                 if self._once:
                     self._say("The demo ends here; without --once it stays up for your own prompts.")
                 else:
-                    self._stay(house, broker.port)
+                    self._stay(house, broker)
             began_at = time.monotonic()
         self._say(f"Stopped in {time.monotonic() - began_at:.1f} s; nothing is left running, and no file.")
 
     # --- set up ----------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _set_up(self, house: Household, settings: Mapping[str, str], *, own_model: bool) -> Iterator[BusClient]:
+    def _set_up(
+        self, house: Household, broker: Broker, settings: Mapping[str, str], *, own_model: bool
+    ) -> Iterator[BusClient]:
         from llamacpp_mqtt_deploy.client import BusClient, BusError
         from llamacpp_mqtt_deploy.demo import brokers, worker
         from llamacpp_mqtt_deploy.demo.household import DemoFailed
@@ -167,8 +170,10 @@ class Demo:
             with contextlib.ExitStack() as stack:
                 with self._step("daemon") as (done, _):
                     child = worker.start_worker(house, settings, environ=worker.clean_environment())
-                    port = int(settings["mqtt.port"])
-                    bus = stack.enter_context(BusClient(brokers.HOST, port, root=self._root, offline_limit_s=10.0))
+                    client = BusClient(
+                        brokers.HOST, broker.port, root=self._root, protocol=broker.protocol, offline_limit_s=10.0
+                    )
+                    bus = stack.enter_context(client)
                     worker.wait_online(house, child, bus)
                     done(f"lmd run (process {child.process.pid}), online over MQTT {bus.protocol}")
                 with self._step("engine") as (done, detail):
@@ -213,8 +218,14 @@ class Demo:
             answer = bus.ask(prompt, session=SESSION, request_id=f"demo-{number}")
             turn = self._turn(prompt, answer.payload)
             finished = None
+
+            def show(reading: Reading, turn: Turn = turn) -> None:
+                if self._first_text_s is None and reading.content:
+                    self._first_text_s = time.monotonic() - self._began_at
+                turn.feed(reading)
+
             try:
-                finished = follow(answer, self.interrupts, turn.feed)
+                finished = follow(answer, self.interrupts, show)
             finally:
                 turn.end(finished)
             self._pause(0)
@@ -233,9 +244,9 @@ class Demo:
 
     # --- until Ctrl-C ----------------------------------------------------------------------------------------------------
 
-    def _stay(self, house: Household, port: int) -> None:
+    def _stay(self, house: Household, broker: Broker) -> None:
         self._say()
-        for line in self._suggestions(port):
+        for line in self._suggestions(broker):
             self._say(line)
         with contextlib.suppress(Leaving):
             while True:
@@ -243,7 +254,7 @@ class Demo:
                 house.watch()
         self._say()
 
-    def _suggestions(self, port: int) -> Iterator[str]:
+    def _suggestions(self, broker: Broker) -> Iterator[str]:
         """What to type in another terminal, ready to be copied."""
         from llamacpp_mqtt_deploy.demo.brokers import HOST
         from llamacpp_mqtt_deploy.demo.worker import SESSION
@@ -251,7 +262,7 @@ class Demo:
 
         yield "All of it stays up until Ctrl-C. In another terminal:"
         yield ""
-        where = f"-h {HOST} -p {port}"
+        where = f"-h {HOST} -p {broker.port}"
         if shutil.which("mosquitto_sub") is None:
             yield "  # mosquitto_sub and mosquitto_pub are not installed; on Debian and Ubuntu:"
             yield "  sudo apt-get install mosquitto-clients"
@@ -263,9 +274,11 @@ class Demo:
         yield f"  mosquitto_pub {where} -q 1 -t {self._root}/request/{SESSION} -m 'Tell me a short story'"
         yield ""
         yield "  # ask and read the answer; the session remembers the conversation above"
-        lmd = f"{_lmd()} {{}} --host {HOST} --port {port} --session {SESSION}"
+        lmd = f"{_lmd()} {{}} --host {HOST} --port {broker.port} --session {SESSION}"
         if self._root != "llm":
             lmd += f" --root {self._root}"
+        if broker.protocol != "auto":
+            lmd += f" --protocol {broker.protocol}"
         if find_file(None, os.environ) is not None:
             lmd += f" --config {os.devnull}"  # whose user and TLS are meant for another broker
         yield f"  {lmd.format('ask')} 'What is my name?'"

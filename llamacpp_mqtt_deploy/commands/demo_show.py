@@ -22,6 +22,8 @@ WIDE_COLUMNS = 100
 REDRAW_S = 0.05  # a terminal far away (ssh) has enough to do with twenty pictures a second
 SHORT_TEXT = 40
 FIRST_CHUNKS = 3
+INDENT = 9
+"""The width of the time before an event."""
 
 _COLOURS: Mapping[str, str] = {"chunk": "cyan", "done": "green", "error": "red", "rejected": "red"}
 
@@ -184,18 +186,18 @@ class LiveTurn:
             left, gap = (width - 3) * 2 // 5, 3
             right = width - gap - left
             grid = Table.grid(padding=(0, gap, 0, 0), pad_edge=False)
-            grid.add_column(width=left)
-            grid.add_column(width=right)
+            grid.add_column(width=left, overflow="fold")
+            grid.add_column(width=right, overflow="fold")
             grid.add_row(
                 self._end_of(self._conversation(), left, height),
-                self._end_of(self._received(all_of_them=height is not None), right, height),
+                self._end_of(self._received(right, all_of_them=height is not None), right, height),
             )
             return grid
         above = None if height is None else height // 2
         return Group(
             self._end_of(self._conversation(), width, above),
             Text(),
-            self._end_of(self._received(all_of_them=height is not None), width, above),
+            self._end_of(self._received(width, all_of_them=height is not None), width, above),
         )
 
     def _conversation(self) -> Text:
@@ -204,17 +206,18 @@ class LiveTurn:
             parts.append((f"\n{self._summary}", "dim"))
         return Text.assemble(*parts)
 
-    def _received(self, *, all_of_them: bool) -> Text:
+    def _received(self, width: int, *, all_of_them: bool) -> Text:
         lines = [self._head]
-        chunks = [text for is_chunk, text in self._events if is_chunk]
-        between = 0 if all_of_them else len(chunks) - FIRST_CHUNKS - 1
+        chunks = sum(is_chunk for is_chunk, _ in self._events)
+        between = 0 if all_of_them else chunks - FIRST_CHUNKS - 1
         seen = 0
         for is_chunk, text in self._events:
             seen += is_chunk
-            if not is_chunk or between <= 0 or seen <= FIRST_CHUNKS or seen == len(chunks):
-                lines.append(text)
+            if not is_chunk or between <= 0 or seen <= FIRST_CHUNKS or seen == chunks:
+                lines += _folded(text, width)
             elif seen == FIRST_CHUNKS + 1:
-                lines.append(Text(f"         … {between} more {'chunk' if between == 1 else 'chunks'}", "dim"))
+                words = f"{' ' * INDENT}… {between} more {'chunk' if between == 1 else 'chunks'}"
+                lines.append(Text(words, "dim"))
         return Text("\n").join(lines)
 
     def _end_of(self, text: Text, width: int, height: int | None) -> Text:
@@ -222,3 +225,12 @@ class LiveTurn:
             return text
         lines = text.wrap(self._console, width)
         return Text("\n").join(lines[-height:])
+
+
+def _folded(text: Text, width: int) -> list[Text]:
+    """Cut where the line is full: JSON has few blanks, and a break at one of them would look like an end."""
+    lines = [text[:width]]
+    step = max(10, width - INDENT)
+    for start in range(width, len(text), step):
+        lines.append(Text(" " * INDENT) + text[start : start + step])
+    return lines

@@ -33,6 +33,8 @@ class Broker:
 
     name: str
     port: int
+    protocol: Literal["auto", "3.1.1"] = "auto"
+    """What to ask it for: amqtt does not answer an MQTT 5 client at all, whose fall-back would take 6 s."""
 
 
 def find_mosquitto() -> str | None:
@@ -90,12 +92,18 @@ def _start(house: Household, kind: Literal["mosquitto", "amqtt"], port: int, env
     except DemoFailed:
         house.forget(child)
         raise
-    return Broker(f"{kind} {_version(kind, child)}".strip(), port)
+    return Broker(f"{kind} {_version(kind, child)}".strip(), port, "auto" if kind == "mosquitto" else "3.1.1")
 
 
 def _write_config(house: Household, port: int) -> str:
     """A file of our own, so that neither the system's configuration nor its port has a part in it."""
-    lines = [f"listener {port} {HOST}", "allow_anonymous true", "persistence false", "log_dest stderr"]
+    lines = [
+        f"listener {port} {HOST}",
+        "allow_anonymous true",
+        "persistence false",
+        "log_dest stderr",
+        "set_tcp_nodelay true",  # without it Nagle's algorithm holds every first event back for 40 ms
+    ]
     if os.geteuid() == 0:
         # Else it changes to the user `mosquitto`, which takes the death signal away (prctl(2)): it would outlive us.
         lines.append("user root")

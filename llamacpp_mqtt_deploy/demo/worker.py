@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamacpp_mqtt_deploy import demo_model
-from llamacpp_mqtt_deploy.demo.brokers import HOST, INSTALL
+from llamacpp_mqtt_deploy.demo.brokers import HOST, INSTALL, Broker
 from llamacpp_mqtt_deploy.demo.household import Child, DemoFailed, Household
 
 if TYPE_CHECKING:
@@ -23,7 +23,15 @@ WORKER_ID = "demo"
 SESSION = "demo"
 
 # The demo itself connects to these.
-OURS = ("mqtt.host", "mqtt.port", "mqtt.transport", "mqtt.worker_id", "mqtt.tls.enabled", "sessions.path")
+OURS = (
+    "mqtt.host",
+    "mqtt.port",
+    "mqtt.transport",
+    "mqtt.protocol",
+    "mqtt.worker_id",
+    "mqtt.tls.enabled",
+    "sessions.path",
+)
 
 _ONLINE_S = 30.0
 _DEMO_MODEL_S = 60.0
@@ -61,11 +69,14 @@ def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
     return {name: value for name, value in environ.items() if not name.startswith(_FOREIGN)}
 
 
-def worker_settings(*, port: int, directory: Path, model: Path | None, overrides: Mapping[str, str]) -> dict[str, str]:
+def worker_settings(
+    *, broker: Broker, directory: Path, model: Path | None, overrides: Mapping[str, str]
+) -> dict[str, str]:
     """The worker's configuration, dotted key -> text; `model` None is the demo model."""
     settings = {
         "mqtt.host": HOST,
-        "mqtt.port": str(port),
+        "mqtt.port": str(broker.port),
+        "mqtt.protocol": broker.protocol,
         "mqtt.worker_id": WORKER_ID,
         "engine.kind": "managed",
         "engine.model_path": str(model or demo_model.path()),
