@@ -141,6 +141,8 @@ def _settings() -> str:
             continue
         name = ".".join(table.path)
         text = f"{table.description}\n\n" if table.description else ""
+        if name == f"routes.{keys.ANY_NAME}":
+            text = "A table for each route, under a name of yours. `default` can be set too, but its topics are fixed.\n\n"
         parts.append(
             f"### `[{name}]`\n\n{text}" + _table(("key", "expects", "default", "meaning", "reload"), _keys(table))
         )
