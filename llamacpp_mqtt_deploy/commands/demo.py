@@ -138,7 +138,7 @@ class Demo:
         worker.check_engine(overrides)
         kind = brokers.choose(choice)
         self._root = overrides.get("mqtt.root", self._root)
-        self._say("A broker, a language model and the daemon between them, on this machine and for this demo alone:")
+        self._say("A broker, a language model and the daemon, on this machine and for this demo:")
         environ = worker.clean_environment()
         with Household(self._pause) as house:
             with self._step("broker") as (done, _):
@@ -203,10 +203,9 @@ class Demo:
     def _explain_pace(self, facts: Facts) -> None:
         self._say()
         if facts.mode == "simulated":
-            self._say(
-                "The demo model writes thousands of tokens a second. So that you can watch, its answers are paced here"
-            )
-            self._say("(streaming.mode = simulated); by default chunks go out as the model writes them (native).")
+            self._say("The demo model writes thousands of tokens a second. To let you watch, its")
+            self._say("answers are paced here (streaming.mode = simulated); by default, native,")
+            self._say("chunks go out as the model writes them.")
             self._say()
 
     # --- the conversation ------------------------------------------------------------------------------------------------

@@ -229,8 +229,5 @@ class LiveTurn:
 
 def _folded(text: Text, width: int) -> list[Text]:
     """Cut where the line is full: JSON has few blanks, and a break at one of them would look like an end."""
-    lines = [text[:width]]
     step = max(10, width - INDENT)
-    for start in range(width, len(text), step):
-        lines.append(Text(" " * INDENT) + text[start : start + step])
-    return lines
+    return [text[:width], *(Text(" " * INDENT) + text[at : at + step] for at in range(width, len(text), step))]

@@ -35,6 +35,7 @@ OURS = (
 
 _ONLINE_S = 30.0
 _DEMO_MODEL_S = 60.0
+_WORTH_TELLING_S = 2.0
 _OWN_MODEL_S = 900.0  # a large file from a slow disk
 
 # What would let the user's own installation, or systemd, reach into the demo.
@@ -143,7 +144,7 @@ def wait_ready(
     def ready() -> bool:
         engine = _engine(bus)
         detail = str(engine.get("detail") or "")
-        if detail and [detail] != heard[-1:]:
+        if detail and [detail] != heard[-1:] and time.monotonic() - began_at > _WORTH_TELLING_S:
             heard.append(detail)
             on_detail(detail)
         if engine.get("state") == "failed":
@@ -181,4 +182,4 @@ def _facts(bus: BusClient) -> Facts:
 def _server(kind: str) -> str:
     if kind != "managed":
         return f"engine.kind = {kind}"
-    return "llama-server" if shutil.which("llama-server") else "llama.cpp from the xllamacpp package"
+    return "llama-server" if shutil.which("llama-server") else "xllamacpp"
