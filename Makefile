@@ -38,6 +38,12 @@ $(BIN)/python:
 
 $(STAMPS)/install: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --editable '.[dev]' -c constraints.txt
+	@mkdir -p $(@D) && touch $@ $(@D)/demo # dev has all that demo has
+
+# A first try does not wait for the development tools.
+$(STAMPS)/demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the demo and what it needs into $(VENV) ..."
+	$(PIP) install --quiet --editable '.[demo]' -c constraints.txt
 	@mkdir -p $(@D) && touch $@
 
 # Compiled from source (about four minutes on two cores), then kept in pip's wheel cache.
@@ -87,7 +93,7 @@ format: install ## put the code into its format
 
 # --- the product -----------------------------------------------------------------------------------------------------
 
-demo: $(STAMPS)/install ## a broker, a small model and a chat, all on this machine
+demo: $(STAMPS)/demo ## a broker, a small model and the daemon on this machine (DEMO_ONCE=1: end after the conversation)
 	$(BIN)/lmd demo
 
 config: install ## the effective configuration with the origin of each value

@@ -90,7 +90,12 @@ def worker_settings(
     }
     if model is None:
         # Its card: greedy, 1024 tokens of context. A GPU would take longer to wake than the model to answer.
-        greedy = {"generation.temperature": "0", "engine.context_tokens": "1024", "engine.gpu_layers": "0"}
+        greedy = {
+            "generation.temperature": "0",
+            "engine.model": "demo",
+            "engine.context_tokens": "1024",
+            "engine.gpu_layers": "0",
+        }
         settings |= {**greedy, **PACE}
     else:
         settings["engine.context_tokens"] = "4096"
