@@ -25,7 +25,7 @@ def test_sigterm_lets_running_requests_finish_and_says_goodbye(
     watcher = watch(broker.port)
     worker = start_worker(broker.port, llama_server.url)
     for number in range(4):
-        watcher.ask(f"s{number}", "go on", request_id=f"r{number}", max_tokens=700)
+        watcher.ask(f"s{number}", "go on", request_id=f"r{number}", max_tokens=3000)
     for number in range(4):
         watcher.first(type="chunk", request_id=f"r{number}")
     watcher.ask("late", "wait", request_id="queued", max_tokens=4)

@@ -204,5 +204,6 @@ def check_stream(events: Iterable[Event]) -> Event:
     assert terminals[0]["seq"] == len(chunks)
     if terminals[0]["type"] == "done" and chunks:
         assert kinds.index("start") < kinds.index("chunk")
-        assert "".join(chunk.get("content", "") for chunk in chunks) == terminals[0]["full_content"]
+        joined = "".join(chunk.get("content", "") for chunk in chunks)
+        assert joined == terminals[0]["full_content"], (joined, terminals[0])
     return terminals[0]
