@@ -74,7 +74,8 @@ def explain_failure(error: Exception, address: Address) -> str:
         case ssl.SSLCertVerificationError():
             return f"The certificate of the broker at {where} is not accepted: {error.verify_message}. Check mqtt.tls.ca_file."
         case ssl.SSLError():
-            return f"TLS with the broker at {where} failed ({error.reason or error}). Is the port right, and is it a TLS port?"
+            reason = getattr(error, "reason", None) or error
+            return f"TLS with the broker at {where} failed ({reason}). Is the port right, and is it a TLS port?"
         case ConnectionResetError() if address.tls:
             return f"The broker at {where} closed the connection during the TLS handshake. Is it a TLS port?"
         case ConnectionRefusedError():
