@@ -45,7 +45,6 @@ FAILED_AFTER_CRASHES = 3
 SECOND_SIGNAL_AFTER_S = 1.0
 """llama-server waits for its open streams at the first SIGTERM and ends at once at the second."""
 KILL_AFTER_S = 3.0
-HEALTH_WITHIN_S = 5.0
 SLOW_LOOK_S = 0.5
 MAX_DETAIL_CHARS = 600
 
@@ -102,9 +101,8 @@ class ManagedEngine:
         self._ever_ready = False
         self._door: Door | None = None
         self._arguments: list[str] | None = None
-        self._wakeup, self._waker = socket.socketpair()
-        for end in (self._wakeup, self._waker):
-            end.setblocking(False)
+        self._wakeup: socket.socket | None = None  # the supervisor's end of what interrupts its waiting
+        self._waker: socket.socket | None = None
         self._kill_after_s = KILL_AFTER_S
         self._supervisor = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="engine-watcher", daemon=True)
@@ -121,6 +119,9 @@ class ManagedEngine:
             raise ValueError(
                 f"no private directory for the server's socket can be made: {error}; set RUNTIME_DIRECTORY or TMPDIR"
             ) from error
+        self._wakeup, self._waker = socket.socketpair()
+        for end in (self._wakeup, self._waker):
+            end.setblocking(False)
         self._supervisor.start()
         self._watcher.start()
 
@@ -160,6 +161,8 @@ class ManagedEngine:
             log.info("llama_server.restart_asked")
             self._failures = self._crashes_before_ready = 0
             self._hurry = True
+            if self._life is None:
+                self._enter("restarting", "The server is started anew, as was asked for.")
             self._end(self._life, "restart", "a restart was asked for")
         self._wake()
         return True
@@ -187,7 +190,7 @@ class ManagedEngine:
                 life = self._life
             if life is not None:
                 life.child.send(signal.SIGKILL)
-        elif first:
+        elif first and self._wakeup is not None and self._waker is not None:
             self._wakeup.close()
             self._waker.close()
         if self._directory is not None:
@@ -195,10 +198,17 @@ class ManagedEngine:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+    def stream(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None = None,
+    ) -> Iterator[Delta]:
         stop.raise_if_set()
         inner = self._when_ready(stop, on_wait)
-        yield from inner.stream(call, stop=stop, on_wait=on_wait)
+        yield from inner.stream(call, stop=stop, on_wait=on_wait, before_read=before_read)
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
         with self._changed:
@@ -315,8 +325,10 @@ class ManagedEngine:
 
     def _accompany(self, life: _Life) -> int:
         child = life.child
+        wakeup = self._wakeup
+        assert wakeup is not None
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wakeup, selectors.EVENT_READ)
+            selector.register(wakeup, selectors.EVENT_READ)
             selector.register(child.output, selectors.EVENT_READ)
             if child.ending is not None:
                 selector.register(child.ending, selectors.EVENT_READ)
@@ -325,8 +337,8 @@ class ManagedEngine:
                 ready = {key.fd for key, _ in selector.select(wait_s)}
                 if child.output in ready and not self._listen(life):
                     selector.unregister(child.output)
-                if self._wakeup.fileno() in ready:
-                    _drain(self._wakeup)
+                if wakeup.fileno() in ready:
+                    _drain(wakeup)
                 code = child.reap()
                 if code is not None:
                     while self._listen(life, to_the_end=True):
@@ -458,7 +470,9 @@ class ManagedEngine:
             return self._vigilance.idle_every_s if status else self._vigilance.busy_every_s
         asked_at = time.monotonic()
         slots = inner.slots_progress()
-        self._end_if_hung(life, watch.saw(slots, asked_at, time.monotonic()))
+        now = time.monotonic()
+        if slots is not None or now - asked_at >= SLOW_LOOK_S:  # a quick refusal says nothing
+            self._end_if_hung(life, watch.saw(slots, asked_at, now))
         return self._vigilance.busy_every_s
 
     def _end_if_hung(self, life: _Life, problem: str | None) -> None:
@@ -473,11 +487,10 @@ class ManagedEngine:
         """HTTP status of the page that needs neither key nor model; 0 when nothing came."""
         if self._address is None:
             return 0
+        limit_s = self._vigilance.answer_within_s
         try:
-            with Exchange(
-                self._address, api_key=None, connect_timeout_s=HEALTH_WITHIN_S, stops=(self._closing,)
-            ) as asked:
-                asked.send("GET", "/health", timeout_s=HEALTH_WITHIN_S)
+            with Exchange(self._address, api_key=None, connect_timeout_s=limit_s, stops=(self._closing,)) as asked:
+                asked.send("GET", "/health", timeout_s=limit_s)
                 return asked.status
         except (ConnectFailed, NoAnswer, Broken, Silent):
             return 0
@@ -529,8 +542,9 @@ class ManagedEngine:
             self._changed.notify_all()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
-            self._waker.send(b"\0")
+        if self._waker is not None:
+            with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
+                self._waker.send(b"\0")
 
 
 def _loading(life: _Life) -> str:

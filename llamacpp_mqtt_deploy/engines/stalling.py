@@ -16,6 +16,7 @@ class Vigilance:
     busy_every_s: float = 3.0
     idle_every_s: float = 10.0
     loading_every_s: float = 0.1
+    answer_within_s: float = 5.0
     deaf_after_s: float = 10.0
     """Not even the page that needs no model is answered: the process is stopped, or all its threads wait for one lock."""
     deaf_loading_after_s: float = 120.0
