@@ -413,6 +413,9 @@ class InprocessEngine:
     def _make_context(self, model: native.Model) -> native.Context:
         settings = self._settings
         n_ctx = settings.context_tokens or self._fitting_context(model)
+        if n_ctx > model.n_ctx_train:  # beyond it a model writes nonsense; llama.cpp's server caps it too
+            log.warning("engine.context_capped", asked=n_ctx, trained=model.n_ctx_train)
+            n_ctx = model.n_ctx_train
         while True:
             try:
                 return native.Context(
