@@ -58,7 +58,7 @@ class Generation:
             job.stop.raise_if_set()
             call = self._composer.compose(job)
             finished = self._generate(job, call)
-            if self._is_paced(job):
+            if not (job.live or job.responder.silent) and job.answer.begun:
                 self._pace(job, finished)
             else:
                 self._book.release_slot(job)  # before the last commit: the next job need not wait for the disk
@@ -138,7 +138,7 @@ class Generation:
                     responder.progress(processed=delta.processed, total=delta.total, cached=delta.cached)
             elif type(delta) is Opened:
                 answer.model = delta.model
-                live = live and delta.streams
+                live = job.live = live and delta.streams
                 marked = not live
                 self._tell_start(job)
             elif type(delta) is Finished:
@@ -163,10 +163,6 @@ class Generation:
         if job.request.metadata is not None:
             fields["metadata"] = job.request.metadata
         job.responder.start(fields)
-
-    def _is_paced(self, job: Job) -> bool:
-        """A whole answer that the client still has to see piece by piece."""
-        return not job.responder.silent and job.responder.chunks == 0 and job.answer.begun
 
     def _pace(self, job: Job, finished: Finished) -> None:
         streaming = self._policies().settings.streaming

@@ -41,6 +41,6 @@ def command(config_file: Path | None, overrides: Mapping[str, str]) -> None:
     logs.setup(loaded.settings.logging)
     logs.hide(mqtt_password(loaded.settings), engine_api_key(loaded.settings))
 
-    from llamacpp_mqtt_deploy import daemon
+    from llamacpp_mqtt_deploy.daemon import run as run_worker
 
-    raise click.exceptions.Exit(daemon.run(loaded))
+    raise click.exceptions.Exit(run_worker(loaded))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import regex
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from llamacpp_mqtt_deploy.core.coalescer import Coalescer
 @given(st.lists(st.tuples(st.sampled_from(["content", "reasoning"]), st.text(min_size=1)), max_size=50), st.data())
 def test_a_coalescer_loses_nothing_and_keeps_the_order(deltas: list[tuple[str, str]], data: st.DataObject) -> None:
     coalescer = Coalescer()
-    out: list[tuple[str, str]] = []
+    out: list[tuple[str, Any]] = []
     for number, (kind, text) in enumerate(deltas):
         coalescer.feed(kind, text)  # type: ignore[arg-type]
         coalescer.in_flight = data.draw(st.integers(0, 2))
