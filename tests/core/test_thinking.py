@@ -1,0 +1,104 @@
+"""Holds the splitting of thinking and answer, and the search for stop texts, to what they promise at any cut."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.answering import AnswerReader
+from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text
+from llamacpp_mqtt_deploy.core.stopwords import StopWords, held_back
+from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
+
+TAGS = ("<think>", "</think>")
+ALPHABET = "<>/think ab\n"
+
+
+def pieces_of(text: str, cuts: list[int]) -> list[str]:
+    """The text cut at these places."""
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    return [text[start:end] for start, end in itertools.pairwise(places)]
+
+
+def split(pieces: list[str], *, inside: bool = False) -> tuple[str, str]:
+    splitter = ThinkingSplitter(*TAGS, inside=inside)
+    out = [delta for piece in pieces for delta in splitter.feed(piece)] + splitter.end()
+    assert all(delta.text for delta in out)
+    kinds = [type(delta) for delta in out]
+    assert kinds == sorted(kinds, key=[Reasoning, Text].index)
+    joined = {kind: "".join(delta.text for delta in out if isinstance(delta, kind)) for kind in (Reasoning, Text)}
+    return joined[Reasoning], joined[Text]
+
+
+@pytest.mark.parametrize(
+    "text,inside,expected",
+    [
+        ("<think>\nhm\n</think>\n\nyes", False, ("hm", "yes")),
+        ("hm\n</think>\n\nyes", True, ("hm", "yes")),
+        ("hm", True, ("hm", "")),
+        ("  <think>a b </think>c", False, ("a b", "c")),
+        ("<think></think>c", False, ("", "c")),
+        ("no <think>tag</think>", False, ("", "no <think>tag</think>")),
+        ("<thin", False, ("", "<thin")),
+        ("<thinner>", False, ("", "<thinner>")),
+        ("\n\nyes ", False, ("", "\n\nyes ")),
+        ("<think>a</think", False, ("a</think", "")),
+        ("<think>a</thin b</think> x</think>", False, ("a</thin b", "x</think>")),
+    ],
+)
+def test_thinking_and_answer_are_told_apart(text: str, inside: bool, expected: tuple[str, str]) -> None:
+    assert split([text], inside=inside) == expected
+    assert split(list(text), inside=inside) == expected
+
+
+@given(st.text(ALPHABET, max_size=60), st.lists(st.integers(0, 100), max_size=8), st.booleans())
+def test_the_cut_does_not_matter(text: str, cuts: list[int], inside: bool) -> None:
+    assert split(pieces_of(text, cuts), inside=inside) == split([text], inside=inside)
+
+
+@given(st.text(ALPHABET, max_size=60), st.booleans())
+def test_nothing_is_lost_but_tags_and_blanks(text: str, inside: bool) -> None:
+    reasoning, answer = split([text], inside=inside)
+    kept = "".join((reasoning + answer).split())
+    everything = "".join(text.split())
+    assert kept in (everything, everything.replace("<think>", "", 1).replace("</think>", "", 1)) or (
+        everything.replace("</think>", "", 1) == kept
+    )
+
+
+@given(
+    st.text("abc", max_size=40),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(0, 50), max_size=6),
+)
+def test_a_stop_text_ends_the_text_at_its_first_place(text: str, words: list[str], cuts: list[int]) -> None:
+    stop = StopWords(words)
+    given_out = "".join(stop.feed(piece) for piece in pieces_of(text, cuts)) + stop.end()
+    places = [text.find(word) for word in words if word in text]
+    if stop.found is None:
+        assert not places
+        assert given_out == text
+    else:
+        assert text.startswith(given_out + stop.found)
+        # Cut by cut, the first stop text that is complete wins; no text beyond the earliest place is given before.
+        assert len(given_out) >= min(places)
+        assert not any(word in given_out for word in words)
+
+
+@given(st.text("ab", max_size=10), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop_text(text: str, words: list[str]) -> None:
+    size = held_back(text, words)
+    ends = [n for n in range(1, len(text) + 1) if any(w.startswith(text[-n:]) and len(w) > n for w in words)]
+    assert size == max(ends, default=0)
+
+
+def test_a_stop_text_in_the_thinking_ends_the_answer_too() -> None:
+    reader = AnswerReader(stop=["END"], thinking=ThinkingSplitter(*TAGS, inside=True))
+    assert reader.feed("some thought EN") == [Reasoning("some thought")]
+    assert reader.thinking
+    assert reader.feed("D more") == []
+    assert reader.stopped_at == "END"
+    assert reader.feed("more") == []

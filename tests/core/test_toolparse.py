@@ -1,0 +1,243 @@
+"""Holds the reader of tool calls to each template's form, at any cut, and to losing nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.deltas import Text, ToolCall
+from llamacpp_mqtt_deploy.core.gbnf import NotConvertible, grammar_of, literal, tool_grammar
+from llamacpp_mqtt_deploy.core.toolparse import ToolCallReader, ToolStyle, style_of
+
+NAMES = ("get_weather", "get_time")
+
+
+def read(style: ToolStyle, pieces: list[str]) -> tuple[str, list[tuple[str, str]], ToolCallReader]:
+    """The text, and name and arguments of each call."""
+    ids = itertools.count()
+    reader = ToolCallReader(style, names=NAMES, new_id=lambda: f"id{next(ids)}")
+    out = [delta for piece in pieces for delta in reader.feed(piece)] + reader.end()
+    calls: list[tuple[str, str]] = []
+    for delta in out:
+        if isinstance(delta, ToolCall):
+            if delta.id is not None:
+                assert delta.index == len(calls)
+                calls.append((delta.name or "", ""))
+            else:
+                assert delta.name is None
+                assert delta.arguments
+            name, arguments = calls[delta.index]
+            calls[delta.index] = (name, arguments + delta.arguments)
+        else:
+            assert delta.text
+    return "".join(delta.text for delta in out if isinstance(delta, Text)), calls, reader
+
+
+ARGUMENTS = '{"city": "R}{\\"ome", "days": [1, {"x": 2}]}'
+HERMES = '<tool_call>\n{"name": "get_weather", "arguments": ' + ARGUMENTS + "}\n</tool_call>"
+CASES: list[tuple[ToolStyle, str, str, list[tuple[str, str]]]] = [
+    ("hermes", HERMES, "", [("get_weather", ARGUMENTS)]),
+    ("hermes", "I look.\n" + HERMES + "\n" + HERMES, "I look.", [("get_weather", ARGUMENTS)] * 2),
+    ("hermes", HERMES + "\nDone.", "Done.", [("get_weather", ARGUMENTS)]),
+    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "get_time"}</tool_call>', "", [("get_time", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "get_time"}</tool_call>', "", [("get_time", "{}")]),
+    ("hermes", '<tool_call>{"name": "get_time", "arguments": null}</tool_call>', "", [("get_time", "{}")]),
+    (
+        "hermes",
+        '<tool_call>{"name": "get_time", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        "",
+        [("get_time", '{"a": 1}')],
+    ),
+    ("hermes", '<tool_call>{"name": "get_time", "arguments": {}, "id": "7"}</tool_call>', "", [("get_time", "{}")]),
+    ("hermes", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', None, []),  # type: ignore[list-item]
+    ("hermes", "<tool_call>no json</tool_call>", None, []),  # type: ignore[list-item]
+    ("hermes", '<tool_call>{"name": ["get_time"], "arguments": {}}</tool_call>', None, []),  # type: ignore[list-item]
+    ("hermes", "a <tool_cal", "a <tool_cal", []),
+    ("hermes", "plain text < 5", "plain text < 5", []),
+    ("hermes", '<tool_call>{"name": "get_ti', '<tool_call>{"name": "get_ti', []),
+    ("llama3", '{"name": "get_time", "parameters": {"z": 1}}', "", [("get_time", '{"z": 1}')]),
+    ("llama3", '<|python_tag|>{"name": "get_time", "parameters": {}}', "", [("get_time", "{}")]),
+    (
+        "llama3",
+        '{"name": "get_time", "parameters": {}}; {"name": "get_weather", "parameters": {"a": "b"}}',
+        "",
+        [("get_time", "{}"), ("get_weather", '{"a": "b"}')],
+    ),
+    ("llama3", '{"type": "function", "name": "get_time", "parameters": {}}', "", [("get_time", "{}")]),
+    ("llama3", '{"answer": 42} is it', '{"answer": 42} is it', []),
+    ("llama3", '{"name": "John", "parameters": {}}', '{"name": "John", "parameters": {}}', []),
+    ("llama3", "hello {", "hello {", []),
+    (
+        "mistral",
+        '[TOOL_CALLS][{"name": "get_time", "arguments": {}}, {"name": "get_weather", "arguments": {"a": 1}}]',
+        "",
+        [("get_time", "{}"), ("get_weather", '{"a": 1}')],
+    ),
+    ("mistral", '[TOOL_CALLS] [{"name": "get_time", "arguments": {}, "id": "abcdefghi"}]', "", [("get_time", "{}")]),
+    ("mistral_args", '[TOOL_CALLS]get_time[ARGS]{"a": [1]}', "", [("get_time", '{"a": [1]}')]),
+    (
+        "mistral_args",
+        "[TOOL_CALLS]get_time[CALL_ID]abc123def[ARGS]{}[TOOL_CALLS]get_weather[ARGS]{}",
+        "",
+        [("get_time", "{}"), ("get_weather", "{}")],
+    ),
+    ("mistral_args", "[TOOL_CALLS]unknown[ARGS]{}", "[TOOL_CALLS]unknown[ARGS]{}", []),
+    ("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", []),
+]
+
+
+@pytest.mark.parametrize("style,text,said,calls", CASES)
+def test_calls_are_read_in_each_form_at_any_cut(
+    style: ToolStyle, text: str, said: str | None, calls: list[tuple[str, str]]
+) -> None:
+    expected = text if said is None else said
+    for pieces in ([text], list(text), [text[n : n + 3] for n in range(0, len(text), 3)]):
+        got, got_calls, _ = read(style, pieces)
+        assert got == expected
+        assert got_calls == calls
+
+
+@given(st.sampled_from(CASES), st.lists(st.integers(0, 200), max_size=6), st.text('{}[]",:\\ x<>', max_size=20))
+def test_the_cut_does_not_matter_also_for_broken_calls(
+    case: tuple[ToolStyle, str, str, list[tuple[str, str]]], cuts: list[int], junk: str
+) -> None:
+    style, text, *_ = case
+    text = text[: len(text) * 2 // 3] + junk + text[len(text) * 2 // 3 :]
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    pieces = [text[start:end] for start, end in itertools.pairwise(places)]
+    assert read(style, pieces)[:2] == read(style, [text])[:2]
+
+
+@given(st.sampled_from(["hermes", "llama3", "mistral", "mistral_args"]), st.text(max_size=60))
+def test_text_without_calls_passes_unchanged(style: ToolStyle, text: str) -> None:
+    got, calls, _ = read(style, list(text))
+    assert not calls
+    assert got == text
+
+
+def test_the_name_comes_before_the_arguments_are_complete() -> None:
+    reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
+    assert reader.feed('<tool_call>{"name": "get_weather", "argum') == []
+    assert reader.feed('ents": {"ci') == [ToolCall(0, "id", "get_weather", ""), ToolCall(0, None, None, '{"ci')]
+    assert reader.feed('ty": "Rome"}') == [ToolCall(0, None, None, 'ty": "Rome"}')]
+    assert (reader.begun, reader.complete) == (1, 0)
+    assert reader.feed("}") == []
+    assert reader.complete == 1
+
+
+def test_a_long_unfinished_head_costs_no_quadratic_time() -> None:
+    reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
+    reader.feed('<tool_call>{"arguments": {"a": "')
+    for _ in range(20_000):
+        reader.feed("abcde")
+    assert reader.feed('"}, "name": "get_time"}</tool_call>')
+
+
+@pytest.mark.parametrize(
+    "template,style",
+    [
+        ("{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}", "hermes"),
+        ("{% if tools %}<tool_call><function=x></tool_call>{% endif %}", None),
+        ("{% if tools %}[TOOL_CALLS]{% endif %}", "mistral"),
+        ("{% if tools %}[TOOL_CALLS]x[ARGS]{% endif %}", "mistral_args"),
+        ('{% if tools %}<|start_header_id|>"parameters"{% endif %}', "llama3"),
+        ("<|python_tag|>", None),
+        ("{{ messages }}", None),
+    ],
+)
+def test_the_form_is_known_from_the_template(template: str, style: ToolStyle | None) -> None:
+    assert style_of(template) == style
+
+
+# --- grammars --------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=30))
+def test_a_literal_cannot_be_left_from_inside(text: str) -> None:
+    written = literal(text)
+    body = written[1:-1]
+    assert written[0] == written[-1] == '"'
+    # Behind each backslash stands an escape that GBNF knows; no quote stands without one; all is one printable line.
+    index = 0
+    while index < len(body):
+        if body[index] == "\\":
+            assert body[index + 1] in '\\"nrtU'
+            index += 2
+        else:
+            assert body[index] != '"'
+            assert body[index].isprintable()
+            index += 1
+
+
+def test_names_of_references_that_mean_different_things_stay_apart() -> None:
+    first = {"$defs": {"string": {"enum": ["one"]}}, "properties": {"x": {"$ref": "#/$defs/string"}}, "required": ["x"]}
+    second = {
+        "$defs": {"string": {"enum": ["two"]}},
+        "properties": {"x": {"$ref": "#/$defs/string"}},
+        "required": ["x"],
+    }
+    grammar = tool_grammar("hermes", [("a", first), ("b", second)], several=True)
+    assert json.dumps('"one"') in grammar
+    assert json.dumps('"two"') in grammar
+
+
+@pytest.mark.parametrize(
+    "schema,named",
+    [
+        ({"type": "string", "pattern": "a"}, "pattern"),
+        ({"type": "number", "minimum": 3}, "bounds"),
+        ({"type": "integer", "minimum": 3}, "bounds"),
+        ({"properties": {"a": {"not": {}}}}, "not"),
+        ({"anyOf": [{"type": "string"}], "properties": {}}, "anyOf"),
+        ({"allOf": [{"type": "string"}]}, "allOf"),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"a": {}}}]}, "twice"),
+        ({"type": "array", "minItems": 5, "maxItems": 2}, "below"),
+        ({"additionalProperties": False, "required": ["a"]}, "required"),
+        ({"required": [3]}, "required"),
+        ([], "object"),
+        ({"type": []}, "empty"),
+        ({"$ref": "#/a/b"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_by_name(schema: object, named: str) -> None:
+    with pytest.raises(NotConvertible, match=named):
+        grammar_of(schema)
+
+
+def test_depth_and_size_are_bounded() -> None:
+    deep: dict[str, object] = {"type": "string"}
+    for _ in range(100):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(NotConvertible, match="deep"):
+        grammar_of(deep)
+    with pytest.raises(NotConvertible, match="large"):
+        grammar_of({"properties": {f"p{n}": {"properties": {"a": {}, "b": {}}} for n in range(2000)}})
+    circle: dict[str, object] = {"allOf": [{"$ref": "#"}]}
+    with pytest.raises(NotConvertible):
+        grammar_of(circle)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+KEYS = ["type", "enum", "const", "anyOf", "allOf", "$ref", "properties", "required", "additionalProperties", "items",
+        "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "format", "minimum", "maximum", "nullable"]  # fmt: skip
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(KEYS), json_values | st.sampled_from(["object", "array", "string", "#"]), max_size=5
+    )
+)
+def test_any_schema_gives_a_grammar_or_a_refusal(schema: dict[str, object]) -> None:
+    try:
+        grammar = grammar_of(schema)
+    except NotConvertible:
+        return
+    assert grammar.count("root ::=") == 1
