@@ -1,144 +1,33 @@
-"""The link to a real broker: one thread that connects, reconnects for ever, and keeps what is not acknowledged.
-
-The thread `mqtt-link` runs paho's client itself (`wire.Wire`) instead of paho's `loop_start`. paho's own thread dies of an
-exception in a callback while `is_connected()` stays true, never falls back to MQTT 3.1.1, cannot be stopped while
-something is queued (its issue 608), and leaves no place for a window, a breaker or a back-off of ours. Other threads
-only append to deques and write one byte into a pipe, so no lock is ever held across a call into paho or into the daemon.
-"""
+"""The link to a real broker as the daemon sees it: publish, subscribe, acknowledge, flush, close."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import structlog
 
-from llamacpp_mqtt_deploy.mqtt import refusals
-from llamacpp_mqtt_deploy.mqtt.outgoing import STRIKES, Outgoing, Publish
-from llamacpp_mqtt_deploy.mqtt.pacing import STABLE_AFTER_S, Backoff, Reminder, VersionChoice
-from llamacpp_mqtt_deploy.mqtt.refusals import Refusal
-from llamacpp_mqtt_deploy.mqtt.tls import build_context, stamps
+from llamacpp_mqtt_deploy.mqtt.linkthread import GOODBYE_S, HEADER_ROOM, OFFLINE_GRACE_S, Closing, LinkThread
+from llamacpp_mqtt_deploy.mqtt.outgoing import Publish
+from llamacpp_mqtt_deploy.mqtt.packets import MOST_MQTT_PACKET, packet_bytes
+from llamacpp_mqtt_deploy.mqtt.receiving import Subscription
 from llamacpp_mqtt_deploy.mqtt.topics import filter_fault, topic_fault
-from llamacpp_mqtt_deploy.mqtt.wire import MOST_MQTT_PACKET, Closed, Connack, Wire, packet_bytes
-from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
-from llamacpp_mqtt_deploy.settings import MqttSettings
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, Retained
 from llamacpp_mqtt_deploy.stopping import Deadline
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
 
-CONNACK_TIMEOUT_S = 10.0
-DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
-"""Where the broker may not know MQTT 5 and silence may be its answer."""
-
-STALL_S = 1.0
-"""How long a full inbox gets to drain before the broker is asked, by a new connection, to deliver again."""
-
-HEADER_ROOM = 1024
-"""What `max_payload_bytes` leaves for topic and properties (correlation data has at most 64 bytes)."""
-
-CALLBACK_FAULTS = 3
-"""A delivery that makes the callback raise is tried this often, then acknowledged and dropped."""
-
-OFFLINE_GRACE_S = 2.0
-"""How long `close` waits for a connection that is down just then."""
-
-GOODBYE_S = 1.0
-
-
-@dataclass(slots=True)
-class _Subscription:
-    filters: Sequence[tuple[str, int]]
-    retained: bool
-    done: threading.Event = field(default_factory=threading.Event)
-    refused: dict[str, str] | None = None
-
-
-@dataclass(slots=True)
-class _Closing:
-    deadline: Deadline
-    grace: Deadline
-    farewell: Publish | None
-    said: bool = False
-
-
-class MqttLink:
+class MqttLink(LinkThread):
     """One connection to an MQTT broker; see `ports.Link` for the contract.
 
     `password` wins over the one in the settings (the daemon reads files and credentials). `max_payload_bytes` bounds our
     publishes, `max_incoming_bytes` is told to an MQTT 5 broker, which silently drops what is larger. Raises ValueError, from
     the constructor, when a TLS file is missing or unfit.
     """
-
-    def __init__(
-        self,
-        settings: MqttSettings,
-        *,
-        client_id: str,
-        password: str | None = None,
-        max_payload_bytes: int | None = None,
-        max_incoming_bytes: int | None = None,
-    ) -> None:
-        if password is None and settings.password is not None:
-            password = settings.password.get_secret_value()
-        self._settings = settings
-        self._client_id = client_id
-        self._password = password
-        self._max_payload_bytes = max_payload_bytes
-        self._max_incoming_bytes = max_incoming_bytes
-        self._port = settings.port or (8883 if settings.tls.enabled else 1883)
-        self._where = settings.host if settings.transport == "unix" else f"{settings.host}:{self._port}"
-        self._tls_stamps = stamps(settings.tls)
-        if settings.tls.enabled:
-            build_context(settings.tls)
-            if settings.tls.insecure:
-                log.warning(
-                    "link.insecure", broker=self._where, why="mqtt.tls.insecure is set: anyone can pose as this broker"
-                )
-
-        # Shared with other threads.
-        self._changed = threading.Condition()
-        self._outgoing = Outgoing()
-        self._acks: deque[tuple[int, int]] = deque()
-        self._subscriptions: deque[_Subscription] = deque()
-        self._closing: _Closing | None = None
-        self._flushers = 0
-        self._woken = False
-        self._thread: threading.Thread | None = None
-        self._state: LinkState = "connecting"
-        self._detail = ""
-        self._max_packet_bytes: int | None = None
-
-        # The link's thread alone.
-        self._wire: Wire | None = None
-        self._versions = VersionChoice(settings.protocol)
-        self._backoff = Backoff(settings.reconnect_max_s)
-        self._reminder = Reminder()
-        self._refused_publishes: dict[str, Reminder] = {}
-        self._generation = 0
-        self._connections = 0
-        self._online_since = 0.0
-        self._session_present = False
-        self._retain_available = True
-        self._refusal: Refusal | None = None
-        self._version_refused = False
-        self._pending_subacks: dict[int, _Subscription] = {}
-        self._stalled_until: float | None = None
-        self._faults = 0
-        self._last_puback_at: float | None = None
-        self._poisoned = 0
-        self._died_online = False
-        self._loud = True
-
-    # --- the port ---
 
     def open(
         self,
@@ -148,7 +37,8 @@ class MqttLink:
         on_online: Callable[[LinkInfo], None],
         on_lost: Callable[[LinkInfo], None],
     ) -> None:
-        self._will, self._on_delivery, self._on_online, self._on_lost = will, on_delivery, on_online, on_lost
+        self._will, self._on_online, self._on_lost = will, on_online, on_lost
+        self._deliveries.take = on_delivery
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -189,10 +79,8 @@ class MqttLink:
         return True
 
     def acknowledge(self, delivery: Delivery) -> None:
-        match delivery.receipt:
-            case (int() as generation, int() as mid):
-                self._acks.append((generation, mid))
-                self._wake()
+        if self._receipts.give(delivery):
+            self._wake()
 
     def subscribe(
         self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
@@ -203,11 +91,11 @@ class MqttLink:
         fit = [(f, qos) for f, qos in filters if f not in refused]
         if not fit:
             return refused
-        subscription = _Subscription(fit, retained)
+        subscription = Subscription(fit, retained)
         with self._changed:
             if self._state != "online":
                 raise ConnectionError(f"not connected to the broker at {self._where}")
-            self._subscriptions.append(subscription)
+            self._subscriptions.ask(subscription)
         self._wake()
         if not subscription.done.wait(timeout_s):
             raise TimeoutError(f"the broker at {self._where} sent no SUBACK within {timeout_s:g} s")
@@ -239,7 +127,7 @@ class MqttLink:
                 if farewell is not None and self._state != "taken_over":
                     last = Publish(farewell.topic, farewell.payload, 1, True, None, None, self._farewell_done)
                     self._outgoing.waiting.append(last)
-                self._closing = _Closing(deadline, Deadline(OFFLINE_GRACE_S), last)
+                self._closing = Closing(deadline, Deadline(OFFLINE_GRACE_S), last)
                 self._changed.notify_all()
         self._wake()
         if thread is threading.current_thread():
@@ -248,12 +136,6 @@ class MqttLink:
         thread.join(deadline.remaining_s() + GOODBYE_S + 1.0)
         if thread.is_alive():
             log.warning("link.close_timed_out", broker=self._where)
-
-    # --- the thread's life ---
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
-        self._thread.start()
 
     def _revive(self) -> None:
         """Start the thread again should it have died; `info()` is called by status and watchdog often enough."""
@@ -266,476 +148,10 @@ class MqttLink:
             self._start()
         log.error("link.thread_died", broker=self._where)
 
-    def _run(self) -> None:
-        self._discard_wire()
-        if self._died_online:
-            self._died_online = False
-            self._went_down(Refusal(self._detail, needs_person=False), state="dead", tell=True)
-        while not self._finished():
-            try:
-                self._live_once()
-            except Exception:
-                # Nothing here is known to raise; whatever does must not end the link.
-                log.exception("link.failed", broker=self._where)
-                self._went_down(Refusal("A defect in the link; the log says more.", needs_person=False))
-                self._discard_wire()
-            if not self._finished():
-                self._pause(self._backoff.next_s())
-        self._say_closed()
-
-    def _finished(self) -> bool:
-        closing = self._closing
-        if closing is None:
-            return False
-        if self._state == "taken_over" or closing.deadline.passed() or len(self._outgoing) == 0:
-            return True
-        return self._state != "online" and closing.grace.passed()
-
-    def _live_once(self) -> None:
-        """One attempt, and the connection's whole life when it succeeds."""
-        if self._state == "taken_over":
-            return
-        now = time.monotonic()
-        self._versions.before_attempt(now)
-        self._refusal, self._version_refused = None, False
-        self._generation += 1
-        try:
-            wire = self._make_wire()
-            wire.connect(self._port)
-        except _TlsFilesUnfitError as error:
-            self._failed(Refusal(f"{error}."))
-            return
-        except OSError as error:
-            self._failed(refusals.of_exception(error, self._where))
-            return
-        except ValueError as error:
-            # A host that cannot be one, for example a label over 63 characters.
-            self._failed(Refusal(f"{self._where} is no address: {error}. Check mqtt.host."))
-            return
-        patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._versions.in_doubt else CONNACK_TIMEOUT_S
-        connack_by = time.monotonic() + patience_s
-        while wire.closed() is None:
-            self._turn(wire)
-            if self._state != "online" and time.monotonic() >= connack_by and wire.closed() is None:
-                wire.abort()
-                self._unanswered(refusals.of_no_connack(self._where, patience_s))
-                return
-            if self._finished():
-                self._leave(wire)
-                return
-        self._ended(wire, wire.closed() or Closed())
-
-    def _turn(self, wire: Wire) -> None:
-        """Wait for something to do, and do it."""
-        now = time.monotonic()
-        # Between these two lines another thread may add work: it then sees the flag down and writes the byte.
-        self._woken = False
-        busy = self._state == "online" and (bool(self._acks or self._subscriptions) or self._may_send(now))
-        if wire.work(0.0 if busy else self._patience_s(now)):
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_read, 4096)
-        self._woken = True
-        if self._state != "online" or wire.closed() is not None:
-            return
-        self._send_acks(wire)
-        while self._subscriptions:
-            self._send_subscription(wire, self._subscriptions.popleft())
-        self._pump(wire)
-        wire.write()
-        if self._stalled_until is not None and time.monotonic() >= self._stalled_until:
-            log.warning("inbox.full", broker=self._where, why="connecting again so that the broker delivers again")
-            wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
-
-    def _send_acks(self, wire: Wire) -> None:
-        while self._acks:
-            generation, mid = self._acks.popleft()
-            # After a restart of the broker packet ids begin at 1 again: an old receipt would acknowledge a new message.
-            if generation == self._generation:
-                wire.acknowledge(mid)
-
-    def _may_send(self, now: float) -> bool:
-        outgoing = self._outgoing
-        if not outgoing.waiting or outgoing.quiet_s(now) > 0:
-            return False
-        return len(outgoing.flying) < (1 if outgoing.on_probation else outgoing.window)
-
-    def _patience_s(self, now: float) -> float:
-        patience = 0.5
-        if self._stalled_until is not None:
-            patience = min(patience, max(0.0, self._stalled_until - now))
-        if self._outgoing.on_probation:
-            patience = min(patience, self._outgoing.quiet_s(now) or patience)
-        if self._closing is not None:
-            patience = min(patience, self._closing.deadline.remaining_s() + 0.001)
-        return patience
-
-    def _pump(self, wire: Wire) -> None:
-        outgoing = self._outgoing
-        if not outgoing.waiting:
-            return
-        now = time.monotonic()
-        while (publish := outgoing.next(now)) is not None:
-            expiry_s = None
-            if publish.expires_at is not None:
-                # What waited here has grown older; 0 would mean "at once", so what is over is dropped.
-                expiry_s = round(publish.expires_at - now)
-                if expiry_s < 1:
-                    self._done(publish, well=False)
-                    continue
-            limit = self._max_packet_bytes
-            if limit is not None and packet_bytes(publish, wire.version) > limit:
-                self._give_up(publish, f"larger than the {limit} bytes that the broker takes")
-                continue
-            try:
-                mid = wire.publish(publish, retain=publish.retain and self._retain_available, expiry_s=expiry_s)
-            except ValueError as error:
-                self._give_up(publish, str(error))
-                continue
-            if mid is None:
-                outgoing.put_back(publish)
-                return
-            if publish.qos == 0:
-                self._done(publish, well=True)
-            else:
-                outgoing.sent(mid, publish)
-
-    def _pause(self, seconds: float) -> None:
-        """Wait between two attempts; closing cuts it short."""
-        until = time.monotonic() + seconds
-        with self._changed:
-            while not self._finished():
-                left = until - time.monotonic()
-                if self._state == "taken_over":
-                    left = 3600.0
-                if left <= 0:
-                    return
-                closing = self._closing
-                if closing is not None:
-                    left = min(left, closing.deadline.remaining_s(), closing.grace.remaining_s() + 0.001)
-                self._changed.wait(left)
-
-    # --- what the wire tells (its callbacks run in this thread) ---
-
-    def connack(self, answer: Connack) -> None:
-        if answer.code == refusals.UNSUPPORTED_VERSION:
-            self._version_refused = True
-            self._refusal = refusals.of_connack(answer.code, answer.name)
-            return
-        self._versions.answered()
-        if answer.code != 0:
-            self._refusal = refusals.of_connack(answer.code, answer.name)
-            return
-        if not answer.qos_1_available:
-            self._refusal = refusals.of_connack(0x9B, answer.name)
-            return
-        wire = self._wire
-        assert wire is not None
-        outgoing = self._outgoing
-        now = time.monotonic()
-        outgoing.connected(window=answer.window, now=now)
-        # A session resumes with the same packet ids and DUP, which paho does by itself (MQTT 5 section 4.4). Without one they are
-        # new publishes; so they are on probation (one at a time), and where more are in flight than the broker now allows.
-        if not answer.session_present or outgoing.on_probation or len(outgoing.flying) > answer.window:
-            wire.forget_publishes()
-            outgoing.requeue()
-        with self._changed:
-            self._connections += 1
-            self._online_since = now
-            self._session_present = answer.session_present
-            self._max_packet_bytes = answer.max_packet_bytes
-            self._retain_available = answer.retain_available
-            self._state, self._detail = "online", ""
-            info = self._info()
-        self._stalled_until = None
-        self._acks.clear()
-        # Where connections break as fast as they come, the log tells of both at growing pauses only.
-        (log.info if self._loud else log.debug)(
-            "link.online",
-            broker=self._where,
-            protocol=wire.version,
-            session_present=answer.session_present,
-            window=answer.window,
-            unacknowledged=info.unacknowledged,
-        )
-        if not answer.retain_available:
-            log.warning(
-                "link.no_retain", broker=self._where, why="the broker keeps no retained messages: no status stays"
-            )
-        self._guard(self._on_online, info)
-
-    def puback(self, mid: int, code: int, name: str) -> None:
-        publish = self._outgoing.acknowledged(mid)
-        if publish is None:
-            return
-        self._last_puback_at = time.monotonic()
-        if code >= 0x80:
-            why = refusals.of_puback(code, name)
-            reminder = self._refused_publishes.setdefault(publish.topic, Reminder())
-            if len(self._refused_publishes) > 256:
-                self._refused_publishes.clear()
-            if reminder.due(why, self._last_puback_at):
-                log.error("publish.refused", topic=publish.topic, why=why)
-        self._done(publish, well=code < 0x80)
-
-    def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None:
-        subscription = self._pending_subacks.pop(mid, None)
-        if subscription is None:
-            return
-        refused: dict[str, str] = {}
-        for (topic_filter, qos), (code, name) in zip(subscription.filters, codes, strict=False):
-            if code >= 0x80:
-                refused[topic_filter] = refusals.of_suback(code, name)
-            elif code < min(qos, 1):
-                refused[topic_filter] = f"the broker grants only QoS {code}"
-        for topic_filter, why in refused.items():
-            log.error("subscription.refused", filter=topic_filter, why=why)
-        subscription.refused = refused
-        subscription.done.set()
-
-    def message(self, mid: int, delivery: Delivery) -> None:
-        if delivery.qos == 0:
-            self._hand_over(replace(delivery, receipt=None))
-            return
-        if self._stalled_until is not None:
-            # Once one was refused the following ones wait too: PUBACKs and requests keep their order (MQTT-4.6.0-2).
-            return
-        if not self._hand_over(replace(delivery, receipt=(self._generation, mid))):
-            self._stalled_until = time.monotonic() + STALL_S
-
-    def _hand_over(self, delivery: Delivery) -> bool:
-        try:
-            taken = self._on_delivery(delivery)
-        except Exception:
-            self._faults += 1
-            log.exception("link.callback_failed", callback="on_delivery", topic=ascii(delivery.topic[:200]))
-            if self._faults < CALLBACK_FAULTS:
-                return False
-            self._faults = 0
-            self.acknowledge(delivery)
-            return True
-        self._faults = 0
-        return taken
-
-    # --- ends ---
-
-    def _ended(self, wire: Wire, closed: Closed) -> None:
-        """The connection, or the attempt, is over."""
-        if self._state != "online":
-            self._attempt_ended(closed)
-            return
-        now = time.monotonic()
-        lived_s = now - self._online_since
-        on_purpose = self._stalled_until is not None
-        self._backoff.ended(lived_s)
-        if lived_s >= STABLE_AFTER_S:
-            self._reminder.clear()
-        self._versions.lost(now)
-        if closed.unreadable and not self._outgoing.flying:
-            self._versions.unreadable()
-        elif lived_s > STALL_S:
-            self._versions.readable()
-        if closed.from_broker and closed.code == refusals.TAKEN_OVER:
-            self._went_down(refusals.of_disconnect(closed.code, closed.name), state="taken_over")
-            return
-        if closed.from_broker:
-            refusal = refusals.of_disconnect(closed.code, closed.name)
-        elif closed.code == 0x8D:
-            refusal = refusals.of_disconnect(0x8D, closed.name)
-        elif closed.unreadable:
-            refusal = Refusal("The broker sent something that cannot be read.", needs_person=False)
-        elif on_purpose:
-            refusal = Refusal(
-                "The inbox was full; connecting again so that the broker delivers again.", needs_person=False
-            )
-        else:
-            refusal = Refusal(f"The connection to the broker at {self._where} broke.", needs_person=False)
-        blameless = on_purpose or closed.code in refusals.BLAMELESS_CLOSES
-        poison = self._outgoing.lost(blameless=blameless)
-        self._went_down(refusal)
-        if poison is not None:
-            wire.forget_publishes()
-            self._give_up(
-                poison,
-                f"the broker ended {STRIKES} connections in a row on it ({closed.name if closed.from_broker else 'without a reason'}); "
-                "is it over the broker's message size limit?",
-            )
-
-    def _attempt_ended(self, closed: Closed) -> None:
-        """The other side hung up before the connection was established."""
-        refusal = self._refusal
-        # paho keeps the refusal of a 3.1.1 CONNECT for its version to itself.
-        if self._version_refused or (refusal is None and closed.unreadable and self._versions.current == "3.1.1"):
-            if self._versions.refused():
-                log.info("link.fell_back", broker=self._where, protocol=self._versions.current)
-                self._backoff.ended(float("inf"))
-                return
-            refusal = refusal or refusals.of_connack(refusals.UNSUPPORTED_VERSION, "")
-        elif refusal is None:
-            refusal = refusals.of_tls_text(closed.error, self._where)
-            if refusal is None:
-                if closed.unreadable:
-                    refusal = Refusal(
-                        f"What answers at {self._where} does not speak MQTT. Check mqtt.host and mqtt.port."
-                    )
-                else:
-                    self._unanswered(refusals.of_silence(self._where, tls=self._settings.tls.enabled))
-                    return
-        self._failed(refusal)
-
-    def _unanswered(self, refusal: Refusal) -> None:
-        if self._versions.unanswered():
-            log.info("link.fell_back", broker=self._where, protocol=self._versions.current, why=refusal.text)
-        self._failed(refusal)
-
-    def _failed(self, refusal: Refusal) -> None:
-        """An attempt ended without a connection."""
-        with self._changed:
-            self._detail = refusal.text
-            if refusal.needs_person:
-                self._state = "refused"
-            elif self._connections:
-                self._state = "lost"
-            else:
-                self._state = "connecting"
-        if self._reminder.due(refusal.text, time.monotonic()):
-            (log.error if refusal.needs_person else log.warning)("link.refused", broker=self._where, why=refusal.text)
-
-    def _went_down(self, refusal: Refusal, *, state: LinkState = "lost", tell: bool = False) -> None:
-        """Tell of the end of an established connection, once."""
-        with self._changed:
-            was_online = tell or self._state == "online"
-            self._state, self._detail = state, refusal.text
-            waiting = [*self._subscriptions, *self._pending_subacks.values()]
-            self._subscriptions.clear()
-            self._pending_subacks.clear()
-            info = self._info()
-        self._stalled_until = None
-        for subscription in waiting:
-            subscription.done.set()
-        if was_online:
-            self._loud = self._reminder.due(refusal.text, time.monotonic())
-            if self._loud:
-                log.warning("link.lost", broker=self._where, why=refusal.text, unacknowledged=info.unacknowledged)
-            self._guard(self._on_lost, info)
-
-    def _leave(self, wire: Wire) -> None:
-        """The clean end: everything said, or no time left."""
-        closing = self._closing
-        # Without the farewell's PUBACK the broker must say `offline` for us: the will, which a clean DISCONNECT would suppress.
-        self._send_acks(wire)
-        with_will = closing is not None and closing.farewell is not None and not closing.said
-        wire.disconnect(with_will=with_will, timeout_s=GOODBYE_S)
-
-    def _say_closed(self) -> None:
-        self._discard_wire()
-        with self._changed:
-            self._state, self._detail = "closed", ""
-            left = self._outgoing.give_up()
-            waiting = [*self._subscriptions, *self._pending_subacks.values()]
-            self._changed.notify_all()
-        for publish in left:
-            self._done(publish, well=False)
-        for subscription in waiting:
-            subscription.done.set()
-        log.info("link.closed", broker=self._where, given_up=len(left))
-
-    # --- small things ---
-
-    def _make_wire(self) -> Wire:
-        tls = self._settings.tls
-        found = stamps(tls)
-        wire = self._wire
-        if wire is not None and wire.version == self._versions.current and found == self._tls_stamps:
-            return wire
-        self._discard_wire()
-        context = None
-        if tls.enabled:
-            try:
-                context = build_context(tls)
-            except ValueError as error:
-                raise _TlsFilesUnfitError(str(error)) from error
-        self._tls_stamps = found
-        self._wire = wire = Wire(
-            self._settings,
-            version=self._versions.current,
-            client_id=self._client_id,
-            password=self._password,
-            will=self._will,
-            tls=context,
-            wake_fd=self._wake_read,
-            events=self,
-            max_incoming_bytes=self._max_incoming_bytes,
-        )
-        return wire
-
-    def _discard_wire(self) -> None:
-        """Drop the client; what it had in flight is sent anew by the next one."""
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.abort()
-        self._outgoing.requeue()
-
-    def _send_subscription(self, wire: Wire, subscription: _Subscription) -> None:
-        mid = wire.subscribe(subscription.filters, retained=subscription.retained)
-        if mid is None:
-            subscription.done.set()
-        else:
-            self._pending_subacks[mid] = subscription
-
     def _size_fault(self, topic: str, payload: bytes, correlation: bytes | None) -> str | None:
         limit = self._max_packet_bytes or MOST_MQTT_PACKET
         size = packet_bytes(Publish(topic, payload, 1, False, correlation, 1.0, None), "5")
         return None if size <= limit else f"its {size} bytes are more than the {limit} that the broker takes"
-
-    def _give_up(self, publish: Publish, why: str) -> None:
-        self._poisoned += 1
-        log.error("publish.given_up", topic=ascii(publish.topic[:200]), bytes=len(publish.payload), why=why)
-        self._done(publish, well=False)
-
-    def _done(self, publish: Publish, *, well: bool) -> None:
-        on_done = publish.on_done
-        if on_done is not None:
-            publish.on_done = None
-            self._guard(on_done, well)
-        if self._flushers and len(self._outgoing) == 0:
-            with self._changed:
-                self._changed.notify_all()
-
-    def _farewell_done(self, well: bool) -> None:
-        if self._closing is not None:
-            self._closing.said = well
-
-    @staticmethod
-    def _guard(callback: Callable[[T], None], value: T) -> None:
-        try:
-            callback(value)
-        except Exception:
-            log.exception("link.callback_failed", callback=getattr(callback, "__name__", "callback"))
-
-    def _wake(self) -> None:
-        if not self._woken:
-            self._woken = True
-            with contextlib.suppress(OSError):
-                os.write(self._wake_write, b"\0")
-
-    def _info(self) -> LinkInfo:
-        wire = self._wire
-        limit = self._max_packet_bytes
-        return LinkInfo(
-            state=self._state,
-            detail=self._detail,
-            protocol=wire.version if wire is not None and self._state == "online" else None,
-            max_payload_bytes=None if limit is None else max(0, limit - HEADER_ROOM),
-            session_present=self._session_present,
-            reconnects=max(0, self._connections - 1),
-            unacknowledged=len(self._outgoing),
-            last_puback_at=self._last_puback_at,
-            poisoned=self._poisoned,
-        )
-
-
-class _TlsFilesUnfitError(ValueError):
-    """A TLS file vanished or broke after the start; the next attempt looks again."""
 
 
 def _close_pipe(*ends: int) -> None:

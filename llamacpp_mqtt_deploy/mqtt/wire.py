@@ -1,6 +1,6 @@
 """One paho client, driven by the thread that owns it: connect, read, write, and call back with plain values.
 
-This is the only file that knows paho. It uses no thread of paho's: every call into a client comes from the link's thread,
+This file and its two helpers (`packets`, `mending`) are the only ones that know paho. It uses no thread of paho's: every call into a client comes from the link's thread,
 so that paho's own locks never meet ours (its issues 346, 354 and 531 are deadlocks between them), nothing of it can die
 unseen, and how to reconnect is ours to decide.
 """
@@ -16,25 +16,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import paho.mqtt.client as paho
-import paho.mqtt.properties as untyped_properties
 from paho.mqtt.enums import CallbackAPIVersion
-from paho.mqtt.exception import MalformedPacket
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from llamacpp_mqtt_deploy.mqtt import mending  # noqa: F401 - repairs paho
 from llamacpp_mqtt_deploy.mqtt.outgoing import Publish
 from llamacpp_mqtt_deploy.mqtt.pacing import Version
+from llamacpp_mqtt_deploy.mqtt.packets import publish_properties
 from llamacpp_mqtt_deploy.ports import Delivery, Retained
 from llamacpp_mqtt_deploy.settings import MqttSettings
-
-# Without type information in paho.
-paho_properties: Any = untyped_properties
 
 CONNECT_TIMEOUT_S = 5.0
 MISC_EVERY_S = 0.5
@@ -48,7 +44,6 @@ WINDOW = 100
 limits allow (AWS IoT: 100), and enough for 1000 events a second over a round trip of 100 ms."""
 
 DISCONNECT_WITH_WILL = "Disconnect with will message"
-MOST_MQTT_PACKET = 268_435_455 + 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,70 +77,6 @@ class WireEvents(Protocol):
     def puback(self, mid: int, code: int, name: str) -> None: ...
     def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None: ...
     def message(self, mid: int, delivery: Delivery) -> None: ...
-
-
-class _Packed(Properties):
-    """Properties whose bytes are made once: packing them anew for each chunk costs 20 us."""
-
-    def __init__(self, properties: Any) -> None:
-        super().__init__(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-        # Properties refuses attributes that are no MQTT properties.
-        object.__setattr__(self, "packed", bytes(properties.pack()))
-
-    def pack(self) -> bytes:
-        packed: bytes = self.__dict__["packed"]
-        return packed
-
-
-@lru_cache(maxsize=512)
-def publish_properties(correlation: bytes | None, expiry_s: int | None) -> _Packed:
-    """The properties of one of our publishes; a stream uses the same ones for all its events."""
-    properties = paho_properties.Properties(PacketTypes.PUBLISH)
-    properties.ContentType = "application/json"
-    if correlation is not None:
-        properties.CorrelationData = correlation
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    return _Packed(properties)
-
-
-def packet_bytes(publish: Publish, version: Version) -> int:
-    """The size of the PUBLISH packet, at most."""
-    properties = len(publish_properties(publish.correlation, 0 if publish.expires_at else None).pack())
-    return 9 + len(publish.topic.encode()) + (properties if version == "5" else 0) + len(publish.payload)
-
-
-def _read_text(buffer: bytes, most: int) -> tuple[str, int]:
-    if most < 2 or len(buffer) < 2:
-        raise MalformedPacket("not enough data for a string")
-    length = int.from_bytes(buffer[:2], "big")
-    if length > most - 2 or length > len(buffer) - 2:
-        raise MalformedPacket("string too long")
-    return bytes(buffer[2 : 2 + length]).decode("utf-8", "replace"), length + 2
-
-
-def _mend_paho() -> None:
-    """Let paho read what brokers send; it hangs up on what it cannot read, and gets it again after each reconnect.
-
-    1. paho 2.2.0 takes U+FEFF in a property for malformed (MQTT-1.5.4-3 allows it). mosquitto forwards it: one user property from
-       any client would silence the worker for good.
-    2. mosquitto 2.0 answers a publish over its `message_size_limit` with PUBACK 0x95, which the specification knows in DISCONNECT
-       only, and paho's table too: one large event would keep the worker reconnecting for ever.
-    """
-    probe = b"\x00\x03\xef\xbb\xbf"
-    try:
-        paho_properties.readUTF(probe, len(probe))
-    except MalformedPacket:
-        paho_properties.readUTF = _read_text
-    except AttributeError:
-        pass  # a paho that reads its properties in another way
-    for code, name in ((0x95, "Packet too large"), (0x9B, "QoS not supported"), (0x9A, "Retain not supported")):
-        packets = ReasonCode.names.get(code, {}).get(name)
-        if isinstance(packets, list) and PacketTypes.PUBACK not in packets:
-            packets.append(PacketTypes.PUBACK)
-
-
-_mend_paho()
 
 
 class _Client(paho.Client):
@@ -249,7 +180,7 @@ class Wire:
         self._client.on_log = self._on_log
         arguments: dict[str, Any] = {}
         if self.version == "5":
-            properties = paho_properties.Properties(PacketTypes.CONNECT)
+            properties: Any = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = settings.session_expiry_s
             properties.ReceiveMaximum = RECEIVE_MAXIMUM
             if self._max_incoming_bytes is not None:

@@ -65,14 +65,14 @@ class Bus:
                 reconnect_max_s=0.3,
             )
             link = MqttLink(settings, client_id=self.client_id)
-        case = LinkCase(link, will_topic=self.topic("status"), acknowledges=acknowledges)
+        case = LinkCase(link, will_topic=self.topic("status"), acknowledges=acknowledges, only_below=self.root)
         self._open.append(lambda: case.close(farewell=False, seconds=1.0))
         return case.open(wait=wait)
 
     def client(self) -> Any:
         if self.member == "loopback":
             return self._loopback.client()
-        client = BusClient(self._port, version="3.1.1" if "3.1.1" in self.member else "5")
+        client = BusClient(self._port, version="3.1.1" if "3.1.1" in self.member else "5", only_below=self.root)
         self._open.append(client.close)
         return client
 

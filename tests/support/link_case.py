@@ -15,10 +15,13 @@ from tests.support.waiting import eventually
 class LinkCase:
     """Opens the link, subscribes on each connect when asked to, acknowledges at once unless told otherwise."""
 
-    def __init__(self, link: Link, *, will_topic: str = "case/status", acknowledges: bool = True) -> None:
+    def __init__(
+        self, link: Link, *, will_topic: str = "case/status", acknowledges: bool = True, only_below: str = ""
+    ) -> None:
         self.link = link
         self.will = Retained(topic=will_topic, payload=b"offline")
         self.acknowledges = acknowledges
+        self._only_below = only_below
         self.deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.onlines: queue.SimpleQueue[LinkInfo] = queue.SimpleQueue()
         self.losses: queue.SimpleQueue[LinkInfo] = queue.SimpleQueue()
@@ -70,7 +73,8 @@ class LinkCase:
         self.link.close(Deadline(seconds), farewell=last)
 
     def _take(self, delivery: Delivery) -> bool:
-        self.deliveries.put(delivery)
+        if delivery.topic.startswith(self._only_below):
+            self.deliveries.put(delivery)
         if self.acknowledges:
             self.link.acknowledge(delivery)
         return True

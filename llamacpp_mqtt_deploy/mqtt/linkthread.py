@@ -1,0 +1,539 @@
+"""The thread of the link to a real broker: it connects, reconnects for ever, sends, and hands over what comes.
+
+The thread `mqtt-link` runs paho's client itself (`wire.Wire`) instead of paho's `loop_start`. paho's own thread dies of an
+exception in a callback while `is_connected()` stays true, never falls back to MQTT 3.1.1, cannot be stopped while
+something is queued (its issue 608), and leaves no place for a window, a breaker or a back-off of ours. Other threads
+only append to deques and write one byte into a pipe, so no lock is ever held across a call into paho or into the daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from llamacpp_mqtt_deploy.mqtt import refusals
+from llamacpp_mqtt_deploy.mqtt.outgoing import STRIKES, Outgoing, Publish
+from llamacpp_mqtt_deploy.mqtt.pacing import STABLE_AFTER_S, Backoff, Reminder, VersionChoice
+from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
+from llamacpp_mqtt_deploy.mqtt.receiving import STALL_S, Deliveries, Receipts, Subscriptions
+from llamacpp_mqtt_deploy.mqtt.refusals import Refusal
+from llamacpp_mqtt_deploy.mqtt.tls import build_context, stamps
+from llamacpp_mqtt_deploy.mqtt.wire import Closed, Connack, Wire
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
+from llamacpp_mqtt_deploy.settings import MqttSettings
+from llamacpp_mqtt_deploy.stopping import Deadline
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+CONNACK_TIMEOUT_S = 10.0
+DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
+"""Where the broker may not know MQTT 5 and silence may be its answer."""
+
+HEADER_ROOM = 1024
+"""What `max_payload_bytes` leaves for topic and properties (correlation data has at most 64 bytes)."""
+
+OFFLINE_GRACE_S = 2.0
+"""How long `close` waits for a connection that is down just then."""
+
+GOODBYE_S = 1.0
+
+
+@dataclass(slots=True)
+class Closing:
+    deadline: Deadline
+    grace: Deadline
+    farewell: Publish | None
+    said: bool = False
+
+
+class LinkThread:
+    """The thread's side of `MqttLink`: everything but what `ports.Link` names. It is the `WireEvents` of its wires."""
+
+    _will: Retained
+    _on_online: Callable[[LinkInfo], None]
+    _on_lost: Callable[[LinkInfo], None]
+    _wake_read: int
+    _wake_write: int
+
+    def __init__(
+        self,
+        settings: MqttSettings,
+        *,
+        client_id: str,
+        password: str | None = None,
+        max_payload_bytes: int | None = None,
+        max_incoming_bytes: int | None = None,
+    ) -> None:
+        if password is None and settings.password is not None:
+            password = settings.password.get_secret_value()
+        self._settings = settings
+        self._client_id = client_id
+        self._password = password
+        self._max_payload_bytes = max_payload_bytes
+        self._max_incoming_bytes = max_incoming_bytes
+        self._port = settings.port or (8883 if settings.tls.enabled else 1883)
+        self._where = settings.host if settings.transport == "unix" else f"{settings.host}:{self._port}"
+        self._tls_stamps = stamps(settings.tls)
+        if settings.tls.enabled:
+            build_context(settings.tls)
+            if settings.tls.insecure:
+                log.warning(
+                    "link.insecure", broker=self._where, why="mqtt.tls.insecure is set: anyone can pose as this broker"
+                )
+
+        # Shared with other threads.
+        self._changed = threading.Condition()
+        self._outgoing = Outgoing()
+        self._receipts = Receipts()
+        self._subscriptions = Subscriptions()
+        self._closing: Closing | None = None
+        self._flushers = 0
+        self._woken = False
+        self._thread: threading.Thread | None = None
+        self._state: LinkState = "connecting"
+        self._detail = ""
+        self._max_packet_bytes: int | None = None
+
+        # The link's thread alone.
+        self._wire: Wire | None = None
+        self._versions = VersionChoice(settings.protocol)
+        self._backoff = Backoff(settings.reconnect_max_s)
+        self._reminder = Reminder()
+        self._refused_publishes: dict[str, Reminder] = {}
+        self._generation = 0
+        self._connections = 0
+        self._online_since = 0.0
+        self._session_present = False
+        self._retain_available = True
+        self._refusal: Refusal | None = None
+        self._version_refused = False
+        self._deliveries = Deliveries(self._receipts)
+        self._last_puback_at: float | None = None
+        self._poisoned = 0
+        self._died_online = False
+        self._loud = True
+
+    # --- the thread's life ---
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._discard_wire()
+        if self._died_online:
+            self._died_online = False
+            self._went_down(Refusal(self._detail, needs_person=False), state="dead", tell=True)
+        while not self._finished():
+            try:
+                self._live_once()
+            except Exception:
+                # Nothing here is known to raise; whatever does must not end the link.
+                log.exception("link.failed", broker=self._where)
+                self._went_down(Refusal("A defect in the link; the log says more.", needs_person=False))
+                self._discard_wire()
+            if not self._finished():
+                self._pause(self._backoff.next_s())
+        self._say_closed()
+
+    def _finished(self) -> bool:
+        closing = self._closing
+        if closing is None:
+            return False
+        if self._state == "taken_over" or closing.deadline.passed() or len(self._outgoing) == 0:
+            return True
+        return self._state != "online" and closing.grace.passed()
+
+    def _live_once(self) -> None:
+        """One attempt, and the connection's whole life when it succeeds."""
+        if self._state == "taken_over":
+            return
+        now = time.monotonic()
+        self._versions.before_attempt(now)
+        self._refusal, self._version_refused = None, False
+        self._generation += 1
+        try:
+            wire = self._make_wire()
+            wire.connect(self._port)
+        except _TlsFilesUnfitError as error:
+            self._failed(Refusal(f"{error}."))
+            return
+        except OSError as error:
+            self._failed(refusals.of_exception(error, self._where))
+            return
+        except ValueError as error:
+            # A host that cannot be one, for example a label over 63 characters.
+            self._failed(Refusal(f"{self._where} is no address: {error}. Check mqtt.host."))
+            return
+        patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._versions.in_doubt else CONNACK_TIMEOUT_S
+        connack_by = time.monotonic() + patience_s
+        while wire.closed() is None:
+            self._turn(wire)
+            if self._state != "online" and time.monotonic() >= connack_by and wire.closed() is None:
+                wire.abort()
+                self._unanswered(refusals.of_no_connack(self._where, patience_s))
+                return
+            if self._finished():
+                self._leave(wire)
+                return
+        self._ended(wire, wire.closed() or Closed())
+
+    def _turn(self, wire: Wire) -> None:
+        """Wait for something to do, and do it."""
+        now = time.monotonic()
+        # Whoever adds work after this line sees the flag down and writes a byte, which ends the wait below; what was added
+        # before it is found by `busy`. While the thread works, nobody needs to pay for the write.
+        self._woken = False
+        busy = self._state == "online" and (
+            self._receipts.waiting() or self._subscriptions.waiting() or self._may_send(now)
+        )
+        if wire.work(0.0 if busy else self._patience_s(now)):
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+        self._woken = True
+        if self._state != "online" or wire.closed() is not None:
+            return
+        self._receipts.send(self._generation, wire.acknowledge)
+        self._subscriptions.send(lambda asked: wire.subscribe(asked.filters, retained=asked.retained))
+        self._pump(wire)
+        wire.write()
+        if self._deliveries.stalled_until is not None and time.monotonic() >= self._deliveries.stalled_until:
+            log.warning("inbox.full", broker=self._where, why="connecting again so that the broker delivers again")
+            wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
+
+    def _may_send(self, now: float) -> bool:
+        outgoing = self._outgoing
+        if not outgoing.waiting or outgoing.quiet_s(now) > 0:
+            return False
+        return len(outgoing.flying) < (1 if outgoing.on_probation else outgoing.window)
+
+    def _patience_s(self, now: float) -> float:
+        patience = 0.5
+        if self._deliveries.stalled_until is not None:
+            patience = min(patience, max(0.0, self._deliveries.stalled_until - now))
+        if self._outgoing.on_probation:
+            patience = min(patience, self._outgoing.quiet_s(now) or patience)
+        if self._closing is not None:
+            patience = min(patience, self._closing.deadline.remaining_s() + 0.001)
+        return patience
+
+    def _pump(self, wire: Wire) -> None:
+        outgoing = self._outgoing
+        if not outgoing.waiting:
+            return
+        now = time.monotonic()
+        while (publish := outgoing.next(now)) is not None:
+            expiry_s = None
+            if publish.expires_at is not None:
+                # What waited here has grown older; 0 would mean "at once", so what is over is dropped.
+                expiry_s = round(publish.expires_at - now)
+                if expiry_s < 1:
+                    self._done(publish, well=False)
+                    continue
+            limit = self._max_packet_bytes
+            if limit is not None and packet_bytes(publish, wire.version) > limit:
+                self._give_up(publish, f"larger than the {limit} bytes that the broker takes")
+                continue
+            try:
+                mid = wire.publish(publish, retain=publish.retain and self._retain_available, expiry_s=expiry_s)
+            except ValueError as error:
+                self._give_up(publish, str(error))
+                continue
+            if mid is None:
+                outgoing.put_back(publish)
+                return
+            if publish.qos == 0:
+                self._done(publish, well=True)
+            else:
+                outgoing.sent(mid, publish)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait between two attempts; closing cuts it short."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            while not self._finished():
+                left = until - time.monotonic()
+                if self._state == "taken_over":
+                    left = 3600.0
+                if left <= 0:
+                    return
+                closing = self._closing
+                if closing is not None:
+                    left = min(left, closing.deadline.remaining_s(), closing.grace.remaining_s() + 0.001)
+                self._changed.wait(left)
+
+    # --- what the wire tells (its callbacks run in this thread) ---
+
+    def connack(self, answer: Connack) -> None:
+        if answer.code == refusals.UNSUPPORTED_VERSION:
+            self._version_refused = True
+            self._refusal = refusals.of_connack(answer.code, answer.name)
+            return
+        self._versions.answered()
+        if answer.code != 0:
+            self._refusal = refusals.of_connack(answer.code, answer.name)
+            return
+        if not answer.qos_1_available:
+            self._refusal = refusals.of_connack(0x9B, answer.name)
+            return
+        wire = self._wire
+        assert wire is not None
+        outgoing = self._outgoing
+        now = time.monotonic()
+        outgoing.connected(window=answer.window, now=now)
+        # A resumed session gets the same packet ids and DUP, which paho does by itself (MQTT 5 section 4.4). They go as new
+        # publishes where there is no session, on probation (one at a time), and where the window became smaller than what is in flight.
+        if not answer.session_present or outgoing.on_probation or len(outgoing.flying) > answer.window:
+            wire.forget_publishes()
+            outgoing.requeue()
+        with self._changed:
+            self._connections += 1
+            self._online_since = now
+            self._session_present = answer.session_present
+            self._max_packet_bytes = answer.max_packet_bytes
+            self._retain_available = answer.retain_available
+            self._state, self._detail = "online", ""
+            info = self._info()
+        self._deliveries.stalled_until = None
+        # Where connections break as fast as they come, the log tells of both at growing pauses only.
+        (log.info if self._loud else log.debug)(
+            "link.online",
+            broker=self._where,
+            protocol=wire.version,
+            session_present=answer.session_present,
+            window=answer.window,
+            unacknowledged=info.unacknowledged,
+        )
+        if not answer.retain_available:
+            log.warning(
+                "link.no_retain", broker=self._where, why="the broker keeps no retained messages: no status stays"
+            )
+        self._guard(self._on_online, info)
+
+    def puback(self, mid: int, code: int, name: str) -> None:
+        publish = self._outgoing.acknowledged(mid)
+        if publish is None:
+            return
+        self._last_puback_at = time.monotonic()
+        if code >= 0x80:
+            why = refusals.of_puback(code, name)
+            reminder = self._refused_publishes.setdefault(publish.topic, Reminder())
+            if len(self._refused_publishes) > 256:
+                self._refused_publishes.clear()
+            if reminder.due(why, self._last_puback_at):
+                log.error("publish.refused", topic=publish.topic, why=why)
+        self._done(publish, well=code < 0x80)
+
+    def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None:
+        self._subscriptions.answered(mid, codes)
+
+    def message(self, mid: int, delivery: Delivery) -> None:
+        self._deliveries.arrived(self._generation, mid, delivery)
+
+    # --- ends ---
+
+    def _ended(self, wire: Wire, closed: Closed) -> None:
+        """The connection, or the attempt, is over."""
+        if self._state != "online":
+            self._attempt_ended(closed)
+            return
+        now = time.monotonic()
+        lived_s = now - self._online_since
+        on_purpose = self._deliveries.stalled_until is not None
+        self._backoff.ended(lived_s)
+        if lived_s >= STABLE_AFTER_S:
+            self._reminder.clear()
+        self._versions.lost(now)
+        if closed.unreadable and not self._outgoing.flying:
+            self._versions.unreadable()
+        elif lived_s > STALL_S:
+            self._versions.readable()
+        if closed.from_broker and closed.code == refusals.TAKEN_OVER:
+            self._went_down(refusals.of_disconnect(closed.code, closed.name), state="taken_over")
+            return
+        refusal = refusals.of_end(
+            self._where,
+            code=closed.code,
+            name=closed.name,
+            from_broker=closed.from_broker,
+            unreadable=closed.unreadable,
+            on_purpose=on_purpose,
+        )
+        blameless = on_purpose or closed.code in refusals.BLAMELESS_CLOSES
+        poison = self._outgoing.lost(blameless=blameless)
+        self._went_down(refusal)
+        if poison is not None:
+            wire.forget_publishes()
+            self._give_up(
+                poison,
+                f"the broker ended {STRIKES} connections in a row on it ({closed.name if closed.from_broker else 'without a reason'}); "
+                "is it over the broker's message size limit?",
+            )
+
+    def _attempt_ended(self, closed: Closed) -> None:
+        """The other side hung up before the connection was established."""
+        refusal = self._refusal
+        # paho keeps the refusal of a 3.1.1 CONNECT for its version to itself.
+        if self._version_refused or (refusal is None and closed.unreadable and self._versions.current == "3.1.1"):
+            if self._versions.refused():
+                log.info("link.fell_back", broker=self._where, protocol=self._versions.current)
+                self._backoff.ended(float("inf"))
+                return
+            refusal = refusal or refusals.of_connack(refusals.UNSUPPORTED_VERSION, "")
+        elif refusal is None:
+            refusal = refusals.of_tls_text(closed.error, self._where)
+            if refusal is None:
+                if closed.unreadable:
+                    refusal = Refusal(
+                        f"What answers at {self._where} does not speak MQTT. Check mqtt.host and mqtt.port."
+                    )
+                else:
+                    self._unanswered(refusals.of_silence(self._where, tls=self._settings.tls.enabled))
+                    return
+        self._failed(refusal)
+
+    def _unanswered(self, refusal: Refusal) -> None:
+        if self._versions.unanswered():
+            log.info("link.fell_back", broker=self._where, protocol=self._versions.current, why=refusal.text)
+        self._failed(refusal)
+
+    def _failed(self, refusal: Refusal) -> None:
+        """An attempt ended without a connection."""
+        with self._changed:
+            self._detail = refusal.text
+            if refusal.needs_person:
+                self._state = "refused"
+            elif self._connections:
+                self._state = "lost"
+            else:
+                self._state = "connecting"
+        if self._reminder.due(refusal.text, time.monotonic()):
+            (log.error if refusal.needs_person else log.warning)("link.refused", broker=self._where, why=refusal.text)
+
+    def _went_down(self, refusal: Refusal, *, state: LinkState = "lost", tell: bool = False) -> None:
+        """Tell of the end of an established connection, once."""
+        with self._changed:
+            was_online = tell or self._state == "online"
+            self._state, self._detail = state, refusal.text
+            info = self._info()
+        self._deliveries.stalled_until = None
+        self._subscriptions.fail()
+        if was_online:
+            self._loud = self._reminder.due(refusal.text, time.monotonic())
+            if self._loud:
+                log.warning("link.lost", broker=self._where, why=refusal.text, unacknowledged=info.unacknowledged)
+            self._guard(self._on_lost, info)
+
+    def _leave(self, wire: Wire) -> None:
+        """The clean end: everything said, or no time left."""
+        closing = self._closing
+        self._receipts.send(self._generation, wire.acknowledge)
+        # Without the farewell's PUBACK the broker must say `offline` for us: the will, which a clean DISCONNECT would suppress.
+        with_will = closing is not None and closing.farewell is not None and not closing.said
+        wire.disconnect(with_will=with_will, timeout_s=GOODBYE_S)
+
+    def _say_closed(self) -> None:
+        self._discard_wire()
+        with self._changed:
+            self._state, self._detail = "closed", ""
+            left = self._outgoing.give_up()
+            self._changed.notify_all()
+        for publish in left:
+            self._done(publish, well=False)
+        self._subscriptions.fail()
+        log.info("link.closed", broker=self._where, given_up=len(left))
+
+    # --- small things ---
+
+    def _make_wire(self) -> Wire:
+        tls = self._settings.tls
+        found = stamps(tls)
+        wire = self._wire
+        if wire is not None and wire.version == self._versions.current and found == self._tls_stamps:
+            return wire
+        self._discard_wire()
+        context = None
+        if tls.enabled:
+            try:
+                context = build_context(tls)
+            except ValueError as error:
+                raise _TlsFilesUnfitError(str(error)) from error
+        self._tls_stamps = found
+        self._wire = wire = Wire(
+            self._settings,
+            version=self._versions.current,
+            client_id=self._client_id,
+            password=self._password,
+            will=self._will,
+            tls=context,
+            wake_fd=self._wake_read,
+            events=self,
+            max_incoming_bytes=self._max_incoming_bytes,
+        )
+        return wire
+
+    def _discard_wire(self) -> None:
+        """Drop the client; what it had in flight is sent anew by the next one."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.abort()
+        self._outgoing.requeue()
+
+    def _give_up(self, publish: Publish, why: str) -> None:
+        self._poisoned += 1
+        log.error("publish.given_up", topic=ascii(publish.topic[:200]), bytes=len(publish.payload), why=why)
+        self._done(publish, well=False)
+
+    def _done(self, publish: Publish, *, well: bool) -> None:
+        on_done = publish.on_done
+        if on_done is not None:
+            publish.on_done = None
+            self._guard(on_done, well)
+        if self._flushers and len(self._outgoing) == 0:
+            with self._changed:
+                self._changed.notify_all()
+
+    def _farewell_done(self, well: bool) -> None:
+        if self._closing is not None:
+            self._closing.said = well
+
+    @staticmethod
+    def _guard(callback: Callable[[T], None], value: T) -> None:
+        try:
+            callback(value)
+        except Exception:
+            log.exception("link.callback_failed", callback=getattr(callback, "__name__", "callback"))
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(OSError):
+                os.write(self._wake_write, b"\0")
+
+    def _info(self) -> LinkInfo:
+        wire = self._wire
+        limit = self._max_packet_bytes
+        return LinkInfo(
+            state=self._state,
+            detail=self._detail,
+            protocol=wire.version if wire is not None and self._state == "online" else None,
+            max_payload_bytes=None if limit is None else max(0, limit - HEADER_ROOM),
+            session_present=self._session_present,
+            reconnects=max(0, self._connections - 1),
+            unacknowledged=len(self._outgoing),
+            last_puback_at=self._last_puback_at,
+            poisoned=self._poisoned,
+        )
+
+
+class _TlsFilesUnfitError(ValueError):
+    """A TLS file vanished or broke after the start; the next attempt looks again."""
