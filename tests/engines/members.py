@@ -14,10 +14,11 @@ import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Progress
 from llamacpp_mqtt_deploy.engines.inprocess import InprocessEngine
+from llamacpp_mqtt_deploy.engines.managed import ManagedEngine
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
 from llamacpp_mqtt_deploy.engines.server import ServerEngine
 from llamacpp_mqtt_deploy.ports import Engine
-from llamacpp_mqtt_deploy.settings import EngineSettings
+from llamacpp_mqtt_deploy.settings import EngineSettings, ManagedSettings
 from tests.support.inside import frozen_computation, make_engine
 from tests.support.llama_server import LlamaServer, free_port
 from tests.support.openai_server import MODEL, OpenAiServer
@@ -124,13 +125,17 @@ def scripted_member(request: pytest.FixtureRequest) -> Iterator[Member]:
 def _server(server: LlamaServer) -> Iterator[Member]:
     engine = ServerEngine(EngineSettings(url=server.url, unavailable_after_s=5.0))
     engine.open()
-    prompts = iter(range(1000))
+    yield llamacpp_member(engine, busy=server.busy_slots, pid=lambda: server.pid)
 
+
+def llamacpp_member(engine: Engine, *, busy: Callable[[], int], pid: Callable[[], int]) -> Member:
+    """An engine whose server runs the slow model with two slots of 8192 tokens."""
+    prompts = iter(range(1000))
     tools = say("weather", max_tokens=60, temperature=0, logit_bias=[["<tool_call>", 50]])
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY_SCHEMA}}
-    yield Member(
+    return Member(
         engine=engine,
-        busy=server.busy_slots,
+        busy=busy,
         short=say("the water für 水 😀 is good", max_tokens=8),
         endless=lambda: say("go on", max_tokens=8000),
         # A prompt that was seen before would come from the server's cache.
@@ -139,7 +144,7 @@ def _server(server: LlamaServer) -> Iterator[Member]:
         tools=replace(tools, tools=[WEATHER], tool_choice="required"),
         json_schema=replace(say("city", max_tokens=200), response_format=schema),
         thinking=replace(say("think", max_tokens=30), thinking=True, thinking_budget=5),
-        frozen=lambda: frozen(server.pid),
+        frozen=lambda: frozen(pid()),
         unreachable=nobody(),
     )
 
@@ -150,6 +155,32 @@ def server_member(request: pytest.FixtureRequest) -> Iterator[Member]:
 
 def unix_server_member(request: pytest.FixtureRequest) -> Iterator[Member]:
     yield from _server(request.getfixturevalue("slow_unix_llama_server"))
+
+
+def managed_member(request: pytest.FixtureRequest) -> Iterator[Member]:
+    settings = EngineSettings(
+        kind="managed",
+        model_path=request.getfixturevalue("slow_gguf"),
+        slots=2,
+        context_tokens=8192,
+        batch_tokens=64,
+        threads=1,
+        managed=ManagedSettings(cache_ram_mib=16, extra_args=("--no-warmup", "--reasoning", "off")),
+    )
+    engine = ManagedEngine(settings)
+    engine.open()
+
+    def busy() -> int:
+        if engine.info().state != "ready" or engine._inner is None:
+            return 0
+        return sum(slot.working for slot in engine._inner.slots_progress() or ())
+
+    def pid() -> int:
+        assert engine._life is not None
+        return engine._life.child.pid
+
+    # Its server is its own affair: it is restarted or has failed, and is never merely away.
+    yield replace(llamacpp_member(engine, busy=busy, pid=pid), lacks=frozenset({"away"}))
 
 
 def openai_member(request: pytest.FixtureRequest) -> Iterator[Member]:
@@ -208,6 +239,7 @@ def inprocess_member(request: pytest.FixtureRequest) -> Iterator[Member]:
 
 MEMBERS: dict[str, Callable[[pytest.FixtureRequest], Iterator[Member]]] = {
     "inprocess": inprocess_member,
+    "managed": managed_member,
     "openai": openai_member,
     "scripted": scripted_member,
     "server": server_member,
