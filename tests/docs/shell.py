@@ -49,7 +49,10 @@ class Step:
     @property
     def answers(self) -> bool:
         """The output is an answer of the model, which no test holds to its words."""
-        return bool(re.search(r"\blmd (ask|chat)\b|\bpython3? ", self.command)) and "--json" not in self.command
+        tells_an_error = bool(self.shown) and self.shown[0].startswith("lmd ")
+        return (
+            bool(re.search(r"\blmd (ask|chat)\b", self.command)) and not tells_an_error and "--json" not in self.command
+        )
 
 
 def steps(block: Block) -> list[Step]:
@@ -171,15 +174,17 @@ _STEADY = (
 def problem(block: Block, outputs: Sequence[Sequence[str]]) -> str | None:
     """What differs from what the page shows, in a sentence; None when nothing does."""
     commands = steps(block)
+    free = block.note("output") == "the model's words"
     if any(step.listens for step in commands):
         shown = [line for step in commands for line in step.shown]
-        return _compare(shown, [line for output in outputs for line in output])
+        found = [line for output in outputs for line in output]
+        return (None if found else "nothing came") if free else _compare(shown, found)
     for step, output in zip(commands, outputs, strict=True):
-        if step.answers:
+        if step.answers or free:
             if bool(step.shown) != bool(output):
                 return f"{step.command}: shown {step.shown}, found {output}"
-        elif found := _compare(step.shown, output):
-            return f"{step.command}: {found}"
+        elif difference := _compare(step.shown, output):
+            return f"{step.command}: {difference}"
     return None
 
 

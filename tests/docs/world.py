@@ -40,7 +40,7 @@ class World:
     def _environment(self) -> dict[str, str]:
         wrappers = self.folder / "bin"
         wrappers.mkdir()
-        for name in ("mosquitto_pub", "mosquitto_sub"):
+        for name in ("mosquitto_pub", "mosquitto_sub", "mosquitto_rr"):
             file = wrappers / name
             file.write_text(_WRAPPER.format(program=shlex.quote(require_program(name)), port=self.broker.port))
             file.chmod(0o755)
