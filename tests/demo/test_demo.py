@@ -27,6 +27,7 @@ from tests.support.services import missing
 from tests.support.waiting import eventually
 
 UNPACED = "streaming.chunk_interval_s=0"
+BRIEF = "generation.max_tokens=60"  # an answer that goes astray costs time and shows nothing
 UP = "until Ctrl-C"
 
 
@@ -111,7 +112,15 @@ def test_one_command_brings_a_conversation_over_a_bus_and_leaves_nothing(kind: s
     need(kind)
     # Nothing that configures a worker elsewhere may reach the demo: variables, a file in the working directory.
     demo = DemoProcess(
-        "--broker", kind, "--set", UNPACED, DEMO_ONCE="1", LMD_MQTT__HOST="nowhere.invalid", LMD_ENGINE__KIND="server"
+        "--broker",
+        kind,
+        "--set",
+        UNPACED,
+        "--set",
+        BRIEF,
+        DEMO_ONCE="1",
+        LMD_MQTT__HOST="nowhere.invalid",
+        LMD_ENGINE__KIND="server",
     )
     demos.append(demo)
     (demo.directory / "llamacpp-mqtt-deploy.toml").write_text("[mqtt]\nport = 1\n")
@@ -132,7 +141,7 @@ def test_one_command_brings_a_conversation_over_a_bus_and_leaves_nothing(kind: s
 @pytest.mark.broker
 def test_it_stays_up_and_its_suggestions_work_until_ctrl_c(demos: list[DemoProcess]) -> None:
     need("mosquitto")
-    demo = DemoProcess("--set", UNPACED)
+    demo = DemoProcess("--set", UNPACED, "--set", BRIEF)
     demos.append(demo)
     demo.shows(UP)
     demo.shows("chat --host")
@@ -176,7 +185,7 @@ def suggestions(text: str) -> list[str]:
 
 @pytest.mark.engine
 def test_killed_outright_it_takes_everything_along(demos: list[DemoProcess]) -> None:
-    demo = DemoProcess("--set", UNPACED)
+    demo = DemoProcess("--set", UNPACED, "--set", BRIEF)
     demos.append(demo)
     demo.shows(UP)
     assert len(demo.processes()) >= 5, "demo, keeper, broker, daemon and engine run"
@@ -199,7 +208,7 @@ def test_a_signal_in_mid_answer_ends_it_with_the_shells_exit_code(
 
 @pytest.mark.engine
 def test_a_part_that_dies_while_it_stays_up_ends_it_with_a_sentence(demos: list[DemoProcess]) -> None:
-    demo = DemoProcess("--set", UNPACED)
+    demo = DemoProcess("--set", UNPACED, "--set", BRIEF)
     demos.append(demo)
     demo.shows(UP)
     daemon = next(pid for pid, command in demo.processes().items() if " run --config " in command)
