@@ -273,7 +273,7 @@ class Intake:
             if address.session is None:
                 address = self._topics.with_session(address.route, letter.session_id)
             if delivery.response_topic is not None and delivery.response_topic != address.reply_topic:
-                self._reject(address, letter.request_id or "", delivery, "reply_topic_forbidden")
+                self._reject(address, letter.request_id or uuid.uuid4().hex, delivery, "reply_topic_forbidden")
                 return None
             return self._enter(delivery, address, letter, check_request(letter, policy=policy), pending)
         except RequestError as error:
