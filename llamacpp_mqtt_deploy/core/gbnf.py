@@ -329,7 +329,8 @@ class _Writer:
         return kind
 
     def _bounds(self, schema: dict[str, Any], lowest: str, highest: str, where: str) -> tuple[int, int | None]:
-        low, high = schema.get(lowest, 0), schema.get(highest)
+        low, high = schema.get(lowest), schema.get(highest)
+        low = 0 if low is None else low
         for name, bound in ((lowest, low), (highest, high)):
             if bound is not None and (not _is_whole(bound) or not 0 <= bound <= MAX_REPEATS):
                 raise NotConvertible(

@@ -210,7 +210,9 @@ class ToolCallReader:
         start = self._held.lstrip()
         if start and not start.startswith("{"):
             return self._no_call(out)
-        self._seen = max(0, self._seen - (len(self._held) - len(start)))
+        blanks = len(self._held) - len(start)
+        self._opened += self._held[:blanks]
+        self._seen = max(0, self._seen - blanks)
         self._held = start
         end = self._extent.feed(start, self._seen)
         self._seen = len(start)
@@ -322,7 +324,7 @@ class ToolCallReader:
         """What was held is text after all."""
         self._give(out, self._opened)
         self._opened = ""
-        self._in_list = False
+        self._in_list = self._after_call = False
         self._step = self._plain if self._style == "llama3" else self._text
         return True
 

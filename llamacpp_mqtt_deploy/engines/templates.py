@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -23,6 +23,8 @@ from llamacpp_mqtt_deploy.core.toolparse import ToolStyle, style_of
 MAX_CHARS = 32 * 1024 * 1024
 MAX_SECONDS = 5.0
 """A rendering takes milliseconds; a template that loops for ever must not hold a worker's thread."""
+MAX_REPEATED = 1_000_000
+MAX_POWER = 64
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -76,10 +78,7 @@ class ChatTemplate:
         if plain and plain[-1].get("role") == "assistant" and not plain[-1].get("tool_calls"):
             begun = _text_of(plain.pop().get("content"))
         given: dict[str, Any] = {"messages": plain, "add_generation_prompt": True, **self._tokens}
-        if tools:
-            given["tools"] = [dict(tool) for tool in tools]
-        else:
-            given["tools"] = None
+        given["tools"] = [_plain_tool(tool) for tool in tools] if tools else None
         if thinking is not None:
             given["enable_thinking"] = thinking
         return self._render(given) + begun
@@ -133,27 +132,45 @@ class _TooMuch(Exception):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox with a time limit: each call and each attribute is a place where a loop can be left."""
+    """A sandbox with a time limit: each call, attribute and step of a range is a place where a loop can be left."""
+
+    intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._ends = threading.local()
+        self.globals["range"] = self._range
 
     def limit(self) -> float:
         """Begin a rendering in this thread; returns when it must have ended."""
         ends_at = self._ends.at = time.monotonic() + MAX_SECONDS
         return ends_at
 
-    @override
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def check(self) -> None:
         if time.monotonic() > self._ends.at:
             raise _TooMuch
+
+    def _range(self, *bounds: int) -> Iterator[int]:
+        for number in jinja2.sandbox.safe_range(*bounds):
+            self.check()
+            yield number
+
+    @override
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(side) for side in (left, right) if isinstance(side, Sized)]
+        times = [side for side in (left, right) if isinstance(side, int)]
+        if (sizes and times and sizes[0] * times[0] > MAX_REPEATED) or (operator == "**" and right > MAX_POWER):
+            raise _TooMuch
+        return super().call_binop(context, operator, left, right)
+
+    @override
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.check()
         return super().call(context, obj, *args, **kwargs)
 
     @override
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if time.monotonic() > self._ends.at:
-            raise _TooMuch
+        self.check()
         return super().getattr(obj, attribute)
 
 
@@ -166,6 +183,19 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _plain_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """As llama.cpp's server gives it to a template: these three fields, whatever the client sent."""
+    function = tool["function"]
+    return {
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "description": function.get("description") or "",
+            "parameters": function.get("parameters") or {"type": "object", "properties": {}},
+        },
+    }
 
 
 def _plain_call(call: Any) -> Any:
