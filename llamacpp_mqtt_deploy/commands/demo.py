@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import shlex
@@ -90,6 +91,9 @@ def command(once: bool, port: int | None, choice: Choice, model: Path | None, ov
 
     from llamacpp_mqtt_deploy.demo.household import DemoFailed
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Latin-1 terminal has no "…", and a model may say anything
     # The client is a library whose warnings go to the host's log, and stderr is not one.
     logging.getLogger("llamacpp_mqtt_deploy").addHandler(logging.NullHandler())
     demo = Demo(Console(highlight=False, emoji=False, markup=False), once=once)
@@ -102,6 +106,11 @@ def command(once: bool, port: int | None, choice: Choice, model: Path | None, ov
             for line in failure.lines:
                 tell(f"  | {line}")
             tell(f"lmd demo: {failure}")
+            leave(FAILED)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, no more processes
+            tell(f"lmd demo: {error}")
             leave(FAILED)
 
 
@@ -302,6 +311,7 @@ class Demo:
 
 def _lmd() -> str:
     """The command as another terminal finds it: by its path where this environment is not on its PATH."""
-    beside = Path(sys.executable).with_name("lmd")
-    found = shutil.which("lmd")
-    return "lmd" if found and Path(found) == beside else shlex.quote(str(beside))
+    beside, found = Path(sys.executable).with_name("lmd"), shutil.which("lmd")
+    if found is not None and (Path(found) == beside or not beside.exists()):
+        return "lmd"
+    return shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m llamacpp_mqtt_deploy"

@@ -156,6 +156,7 @@ class LiveTurn:
         """Each with whether it is a chunk."""
         self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=False)
         self._live.start()
+        console.show_cursor()  # whoever kills us must not be left without one
         self._draw()
 
     def feed(self, reading: Reading) -> None:

@@ -85,7 +85,7 @@ def _start(house: Household, kind: Literal["mosquitto", "amqtt"], port: int, env
     if kind == "mosquitto":
         command = [find_mosquitto() or "mosquitto", "-c", _write_config(house, port)]
     else:
-        command = [sys.executable, "-m", "llamacpp_mqtt_deploy.demo.amqtt_server", str(port)]
+        command = [sys.executable, "-P", "-m", "llamacpp_mqtt_deploy.demo.amqtt_server", str(port)]
     child = house.start("broker", command, environ=environ)
     try:
         house.wait(child, "ready", lambda: _listens(port), _START_S)

@@ -79,7 +79,7 @@ class Household:
         self.directory = Path()
 
     def __enter__(self) -> Self:
-        self.directory = Path(tempfile.mkdtemp(prefix="lmd-demo-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="lmd-demo-")).absolute()
         reading, self._pipe = os.pipe()
         try:
             self._keeper = subprocess.Popen(  # noqa: S603 - our own script

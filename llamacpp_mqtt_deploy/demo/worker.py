@@ -125,7 +125,8 @@ def check_engine(overrides: Mapping[str, str]) -> None:
 
 def start_worker(house: Household, settings: Mapping[str, str], *, environ: Mapping[str, str]) -> Child:
     flags = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "llamacpp_mqtt_deploy", "run", "--config", os.devnull, *flags]
+    # -P: the folder in which the demo is called may hold a module with the name of one of ours.
+    command = [sys.executable, "-P", "-m", "llamacpp_mqtt_deploy", "run", "--config", os.devnull, *flags]
     # With TMPDIR whatever its engine leaves behind goes with our directory.
     return house.start("daemon", command, environ={**environ, "TMPDIR": str(house.directory)})
 

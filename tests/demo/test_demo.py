@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from llamacpp_mqtt_deploy.cli import main
 from llamacpp_mqtt_deploy.commands.demo import PROMPTS
 from llamacpp_mqtt_deploy.demo import brokers
 from llamacpp_mqtt_deploy.demo.brokers import find_mosquitto
+from tests.client.terminal import Terminal
 from tests.support.services import missing
 from tests.support.waiting import eventually
 
@@ -90,6 +92,7 @@ class DemoProcess:
 
 @pytest.fixture
 def demos() -> Iterator[list[DemoProcess]]:
+    need("xllamacpp")
     started: list[DemoProcess] = []
     yield started
     for demo in started:
@@ -99,6 +102,8 @@ def demos() -> Iterator[list[DemoProcess]]:
 def need(kind: str) -> None:
     if kind == "mosquitto" and find_mosquitto() is None:
         missing("the program mosquitto is not installed")
+    if kind != "mosquitto" and importlib.util.find_spec(kind) is None:
+        missing(f"the package {kind} is not installed")
 
 
 def answers(text: str) -> list[str]:
@@ -175,6 +180,19 @@ def test_it_stays_up_and_its_suggestions_work_until_ctrl_c(demos: list[DemoProce
     assert demo.wait(30) == 0, demo.text
     assert "nothing is left" in demo.text
     demo.nothing_is_left(0.5)
+
+
+@pytest.mark.engine
+def test_ctrl_c_in_a_terminal_reaches_the_demo_alone_and_is_a_good_end() -> None:
+    need("xllamacpp")
+    with tempfile.TemporaryDirectory(prefix="t-") as directory:
+        environment = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "TMPDIR": directory}
+        with Terminal(["demo", "--set", UNPACED, "--set", BRIEF], environment=environment) as terminal:
+            terminal.shows("chat --host", 60)
+            terminal.interrupt()
+            assert terminal.wait(30) == 0, terminal.text
+        assert "\x1b[36m" in terminal.text  # the colour of chunks
+        assert not list(Path(directory).iterdir())
 
 
 def suggestions(text: str) -> list[str]:
