@@ -46,6 +46,24 @@ class Policies:
         )
 
 
+class InForce:
+    """The configuration in force, for everybody who reads it for each request; replaced as a whole."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._policies = Policies.of(settings)
+
+    def policies(self) -> Policies:
+        return self._policies
+
+    @property
+    def settings(self) -> Settings:
+        return self._policies.settings
+
+    def change(self, *, settings: Settings | None = None, engine_models: tuple[str, ...]) -> None:
+        """Other settings (a reload), or other models (the engine said what it serves)."""
+        self._policies = Policies.of(settings or self.settings, engine_models=engine_models)
+
+
 def topic_map(settings: Settings) -> TopicMap:
     """The topics of this configuration; raises ValueError with a sentence for each fault."""
     return TopicMap(root=settings.mqtt.root, worker_id=settings.mqtt.worker_id, routes=tuple(_topics(settings)))

@@ -61,6 +61,8 @@ class Presence:
     ) -> None:
         self.instance = uuid.uuid4().hex
         self.state: WorkerState = "online"
+        self.announced = False
+        """Whether we have said `online` in this connection; before that nothing is said at all."""
         self._topics = topics
         self._outbox = outbox
         self._every_s = every_s
@@ -79,8 +81,18 @@ class Presence:
         """What we say when we go."""
         return Retained(topic=self._topics.status_topic, payload=encode(self._core("offline") | {"reason": "stopped"}))
 
+    def become(self, state: WorkerState) -> None:
+        self.state = state
+        self.renew()
+
+    def renew(self) -> None:
+        """Say again how we are, if we have said it at all."""
+        if self.announced:
+            self.publish()
+
     def publish(self) -> None:
         """Say (again) how we are; on MQTT 5 it expires, so that a power cut leaves no `online` behind."""
+        self.announced = True
         self._outbox.publish(
             self._topics.status_topic,
             encode(self._core(self.state) | dict(self._details())),

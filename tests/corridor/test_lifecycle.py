@@ -288,10 +288,10 @@ def test_an_engine_that_comes_later_is_waited_for_with_loading(bus: Bus) -> None
     bus.listener.until(_topic="llm/status/w1", state="online")
     bus.ask("one", request_id="r1")
     assert bus.listener.until(type="queued", request_id="r1")["reason"] in ("loading", "waiting")
-    assert not house.daemon._ready
+    assert not house.daemon.ready
     engine.become("ready")
     assert bus.listener.terminal("r1")["type"] == "done"
-    eventually(lambda: house.daemon._ready)
+    eventually(lambda: house.daemon.ready)
 
 
 def test_the_worker_gives_up_after_its_startup_timeout_with_exit_code_3(bus: Bus) -> None:

@@ -10,8 +10,9 @@ import pytest
 from typing_extensions import override
 
 from llamacpp_mqtt_deploy import daemon as daemon_module
+from llamacpp_mqtt_deploy.choosing import client_id
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
-from llamacpp_mqtt_deploy.daemon import Daemon, client_id
+from llamacpp_mqtt_deploy.daemon import Daemon
 from llamacpp_mqtt_deploy.engines.scripted import ScriptedEngine
 from llamacpp_mqtt_deploy.loading import load
 from llamacpp_mqtt_deploy.mqtt.loopback import LoopbackLink
@@ -70,10 +71,18 @@ class Stubborn(LoopbackLink):
 
 
 def _house_with(bus: Bus, errors: list[Exception], **settings: Any) -> House:
-    house = House(broker=bus.broker, engine=ScriptedEngine(), settings={"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"})
+    house = House(
+        broker=bus.broker,
+        engine=ScriptedEngine(),
+        settings={"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"},
+    )
     link = Stubborn(bus.broker, client_id=client_id(house.loaded.settings.mqtt))
     link.errors = errors
-    house.daemon = Daemon(load(None, {"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"}, environ={}), link=link, engine=house.engine)
+    house.daemon = Daemon(
+        load(None, {"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"}, environ={}),
+        link=link,
+        engine=house.engine,
+    )
     bus.houses.append(house)
     house.start()
     return house
@@ -90,10 +99,10 @@ def _house_with(bus: Bus, errors: list[Exception], **settings: Any) -> House:
 def test_a_broker_that_does_not_answer_a_subscription_is_asked_again_until_it_does(
     bus: Bus, errors: list[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon_module, "_RESUBSCRIBE_EVERY_S", 0.05)
+    monkeypatch.setattr(daemon_module, "_GREET_AGAIN_S", 0.05)
     house = _house_with(bus, errors)
     bus.listener.until(_topic="llm/status/w1", state="online")
-    assert house.daemon._recovered, "what an earlier life left must not be forgotten"
+    assert house.daemon._greeting.settled, "what an earlier life left must not be forgotten"
     bus.ask("one", request_id="r1")
     assert bus.listener.terminal("r1")["type"] == "done"
     assert house.exit_code is None
@@ -101,7 +110,7 @@ def test_a_broker_that_does_not_answer_a_subscription_is_asked_again_until_it_do
 
 def test_a_defect_in_the_reading_of_one_burst_does_not_end_the_reading(bus: Bus) -> None:
     house = bus.house()
-    positions = house.daemon._book.must_wait
+    positions = house.daemon.parts.book.must_wait
     calls: list[object] = []
 
     def broken(job: Any) -> bool:
@@ -110,7 +119,7 @@ def test_a_defect_in_the_reading_of_one_burst_does_not_end_the_reading(bus: Bus)
             raise RuntimeError("a defect")
         return positions(job)
 
-    house.daemon._book.must_wait = broken  # type: ignore[method-assign]
+    house.daemon.parts.book.must_wait = broken  # type: ignore[method-assign]
     bus.ask("one", request_id="r1", session="a")
     eventually(lambda: calls)
     bus.ask("two", request_id="r2", session="b")

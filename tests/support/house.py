@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llamacpp_mqtt_deploy.choosing import client_id
 from llamacpp_mqtt_deploy.core.events import EventReader
 from llamacpp_mqtt_deploy.core.schema import validate_admin_ack, validate_event, validate_health, validate_status
-from llamacpp_mqtt_deploy.daemon import Daemon, client_id
+from llamacpp_mqtt_deploy.daemon import Daemon
 from llamacpp_mqtt_deploy.engines.scripted import ScriptedEngine
 from llamacpp_mqtt_deploy.loading import load
 from llamacpp_mqtt_deploy.mqtt.loopback import LoopbackLink
@@ -134,7 +135,7 @@ class Bus:
         self.houses.append(house)
         house.start()
         if wait:
-            self.listener.until(state="online", instance=house.daemon._presence.instance)
+            self.listener.until(state="online", instance=house.daemon.parts.presence.instance)
         return house
 
     def ask(self, prompt: str | None = None, *, session: str = "demo", **fields: Any) -> None:

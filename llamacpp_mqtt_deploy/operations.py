@@ -1,0 +1,76 @@
+"""What an operator does to a running worker: cancel everything, drain, resume, read the configuration again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+from llamacpp_mqtt_deploy import logs
+from llamacpp_mqtt_deploy.controls import Controls
+from llamacpp_mqtt_deploy.jobs import JobBook
+from llamacpp_mqtt_deploy.loading import ConfigurationError, Loaded, load
+from llamacpp_mqtt_deploy.policies import InForce
+from llamacpp_mqtt_deploy.ports import Engine
+from llamacpp_mqtt_deploy.presence import Presence
+from llamacpp_mqtt_deploy.reloading import reload
+
+log = structlog.get_logger(__name__)
+
+
+class Operations:
+    """The levers behind the admin topic and SIGHUP; each returns at once."""
+
+    def __init__(
+        self,
+        *,
+        loaded: Loaded,
+        in_force: InForce,
+        book: JobBook,
+        controls: Controls,
+        presence: Presence,
+        engine: Engine,
+    ) -> None:
+        self._loaded = loaded
+        self._in_force = in_force
+        self._book = book
+        self._controls = controls
+        self._presence = presence
+        self._engine = engine
+
+    def cancel_all(self) -> int:
+        """Cancel every request; returns how many were told to stop."""
+        return sum(map(self._controls.cancel, self._book.all()))
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what is inside goes on."""
+        self._book.drain()
+        self._presence.become("draining")
+
+    def resume(self) -> None:
+        """Take requests again."""
+        self._book.resume()
+        self._presence.become("online")
+
+    def reload(self) -> Mapping[str, Any]:
+        """Read the configuration again; returns the fields of the ack. A wrong one changes nothing."""
+        try:
+            loaded = load(self._loaded.file, self._loaded.overrides)
+        except ConfigurationError as problem:
+            log.error("configuration.refused", problems=list(problem.problems))
+            return {"status": "error", "code": "bad_request", "message": "; ".join(problem.problems)[:2000]}
+        found = reload(self._in_force.settings, loaded.settings)
+        self._in_force.change(settings=found.settings, engine_models=self._engine.info().models)
+        limits = found.settings.limits
+        self._book.set_limits(
+            queue_size=limits.queue_size,
+            session_queue=limits.session_queue,
+            aging_s=limits.aging_s,
+            max_requests_per_minute=limits.max_requests_per_minute,
+        )
+        if "logging.level" in found.changed:
+            logs.set_level(found.settings.logging.level)
+        log.warning("configuration.reloaded", changed=list(found.changed), needs_restart=list(found.needs_restart))
+        self._presence.renew()
+        return {"changed": list(found.changed), "needs_restart": list(found.needs_restart)}
