@@ -11,7 +11,6 @@ from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.ports import Outbox
 
-
 # How long a reader lets the broker keep up before it reads on: far above a round trip in a house, far below what a cancel or
 # the engine's own buffers would notice.
 _KEEP_UP_S = 0.02
