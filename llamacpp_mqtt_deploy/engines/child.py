@@ -8,12 +8,23 @@ import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from llamacpp_mqtt_deploy.engines.launching import CannotLaunch, tied
 
 READ_BYTES = 65536
 EXITED_LOOK_EVERY_S = 0.1
 """How often to look whether it ended, on kernels that cannot tell (before Linux 5.3, or forbidden in a container)."""
+
+
+def oom_kills() -> int | None:
+    """How many processes of our control group the kernel has killed for lack of memory; None where it does not tell."""
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="ascii").partition("::")[2].splitlines()[0]
+        events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")
+        return int(events.partition("oom_kill ")[2].splitlines()[0])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 class Child:

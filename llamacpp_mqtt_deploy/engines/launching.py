@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,9 +84,8 @@ class Abilities:
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where the server listens and what opens it. `socket_path` or `port`; the key goes by the environment or by a file."""
+    """Where the server listens: `socket_path`, or `port` on the loopback; its key goes by the environment or by a file."""
 
-    key: str
     socket_path: Path | None = None
     port: int = 0
     key_file: Path | None = None
@@ -270,3 +270,10 @@ def environment(key: str | None, environ: Mapping[str, str] = os.environ) -> dic
 def tied(command: Sequence[str]) -> list[str]:
     """The command, to be killed when the thread that starts it ends, however it ends."""
     return [sys.executable, "-I", "-S", lifeline.__file__, str(os.getpid()), *command]
+
+
+def free_port() -> int:
+    """A loopback port that nobody uses now, for servers that know no unix sockets."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

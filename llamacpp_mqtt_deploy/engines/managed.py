@@ -10,61 +10,35 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import structlog
 from pydantic import SecretStr
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
 from llamacpp_mqtt_deploy.core.errors import EngineUnavailable, ShuttingDown
-from llamacpp_mqtt_deploy.engines import dialects, launching, lifeline
-from llamacpp_mqtt_deploy.engines.child import EXITED_LOOK_EVERY_S, Child
-from llamacpp_mqtt_deploy.engines.http import Address, Broken, ConnectFailed, Exchange, NoAnswer, Silent
+from llamacpp_mqtt_deploy.engines import dialects, launching
+from llamacpp_mqtt_deploy.engines.child import EXITED_LOOK_EVERY_S, Child, oom_kills
+from llamacpp_mqtt_deploy.engines.http import Address
 from llamacpp_mqtt_deploy.engines.launching import CannotLaunch, Door
 from llamacpp_mqtt_deploy.engines.privatedir import PrivateDir
 from llamacpp_mqtt_deploy.engines.server import ServerEngine
 from llamacpp_mqtt_deploy.engines.serverlog import ServerLog
-from llamacpp_mqtt_deploy.engines.stalling import StallWatch, Vigilance
-from llamacpp_mqtt_deploy.ports import EngineInfo
+from llamacpp_mqtt_deploy.engines.stalling import Vigilance
+from llamacpp_mqtt_deploy.engines.verdicts import End, Verdict, Verdicts, Wish
+from llamacpp_mqtt_deploy.engines.watching import Life, Watcher
+from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
 from llamacpp_mqtt_deploy.settings import EngineSettings
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
 log = structlog.get_logger(__name__)
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-"""Between two starts of a server that has crashed."""
-HEALTHY_AFTER_S = 60.0
-"""A server that answered this long was well: the next crash is a first one again."""
-FIRST_FAILED_PAUSE_S = 10.0
-LONGEST_FAILED_PAUSE_S = 300.0
-"""Between two starts of a server that cannot load: it reads a whole model each time, and a person has to do something."""
-FAILED_AFTER_CRASHES = 3
-"""So many crashes in a row before the server was ready are no bad luck."""
 SECOND_SIGNAL_AFTER_S = 1.0
 """llama-server waits for its open streams at the first SIGTERM and ends at once at the second."""
 KILL_AFTER_S = 3.0
-SLOW_LOOK_S = 0.5
 MAX_DETAIL_CHARS = 600
-
-Phase = Literal["starting", "loading", "ready", "restarting", "failed", "closed"]
-Wish = Literal["", "restart", "hung", "close"]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Life:
-    """One server process from its start to its end."""
-
-    child: Child
-    log: ServerLog
-    started_at: float
-    ready_at: float | None = None
-    wish: Wish = ""
-    """Why it has to end, when we want it to."""
-    why: str = ""
-    told_at: list[float] = field(default_factory=list)
-    """When it was sent which number of signals."""
+STUCK_MARGIN_S = 10.0
+"""Beyond `chunk_timeout_s`, so that the requests in front of a hang have ended before the server does."""
 
 
 class ManagedEngine:
@@ -76,16 +50,14 @@ class ManagedEngine:
             update={"dialect": "llamacpp", "api_key": SecretStr(key), "api_key_file": None, "ca_file": None}
         )
         self._key = key
-        self._vigilance = vigilance or Vigilance(stuck_after_s=settings.chunk_timeout_s + 10.0)
         self._program: launching.Program | None = None
         self._directory: PrivateDir | None = None
         # Guards what follows, for arithmetic only; notified at each change of the phase.
         self._changed = threading.Condition()
-        self._phase: Phase = "starting"
+        self._phase: EngineState = "starting"
         self._detail = "The server was not started yet."
-        self._life: _Life | None = None
+        self._life: Life | None = None
         self._inner: ServerEngine | None = None
-        self._address: Address | None = None
         self._known = EngineInfo(
             state="starting",
             kind="managed",
@@ -96,16 +68,21 @@ class ManagedEngine:
         )
         self._closing = StopSignal()
         self._hurry = False  # start now, without the rest of the pause
-        self._failures = 0
-        self._crashes_before_ready = 0
-        self._ever_ready = False
+        self._verdicts = Verdicts()
         self._door: Door | None = None
         self._arguments: list[str] | None = None
         self._wakeup: socket.socket | None = None  # the supervisor's end of what interrupts its waiting
         self._waker: socket.socket | None = None
         self._kill_after_s = KILL_AFTER_S
         self._supervisor = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
-        self._watcher = threading.Thread(target=self._watch, name="engine-watcher", daemon=True)
+        self._watcher = Watcher(
+            vigilance=vigilance or Vigilance(stuck_after_s=settings.chunk_timeout_s + STUCK_MARGIN_S),
+            life=lambda: self._life,
+            changed=self._changed,
+            closing=self._closing,
+            on_ready=self._became_ready,
+            on_hung=self._hung,
+        )
 
     # --- the door ----------------------------------------------------------------------------------------------------
 
@@ -123,7 +100,7 @@ class ManagedEngine:
         for end in (self._wakeup, self._waker):
             end.setblocking(False)
         self._supervisor.start()
-        self._watcher.start()
+        self._watcher.thread.start()
 
     def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
         deadline = None if timeout_s is None else Deadline(timeout_s)
@@ -159,7 +136,7 @@ class ManagedEngine:
             if self._closing.is_set():
                 return False
             log.info("llama_server.restart_asked")
-            self._failures = self._crashes_before_ready = 0
+            self._verdicts.forgive()
             self._hurry = True
             if self._life is None:
                 self._enter("restarting", "The server is started anew, as was asked for.")
@@ -177,11 +154,10 @@ class ManagedEngine:
             self._end(self._life, "close", "the worker ends")
             self._changed.notify_all()
         if inner is not None:
-            inner.close(
-                deadline
-            )  # first: the server ends in 50 ms when its streams are gone, and waits for them otherwise
+            # First: the server ends in 50 ms when its streams are gone, and waits for them otherwise.
+            inner.close(deadline)
         self._wake()
-        for thread in (self._supervisor, self._watcher):
+        for thread in (self._supervisor, self._watcher.thread):
             if thread.is_alive():
                 thread.join(max(0.1, deadline.remaining_s()))
         if self._supervisor.is_alive():
@@ -217,12 +193,6 @@ class ManagedEngine:
 
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
         return dialects.unsupported(call, "llamacpp")
-
-    @property
-    def busy(self) -> int:
-        """Requests in flight at the server."""
-        inner = self._inner
-        return 0 if inner is None else inner.busy
 
     def _when_ready(self, stop: StopSignal, on_wait: Callable[[str], None]) -> ServerEngine:
         """Wait while the server loads, for as long as that takes, and while it is restarted, for `unavailable_after_s`."""
@@ -282,20 +252,21 @@ class ManagedEngine:
         port = self._settings.managed.port
         key_file = None if known.key_from_environment else self._directory.write("key", self._key)
         if port == 0 and known.unix_socket:
-            door = Door(self._key, socket_path=self._directory.socket_path, key_file=key_file)
+            door = Door(socket_path=self._directory.socket_path, key_file=key_file)
         else:
-            door = Door(self._key, port=port or _free_port(), key_file=key_file)
+            door = Door(port=port or launching.free_port(), key_file=key_file)
         made = launching.arguments(self._settings, known, door)
         inner = ServerEngine(self._settings, url=door.url, kind="managed")
         inner.open()
         with self._changed:
-            self._door, self._arguments, self._inner, self._address = door, made, inner, Address(door.url)
+            self._door, self._arguments, self._inner = door, made, inner
 
     def _live(self) -> float:
         """One life of the server. Returns the pause before the next, in seconds."""
         assert self._program is not None
         assert self._door is not None
         assert self._arguments is not None
+        assert self._inner is not None
         if self._door.socket_path is not None:
             self._door.socket_path.unlink(missing_ok=True)  # the server leaves it behind, and cannot bind where one is
         now = time.monotonic()
@@ -303,13 +274,15 @@ class ManagedEngine:
             [*self._program.command, *self._arguments],
             launching.environment(self._key if self._door.key_file is None else None),
         )
-        life = _Life(
+        life = Life(
             child=child,
             log=ServerLog(now=now, serving=lambda: self._phase == "ready"),
+            engine=self._inner,
+            address=Address(self._door.url),
             started_at=now,
+            oom_kills=oom_kills(),
         )
         log.info("llama_server.started", pid=child.pid, program=self._program.shown)
-        code: int | None = None
         try:
             with self._changed:
                 self._life = life
@@ -323,7 +296,7 @@ class ManagedEngine:
             child.close()
         return self._ended(life, code)
 
-    def _accompany(self, life: _Life) -> int:
+    def _accompany(self, life: Life) -> int:
         child = life.child
         wakeup = self._wakeup
         assert wakeup is not None
@@ -343,9 +316,10 @@ class ManagedEngine:
                 if code is not None:
                     while self._listen(life, to_the_end=True):
                         pass
+                    life.log.feed(b"", time.monotonic())  # a last line without an end
                     return code
 
-    def _listen(self, life: _Life, *, to_the_end: bool = False) -> bool:
+    def _listen(self, life: Life, *, to_the_end: bool = False) -> bool:
         """Read what the server wrote; False when there is no more."""
         data = life.child.read()
         if data is None:
@@ -357,7 +331,7 @@ class ManagedEngine:
                 self._enter("loading", detail)
         return bool(data)
 
-    def _remind(self, life: _Life) -> float:
+    def _remind(self, life: Life) -> float:
         """Send the signals that are due; the seconds until the next."""
         look_s = 1.0 if life.child.ending is not None else EXITED_LOOK_EVERY_S
         if not life.wish:
@@ -379,49 +353,35 @@ class ManagedEngine:
         due_s = second_s if waited_s < second_s else self._kill_after_s
         return min(look_s, max(0.01, due_s - waited_s))
 
-    def _ended(self, life: _Life, code: int) -> float:
-        """Judge an end: what to show, and how long to wait."""
-        now = time.monotonic()
-        was_ready_s = None if life.ready_at is None else now - life.ready_at
-        how = _ending(code, ours=bool(life.wish))
-        last = life.log.last()
-        event = log.info if life.wish in ("close", "restart") else log.error
-        event(
+    def _ended(self, life: Life, code: int) -> float:
+        """Tell of an end; the pause before the next start in seconds."""
+        end = End(
+            code=code,
+            wish=life.wish,
+            why=life.why,
+            ready_s=None if life.ready_at is None else time.monotonic() - life.ready_at,
+            last=life.log.last(),
+            out_of_memory=life.oom_kills is not None and (oom_kills() or 0) > life.oom_kills,
+        )
+        ours = life.wish in ("close", "restart")
+        (log.info if ours else log.error)(
             "llama_server.ended",
-            how=how,
+            how=end.how,
             why=life.why or None,
-            ready_s=None if was_ready_s is None else round(was_ready_s, 1),
-            last_lines=None if life.wish in ("close", "restart") else last,
+            ready_s=None if end.ready_s is None else round(end.ready_s, 1),
+            last_lines=None if ours else end.last,
         )
-        if life.wish == "close":
-            return 0.0
-        if life.wish == "restart":
-            self._set("restarting", "The server is started anew, as was asked for.")
-            return 0.0
-        if was_ready_s is None:
-            self._crashes_before_ready += 1
-            # An exit code is the server's own decision; one that was ready before may only lack memory for a moment.
-            gave_up = code > 0 and not self._ever_ready
-            if gave_up or self._crashes_before_ready >= FAILED_AFTER_CRASHES:
-                return self._cannot(
-                    f"The server cannot load the model: it {how}. It said: {last or 'nothing'}. Check "
-                    "engine.model_path, the memory, and engine.managed.extra_args; `restart_engine` tries at once."
-                )
-        elif was_ready_s >= HEALTHY_AFTER_S:
-            self._failures = 0
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**self._failures)
-        self._failures = min(self._failures + 1, 20)
-        what = f"hung ({life.why}) and was killed" if life.wish == "hung" else how
-        self._set(
-            "restarting", f"The server {what}; it is started again in {pause_s:g} s. It said last: {last or 'nothing'}."
-        )
-        return pause_s
+        with self._changed:
+            return self._obey(self._verdicts.judge(end))
 
     def _cannot(self, detail: str) -> float:
-        pause_s = min(LONGEST_FAILED_PAUSE_S, FIRST_FAILED_PAUSE_S * 2.0**self._failures)
-        self._failures = min(self._failures + 1, 20)
-        self._set("failed", detail)
-        return pause_s
+        with self._changed:
+            return self._obey(self._verdicts.cannot(detail))
+
+    def _obey(self, verdict: Verdict) -> float:
+        """Under the lock."""
+        self._enter(verdict.state, verdict.detail)
+        return verdict.pause_s
 
     def _pause(self, seconds: float) -> None:
         deadline = Deadline(seconds)
@@ -431,95 +391,30 @@ class ManagedEngine:
 
     # --- the thread that looks how it is -----------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        life: _Life | None = None
-        watch = StallWatch(self._vigilance)
-        while not self._closing.is_set():
-            with self._changed:
-                if self._life is None:
-                    self._changed.wait(1.0)
-                    continue
-                if self._life is not life:
-                    life, watch = self._life, StallWatch(self._vigilance)
-            try:
-                pause_s = self._look(life, watch)
-            except Exception:
-                log.exception("llama_server.look_failed")
-                pause_s = self._vigilance.idle_every_s
-            ends_at = time.monotonic() + pause_s
-            with self._changed:
-                while self._life is life and not self._closing.is_set() and time.monotonic() < ends_at:
-                    self._changed.wait(ends_at - time.monotonic())
-
-    def _look(self, life: _Life, watch: StallWatch) -> float:
-        """Look once; the pause before the next look in seconds."""
-        asked_at = time.monotonic()
-        status = self._health()
+    def _became_ready(self, life: Life) -> None:
+        said = life.engine.probe()
+        if said.state != "ready":
+            return  # /health is earlier than the rest by a moment
         now = time.monotonic()
-        if life.ready_at is None:
-            if status == 200:
-                self._became_ready(life)
-            else:
-                # Refused at once is a server that does not listen yet; a hang takes the question and does not answer.
-                self._end_if_hung(life, watch.loading(status != 0 or now - asked_at < SLOW_LOOK_S, asked_at, now))
-            loading_s = now - life.started_at
-            return self._vigilance.loading_every_s if loading_s < 10 else SLOW_LOOK_S
-        self._end_if_hung(life, watch.reached(status != 0, asked_at, now))
-        inner = self._inner
-        if status != 200 or inner is None or not (inner.busy or watch.doubtful):
-            return self._vigilance.idle_every_s if status else self._vigilance.busy_every_s
-        asked_at = time.monotonic()
-        slots = inner.slots_progress()
-        now = time.monotonic()
-        if slots is not None or now - asked_at >= SLOW_LOOK_S:  # a quick refusal says nothing
-            self._end_if_hung(life, watch.saw(slots, asked_at, now))
-        return self._vigilance.busy_every_s
+        with self._changed:
+            if self._life is not life or life.wish:
+                return
+            life.ready_at = now
+            self._verdicts.ready()
+            self._known = replace(said, can_restart=True, backend=life.log.backend)
+            self._enter("ready", "")
+        seconds = round(now - life.started_at, 2)
+        log.info("llama_server.ready", pid=life.child.pid, seconds=seconds, backend=life.log.backend)
 
-    def _end_if_hung(self, life: _Life, problem: str | None) -> None:
-        if problem is None:
-            return
+    def _hung(self, life: Life, problem: str) -> None:
         log.error("llama_server.hung", problem=problem, pid=life.child.pid)
         with self._changed:
             self._end(life, "hung", problem)
         self._wake()
 
-    def _health(self) -> int:
-        """HTTP status of the page that needs neither key nor model; 0 when nothing came."""
-        if self._address is None:
-            return 0
-        limit_s = self._vigilance.answer_within_s
-        try:
-            with Exchange(self._address, api_key=None, connect_timeout_s=limit_s, stops=(self._closing,)) as asked:
-                asked.send("GET", "/health", timeout_s=limit_s)
-                return asked.status
-        except (ConnectFailed, NoAnswer, Broken, Silent):
-            return 0
-
-    def _became_ready(self, life: _Life) -> None:
-        inner = self._inner
-        if inner is None:
-            return
-        said = inner.probe()
-        if said.state != "ready":
-            return  # /health is earlier than the rest by a moment
-        with self._changed:
-            if self._life is not life or life.wish:
-                return
-            life.ready_at = time.monotonic()
-            self._ever_ready = True
-            self._crashes_before_ready = 0
-            self._known = replace(said, can_restart=True, backend=life.log.backend)
-            self._enter("ready", "")
-        log.info(
-            "llama_server.ready",
-            pid=life.child.pid,
-            seconds=round(life.ready_at - life.started_at, 2),
-            backend=life.log.backend,
-        )
-
     # --- small things ------------------------------------------------------------------------------------------------
 
-    def _end(self, life: _Life | None, wish: Wish, why: str) -> None:
+    def _end(self, life: Life | None, wish: Wish, why: str) -> None:
         """Want the process ended; under the lock. Closing goes before the other reasons."""
         if life is None or (life.wish and wish != "close"):
             return
@@ -527,11 +422,7 @@ class ManagedEngine:
         if wish != "close":
             self._enter("restarting", f"The server is ended: {why}.")
 
-    def _set(self, phase: Phase, detail: str) -> None:
-        with self._changed:
-            self._enter(phase, detail)
-
-    def _enter(self, phase: Phase, detail: str) -> None:
+    def _enter(self, phase: EngineState, detail: str) -> None:
         """Under the lock."""
         if self._phase != "closed":
             self._phase, self._detail = phase, detail[:MAX_DETAIL_CHARS]
@@ -547,30 +438,8 @@ class ManagedEngine:
                 self._waker.send(b"\0")
 
 
-def _loading(life: _Life) -> str:
+def _loading(life: Life) -> str:
     return f"The server loads: it {life.log.stage}." if life.log.stage else "The server starts."
-
-
-def _ending(code: int, *, ours: bool) -> str:
-    if code >= 0:
-        hint = " (a library or the program itself is missing)" if code == lifeline.CANNOT_EXECUTE else ""
-        return f"ended with exit code {code}{hint}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    if code == -signal.SIGKILL and not ours:
-        return (
-            "was killed by SIGKILL from outside, perhaps by the kernel for lack of memory (`journalctl -k` tells; fewer "
-            "engine.slots or engine.context_tokens need less)"
-        )
-    return f"was ended by {name}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _drain(end: socket.socket) -> None:

@@ -18,7 +18,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Text
 from llamacpp_mqtt_deploy.core.errors import EngineLost, EngineUnavailable, ShuttingDown
-from llamacpp_mqtt_deploy.engines import managed
+from llamacpp_mqtt_deploy.engines import verdicts
 from llamacpp_mqtt_deploy.engines.managed import ManagedEngine
 from llamacpp_mqtt_deploy.engines.server import ServerEngine
 from llamacpp_mqtt_deploy.engines.stalling import Vigilance
@@ -228,7 +228,7 @@ def test_a_crash_while_idle_is_noticed_and_told(make: Make) -> None:
 
 
 def test_crashes_in_a_row_are_answered_with_longer_pauses(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(managed, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(verdicts, "FIRST_PAUSE_S", 0.05)
     engine = make()
     pauses = []
     for _ in range(3):
@@ -265,17 +265,17 @@ def test_an_argument_that_the_server_does_not_know_is_told(make: Make) -> None:
 def test_a_server_that_dies_whenever_it_starts_is_a_failure(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(managed, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(verdicts, "FIRST_PAUSE_S", 0.01)
     fake = write_fake_llama_server(tmp_path, dies=signal.SIGABRT, says="GGML_ASSERT(n_tokens > 0) failed")
     engine = make(binary=fake.path, ready=False)
     eventually(lambda: state_of(engine) == "failed", 20)
     assert "SIGABRT" in engine.info().detail
     assert "GGML_ASSERT(n_tokens > 0) failed" in engine.info().detail
-    assert len(fake.runs) == managed.FAILED_AFTER_CRASHES
+    assert len(fake.runs) == verdicts.FAILED_AFTER_CRASHES
 
 
 def test_a_cancel_ends_the_wait_for_a_restart(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(managed, "FIRST_PAUSE_S", 30.0)
+    monkeypatch.setattr(verdicts, "FIRST_PAUSE_S", 30.0)
     engine = make()
     os.kill(pid_of(engine), signal.SIGKILL)
     eventually(lambda: state_of(engine) == "restarting")
@@ -286,7 +286,7 @@ def test_a_cancel_ends_the_wait_for_a_restart(make: Make, monkeypatch: pytest.Mo
 
 
 def test_a_request_gives_up_on_a_restart_that_takes_too_long(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(managed, "FIRST_PAUSE_S", 30.0)
+    monkeypatch.setattr(verdicts, "FIRST_PAUSE_S", 30.0)
     engine = make(unavailable_after_s=0.2)
     os.kill(pid_of(engine), signal.SIGKILL)
     eventually(lambda: state_of(engine) == "restarting")
@@ -388,7 +388,7 @@ def test_it_closes_in_time_with_an_open_stream_and_leaves_nothing_behind(
 
 
 def test_it_closes_at_once_while_it_waits_for_the_next_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(managed, "FIRST_PAUSE_S", 30.0)
+    monkeypatch.setattr(verdicts, "FIRST_PAUSE_S", 30.0)
     engine = make()
     os.kill(pid_of(engine), signal.SIGKILL)
     eventually(lambda: state_of(engine) == "restarting")

@@ -19,6 +19,7 @@ from llamacpp_mqtt_deploy.engines.privatedir import LONGEST_SOCKET_PATH, Private
 from llamacpp_mqtt_deploy.engines.server import SlotProgress
 from llamacpp_mqtt_deploy.engines.serverlog import KEPT_LINES, MAX_LINE_CHARS, ServerLog
 from llamacpp_mqtt_deploy.engines.stalling import StallWatch, Vigilance
+from llamacpp_mqtt_deploy.engines.verdicts import End, Verdicts
 from llamacpp_mqtt_deploy.settings import EngineSettings, ManagedSettings
 
 # --- the server's log ------------------------------------------------------------------------------------------------
@@ -178,6 +179,57 @@ def test_a_loading_server_may_be_deaf_for_longer() -> None:
     assert watch.reached(False, 29, 34) == "it answers nothing for 12 s"
 
 
+# --- the verdicts ----------------------------------------------------------------------------------------------------
+
+SEGFAULT = End(code=-11, ready_s=5.0)
+
+
+def test_the_pause_doubles_up_to_half_a_minute_and_health_forgives() -> None:
+    verdicts = Verdicts()
+    assert [verdicts.judge(SEGFAULT).pause_s for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert verdicts.judge(End(code=-11, ready_s=61.0)).pause_s == 0.5
+    assert verdicts.judge(SEGFAULT).state == "restarting"
+
+
+def test_a_server_that_refuses_to_load_is_tried_rarely_until_somebody_asks() -> None:
+    verdicts = Verdicts()
+    refused = End(code=1, last="bad magic")
+    judged = [verdicts.judge(refused) for _ in range(7)]
+    assert {verdict.state for verdict in judged} == {"failed"}
+    assert [verdict.pause_s for verdict in judged] == [10, 20, 40, 80, 160, 300, 300]
+    assert "bad magic" in judged[0].detail
+    verdicts.forgive()
+    assert verdicts.judge(refused).pause_s == 10
+
+
+def test_a_server_that_was_ready_once_gets_more_chances_to_load() -> None:
+    verdicts = Verdicts()
+    verdicts.ready()
+    assert [verdicts.judge(End(code=1)).state for _ in range(3)] == ["restarting", "restarting", "failed"]
+
+
+def test_an_end_that_was_asked_for_is_no_failure() -> None:
+    verdicts = Verdicts()
+    assert verdicts.judge(End(code=0, wish="restart", ready_s=5)).pause_s == 0
+    assert verdicts.judge(SEGFAULT).pause_s == 0.5
+
+
+@pytest.mark.parametrize(
+    "end, how",
+    [
+        (End(code=3), "ended with exit code 3"),
+        (End(code=127), "a library or the program itself is missing"),
+        (End(code=-11), "was ended by SIGSEGV"),
+        (End(code=-9), "perhaps by the kernel for lack of memory"),
+        (End(code=-9, out_of_memory=True), "was killed by the kernel for lack of memory"),
+        (End(code=-9, wish="hung"), "was ended by SIGKILL"),
+        (End(code=-99), "was ended by signal 99"),
+    ],
+)
+def test_an_end_is_told_in_words(end: End, how: str) -> None:
+    assert how in end.how
+
+
 # --- the directory ---------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +282,7 @@ NEW = Abilities(
 
 def arguments(**settings: Any) -> list[str]:
     made = EngineSettings(kind="managed", model_path=Path("/models/a.gguf"), **settings)
-    return launching.arguments(made, NEW, Door("key", socket_path=Path("/run/x/llama.sock")))
+    return launching.arguments(made, NEW, Door(socket_path=Path("/run/x/llama.sock")))
 
 
 def value(made: list[str], flag: str) -> str:
