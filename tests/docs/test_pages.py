@@ -1,0 +1,210 @@
+"""What the documentation says of the code is so: tables, links, tests, options, keys, codes, log lines and figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+import llamacpp_mqtt_deploy
+from llamacpp_mqtt_deploy import cli, keys
+from llamacpp_mqtt_deploy.core.emitted import REJECTIONS
+from llamacpp_mqtt_deploy.core.errors import BY_CODE
+from tests.docs.pages import PAGES, ROOT, all_blocks, anchors, blocks, links
+from tests.house import test_units as units
+
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+TROUBLE = DOCS / "troubleshooting.md"
+
+
+def page_name(page: Path) -> str:
+    return page.name
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_tables_are_those_of_the_code() -> None:
+    different = [page.name for page, wanted in generator().pages().items() if page.read_text("utf-8") != wanted]
+    assert different == [], "run `make docs`"
+
+
+def test_every_generated_block_stands_on_some_page() -> None:
+    text = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
+    assert [name for name in generator().BLOCKS if f"<!-- generated: {name} -->" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = {link.partition("#")[0] for link in links(README)}
+    assert {f"docs/{page.name}" for page in DOCS.glob("*.md")} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    missing = []
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text("utf-8")):
+        path = ROOT / file
+        if not path.exists() or (name and f"def {name}(" not in path.read_text("utf-8")):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+def test_every_promise_has_its_test() -> None:
+    section = README.read_text("utf-8").partition("## What it promises")[2].partition("\n## ")[0]
+    rows = [
+        line for line in section.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| promise"))
+    ]
+    assert len(rows) > 15
+    assert [row for row in rows if not re.search(r"`tests/[\w/]+\.py::\w+` \|$", row)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
+    unknown = []
+    text = re.sub(r"\\\n\s*", " ", page.read_text("utf-8"))
+    for name, rest in re.findall(r"\blmd (\w+)\b([^`|\n]*)", text):
+        if name not in cli.COMMANDS:
+            continue  # a sentence about lmd
+        command = cli.main.get_command(click.Context(cli.main), name)
+        assert command is not None
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        unknown += [f"lmd {name} {option}" for option in re.findall(r"(?<=\s)--[a-z-]+", rest) if option not in known]
+    assert unknown == []
+
+
+def test_the_readme_names_every_command() -> None:
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    assert [name for name in cli.COMMANDS if f"lmd {name}" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_target_of_make_that_is_named_exists(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    named = set(re.findall(r"\bmake ([a-z-]+)\b(?=[`\s]*(?:`|$|#| {2}))", page.read_text("utf-8"), re.MULTILINE))
+    assert [name for name in named if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_key_that_is_named_exists(page: Path) -> None:
+    sections = {key.path[0] for key in keys.keys().values()}
+    named = set(re.findall(rf"`((?:{'|'.join(sorted(sections))})\.[a-z_.]+)(?: = [^`]*)?`", page.read_text("utf-8")))
+    named |= set(re.findall(r"--set '?([a-z_.]+)=", page.read_text("utf-8")))
+    # Fields of the status, an action of Home Assistant, and the mistake that a page shows.
+    named -= {"engine.detail", "engine.backend", "mqtt.publish", "engine.slot"}
+    named = {name for name in named if not name.endswith((".py", ".conf", ".js")) and f'"{name}"' not in code()}
+    assert [name for name in sorted(named) if keys.find(name.split(".")) is None] == []
+
+
+@cache
+def code() -> str:
+    """All of the package as one text; log lines stand in it in quotes."""
+    package = Path(llamacpp_mqtt_deploy.__file__).parent
+    return "".join(file.read_text("utf-8") for file in package.rglob("*.py"))
+
+
+def test_every_error_code_is_explained() -> None:
+    text = TROUBLE.read_text("utf-8")
+    rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    assert [code for code in BY_CODE if code not in rows] == []
+    assert [code for code in REJECTIONS if f"`{code}`" not in text] == []
+
+
+def test_every_log_line_that_is_explained_exists() -> None:
+    section = TROUBLE.read_text("utf-8").partition("## Log lines")[2].partition("\n## ")[0]
+    named = {
+        name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\S+?)`", row)
+    }
+    assert len(named) > 20
+    assert [name for name in sorted(named) if f'"{name}"' not in code()] == []
+
+
+def test_every_exit_code_of_run_and_ask_is_explained() -> None:
+    section = TROUBLE.read_text("utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
+    for name in ("run", "ask"):
+        command = cli.main.get_command(click.Context(cli.main), name)
+        assert command is not None
+        told = re.findall(r"^ +(\d+) {2,}", (command.help or "").partition("Exit codes")[2], re.MULTILINE)
+        assert told
+        assert [code for code in told if f"\n| {code} |" not in section] == []
+
+
+@pytest.mark.parametrize(
+    "label,unit,drop_ins",
+    [
+        ("`llamacpp-mqtt-deploy.service`", units.DAEMON, ()),
+        ("... with `local-only.conf` (broker and engine on this machine)", units.DAEMON, ("local-only.conf",)),
+        ("... with `engine-inside.conf` and `gpu.conf`", units.DAEMON, ("engine-inside.conf", "gpu.conf")),
+        ("`llama-server.service`", units.SERVER, ()),
+        ("... with `gpu.conf`", units.SERVER, ("gpu.conf",)),
+    ],
+)
+def test_a_figure_of_the_sandbox_is_the_measured_one(
+    label: str, unit: Path, drop_ins: tuple[str, ...], tmp_path: Path
+) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    shown = dict(re.findall(r"^\| (.+?) \| (\d\.\d) \|$", (DOCS / "service.md").read_text("utf-8"), re.MULTILINE))
+    copy = units.installed(tmp_path, unit, *(units.FOLDER / "drop-ins" / name for name in drop_ins))
+    # A newer systemd than the page's 252 knows more directives and may count differently.
+    assert units.exposure(copy) == pytest.approx(float(shown[label]), abs=0.3)
+
+
+def test_files_of_the_repository_that_are_named_exist() -> None:
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(
+            r"`((?:config|systemd|docs|tests|llamacpp_mqtt_deploy)/[\w./-]+)`", page.read_text("utf-8")
+        )
+    }
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_pages_are_plain() -> None:
+    """No emojis, no words of advertising, lines that a person can read in a terminal."""
+    words = re.compile(
+        r"\b(blazing|seamless|powerful|cutting-edge|simply|effortless|robust|awesome|revolution)", re.IGNORECASE
+    )
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert not words.search(text), page.name
+        outside = "".join(
+            char
+            for char in re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+            if ord(char) > 0x2FFF or 0x2600 <= ord(char) < 0x2800
+        )
+        assert outside == "", page.name
+
+
+def test_fenced_blocks_are_closed_and_named() -> None:
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert text.count("```") % 2 == 0, page.name
+    assert {block.language for page in PAGES for block in blocks(page)} <= {
+        "console", "sh", "python", "toml", "json", "html", "yaml", "cpp", "mermaid", ""
+    }  # fmt: skip
+    assert all_blocks("console")
