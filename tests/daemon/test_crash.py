@@ -61,9 +61,16 @@ def test_after_sigkill_each_of_16_requests_ends_once_and_answers_again_when_sent
     third = start_worker(broker.port, engine.url, mqtt__protocol=protocol)
     assert not third.log("journal.recovered")
     assert _terminals(watcher) == Counter(RUNNING + QUEUED)
-    assert all(seen.event["type"] in ("error", "done", "queued", "start", "chunk") for seen in watcher.seen()[before:] if "request_id" in seen.event)
+    assert all(
+        seen.event["type"] in ("error", "done", "queued", "start", "chunk")
+        for seen in watcher.seen()[before:]
+        if "request_id" in seen.event
+    )
 
-    stored = {name: next(s.payload for s in watcher.seen() if s.event.get("final") and s.event["request_id"] == name) for name in payloads}
+    stored = {
+        name: next(s.payload for s in watcher.seen() if s.event.get("final") and s.event["request_id"] == name)
+        for name in payloads
+    }
     again = watcher.count()
     for number, name in enumerate(RUNNING):
         watcher.publish(f"llm/request/a{number}", payloads[name])

@@ -132,7 +132,10 @@ def test_of_two_workers_with_the_same_client_id_exactly_one_survives(
             raise
     loser, winner = (first, second) if first.process.poll() is not None else (second, first)
     assert loser.wait() == 3
-    assert "worker 'w1'" in loser.log("worker.ending")[0]["reason"] or "client id" in loser.log("worker.ending")[0]["reason"]
+    assert (
+        "worker 'w1'" in loser.log("worker.ending")[0]["reason"]
+        or "client id" in loser.log("worker.ending")[0]["reason"]
+    )
     winner.wait_ready()
     since = watcher.count()
     for number in range(4):

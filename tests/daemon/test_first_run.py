@@ -46,7 +46,7 @@ def test_what_the_readme_shows_works_with_the_commands_of_mosquitto(
     done = check_stream(events)
     assert done["type"] == "done"
     assert done["finish_reason"] == "length"
-    assert [event["type"] for event in events if event["type"] != "queued"][0] == "start"
+    assert next(event["type"] for event in events if event["type"] != "queued") == "start"
     assert sum(event["type"] == "chunk" for event in events) >= 1
     assert done["usage"]["completion_tokens"] == 12
 
@@ -65,7 +65,7 @@ def test_64_requests_over_8_sessions_stream_without_a_hole(
     worker = start_worker(
         broker.port, llama_server.url, mqtt__protocol=protocol, limits__queue_size=100, limits__session_queue=100
     )
-    assert watcher.first(_topic="llm/status/w1", state="online", slots=4)
+    watcher.first(_topic="llm/status/w1", state="online", slots=4)
     assert worker.log("link.online")[0]["protocol"] == protocol
     names = [f"r{number}" for number in range(64)]
     for number, name in enumerate(names):

@@ -74,7 +74,7 @@ def test_a_second_signal_stops_at_once_with_a_terminal_event_for_each(
         check_stream(watcher.of(f"r{each}"))
         text = "".join(event.get("content", "") for event in watcher.of(f"r{each}") if event["type"] == "chunk")
         assert error["partial_content"] == text
-    assert watcher.first(_topic="llm/status/w1", state="offline")
+    watcher.first(_topic="llm/status/w1", state="offline")
     llama_server.idle_within(10)
 
 
@@ -144,7 +144,9 @@ def test_without_a_watchdog_in_the_environment_of_the_process_itself_the_worker_
 ) -> None:
     broker = start_mosquitto()
     watcher = watch(broker.port)
-    start_worker(broker.port, llama_server.url, environment={"WATCHDOG_USEC": "nonsense", "NOTIFY_SOCKET": ""}, ready=False)
+    start_worker(
+        broker.port, llama_server.url, environment={"WATCHDOG_USEC": "nonsense", "NOTIFY_SOCKET": ""}, ready=False
+    )
     watcher.first(_topic="llm/status/w1", state="online")
     watcher.ask("s1", "hello", request_id="r", max_tokens=3)
     assert watcher.terminal("r")["type"] == "done"

@@ -73,7 +73,7 @@ class Watcher:
         client.username_pw_set(username, password)
         if tls is not None:
             client.tls_set_context(tls)
-        client.reconnect_delay_set(0.05, 0.5)
+        client.reconnect_delay_set(1, 1)
         client.max_inflight_messages_set(100)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
@@ -157,7 +157,9 @@ class Watcher:
                 if left_s <= 0:
                     break
                 self._condition.wait(left_s)
-            kinds = [(s.event.get("type") or s.topic, s.event.get("request_id"), s.event.get("code")) for s in self._seen]
+            kinds = [
+                (s.event.get("type") or s.topic, s.event.get("request_id"), s.event.get("code")) for s in self._seen
+            ]
         raise AssertionError(f"nothing with {wanted} within {timeout_s:g} s; the latest of {len(kinds)}: {kinds[-30:]}")
 
     def terminal(self, request_id: str, timeout_s: float = 30.0) -> Event:
