@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import structlog
@@ -12,9 +13,10 @@ from llamacpp_mqtt_deploy.stopping import StopSignal
 
 log = structlog.get_logger(__name__)
 
-# A healthy engine is asked rarely; one that is away or loading so often that its return is noticed at once.
+# A healthy engine is asked rarely; one that is away or loading so often that its return is noticed at once. What the engine
+# knows by itself (a child that died, a call that failed) costs nothing to look at.
 _READY_EVERY_S = 10.0
-_AWAY_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.5
 
 
 class EngineWatch:
@@ -31,16 +33,20 @@ class EngineWatch:
 
     def _loop(self) -> None:
         last: EngineInfo | None = None
+        asked_at = -_READY_EVERY_S
         while not self._stop.is_set():
             try:
-                info = self._engine.probe()
+                info = self._engine.info()
+                if info.state != "ready" or time.monotonic() - asked_at >= _READY_EVERY_S:
+                    info = self._engine.probe()
+                    asked_at = time.monotonic()
                 if info != last:
                     _tell(info, last)
                     last = info
                     self._on_change(info)
             except Exception:
                 log.exception("engine.probe_failed")
-            self._stop.wait(_READY_EVERY_S if self._engine.info().state == "ready" else _AWAY_EVERY_S)
+            self._stop.wait(_LOOK_EVERY_S)
 
     def close(self, timeout_s: float) -> None:
         self._stop.set("shutting_down")

@@ -326,7 +326,9 @@ class ServerEngine:
         except orjson.JSONDecodeError:
             parsed = None
         error = parsed.get("error", parsed) if isinstance(parsed, dict) else None
-        log.info("engine.refused", status=status, text=str(error or document[:300])[:500])
+        kind = error.get("type") if isinstance(error, dict) else None
+        # `content`: llama.cpp repeats parts of the request in some of its errors; logged only where contents are.
+        log.info("engine.refused", status=status, kind=str(kind)[:64], content=str(error or document[:300])[:500])
         if status == 503 and isinstance(error, dict) and error.get("type") == "unavailable_error":
             return NotReady("loading", "The engine is still loading.")
         if status in (502, 503, 504):
