@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -22,15 +24,16 @@ from llamacpp_mqtt_deploy.core.errors import (
     ShuttingDown,
 )
 from llamacpp_mqtt_deploy.engines import downloading, modelfile, native
-from llamacpp_mqtt_deploy.engines.modelfile import Unusable
-from llamacpp_mqtt_deploy.engines.planning import Planner
+from llamacpp_mqtt_deploy.engines.modelfile import Unreadable, Unusable
 from llamacpp_mqtt_deploy.engines.prefixes import Prefixes
-from llamacpp_mqtt_deploy.engines.running import Generation, Interrupted, Plan, Run
+from llamacpp_mqtt_deploy.engines.running import Interrupted, Plan, Run
 from llamacpp_mqtt_deploy.engines.slots import Slots
-from llamacpp_mqtt_deploy.engines.templates import TemplateBroken
 from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
 from llamacpp_mqtt_deploy.settings import EngineSettings
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
+
+if TYPE_CHECKING:  # needs jinja2, which comes with llama-cpp-python and may be absent like it
+    from llamacpp_mqtt_deploy.engines.planning import Planner
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +41,8 @@ GRACE_S = 0.3
 """How long a stopped call waits for the owner to let go of the slot before it leaves it behind."""
 WEDGED_AFTER_S = 20.0
 """A batch of a large model on a slow processor takes some seconds; llama.cpp stops within one, or not at all."""
+LOOK_AGAIN_S = 15.0
+"""Pause between two looks for a model file that was not there."""
 SMALLEST_CONTEXT = 512
 _MIB = 1024 * 1024
 
@@ -189,9 +194,8 @@ class InprocessEngine:
             self._wait_until_ready(stop, lambda _: None)
         except EngineUnavailable:
             return None
-        with self._vocabulary:
-            stop.raise_if_set()
-            return None if self._planner is None else self._planner.count(call)
+        with self._using(stop) as planner:
+            return None if planner is None else planner.count(call)
 
     def _stream(
         self,
@@ -202,7 +206,7 @@ class InprocessEngine:
     ) -> Iterator[Delta]:
         stop.raise_if_set()
         self._wait_until_ready(stop, on_wait)
-        plan = self._plan(call)
+        plan = self._plan(call, stop)
         while not self._slots.acquire(stop, timeout_s=1.0):
             if self.info().state == "failed":
                 raise EngineUnavailable("The worker's engine hangs; its operator must restart the worker.")
@@ -242,9 +246,18 @@ class InprocessEngine:
         finally:
             forget()
 
-    def _plan(self, call: EngineCall) -> Plan:
-        with self._vocabulary:
-            planner = self._planner
+    @contextlib.contextmanager
+    def _using(self, stop: StopSignal) -> Iterator[Planner | None]:
+        """The planner, with the promise that its model is not freed meanwhile."""
+        while not self._vocabulary.acquire(timeout=0.1):
+            stop.raise_if_set()
+        try:
+            yield self._planner
+        finally:
+            self._vocabulary.release()
+
+    def _plan(self, call: EngineCall, stop: StopSignal) -> Plan:
+        with self._using(stop) as planner:
             if planner is None:
                 raise EngineLost("The engine was restarted before the answer began.")
             if call.model is not None and call.model != planner.name:
@@ -264,16 +277,24 @@ class InprocessEngine:
     # --- the owner's thread ------------------------------------------------------------------------------------------
 
     def _own(self) -> None:
-        """Load, then run what is handed over, until the engine is closed or loaded anew."""
-        try:
-            while not self._closing.is_set():
-                self._reload = False
+        """Load, then run what is handed over, until the engine is closed; again when it is told to load anew."""
+        while not self._closing.is_set():
+            self._reload = False
+            looking = False
+            try:
                 self._live_once()
-        except Exception:
-            log.exception("engine.thread_failed")
-            self._become("failed", "The engine's thread failed; the log says why. Restart the worker.")
-        finally:
-            self._end_waiting(_closed())
+                continue
+            except downloading.GivenUp:
+                continue
+            except (Unusable, native.NotInstalled) as error:
+                self._become("failed", str(error))
+                looking = isinstance(error, Unreadable)
+            except Exception:
+                log.exception("engine.thread_failed")
+                self._become("failed", "The engine's thread failed; the log says why.")
+            self._end_waiting(EngineLost("The engine failed before the answer began."))
+            self._idle(looking=looking)
+        self._end_waiting(_closed())
 
     def _end_waiting(self, error: RequestError) -> None:
         with self._changed:
@@ -289,21 +310,15 @@ class InprocessEngine:
         try:
             model, name = self._load()
             context = self._make_context(model)
+            try:
+                from llamacpp_mqtt_deploy.engines.planning import Planner  # noqa: PLC0415 - needs jinja2
+            except ImportError as error:
+                raise Unusable(f'{error}: pip install "llamacpp-mqtt-deploy[inprocess]".') from error
             planner = Planner(model, name=name, n_ctx=context.n_ctx)
             with self._vocabulary:
                 self._planner = planner
             self._saw(self._ready(model, planner))
             self._serve(context)
-        except (Unusable, native.NotInstalled, TemplateBroken) as error:
-            text = (
-                f"The chat template in the model file is broken: {error}"
-                if isinstance(error, TemplateBroken)
-                else str(error)
-            )
-            self._become("failed", text)
-            self._idle()
-        except downloading.GivenUp:
-            pass
         finally:
             with self._vocabulary:  # the context before the model, and neither under somebody's hands
                 self._planner = None
@@ -312,10 +327,18 @@ class InprocessEngine:
                 if model is not None:
                     model.close()
 
-    def _idle(self) -> None:
-        """Nothing to run: wait to be closed or told to try again."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing.is_set() or self._reload)
+    def _idle(self, *, looking: bool) -> None:
+        """Nothing to run: wait to be closed or told to try again, or for the file to appear."""
+        path = self._settings.model_path
+        while True:
+            with self._changed:
+                pause_s = LOOK_AGAIN_S if looking and path is not None else None
+                if self._changed.wait_for(lambda: self._closing.is_set() or self._reload, pause_s):
+                    break
+            with contextlib.suppress(Unusable):
+                assert path is not None
+                modelfile.look_at(path)
+                break
         if not self._closing.is_set():
             self._become("loading", "The model is being loaded again.")
 
@@ -335,6 +358,8 @@ class InprocessEngine:
             self._perform(run, context, prefixes)
 
     def _perform(self, run: Run, context: native.Context, prefixes: Prefixes) -> None:
+        from llamacpp_mqtt_deploy.engines.generating import Generation  # noqa: PLC0415 - needs numpy
+
         error: BaseException | None = None
         try:
             Generation(run, context, prefixes).perform()

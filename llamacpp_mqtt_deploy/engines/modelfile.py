@@ -12,23 +12,27 @@ class Unusable(Exception):
     """The model cannot be loaded; the text is for the operator and says what to do."""
 
 
+class Unreadable(Unusable):
+    """The file is not there or may not be read: it may come, with a disk that is mounted late."""
+
+
 def look_at(path: Path) -> None:
-    """Raises Unusable with the reason that a person can act on; llama.cpp says the same of all of them."""
+    """Raises Unusable or Unreadable with the reason that a person can act on; llama.cpp says the same of all of them."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
-        raise Unusable(f"The model file {path} does not exist. Set engine.model_path{_hidden(path)}.") from error
+        raise Unreadable(f"The model file {path} does not exist. Set engine.model_path{_hidden(path)}.") from error
     except IsADirectoryError as error:
-        raise Unusable(f"{path} is a directory. Set engine.model_path to the .gguf file in it.") from error
+        raise Unreadable(f"{path} is a directory. Set engine.model_path to the .gguf file in it.") from error
     except PermissionError as error:
-        raise Unusable(
+        raise Unreadable(
             f"The worker's user {_user()} may not read {path}. Give it read permission for the file and the folders "
             f"above it{_hidden(path)}."
         ) from error
     except OSError as error:
-        raise Unusable(f"The model file {path} cannot be read: {error.strerror or error}.") from error
+        raise Unreadable(f"The model file {path} cannot be read: {error.strerror or error}.") from error
     if magic != b"GGUF":
         lfs = " It looks like a Git LFS pointer: fetch the real file." if magic == b"vers" else ""
         raise Unusable(

@@ -19,6 +19,7 @@ from typing_extensions import override
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
 from llamacpp_mqtt_deploy.core.toolparse import ToolStyle, style_of
+from llamacpp_mqtt_deploy.engines.modelfile import Unusable
 
 MAX_CHARS = 32 * 1024 * 1024
 MAX_SECONDS = 5.0
@@ -34,12 +35,8 @@ _THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:thin
 _NEEDLE = "needle-7f3a"
 
 
-class TemplateBroken(Exception):
-    """The model file's template cannot be used; the text says why."""
-
-
 class ChatTemplate:
-    """A model's chat template and what it can do. Safe to use from several threads."""
+    """A model's chat template and what it can do. Safe to use from several threads. Making it raises Unusable."""
 
     def __init__(self, source: str | None, *, bos: str, eos: str) -> None:
         self.source = source or CHATML
@@ -54,9 +51,12 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(self.source)
         except jinja2.TemplateError as error:
-            raise TemplateBroken(f"line {getattr(error, 'lineno', '?')}: {error}") from error
+            line = getattr(error, "lineno", "?")
+            raise Unusable(
+                f"The chat template in the model file is broken, line {line}: {error}. Use another file."
+            ) from error
         except RecursionError as error:
-            raise TemplateBroken("it is nested too deeply") from error
+            raise Unusable("The chat template in the model file is nested too deeply. Use another file.") from error
         self.tool_style: ToolStyle | None = style_of(self.source)
         # A template that only cuts the thinking out of the history names no more than the closing tag.
         self.thinking_tags: tuple[str, str] | None = next(

@@ -692,6 +692,26 @@ def test_a_failed_loading_can_be_tried_again(
     assert text_of(play(engine, say("x", max_tokens=2)))
 
 
+def test_a_file_that_appears_later_is_loaded_by_itself(
+    open_engine: Callable[..., InprocessEngine], tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inprocess, "LOOK_AGAIN_S", 0.05)
+    path = tmp_path / "mounted-late.gguf"
+    engine = open_engine(path, context_tokens=512)
+    failure(engine)
+    path.with_suffix(".part").write_bytes(tiny_gguf.read_bytes())
+    path.with_suffix(".part").rename(path)
+    assert engine.wait_ready(StopSignal(), 10)
+
+
+def test_the_engine_can_be_named_without_its_libraries() -> None:
+    script = (
+        "import sys; sys.modules.update(llama_cpp=None, jinja2=None, numpy=None); "
+        "import llamacpp_mqtt_deploy.engines.inprocess"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_an_engine_without_a_model_is_a_configuration_error() -> None:
     with pytest.raises(ValueError, match=r"engine\.model_path"):
         InprocessEngine(EngineSettings(kind="inprocess")).open()
