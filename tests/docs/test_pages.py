@@ -173,6 +173,16 @@ def test_a_figure_of_the_sandbox_is_the_measured_one(
     assert units.exposure(copy) == pytest.approx(float(shown[label]), abs=0.3)
 
 
+def test_the_threads_have_the_names_that_are_listed() -> None:
+    section = (DOCS / "architecture.md").read_text("utf-8").partition("## Threads")[2].partition("\n## ")[0]
+    listed = {
+        name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\S+?)`", row)
+    }
+    started = set(re.findall(r'name(?:: str)? ?= ?f?"([a-z-]+?)(?:\{[^"]*)?"', code()))
+    assert {"mqtt-link", "intake"} <= listed
+    assert [name for name in sorted(listed) if name.removesuffix("N") not in started] == []
+
+
 def test_files_of_the_repository_that_are_named_exist() -> None:
     named = {
         name
