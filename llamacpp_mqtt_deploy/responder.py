@@ -121,16 +121,24 @@ class Responder:
         with self._lock:
             self._settles = True
             self._let_go()
-        if self._sent > self._acked:
+        pause_s = self._coalescer.pause_s(time.monotonic())
+        if pause_s > 0 or self._sent > self._acked:
             self._keeping_up = True
-            self._all_acked.wait(_KEEP_UP_S)
+            self._keep_up(pause_s or self._coalescer.min_interval_s)
             self._keeping_up = False  # from here on an acknowledgement wakes by itself, so nothing is left lying
-            pause_s = self._coalescer.pause_s(time.monotonic())
-            if 0 < pause_s <= _KEEP_UP_S:
-                time.sleep(pause_s)
             if self._coalescer:
                 with self._lock:
                     self._let_go()
+
+    def _keep_up(self, pause_s: float) -> None:
+        if pause_s > 0:
+            # The interval is longer than a round trip to the broker. To be woken by each acknowledgement instead took a
+            # third of the worker's time at thousands of tokens a second.
+            time.sleep(min(pause_s, _KEEP_UP_S))
+        elif (
+            self._sent > self._acked
+        ):  # looked at after `_keeping_up` was set: an acknowledgement since then sets the event
+            self._all_acked.wait(_KEEP_UP_S)
 
     def piece(self, kind: TextKind, text: str) -> None:
         """A piece that is published as it is, now (paced and sentence modes)."""
@@ -199,7 +207,7 @@ class Responder:
     def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
         self._acked += 1
-        if self._acked == self._sent:
+        if self._keeping_up and self._acked == self._sent and not self._coalescer.min_interval_s:
             self._all_acked.set()
         if self._coalescer and not self._keeping_up:
             self._wake(0.0, self._let_go_later)
