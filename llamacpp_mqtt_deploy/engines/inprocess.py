@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -23,7 +22,7 @@ from llamacpp_mqtt_deploy.core.errors import (
     RequestError,
     ShuttingDown,
 )
-from llamacpp_mqtt_deploy.engines import downloading, modelfile, native
+from llamacpp_mqtt_deploy.engines import modelfile, native, opening
 from llamacpp_mqtt_deploy.engines.modelfile import Unreadable, Unusable
 from llamacpp_mqtt_deploy.engines.prefixes import Prefixes
 from llamacpp_mqtt_deploy.engines.running import Interrupted, Plan, Run
@@ -43,7 +42,6 @@ WEDGED_AFTER_S = 20.0
 """A batch of a large model on a slow processor takes some seconds; llama.cpp stops within one, or not at all."""
 LOOK_AGAIN_S = 15.0
 """Pause between two looks for a model file that was not there."""
-SMALLEST_CONTEXT = 512
 _MIB = 1024 * 1024
 
 
@@ -284,7 +282,7 @@ class InprocessEngine:
             try:
                 self._live_once()
                 continue
-            except downloading.GivenUp:
+            except opening.GivenUp:
                 continue
             except (Unusable, native.NotInstalled) as error:
                 self._become("failed", str(error))
@@ -308,8 +306,8 @@ class InprocessEngine:
         model: native.Model | None = None
         context: native.Context | None = None
         try:
-            model, name = self._load()
-            context = self._make_context(model)
+            model, name = opening.load(self._settings, self._tell_progress)
+            context = opening.make_context(self._settings, model)
             try:
                 from llamacpp_mqtt_deploy.engines.planning import Planner  # noqa: PLC0415 - needs jinja2
             except ImportError as error:
@@ -384,93 +382,12 @@ class InprocessEngine:
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
-    def _load(self) -> tuple[native.Model, str]:
-        settings = self._settings
-        library = native.Library.load()
-        if settings.gpu_layers > 0 and not library.can_offload():
-            raise Unusable(
-                "engine.gpu_layers is set and this llama-cpp-python is built without GPU support. Install a build with it "
-                '(CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir llama-cpp-python), or set it to 0.'
-            )
-        path = self._find()
-        modelfile.look_at(path)
-        try:
-            model = native.Model(
-                library,
-                str(path),
-                gpu_layers=settings.gpu_layers,
-                main_gpu=settings.main_gpu,
-                tensor_split=settings.tensor_split,
-                progress=lambda done: self._tell_progress("Loading", path.name, done),
-            )
-        except native.LoadFailed as error:
-            if self._closing.is_set():
-                raise downloading.GivenUp from error
-            raise Unusable(modelfile.explain(str(error), path)) from error
-        if model.has_encoder:
-            model.close()
-            raise Unusable(
-                f"{path.name} is an encoder-decoder model, which this engine does not run. Use a chat model."
-            )
-        return model, settings.model or path.stem
-
-    def _find(self) -> Path:
-        settings = self._settings
-        if settings.model_path is not None:
-            return settings.model_path
-        assert settings.repo_id is not None
-        assert settings.filename is not None
-        filename = settings.filename
-
-        def tell(done: float) -> None:
-            if not self._tell_progress("Downloading", filename, done):
-                raise downloading.GivenUp
-
-        return downloading.fetch(settings.repo_id, filename, tell)
-
     def _tell_progress(self, doing: str, name: str, done: float) -> bool:
         """Put the percentage into the detail, in steps of five; False when the engine is being closed."""
         detail = f"{doing} {name}: {int(done * 20) * 5} %."
         if detail != self._info.detail:
             self._become("loading", detail)
         return not self._closing.is_set()
-
-    def _make_context(self, model: native.Model) -> native.Context:
-        settings = self._settings
-        n_ctx = settings.context_tokens or self._fitting_context(model)
-        if n_ctx > model.n_ctx_train:  # beyond it a model writes nonsense; llama.cpp's server caps it too
-            log.warning("engine.context_capped", asked=n_ctx, trained=model.n_ctx_train)
-            n_ctx = model.n_ctx_train
-        while True:
-            try:
-                return native.Context(
-                    model,
-                    n_ctx=n_ctx,
-                    batch_tokens=settings.batch_tokens,
-                    threads=modelfile.threads_of(settings),
-                    flash_attention=settings.flash_attention,
-                    kv_type=settings.kv_type,
-                )
-            except native.LoadFailed as error:
-                if settings.context_tokens is None and n_ctx >= 2 * SMALLEST_CONTEXT:
-                    n_ctx //= 2
-                    log.warning("engine.context_halved", n_ctx=n_ctx, problem=str(error))
-                    continue
-                model.close()
-                path = settings.model_path or Path(settings.filename or "the model")
-                raise Unusable(modelfile.explain(str(error), path)) from error
-
-    def _fitting_context(self, model: native.Model) -> int:
-        """The model's own context, or what fits into half of the free memory: models of today are trained with more than
-        most machines can hold."""
-        wanted = model.n_ctx_train
-        free = modelfile.free_memory_bytes()
-        if free is not None and model.kv_bytes_per_token > 0:
-            fitting = free // 2 // model.kv_bytes_per_token
-            if fitting < wanted:
-                wanted = max(SMALLEST_CONTEXT, fitting // 256 * 256)
-                log.info("engine.context_chosen", n_ctx=wanted, trained=model.n_ctx_train, free_mib=free // _MIB)
-        return wanted
 
     def _ready(self, model: native.Model, planner: Planner) -> EngineInfo:
         offloaded = model.library.can_offload() and self._settings.gpu_layers != 0
