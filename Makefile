@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker test test-fast check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools test test-fast check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,7 +76,16 @@ broker: ## the mosquitto program, from apt where it is missing
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
-test: install inprocess broker ## the whole suite, with everything that it needs
+# What documentation and units are tried with: jq for one-liners, node for the web page, systemd-analyze for the sandboxes.
+tools:
+	@for tool in jq:jq node:nodejs systemd-analyze:systemd; do \
+		if ! command -v "$${tool%%:*}" >/dev/null; then \
+			if $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y "$${tool#*:}"; \
+			else echo "Without $${tool%%:*} some examples and units are not tried." >&2; fi; \
+		fi; \
+	done
+
+test: install inprocess broker tools ## the whole suite, with everything that it needs
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: install broker ## the suite without the in-process engine, until the first failure

@@ -77,6 +77,10 @@ class Endings:
             details["partial_content"] = answer.text()
         if answer.begun or answer.progress is not None:
             details["usage"] = usage_fields(answer.usage())
+        details["timings"] = {name: value for name, value in _timings(job).items() if value is not None}
+        warnings = [*job.request.warnings, *answer.warnings]
+        if warnings:
+            details["warnings"] = warnings
         if job.request.metadata is not None:
             details["metadata"] = job.request.metadata
         terminal = job.responder.error(

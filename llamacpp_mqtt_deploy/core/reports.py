@@ -213,8 +213,6 @@ class Health(Emitted):
     """Since the start."""
     rss_bytes: Count | None = None
     """Memory of the process."""
-    sessions: Count | None = None
-    """Sessions that are kept."""
     reconnects: Count | None = None
     """Connections to the broker that were lost and made again."""
     unacknowledged: Count | None = None

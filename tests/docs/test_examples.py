@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from tests.docs import shell
 from tests.docs.conftest import WorldWith
 from tests.docs.pages import PAGES, Block, blocks
+from tests.support.services import require_program
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
@@ -25,14 +25,12 @@ CONSOLE = [page for page in PAGES if any(block.language == "console" for block i
 @pytest.mark.parametrize("page", CONSOLE, ids=lambda page: page.name)
 def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: WorldWith) -> None:
     problems = []
-    left_out = []
     text = page.read_text("utf-8")
     for block in blocks(page):
         if block.language != "console":
             continue
-        if re.search(r"\bjq ", block.text) and shutil.which("jq") is None:
-            left_out.append(block.where)
-            continue
+        if re.search(r"\bjq ", block.text):
+            require_program("jq")
         outputs = _outputs(block, world_with)
         if WRITES:
             text = text.replace(f"```console\n{block.text}```", f"```console\n{shell.written(block, outputs)}```", 1)
@@ -41,8 +39,6 @@ def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: Worl
     if WRITES:
         page.write_text(text, "utf-8")
     assert not problems, "\n\n".join(problems)
-    if left_out:
-        pytest.skip(f"jq is not installed, so these were left out: {', '.join(left_out)}")
 
 
 def _outputs(block: Block, world_with: WorldWith) -> list[list[str]]:

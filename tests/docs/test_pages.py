@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from llamacpp_mqtt_deploy.core.emitted import REJECTIONS
 from llamacpp_mqtt_deploy.core.errors import BY_CODE
 from tests.docs.pages import PAGES, ROOT, all_blocks, anchors, blocks, links
 from tests.house import test_units as units
+from tests.support.services import require_program
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -165,8 +165,7 @@ def test_every_exit_code_of_run_and_ask_is_explained() -> None:
 def test_a_figure_of_the_sandbox_is_the_measured_one(
     label: str, unit: Path, drop_ins: tuple[str, ...], tmp_path: Path
 ) -> None:
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed")
+    require_program("systemd-analyze")
     shown = dict(re.findall(r"^\| (.+?) \| (\d\.\d) \|$", (DOCS / "service.md").read_text("utf-8"), re.MULTILINE))
     copy = units.installed(tmp_path, unit, *(units.FOLDER / "drop-ins" / name for name in drop_ins))
     # A newer systemd than the page's 252 knows more directives and may count differently.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_control, par
 from llamacpp_mqtt_deploy.loading import load
 from tests.docs.pages import ROOT, Block, all_blocks
 from tests.docs.world import World
+from tests.support.services import require_program
 
 RECIPES = ROOT / "docs" / "recipes.md"
 
@@ -92,9 +92,7 @@ WHOLE = "The sea says little, größer 🌊"
 
 
 def in_node(script: str) -> Any:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed; only the documentation's JavaScript needs it")
+    node = require_program("node")
     result = subprocess.run([node, "-e", script], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
