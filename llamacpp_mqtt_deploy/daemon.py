@@ -235,6 +235,8 @@ class Daemon:
         except (ConnectionError, TimeoutError) as problem:
             # Lost again, or a broker that does not answer: the next connection brings another note.
             log.warning("link.greeting_failed", reason=str(problem))
+        if self._greeting.settled:
+            self.parts.intake.let_in()
         if not self._subscribed:
             self.parts.timers.after(_GREET_AGAIN_S, lambda: self._notes.put(Note("greet")))
         self._publish_health()

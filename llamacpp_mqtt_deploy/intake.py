@@ -128,6 +128,8 @@ class Intake:
         self._inbox_bytes = 0
         self._bytes_lock = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
+        self._let_in = threading.Event()
+        self._shut = False
         self.beat_at = time.monotonic()
 
     # --- the inbox -----------------------------------------------------------------------------------------------------
@@ -148,10 +150,22 @@ class Intake:
         return True
 
     def start(self) -> None:
+        """Start the thread; nothing is read before `let_in`."""
         self._thread.start()
 
+    def let_in(self) -> None:
+        """Begin to read: the worker has its place on the bus, and what an earlier life left was taken up.
+
+        A broker that kept our session delivers before we have subscribed. Read at once, these requests would be taken for
+        what an earlier life left and would end twice; and another worker may be serving this root.
+        """
+        self._let_in.set()
+
     def close(self, timeout_s: float) -> None:
-        """Read what is in the inbox, then end."""
+        """Read what is in the inbox, then end; what was never let in stays with the broker."""
+        if not self._let_in.is_set():
+            self._shut = True
+            self._let_in.set()
         if self._thread.is_alive():
             try:
                 self._inbox.put(None, timeout=timeout_s)
@@ -163,6 +177,10 @@ class Intake:
         closing = False
         while not closing:
             self.beat_at = time.monotonic()
+            if not self._let_in.wait(1.0):
+                continue
+            if self._shut:
+                return
             try:
                 burst = [self._inbox.get(timeout=1.0)]
             except queue.Empty:
