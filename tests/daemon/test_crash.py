@@ -96,7 +96,8 @@ def test_requests_published_while_the_worker_is_dead_run_when_it_comes_back(
         watcher.ask(f"s{number}", "while you were away", request_id=f"r{number}", max_tokens=3)
     start_worker(broker.port, llama_server.url, ready=False)
     for number in range(20):
-        assert watcher.terminal(f"r{number}")["type"] == "done"
+        end = watcher.terminal(f"r{number}")
+        assert end["type"] == "done", str(end)
         check_stream(watcher.of(f"r{number}"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from llamacpp_mqtt_deploy.choosing import client_id
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
 from llamacpp_mqtt_deploy.daemon import Daemon
 from llamacpp_mqtt_deploy.engines.scripted import ScriptedEngine
-from llamacpp_mqtt_deploy.loading import load
 from llamacpp_mqtt_deploy.mqtt.loopback import LoopbackLink
+from llamacpp_mqtt_deploy.ports import Delivery
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from tests.support.house import Bus, House, bus_in
 from tests.support.waiting import eventually
@@ -70,19 +71,15 @@ class Stubborn(LoopbackLink):
         return super().subscribe(filters, timeout_s=timeout_s, retained=retained)
 
 
-def _house_with(bus: Bus, errors: list[Exception], **settings: Any) -> House:
-    house = House(
-        broker=bus.broker,
-        engine=ScriptedEngine(),
-        settings={"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"},
-    )
+def _settings(bus: Bus) -> dict[str, str]:
+    return {"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"}
+
+
+def _house_with(bus: Bus, errors: list[Exception]) -> House:
+    house = House(broker=bus.broker, engine=ScriptedEngine(), settings=_settings(bus))
     link = Stubborn(bus.broker, client_id=client_id(house.loaded.settings.mqtt))
     link.errors = errors
-    house.daemon = Daemon(
-        load(None, {"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"}, environ={}),
-        link=link,
-        engine=house.engine,
-    )
+    house.daemon = Daemon(house.loaded, link=link, engine=house.engine)
     bus.houses.append(house)
     house.start()
     return house
@@ -126,3 +123,38 @@ def test_a_defect_in_the_reading_of_one_burst_does_not_end_the_reading(bus: Bus)
     assert bus.listener.terminal("r2")["type"] == "done"
     # The message of the defect is not delivered for ever, and its client gets an answer.
     assert bus.listener.terminal("r1")["code"] == "internal"
+
+
+class Slow(LoopbackLink):
+    """Subscribes when it is let."""
+
+    may: threading.Event
+
+    @override
+    def subscribe(
+        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+    ) -> Mapping[str, str]:
+        assert self.may.wait(10)
+        return super().subscribe(filters, timeout_s=timeout_s, retained=retained)
+
+
+def test_a_request_that_comes_before_the_greeting_is_not_taken_for_one_that_was_left_behind(bus: Bus) -> None:
+    house = House(broker=bus.broker, engine=ScriptedEngine(), settings=_settings(bus))
+    link = Slow(bus.broker, client_id=client_id(house.loaded.settings.mqtt))
+    link.may = threading.Event()
+    house.daemon = Daemon(house.loaded, link=link, engine=house.engine)
+    bus.houses.append(house)
+    house.start()
+    intake = house.daemon.parts.intake
+    eventually(lambda: link.info().state == "online")
+    # As a broker does that kept the session of an earlier life.
+    early = Delivery(topic="llm/request/demo", payload=b'{"prompt":"early","request_id":"r1"}', qos=1)
+    assert house.daemon._on_delivery(early)
+    rounds = [intake.beat_at]
+    for _ in range(2):
+        eventually(lambda: intake.beat_at > rounds[-1])
+        rounds.append(intake.beat_at)
+    assert bus.listener.of("r1") == []
+    link.may.set()
+    assert bus.listener.terminal("r1")["type"] == "done"
+    assert bus.listener.read("r1").content == "early"

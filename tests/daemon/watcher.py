@@ -58,7 +58,7 @@ class Watcher:
         self._seen: list[Seen] = []
         self._keep = keep
         self._five = version == "5"
-        self._connections = 0
+        self._subscriptions = 0
         self._filters = [f"{root}/{kind}/#" for kind in ("reply", "status", "health", "admin-reply")]
         if filters is not None:
             self._filters = list(filters)
@@ -91,11 +91,13 @@ class Watcher:
     # --- paho's thread -------------------------------------------------------------------------------------------------
 
     def _on_connect(self, client: paho.Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
-        self._connections += 1
         if not reason.is_failure:
             client.subscribe([(each, 1) for each in self._filters])
 
     def _on_subscribe(self, *_: Any) -> None:
+        with self._condition:
+            self._subscriptions += 1
+            self._condition.notify_all()
         self._subscribed.set()
 
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
@@ -164,6 +166,11 @@ class Watcher:
 
     def terminal(self, request_id: str, timeout_s: float = 30.0) -> Event:
         return self.first(timeout_s, request_id=request_id, final=True).event
+
+    def wait_back(self, timeout_s: float = 20.0) -> None:
+        """Wait until it has subscribed again after its connection was lost once."""
+        with self._condition:
+            assert self._condition.wait_for(lambda: self._subscriptions >= 2, timeout_s), "the watcher is not back"
 
     def of(self, request_id: str) -> list[Event]:
         return [seen.event for seen in self.seen() if seen.event.get("request_id") == request_id]
