@@ -149,3 +149,13 @@ def test_of_two_workers_with_the_same_client_id_exactly_one_survives(
     with pytest.raises(subprocess.TimeoutExpired):
         winner.process.wait(0.1)
     assert winner.stop() == 0
+
+
+def test_a_state_directory_that_cannot_be_written_ends_with_1_and_says_what_to_do(
+    start_worker: StartWorker, mosquitto: Mosquitto, llama_server: LlamaServer
+) -> None:
+    worker = start_worker(
+        mosquitto.port, llama_server.url, ready=False, mqtt__root="unwritable", sessions__path="/proc/nowhere/state.db"
+    )
+    assert worker.wait(15) == 1
+    assert "/proc/nowhere" in worker.log("worker.ending")[0]["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,12 @@ def test_a_request_that_comes_before_the_greeting_is_not_taken_for_one_that_was_
     intake = house.daemon.parts.intake
     eventually(lambda: link.info().state == "online")
     # As a broker does that kept the session of an earlier life.
-    early = Delivery(topic="llm/request/demo", payload=b'{"prompt":"early","request_id":"r1"}', qos=1)
+    early = Delivery(
+        topic="llm/request/demo",
+        payload=b'{"prompt":"early","request_id":"r1"}',
+        qos=1,
+        received_at=time.monotonic(),
+    )
     assert house.daemon._on_delivery(early)
     rounds = [intake.beat_at]
     for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.daemon.conftest import StartWorker, Watch
 from tests.daemon.watcher import check_stream
-from tests.support.llama_server import LlamaServer
+from tests.support.llama_server import LlamaServer, free_port
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import eventually
 
@@ -150,3 +150,43 @@ def test_without_a_watchdog_in_the_environment_of_the_process_itself_the_worker_
     watcher.first(_topic="llm/status/w1", state="online")
     watcher.ask("s1", "hello", request_id="r", max_tokens=3)
     assert watcher.terminal("r")["type"] == "done"
+
+
+def test_sigterm_ends_a_worker_that_waits_for_its_broker(start_worker: StartWorker, llama_server: LlamaServer) -> None:
+    worker = start_worker(free_port(), llama_server.url, ready=False)
+    worker.until(lambda: worker.log("link.refused"), 20, "a line that says why")
+    assert worker.stop(10) == 0
+    assert "READY=1" not in worker.notify.words()
+
+
+def test_sigterm_ends_a_worker_that_waits_for_its_engine_with_an_answer_for_who_waits_too(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, watch: Watch
+) -> None:
+    broker = start_mosquitto()
+    watcher = watch(broker.port)
+    worker = start_worker(broker.port, f"http://127.0.0.1:{free_port()}", ready=False, limits__drain_timeout_s=0.5)
+    watcher.first(_topic="llm/status/w1", state="online")
+    watcher.ask("s", "anybody there?", request_id="r", max_tokens=3)
+    watcher.first(type="queued", request_id="r")
+    assert worker.stop(10) == 0
+    assert watcher.terminal("r")["code"] == "shutting_down"
+    assert "READY=1" not in worker.notify.words()
+
+
+def test_a_storm_of_sighups_under_load_costs_nothing(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, llama_server: LlamaServer, watch: Watch
+) -> None:
+    broker = start_mosquitto(settings=["max_queued_messages 100000"])
+    watcher = watch(broker.port)
+    worker = start_worker(broker.port, llama_server.url)
+    for number in range(12):
+        watcher.ask(f"s{number}", "go on", request_id=f"r{number}", max_tokens=300)
+    watcher.first(type="chunk")
+    for number in range(20):
+        worker.write_config(generation__system_prompt=f"number {number}")
+        worker.send(signal.SIGHUP)
+        eventually(lambda number=number: len(worker.log("configuration.reloaded")) > number)  # type: ignore[misc]
+    for number in range(12):
+        watcher.terminal(f"r{number}")
+        assert check_stream(watcher.of(f"r{number}"))["type"] == "done"
+    assert worker.stop() == 0
