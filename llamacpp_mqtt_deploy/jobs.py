@@ -174,8 +174,10 @@ class JobBook:
         with self._condition:
             if job.phase != "queued":
                 return False
-            free = 0 if self._pausing else self._slots - len(self._held)
-            return job.key not in self._line.front(free, time.monotonic())
+            return job.key not in self._line.front(self._free(), time.monotonic())
+
+    def _free(self) -> int:
+        return 0 if self._pausing else max(0, self._slots - len(self._held))
 
     def release_slot(self, job: Job, *, pacing: bool = False) -> None:
         """The engine is done with this job; the next one may have its slot."""
@@ -238,8 +240,9 @@ class JobBook:
             return [job for job in self._jobs.values() if (job.key.route, job.key.session) == session]
 
     def positions(self) -> dict[EntryKey, int]:
+        """The places of those that wait, 1 for who is next."""
         with self._condition:
-            return dict(self._line.positions(time.monotonic()))  # type: ignore[arg-type]  # our own keys
+            return dict(self._line.positions(time.monotonic(), free=self._free()))  # type: ignore[arg-type]  # our own keys
 
     def load(self) -> Load:
         """Slots and queue for health and status."""
@@ -278,14 +281,16 @@ class JobBook:
         with self._condition:
             self._draining = True
 
-    def resume(self) -> None:
+    def resume(self) -> bool:
+        """Take requests again; False when the worker is stopping, which nobody takes back."""
         with self._condition:
+            if self._pausing or self._closed:
+                return False
             self._draining = False
-            self._pausing = False
-            self._condition.notify_all()
+            return True
 
     def pause(self) -> None:
-        """Start no more of the queued ones: they stay in the journal for the next start of the worker."""
+        """Take nothing new and start no more of the queued ones, for good: they stay in the journal for the next start."""
         with self._condition:
             self._draining = True
             self._pausing = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import islice
 
 from llamacpp_mqtt_deploy.core.errors import Busy, RateLimited, SessionBusy
 
@@ -25,14 +27,22 @@ class Ticket:
     arrived: float
     held: bool = False
     """In the line, not to be taken yet: its journal entry is not written."""
+    came_at_turn: int = 0
+    """How many turns had been taken when it came; set by the line."""
+    number: int = 0
+    """Its place among all that ever came; set by the line."""
+
+
+_Rank = tuple[int, int, int, float, int]
 
 
 class WaitingLine:
     """The requests that wait for a slot. Pure: the caller holds the lock and brings the time (monotonic seconds).
 
     Order: the lane (a request moves up one lane for every `aging_s` it waits, so that `batch` never starves), then the first
-    topic level whose last turn is longest ago, then the session whose last turn is longest ago, then arrival. Prompts of one
-    session go one at a time in order of arrival: `leave_session` lets the next one go.
+    topic level whose last turn is longest ago, then the session whose last turn is longest ago, then arrival. A session that
+    had no turn yet, and a stateless request, count from when they came: a stream of new ones passes nobody for ever. Prompts
+    of one session go one at a time in order of arrival: `leave_session` lets the next one go.
     """
 
     def __init__(self, *, queue_size: int, session_queue: int, aging_s: float) -> None:
@@ -41,7 +51,7 @@ class WaitingLine:
         self.aging_s = aging_s
         self._waiting: OrderedDict[Hashable, Ticket] = OrderedDict()
         self._busy_sessions: set[Hashable] = set()
-        self._turn = 0
+        self._turn = self._admitted = 0
         self._level_turns: OrderedDict[str, int] = OrderedDict()
         self._session_turns: OrderedDict[Hashable, int] = OrderedDict()
 
@@ -79,6 +89,8 @@ class WaitingLine:
                         retry_after_s=retry_after_s,
                     )
                 self.remove(evicted.key)
+        self._admitted += 1
+        ticket.came_at_turn, ticket.number = self._turn, self._admitted
         self._waiting[ticket.key] = ticket
         return evicted
 
@@ -105,10 +117,9 @@ class WaitingLine:
 
     def front(self, places: int, now: float) -> set[Hashable]:
         """Who goes when this many places are free, held tickets counted as if they were not."""
-        ranked = sorted(self._runnable(held_too=True), key=lambda ticket: self._rank(ticket, now))
-        return {ticket.key for ticket in ranked[: max(0, places)]}
+        return {ticket.key for ticket in islice(self._in_order(now, at_once=True), max(0, places))}
 
-    def _runnable(self, *, held_too: bool = False) -> Iterator[Ticket]:
+    def _runnable(self) -> Iterator[Ticket]:
         seen: set[Hashable] = set()
         for ticket in self._waiting.values():
             if ticket.session is not None:
@@ -116,13 +127,20 @@ class WaitingLine:
                 if ticket.session in self._busy_sessions or ticket.session in seen:
                     continue
                 seen.add(ticket.session)
-            if held_too or not ticket.held:
+            if not ticket.held:
                 yield ticket
 
-    def _rank(self, ticket: Ticket, now: float) -> tuple[int, int, int, float]:
-        lane = max(0, ticket.lane - int((now - ticket.arrived) / self.aging_s))
-        session_turn = self._session_turns.get(ticket.session, 0) if ticket.session is not None else 0
-        return (lane, self._level_turns.get(ticket.first_level, 0), session_turn, ticket.arrived)
+    def _lane(self, ticket: Ticket, now: float) -> int:
+        return max(0, ticket.lane - int((now - ticket.arrived) / self.aging_s))
+
+    def _rank(self, ticket: Ticket, now: float) -> _Rank:
+        level_turn = self._level_turns.get(ticket.first_level, 0)
+        return (self._lane(ticket, now), level_turn, self._session_turn(ticket), ticket.arrived, ticket.number)
+
+    def _session_turn(self, ticket: Ticket) -> int:
+        if ticket.session is None:
+            return ticket.came_at_turn
+        return self._session_turns.get(ticket.session, ticket.came_at_turn)
 
     def _remember(self, turns: OrderedDict[str, int] | OrderedDict[Hashable, int], name: Hashable) -> None:
         self._turn += 1
@@ -138,10 +156,70 @@ class WaitingLine:
     def remove(self, key: Hashable) -> Ticket | None:
         return self._waiting.pop(key, None)
 
-    def positions(self, now: float) -> dict[Hashable, int]:
-        """Everybody's place, 1 for who is next; as it stands now, before others arrive or turns change."""
-        ranked = sorted(self._waiting.values(), key=lambda ticket: self._rank(ticket, now))
-        return {ticket.key: place for place, ticket in enumerate(ranked, start=1)}
+    def positions(self, now: float, *, free: int = 0) -> dict[Hashable, int]:
+        """Everybody's place, 1 for who is next, as if nobody else came; those for whom a place is free wait no more."""
+        going = self.front(free, now)
+        waiting = (ticket.key for ticket in self._in_order(now) if ticket.key not in going)
+        return {key: place for place, key in enumerate(waiting, start=1)}
+
+    def _in_order(self, now: float, *, at_once: bool = False) -> Iterator[Ticket]:
+        """The order in which `next` would take them, held ones too. `at_once`: with no session's prompt ending meanwhile."""
+        chains = self._chains(at_once=at_once)
+        level_turns: dict[str, int] = {}
+        session_turns: dict[Hashable, int] = {}
+        turn = self._turn
+        # Tickets of one lane and first level, best first, and one entry that counts (the latest) for each such group: a turn
+        # changes the rank of the groups of its level alone, so that few are looked at again, however many wait.
+        groups: dict[tuple[int, str], list[tuple[int, float, int, Ticket]]] = {}
+        heads: list[tuple[_Rank, tuple[int, str]]] = []
+        latest: dict[tuple[int, str], _Rank] = {}
+
+        def rank(name: tuple[int, str]) -> _Rank:
+            lane, level = name
+            session_turn, arrived, number, _ = groups[name][0]
+            return (lane, level_turns.get(level, self._level_turns.get(level, 0)), session_turn, arrived, number)
+
+        def put(ticket: Ticket) -> tuple[int, str]:
+            name = (self._lane(ticket, now), ticket.first_level)
+            session_turn = session_turns.get(ticket.session, self._session_turn(ticket))
+            heappush(groups.setdefault(name, []), (session_turn, ticket.arrived, ticket.number, ticket))
+            return name
+
+        def enter(name: tuple[int, str]) -> None:
+            if groups[name]:
+                latest[name] = rank(name)
+                heappush(heads, (latest[name], name))
+
+        for name in {put(chain.popleft()) for chain in chains.values()}:
+            enter(name)
+        while heads:
+            told, name = heappop(heads)
+            if told != latest[name] or not groups[name]:
+                continue
+            if told != rank(name):
+                enter(name)
+                continue
+            *_, ticket = heappop(groups[name])
+            yield ticket
+            turn += 2  # one for the session, one for the level, as `next` counts them
+            level_turns[ticket.first_level] = turn
+            if ticket.session is not None:
+                session_turns[ticket.session] = turn - 1
+            chain = chains[ticket if ticket.session is None else ticket.session]
+            for changed in {name, put(chain.popleft())} if chain else {name}:
+                enter(changed)
+
+    def _chains(self, *, at_once: bool) -> dict[Hashable, deque[Ticket]]:
+        """Tickets that go one after the other: the prompts of a session; a stateless request is a chain of its own."""
+        chains: dict[Hashable, deque[Ticket]] = {}
+        for ticket in self._waiting.values():
+            if ticket.session is None:
+                chains[ticket] = deque([ticket])
+            elif at_once and (ticket.session in self._busy_sessions or ticket.session in chains):
+                continue
+            else:
+                chains.setdefault(ticket.session, deque()).append(ticket)
+        return chains
 
 
 class RateLimiter:

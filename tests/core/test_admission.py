@@ -105,6 +105,31 @@ def test_the_running_prompt_does_not_count_among_a_sessions_waiting_ones() -> No
         line.admit(_ticket("w3", session="s"), retry_after_s=5.0)
 
 
+def test_a_session_does_not_starve_behind_a_stream_of_new_ones_of_its_level() -> None:
+    for newcomer in (None, "new"):
+        line = _line(aging_s=1e9)
+        _admit(line, _ticket("first", lane=0, session="old"))
+        assert line.next(0.0) is not None
+        line.leave_session("old")
+        _admit(line, _ticket("second", lane=0, session="old", at=1.0))
+        taken = []
+        for second in range(2, 10):
+            session = None if newcomer is None else f"{newcomer}{second}"
+            _admit(line, _ticket(f"{second}", lane=0, session=session, at=float(second)))
+            ticket = line.next(float(second))
+            assert ticket is not None
+            taken.append(ticket.key)
+        assert "second" in taken[:2]
+
+
+def test_places_count_turns_and_leave_out_those_that_go_at_once() -> None:
+    line = _line()
+    _admit(line, *[_ticket(f"g{n}", level="greedy", at=n) for n in range(3)], _ticket("m", level="modest", at=10))
+    assert line.positions(11.0) == {"g0": 1, "m": 2, "g1": 3, "g2": 4}
+    assert line.front(2, 11.0) == {"g0", "m"}
+    assert line.positions(11.0, free=2) == {"g1": 1, "g2": 2}
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.sampled_from([None, "s", "t"]), st.floats(0, 100)),
@@ -121,8 +146,10 @@ def test_everybody_admitted_is_taken_exactly_once_and_sessions_keep_their_order(
         for n, (lane, level, session, at) in enumerate(arrivals)
     ]
     _admit(line, *tickets)
-    assert sorted(line.positions(100.0).values()) == list(range(1, len(tickets) + 1))
+    told = line.positions(100.0)
+    assert sorted(told.values()) == list(range(1, len(tickets) + 1))
     order = _order(line, now=100.0)
+    assert order == sorted(told, key=lambda key: told[key]), "the place that was told is the turn that was taken"
     assert sorted(order, key=str) == sorted((ticket.key for ticket in tickets), key=str)
     for session in ("s", "t"):
         mine = [ticket.key for ticket in tickets if ticket.session == session]
