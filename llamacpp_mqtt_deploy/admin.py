@@ -23,7 +23,7 @@ class Levers:
 
     cancel_all: Callable[[], int]
     drain: Callable[[], None]
-    resume: Callable[[], None]
+    resume: Callable[[], bool]
     reload: Callable[[], Mapping[str, Any]]
     restart_engine: Callable[[], bool]
     log_level: Callable[[str], None]
@@ -37,7 +37,8 @@ class AdminDesk:
         self._topics = topics
         self._levers = levers
 
-    def handle(self, delivery: Delivery) -> None:
+    def handle(self, delivery: Delivery, correlation: bytes | None) -> None:
+        """Do what the message asks and publish its `ack`, with the Correlation Data that it may have."""
         ack: dict[str, Any] = {"type": "ack", "worker": self._topics.worker_id, "action": None, "status": "ok"}
         try:
             admin = parse_admin(delivery.payload)
@@ -48,7 +49,7 @@ class AdminDesk:
         except RequestError as error:
             ack |= {"status": "error", "code": error.code, "message": error.message, **error.details}
         log.warning("admin.answered", action=ack["action"], status=ack["status"])
-        self._outbox.publish(self._topics.admin_reply_topic, encode(ack))
+        self._outbox.publish(self._topics.admin_reply_topic, encode(ack), correlation=correlation)
 
     def _do(self, admin: Admin) -> Mapping[str, Any]:
         match admin.action:
@@ -58,8 +59,9 @@ class AdminDesk:
                 self._levers.drain()
                 return {"state": "draining"}
             case "resume":
-                self._levers.resume()
-                return {"state": "online"}
+                if self._levers.resume():
+                    return {"state": "online"}
+                return {"status": "error", "code": "shutting_down", "message": "the worker is stopping; start it again"}
             case "reload":
                 return self._levers.reload()
             case "restart_engine":

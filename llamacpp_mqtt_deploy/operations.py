@@ -44,14 +44,16 @@ class Operations:
         return sum(map(self._controls.cancel, self._book.all()))
 
     def drain(self) -> None:
-        """Refuse new requests from now on; what is inside goes on."""
+        """Refuse new requests from now on, until `resume`; what is inside goes on."""
         self._book.drain()
         self._presence.become("draining")
 
-    def resume(self) -> None:
-        """Take requests again."""
-        self._book.resume()
+    def resume(self) -> bool:
+        """Take requests again; False when the worker is stopping."""
+        if not self._book.resume():
+            return False
         self._presence.become("online")
+        return True
 
     def reload(self) -> Mapping[str, Any]:
         """Read the configuration again; returns the fields of the ack. A wrong one changes nothing."""

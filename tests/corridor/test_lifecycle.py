@@ -214,6 +214,33 @@ def test_an_operator_drains_and_resumes(bus: Bus) -> None:
     assert bus.listener.terminal("r2")["type"] == "done"
 
 
+def test_nobody_takes_back_that_a_worker_stops(bus: Bus) -> None:
+    engine, gate = ScriptedEngine(slots=1), Gate()
+    engine.play("one", gate)
+    house = bus.house(engine)
+    bus.ask("one", request_id="r1")
+    assert gate.reached.wait(10)
+    house.daemon.stop()
+    bus.listener.until(_topic="llm/status/w1", state="draining")
+    bus.admin("resume")
+    assert bus.listener.until(action="resume")["code"] == "shutting_down"
+    bus.ask("two", request_id="r2", session="b")
+    assert bus.listener.terminal("r2")["code"] == "shutting_down"
+    gate.open()
+    house.join()
+    assert bus.listener.terminal("r1")["type"] == "done"
+    bus.listener.until(_topic="llm/status/w1", state="offline")
+    states = [event["state"] for event in bus.listener.events if event["_topic"] == "llm/status/w1"]
+    assert states[-2:] == ["draining", "offline"]
+
+
+def test_correlation_data_comes_back_with_an_operators_answer(bus: Bus) -> None:
+    bus.house()
+    bus.sender.publish("llm/admin/w1", b"drain", correlation=b"\x00op")
+    bus.listener.until(action="drain")
+    assert bus.listener.deliveries[-1].correlation == b"\x00op"
+
+
 def test_an_operator_cancels_everything(bus: Bus) -> None:
     engine = ScriptedEngine(slots=1)
     engine.play(Silence())
