@@ -106,7 +106,7 @@ class Intake:
         book: JobBook,
         maker: JobMaker,
         controls: Controls,
-        admin: Callable[[Delivery], None],
+        admin: Callable[[Delivery, bytes | None], None],
         endings: Endings,
         tally: Tally,
         policies: Callable[[], Policies],
@@ -221,46 +221,56 @@ class Intake:
         return address is not None and address.kind == "request" and not delivery.retain
 
     def _accept(self, pending: list[tuple[Delivery, _Accepted | None]]) -> None:
-        """Take in a burst, or part of one. A defect on the way costs these requests, never the thread that reads all others."""
-        try:
-            self._admit(pending)
-        except Exception:
-            log.exception("intake.failed", requests=len(pending))
-            for delivery, item in pending:
-                self._outbox.acknowledge(delivery)
-                if item is not None:
-                    self._endings.failed(item.job, Internal("the worker failed on this request; its log says why"))
+        """Take in a burst, or part of one: journal, acknowledge in order of receipt, then say the first word to each.
 
-    def _admit(self, pending: list[tuple[Delivery, _Accepted | None]]) -> None:
-        """Journal, acknowledge in order of receipt, then say the first word to each."""
+        A defect on the way costs these requests, never the thread that reads all others.
+        """
         accepted = [item for _, item in pending if item is not None]
-        problem: StoreError | None = None
-        if accepted:
-            try:
-                self._store.accept([item.job.entry for item in accepted])
-            except StoreError as failure:
-                problem = failure
-                log.error("journal.failed", step="accept", problem=str(failure), requests=len(accepted))
-        waiting = [item.job for item in accepted if self._book.must_wait(item.job)]
-        if problem is None:
-            self._book.commit([item.job for item in accepted])
+        refusal = self._journal(accepted)
         for delivery, _ in pending:
             self._outbox.acknowledge(delivery)
-        positions = self._book.positions() if waiting else {}
+        try:
+            self._let_go(accepted, refusal)
+        except Exception:
+            log.exception("intake.failed", requests=len(accepted))
+            for item in accepted:
+                self._endings.failed(item.job, Internal("the worker failed on this request; its log says why"))
+
+    def _journal(self, accepted: list[_Accepted]) -> Internal | None:
+        if not accepted:
+            return None
+        try:
+            self._store.accept([item.job.entry for item in accepted])
+        except StoreError as problem:
+            log.error("journal.failed", step="accept", problem=str(problem), requests=len(accepted))
+            return Internal("the worker cannot write its journal (is its disk full?); nothing was run")
+        except Exception:
+            log.exception("intake.failed", requests=len(accepted))
+            return Internal("the worker failed on this request; its log says why")
+        self._tally.add("accepted", len(accepted))
+        return None
+
+    def _let_go(self, accepted: list[_Accepted], refusal: Internal | None) -> None:
+        """Open the line to these requests, or end them when the journal did not take them."""
         for item in accepted:
             if item.evicted is not None:
                 self._endings.failed(
                     item.evicted, Busy("the queue is full and a more urgent request took this place", retry_after_s=10)
                 )
-            if problem is not None:
-                self._endings.failed(
-                    item.job, Internal("the worker cannot write its journal (is its disk full?); nothing was run")
-                )
-            elif self._book.was_cancelled(item.job.key):
-                self._controls.cancel(item.job)
-            elif item.job in waiting:
-                item.job.position = positions.get(item.job.key, 1)
-                item.job.responder.queued(position=item.job.position, reason=item.job.wait_reason)
+        if refusal is not None:
+            for item in accepted:
+                self._endings.failed(item.job, refusal)
+            return
+        waiting = [item.job for item in accepted if self._book.must_wait(item.job)]
+        positions = self._book.positions() if waiting else {}
+        self._book.commit([item.job for item in accepted])
+        for item in accepted:
+            job = item.job
+            if self._book.was_cancelled(job.key):
+                self._controls.cancel(job)
+            elif job in waiting and job.key in positions:
+                job.position = positions[job.key]
+                job.responder.queued(position=job.position, reason=job.wait_reason)
 
     # --- one message ---------------------------------------------------------------------------------------------------
 
@@ -274,7 +284,7 @@ class Intake:
             self._tally.add("ignored")
             log.warning("message.ignored", topic=_shown(delivery.topic), reason="no session path of the protocol")
         elif address.kind == "admin":
-            self._admin(delivery)
+            self._admin(delivery, _correlation(delivery))
         else:
             self._controls.handle(address, delivery.payload, _correlation(delivery))
 
