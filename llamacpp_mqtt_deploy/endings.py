@@ -52,6 +52,10 @@ class Endings:
             return
         answer = job.answer
         told = answer.text() if content is None else content
+        if content is None:
+            # A cancel may leave text that no chunk has told: joined, the chunks have to be the answer.
+            job.responder.catch_up("reasoning", answer.thoughts(), before_first=lambda: self._mark_streaming(job))
+            job.responder.catch_up("content", told, before_first=lambda: self._mark_streaming(job))
         timings = _timings(job)
         if finish_reason == "cancelled" and job.stop.at is not None:
             timings["cancel_ms"] = _ms(time.monotonic() - job.stop.at)
@@ -94,6 +98,12 @@ class Endings:
             self.done(job, "cancelled", content=content)
         else:
             self.failed(job, stop_error(job.stop.reason, job))
+
+    def _mark_streaming(self, job: Job) -> None:
+        try:
+            self._store.mark_streaming(job.key)
+        except StoreError as problem:
+            log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
 
     def _history(self, job: Job, told: str, finish_reason: FinishReason) -> HistoryChange | None:
         """Prompt and answer together, or nothing: two user messages in a row break many chat templates."""

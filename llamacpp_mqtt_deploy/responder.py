@@ -158,6 +158,23 @@ class Responder:
         with self._lock:
             self._flush()
 
+    def catch_up(self, kind: TextKind, full: str, *, before_first: Callable[[], None]) -> None:
+        """Publish what `full` has beyond the pieces so far: a sentence that was cut short, an answer that was to be paced.
+
+        `before_first` runs when this brings the first chunk of the stream.
+        """
+        with self._lock:
+            if self.silent or self._closed:
+                return
+            self._flush()
+            rest = full[sum(map(len, self._published[kind])) :]
+            if not rest:
+                return
+            if not self.chunks:
+                before_first()
+            self._publish_chunks(self._writer.chunks(kind, rest))
+            self._published[kind].append(rest)
+
     def unacknowledged(self) -> int:
         return self._sent - self._acked
 

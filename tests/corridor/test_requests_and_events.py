@@ -61,6 +61,57 @@ def test_sentences_come_whole(bus: Bus) -> None:
     assert chunks == ["It is 3.5 degrees.", " Dr. Who says so!", " Really?", " yes"]
 
 
+@pytest.mark.parametrize("mode, stream", [("native", "sentence"), ("simulated", True), ("simulated", "sentence")])
+def test_a_cancelled_answer_has_told_all_of_its_partial_text(bus: Bus, mode: str, stream: bool | str) -> None:
+    engine, gate = ScriptedEngine(), Gate()
+    engine.play(Reasoning("Hm."), "One. Two and", gate)
+    bus.house(engine, streaming__mode=mode)
+    bus.ask("count", request_id="r1", stream=stream)
+    assert gate.reached.wait(10)
+    bus.control("cancel", request_id="r1")
+    done = bus.listener.terminal("r1")
+    assert done["finish_reason"] == "cancelled"
+    chunks = [event for event in bus.listener.of("r1") if event["type"] == "chunk"]
+    assert "".join(event.get("content", "") for event in chunks) == done["full_content"] == "One. Two and"
+    assert "".join(event.get("reasoning", "") for event in chunks) == done["full_reasoning"] == "Hm."
+    bus.listener.read("r1")
+
+
+def test_stream_false_and_full_content_false_hold_for_errors_and_cancels_too(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play("part", EngineFailed("broken"))
+    engine.play("part", EngineFailed("broken"))
+    bus.house(engine)
+    bus.ask("one", request_id="r1", stream=False)
+    assert bus.listener.terminal("r1")["partial_content"] == "part"
+    bus.ask("two", request_id="r2", full_content=False)
+    assert "partial_content" not in bus.listener.terminal("r2")
+    bus.ask("three", request_id="r3", stream=False, temperature="hot")
+    assert bus.listener.terminal("r3")["code"] == "bad_request"
+    gate = Gate()
+    engine.play("part", gate)
+    bus.ask("four", request_id="r4", stream=False, full_content=False)
+    assert gate.reached.wait(10)
+    bus.control("cancel", request_id="r4")
+    cancelled = bus.listener.terminal("r4")
+    assert cancelled["content_omitted"] is True
+    assert "full_content" not in cancelled
+    assert "message" not in cancelled
+    for request_id in ("r1", "r3", "r4"):
+        assert [e["type"] for e in bus.listener.of(request_id) if e["type"] != "ack"] in (["done"], ["error"])
+
+
+def test_accepted_requests_are_counted_for_the_health_message(bus: Bus) -> None:
+    house = bus.house()
+    bus.ask("one", request_id="r1")
+    bus.ask("two", request_id="r2", temperature="hot")
+    bus.listener.terminal("r1")
+    bus.listener.terminal("r2")
+    eventually(lambda: house.daemon.parts.tally.snapshot(period_s=1.0)["requests"]["done"] == 1)  # type: ignore[index]
+    requests = house.daemon.parts.tally.snapshot(period_s=1.0)["requests"]
+    assert requests == {"accepted": 1, "done": 1, "cancelled": 0, "failed": 0}
+
+
 def test_simulated_streaming_cuts_pieces_on_grapheme_borders(bus: Bus) -> None:
     bus.house(streaming__mode="simulated", streaming__chunk_chars=3, streaming__chunk_interval_s=0.001)
     family = "👨‍👩‍👧‍👦"
