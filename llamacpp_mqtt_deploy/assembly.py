@@ -151,8 +151,9 @@ class Parts:
         return limit if broker is None else max(1024, min(limit, broker))
 
     def _outbox_has_room(self) -> bool:
+        # Half full already counts as full: nothing fills the other half between this look and a publish.
         link, limit = self.link.info(), self.in_force.settings.mqtt.outbox_messages
-        return not self._is_closing() and link.state == "online" and link.unacknowledged < limit
+        return not self._is_closing() and link.state == "online" and link.unacknowledged < limit // 2
 
     def _ping_state(self) -> Mapping[str, Any]:
         return {

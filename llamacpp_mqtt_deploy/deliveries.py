@@ -20,7 +20,7 @@ _MAX_UNSTORED = 1000
 class Deliveries:
     """Delivers terminal events at least once. `sweep` has to be called about once a second.
 
-    `has_room` says whether the outbox would take a publish now: one that it refuses all the same can never be taken.
+    `has_room` says that the outbox is far from full: what it refuses all the same can never be taken.
     """
 
     def __init__(self, *, outbox: Outbox, store: Store, has_room: Callable[[], bool]) -> None:
@@ -40,6 +40,12 @@ class Deliveries:
             if len(self._unstored) > _MAX_UNSTORED:
                 self._unstored.popitem(last=False)
 
+    def unstored(self, key: EntryKey) -> bytes | None:
+        """The terminal event of a request whose end the store could not take yet."""
+        with self._lock:
+            found = self._unstored.get(key)
+        return found[0] if found is not None else None
+
     def send(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> None:
         if not self._publish(key, topic, terminal, correlation):
             with self._lock:
@@ -48,7 +54,9 @@ class Deliveries:
                     self._waiting.popitem(last=False)
 
     def _publish(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> bool:
-        return self._outbox.publish(topic, terminal, correlation=correlation, on_done=lambda ok: self._done(key, taken=ok))
+        return self._outbox.publish(
+            topic, terminal, correlation=correlation, on_done=lambda ok: self._done(key, taken=ok)
+        )
 
     def _done(self, key: EntryKey, *, taken: bool) -> None:
         # Also when it was given up: a broker that refuses an event for ever must not get it again at every start.
@@ -75,8 +83,10 @@ class Deliveries:
                 # At worst a terminal event is published once more after a restart, which clients have to bear anyway.
                 log.warning("journal.failed", step="mark_delivered", problem=str(problem))
         for key, (topic, terminal, correlation) in waiting:
+            # Asked before as well: an outbox that was full and has room a moment later is no reason to drop an end.
+            had_room = self._has_room()
             if not self._publish(key, topic, terminal, correlation):
-                if not self._has_room():
+                if not (had_room and self._has_room()):
                     return
                 log.error("terminal.undeliverable", topic=topic, bytes=len(terminal), request_id=key.request_id)
                 self._done(key, taken=False)

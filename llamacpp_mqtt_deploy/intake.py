@@ -373,8 +373,9 @@ class Intake:
             if not job.responder.snapshot():
                 job.responder.queued(position=job.position, reason=job.wait_reason)
             return True
-        if entry.terminal is not None:
-            self._deliveries.send(key, entry.reply_topic, entry.terminal, _correlation(delivery))
+        terminal = entry.terminal or self._deliveries.unstored(key)
+        if terminal is not None:
+            self._deliveries.send(key, entry.reply_topic, terminal, _correlation(delivery))
             return True
         # In the journal, not ended and not inside: its end is being written at this moment, and will be published.
         return True

@@ -76,6 +76,19 @@ def test_a_terminal_event_waits_for_a_place_in_a_full_outbox() -> None:
     assert outbox.sent == [b"end"]
 
 
+def test_an_outbox_that_was_full_for_a_moment_only_is_no_reason_to_drop_an_end() -> None:
+    outbox, store = Outbox(), _store(MemoryStore())
+    store.finish(KEY, b"end", now=1.0)
+    looks = iter([False, True])
+    deliveries = Deliveries(outbox=outbox, store=store, has_room=lambda: next(looks, True))
+    outbox.open = False
+    deliveries.send(KEY, "llm/reply/demo", b"end", None)
+    deliveries.sweep()
+    outbox.open = True
+    deliveries.sweep()
+    assert outbox.sent == [b"end"]
+
+
 def test_a_terminal_event_that_can_never_be_taken_does_not_block_the_others() -> None:
     outbox, store = Outbox(), _store(MemoryStore())
     store.finish(KEY, b"end", now=1.0)
@@ -97,7 +110,9 @@ def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None
     outbox.acknowledge_all()
     deliveries.sweep()
     assert [entry.state for entry in store.unfinished()] == ["accepted"]
+    assert deliveries.unstored(KEY) == b"end", "the answer to the same request sent again"
     store.full = False
     deliveries.sweep()
+    assert deliveries.unstored(KEY) is None
     assert store.unfinished() == []
     assert store.undelivered() == []
