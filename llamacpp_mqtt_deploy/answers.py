@@ -107,7 +107,9 @@ class Answer:
             return round(self.finished.tokens_per_second, 2)
         if self.first_at is None or self.last_at is None or self.last_at - self.first_at < _MEASURABLE_S:
             return None
-        return round((self.usage().completion_tokens - 1) / (self.last_at - self.first_at), 2)
+        # An engine that tells no usage leaves the pieces to count.
+        tokens = self.usage().completion_tokens or self.pieces
+        return round(max(0, tokens - 1) / (self.last_at - self.first_at), 2)
 
 
 def _is_json(text: str) -> bool:

@@ -151,7 +151,7 @@ class Responder:
         """Whole tool calls, published as they are, now (paced modes)."""
         with self._lock:
             if not (self.silent or self._closed):
-                self._publish_chunks([self._writer.tool_calls(deltas)])
+                self._publish_chunks(self._writer.tool_calls(deltas))
 
     def flush(self) -> None:
         """Publish whatever text waits, before the terminal event."""
@@ -203,7 +203,7 @@ class Responder:
             if self.silent or self._closed:
                 continue
             if piece[0] == "tool_calls":
-                self._publish_chunks([self._writer.tool_calls(piece[1])])
+                self._publish_chunks(self._writer.tool_calls(piece[1]))
                 continue
             kind, text = piece
             for start in range(0, len(text), self._max_chars):

@@ -93,7 +93,9 @@ class EventWriter:
         return encode(self._step("queued") | {"position": position, "reason": reason})
 
     def start(self, fields: Mapping[str, Any]) -> bytes:
-        return encode(self._step("start") | {"protocol": PROTOCOL} | dict(fields))
+        event = self._step("start") | {"protocol": PROTOCOL} | dict(fields)
+        payload = encode(event)
+        return payload if len(payload) <= self.max_bytes else encode(_without_echo(event))
 
     def progress(self, *, processed: int, total: int, cached: int) -> bytes:
         return encode(self._step("progress") | {"processed": processed, "total": total, "cached": cached})
@@ -122,8 +124,20 @@ class EventWriter:
         room = max(16, self.max_bytes - _CHUNK_OVERHEAD_BYTES)
         return [self._chunk(kind, part) for part in split_to_bytes(text, room)]
 
-    def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> bytes:
-        return self._chunk("tool_calls", list(deltas))
+    def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        """The deltas as one chunk, or as several with the arguments cut when they are over `max_bytes`."""
+        room = max(16, self.max_bytes - _CHUNK_OVERHEAD_BYTES)
+        if len(encode({"": deltas})) <= room:
+            return [self._chunk("tool_calls", list(deltas))]
+        chunks = []
+        for delta in deltas:
+            # Id and name are the engine's: a few dozen bytes, said once.
+            named = len(encode({**delta, "arguments": ""}))
+            parts = split_to_bytes(delta["arguments"], max(16, room - named)) or [""]
+            chunks.append(self._chunk("tool_calls", [{**delta, "arguments": parts[0]}]))
+            index = delta["index"]
+            chunks += [self._chunk("tool_calls", [{"index": index, "arguments": part}]) for part in parts[1:]]
+        return chunks
 
     def _chunk(self, kind: str, value: Any) -> bytes:
         event = self._step("chunk")
@@ -140,7 +154,7 @@ class EventWriter:
                 event.pop(name, None)
             event["content_omitted"] = True
             payload = encode(event)
-        return payload
+        return payload if len(payload) <= self.max_bytes else encode(_without_echo(event))
 
     def error(self, *, code: str, message: str, retryable: bool, details: Mapping[str, Any]) -> bytes:
         event = self._step("error") | {
@@ -156,12 +170,16 @@ class EventWriter:
             event.pop("partial_content", None)
             event["content_omitted"] = True
             payload = encode(event)
-        if len(payload) > self.max_bytes:  # only `fields` or metadata can be left to be this long
+        if len(payload) > self.max_bytes:
             event.pop("fields", None)
-            event.pop("metadata", None)
             event["message"] = message[:200]
-            payload = encode(event)
+            payload = encode(_without_echo(event))
         return payload
+
+
+def _without_echo(event: dict[str, Any]) -> dict[str, Any]:
+    """The event for a broker that takes small packets only: what the client has told us it knows already."""
+    return {name: value for name, value in event.items() if name not in ("metadata", "warnings")}
 
 
 def split_to_bytes(text: str, room: int) -> list[str]:

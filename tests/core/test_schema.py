@@ -56,7 +56,7 @@ def stream() -> list[bytes]:
         events.progress(processed=1, total=9, cached=0),
         *events.chunks("reasoning", "hm"),
         *events.chunks("content", "Hello"),
-        events.tool_calls(calls),
+        *events.tool_calls(calls),
         events.ping(state="generating"),
         events.snapshot(content="Hello", reasoning="hm"),
         events.done(DONE | {"metadata": {"a": None}, "stop_sequence": "\n"}),

@@ -352,6 +352,23 @@ def test_a_chunk_larger_than_an_event_may_be_is_cut_and_done_comes_without_the_t
     assert max(len(delivery.payload) for delivery in bus.listener.deliveries if "reply" in delivery.topic) <= 2048
 
 
+@pytest.mark.parametrize("mode", ["native", "simulated"])
+def test_a_tool_call_larger_than_an_event_may_be_is_cut_and_joins_again(bus: Bus, mode: str) -> None:
+    arguments = '{"text": "' + "ä\\n" * 3000 + '"}'
+    engine = ScriptedEngine()
+    engine.play(ToolCall(0, "c0", "write", arguments), ToolCall(1, "c1", "look", "{}"), Finished("tool_calls", Usage()))
+    bus.house(engine, limits__max_event_bytes=2048, streaming__mode=mode)
+    bus.ask("hi", request_id="r1", metadata={"note": "m" * 3000})
+    done = bus.listener.terminal("r1")
+    assert (done["finish_reason"], done["content_omitted"]) == ("tool_calls", True)
+    calls = bus.listener.read("r1").tool_calls
+    assert [call["function"] for call in calls] == [
+        {"name": "write", "arguments": arguments},
+        {"name": "look", "arguments": "{}"},
+    ]
+    assert max(len(delivery.payload) for delivery in bus.listener.deliveries if "reply" in delivery.topic) <= 2048
+
+
 @pytest.mark.parametrize("topic", ["llm/request/a b", "llm/request/a/b/c", "llm/request/$x"])
 def test_a_topic_outside_the_protocol_is_ignored_and_the_worker_lives(bus: Bus, topic: str) -> None:
     bus.house()
