@@ -142,7 +142,9 @@ def _settings() -> str:
         name = ".".join(table.path)
         text = f"{table.description}\n\n" if table.description else ""
         if name == f"routes.{keys.ANY_NAME}":
-            text = "A table for each route, under a name of yours. `default` can be set too, but its topics are fixed.\n\n"
+            text = (
+                "A table for each route, under a name of yours. `default` can be set too, but its topics are fixed.\n\n"
+            )
         parts.append(
             f"### `[{name}]`\n\n{text}" + _table(("key", "expects", "default", "meaning", "reload"), _keys(table))
         )
