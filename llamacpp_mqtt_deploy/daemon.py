@@ -165,7 +165,10 @@ class Daemon:
         self._notifier.status("starting")
         self._started_at = time.monotonic()
         parts.store.open()
-        parts.engine.open()
+        try:
+            parts.engine.open()
+        except ValueError as problem:  # what will never work: a model file that is not there
+            raise Ending(EXIT_CONFIGURATION, str(problem)) from problem
         parts.timers.start()
         parts.intake.start()
         parts.workers.ensure(settings.engine.slots or 1)
@@ -210,7 +213,8 @@ class Daemon:
             case "engine":
                 self._engine_changed(note.value)
             case "reload":
-                self._notifier.reloading()
+                if self.ready:
+                    self._notifier.reloading()
                 self.parts.operations.reload()
                 if self.ready:
                     self._notifier.ready()

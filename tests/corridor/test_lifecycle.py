@@ -6,6 +6,9 @@ import json
 import time
 from typing import Any
 
+import pytest
+from typing_extensions import override
+
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey
@@ -326,6 +329,19 @@ def test_the_worker_gives_up_after_its_startup_timeout_with_exit_code_3(bus: Bus
     engine.become("unreachable", "nobody listens")
     house = bus.house(engine, wait=False, limits__startup_timeout_s=0.3)
     assert house.join() == 3
+
+
+def test_an_engine_that_can_never_open_ends_with_2_and_one_line(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+    class Unfit(ScriptedEngine):
+        @override
+        def open(self) -> None:
+            raise ValueError("engine.model_path: there is no file model.gguf")
+
+    house = bus.house(Unfit(), wait=False)
+    assert house.join() == 2
+    told = capsys.readouterr()
+    assert "there is no file model.gguf" in told.out + told.err
+    assert "Traceback" not in told.out + told.err
 
 
 def test_a_burst_of_64_requests_over_8_sessions_is_answered_without_a_hole(bus: Bus) -> None:
