@@ -18,6 +18,7 @@ from llamacpp_mqtt_deploy.core.errors import (
     ShuttingDown,
     TimedOut,
 )
+from llamacpp_mqtt_deploy.core.events import interrupted
 from llamacpp_mqtt_deploy.core.history import exchange_of
 from llamacpp_mqtt_deploy.deliveries import Deliveries
 from llamacpp_mqtt_deploy.jobs import Job, JobBook
@@ -50,47 +51,29 @@ class Endings:
         """End with `done`. `content` is what was published, where that is less than the answer (cancelled while paced)."""
         if not self._book.claim_end(job):
             return
-        answer = job.answer
-        told = answer.text() if content is None else content
-        if content is None:
-            # A cancel may leave text that no chunk has told: joined, the chunks have to be the answer.
-            job.responder.catch_up("reasoning", answer.thoughts(), before_first=lambda: self._mark_streaming(job))
-            job.responder.catch_up("content", told, before_first=lambda: self._mark_streaming(job))
-        timings = _timings(job)
-        if finish_reason == "cancelled" and job.stop.at is not None:
-            timings["cancel_ms"] = _ms(time.monotonic() - job.stop.at)
-        fields = done_fields(
-            answer,
-            content=told,
-            finish_reason=finish_reason,
-            with_text=job.request.full_content,
-            timings=timings,
-            metadata=job.request.metadata,
-            warnings=(*job.request.warnings, *answer.warnings),
-        )
-        terminal = job.responder.done(fields)
-        self._end(job, terminal, self._history(job, told, finish_reason), outcome=finish_reason)
+        try:
+            told = self._told(job, content)
+            terminal = job.responder.done(self._done_fields(job, finish_reason, told))
+            history = self._history(job, told, finish_reason)
+        except Exception:
+            log.exception("ending.failed", request_id=job.key.request_id)
+            self._end_by_defect(job)
+        else:
+            self._end(job, terminal, history, outcome=finish_reason)
 
     def failed(self, job: Job, error: RequestError) -> None:
         """End with `error`; what was told already comes along as `partial_content`."""
         if not self._book.claim_end(job):
             return
-        answer = job.answer
-        details: dict[str, Any] = dict(error.details)
-        if answer.begun and job.request.full_content:
-            details["partial_content"] = answer.text()
-        if answer.begun or answer.progress is not None:
-            details["usage"] = usage_fields(answer.usage())
-        details["timings"] = {name: value for name, value in _timings(job).items() if value is not None}
-        warnings = [*job.request.warnings, *answer.warnings]
-        if warnings:
-            details["warnings"] = warnings
-        if job.request.metadata is not None:
-            details["metadata"] = job.request.metadata
-        terminal = job.responder.error(
-            code=error.code, message=error.message, retryable=error.retryable, details=details
-        )
-        self._end(job, terminal, None, outcome=error.code, error=error)
+        try:
+            terminal = job.responder.error(
+                code=error.code, message=error.message, retryable=error.retryable, details=_error_details(job, error)
+            )
+        except Exception:
+            log.exception("ending.failed", request_id=job.key.request_id)
+            self._end_by_defect(job)
+        else:
+            self._end(job, terminal, None, outcome=error.code, error=error)
 
     def stopped(self, job: Job, *, content: str | None = None) -> None:
         """End a job whose stop signal was set, for the reason that it carries."""
@@ -98,6 +81,43 @@ class Endings:
             self.done(job, "cancelled", content=content)
         else:
             self.failed(job, stop_error(job.stop.reason, job))
+
+    def _end_by_defect(self, job: Job) -> None:
+        """Whoever claimed the end has to bring one: without it the session waits, and its client, until a restart."""
+        job.responder.close()
+        error = Internal("the worker failed on this request; its log says why")
+        terminal = interrupted(
+            request_id=job.key.request_id,
+            session_id=job.key.session,
+            code=error.code,
+            message=error.message,
+            retryable=error.retryable,
+            metadata=None,
+        )
+        self._end(job, terminal, None, outcome=error.code, error=error)
+
+    def _told(self, job: Job, content: str | None) -> str:
+        """The text that the chunks told. A cancel may leave some that none has: joined, they have to be the answer."""
+        if content is not None:
+            return content
+        told = job.answer.text()
+        job.responder.catch_up("reasoning", job.answer.thoughts(), before_first=lambda: self._mark_streaming(job))
+        job.responder.catch_up("content", told, before_first=lambda: self._mark_streaming(job))
+        return told
+
+    def _done_fields(self, job: Job, finish_reason: FinishReason, told: str) -> dict[str, Any]:
+        timings = _timings(job)
+        if finish_reason == "cancelled" and job.stop.at is not None:
+            timings["cancel_ms"] = _ms(time.monotonic() - job.stop.at)
+        return done_fields(
+            job.answer,
+            content=told,
+            finish_reason=finish_reason,
+            with_text=job.request.full_content,
+            timings=timings,
+            metadata=job.request.metadata,
+            warnings=(*job.request.warnings, *job.answer.warnings),
+        )
 
     def _mark_streaming(self, job: Job) -> None:
         try:
@@ -136,8 +156,10 @@ class Endings:
             # The client gets its answer all the same; the memory of it follows when the disk takes it.
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
             self._deliveries.store_later(job.key, terminal, now=time.time(), history=history)
-        self._deliveries.send(job.key, job.responder.topic, terminal, job.entry.correlation)
-        self._book.leave(job)
+        try:
+            self._deliveries.send(job.key, job.responder.topic, terminal, job.entry.correlation)
+        finally:
+            self._book.leave(job)
         self._record(job, outcome, error)
 
     def _record(self, job: Job, outcome: str, error: RequestError | None) -> None:
@@ -167,6 +189,22 @@ class Endings:
         else:
             cause = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else None
             log.warning("request.finished", **fields, message=error.message, cause=cause)
+
+
+def _error_details(job: Job, error: RequestError) -> dict[str, Any]:
+    answer = job.answer
+    details: dict[str, Any] = dict(error.details)
+    if answer.begun and job.request.full_content:
+        details["partial_content"] = answer.text()
+    if answer.begun or answer.progress is not None:
+        details["usage"] = usage_fields(answer.usage())
+    details["timings"] = {name: value for name, value in _timings(job).items() if value is not None}
+    warnings = [*job.request.warnings, *answer.warnings]
+    if warnings:
+        details["warnings"] = warnings
+    if job.request.metadata is not None:
+        details["metadata"] = job.request.metadata
+    return details
 
 
 def newest_messages(job: Job) -> tuple[Message, ...]:

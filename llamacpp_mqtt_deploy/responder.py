@@ -229,6 +229,11 @@ class Responder:
         if self._coalescer and not self._keeping_up:
             self._wake(0.0, self._let_go_later)
 
+    def close(self) -> None:
+        """Publish nothing more."""
+        with self._lock:
+            self._closed = True
+
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def done(self, fields: Mapping[str, Any]) -> bytes:

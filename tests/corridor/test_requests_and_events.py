@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from llamacpp_mqtt_deploy import endings
 from llamacpp_mqtt_deploy.core.deltas import Finished, Progress, Reasoning, Text, ToolCall, Usage
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Wait
@@ -367,6 +368,22 @@ def test_a_tool_call_larger_than_an_event_may_be_is_cut_and_joins_again(bus: Bus
         {"name": "look", "arguments": "{}"},
     ]
     assert max(len(delivery.payload) for delivery in bus.listener.deliveries if "reply" in delivery.topic) <= 2048
+
+
+def test_a_defect_at_the_end_of_a_request_still_ends_it_and_frees_its_session(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("a defect")
+
+    house = bus.house()
+    with monkeypatch.context() as patch:
+        patch.setattr(endings, "done_fields", broken)
+        bus.ask("one", request_id="r1")
+        assert bus.listener.terminal("r1")["code"] == "internal"
+        eventually(lambda: len(house.daemon.parts.book) == 0)
+    bus.ask("two", request_id="r2")
+    assert bus.listener.terminal("r2")["type"] == "done"
 
 
 @pytest.mark.parametrize("topic", ["llm/request/a b", "llm/request/a/b/c", "llm/request/$x"])
