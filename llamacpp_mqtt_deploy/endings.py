@@ -188,7 +188,12 @@ class Endings:
             log.info("request.finished", **fields)
         else:
             cause = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else None
-            log.warning("request.finished", **fields, message=error.message, cause=cause)
+            log.warning("request.finished", **fields, message=self._loggable(error), cause=cause)
+
+    def _loggable(self, error: RequestError) -> str:
+        if not error.quoted or self._log_content():
+            return error.message
+        return error.message.replace(error.quoted, f"({len(error.quoted)} characters of the engine, not logged)")
 
 
 def _error_details(job: Job, error: RequestError) -> dict[str, Any]:

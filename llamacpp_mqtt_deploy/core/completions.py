@@ -225,6 +225,13 @@ def error_from(error: object, status: int | None = None) -> RequestError:
     """The leaf for an engine's error object (or its bare text) and the HTTP status it came with."""
     fields: Mapping[str, Any] = error if isinstance(error, dict) else {"message": error}
     text = clean(fields.get("message") or fields.get("detail") or "")
+    made = _leaf(fields, text, status)
+    if not isinstance(made, ContextOverflow):  # numbers only, and the operator needs them
+        made.quoted = text
+    return made
+
+
+def _leaf(fields: Mapping[str, Any], text: str, status: int | None) -> RequestError:
     kind, code = str(fields.get("type") or ""), fields.get("code")
     number = code if isinstance(code, int) and not isinstance(code, bool) else status
     if kind == "exceed_context_size_error" or code == "context_length_exceeded" or _is_overflow(text, number):

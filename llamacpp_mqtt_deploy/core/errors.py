@@ -21,6 +21,8 @@ class RequestError(Exception):
         super().__init__(message)
         self.message = message
         self.details: Mapping[str, Any] = details
+        self.quoted = ""
+        """The part of the message that the engine wrote: it may repeat some of the request, which is not for a log."""
 
 
 class BadRequest(RequestError):

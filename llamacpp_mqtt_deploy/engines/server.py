@@ -159,7 +159,9 @@ class ServerEngine:
             if stop.is_set():
                 raise Stopped(stop.reason) from error
             if self._api_key and self._api_key in error.message:
-                raise type(error)(error.message.replace(self._api_key, "[key]"), **error.details) from None
+                without = type(error)(error.message.replace(self._api_key, "[key]"), **error.details)
+                without.quoted = error.quoted.replace(self._api_key, "[key]")
+                raise without from None
             raise
 
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:

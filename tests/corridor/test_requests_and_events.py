@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamacpp_mqtt_deploy import endings
+from llamacpp_mqtt_deploy.core.completions import error_from
 from llamacpp_mqtt_deploy.core.deltas import Finished, Progress, Reasoning, Text, ToolCall, Usage
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Wait
@@ -368,6 +369,22 @@ def test_a_tool_call_larger_than_an_event_may_be_is_cut_and_joins_again(bus: Bus
         {"name": "look", "arguments": "{}"},
     ]
     assert max(len(delivery.payload) for delivery in bus.listener.deliveries if "reply" in delivery.topic) <= 2048
+
+
+@pytest.mark.parametrize("log_content", [False, True])
+def test_what_an_engines_error_repeats_of_the_request_is_logged_only_where_contents_are(
+    bus: Bus, capsys: pytest.CaptureFixture[str], log_content: bool
+) -> None:
+    engine = ScriptedEngine()
+    engine.play(error_from({"message": "Failed to parse: my diary", "code": 500}))
+    house = bus.house(engine, logging__log_content=log_content)
+    bus.ask("hi", request_id="r1")
+    assert "my diary" in bus.listener.terminal("r1")["message"]
+    eventually(lambda: len(house.daemon.parts.book) == 0)
+    house.stop()
+    told = capsys.readouterr().out
+    assert ("my diary" in told) is log_content
+    assert "engine_error" in told
 
 
 def test_a_defect_at_the_end_of_a_request_still_ends_it_and_frees_its_session(
