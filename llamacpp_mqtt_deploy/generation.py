@@ -88,7 +88,7 @@ class Generation:
                     raise
                 log.warning("engine.lost", request_id=job.key.request_id, starts=job.starts)
                 self._waits(job, "engine_restarting")
-                job.stop.wait(0.1 * 2**job.starts)
+                job.stop.wait(min(2.0, 0.1 * 2**job.starts))
                 job.stop.raise_if_set()
 
     def _deltas(self, job: Job, call: EngineCall) -> Any:
@@ -184,7 +184,8 @@ class Generation:
 
     def _count_start(self, job: Job) -> int:
         try:
-            return self._store.mark_started(job.key)
+            # The store knows of starts in earlier lives; a request that it lost must not be started for ever.
+            return max(job.starts + 1, self._store.mark_started(job.key))
         except StoreError as problem:
             log.error("journal.failed", step="mark_started", problem=str(problem), request_id=job.key.request_id)
             return job.starts + 1

@@ -14,7 +14,7 @@ log = structlog.get_logger(__name__)
 
 ROUND_S = 0.25
 # Protocol, section 3: the first event comes within 1 s of the arrival, also when the engine takes its time.
-_FIRST_WORD_S = 0.6
+_FIRST_WORD_S = 0.5
 # Protocol, section 3: a change of position is told at most once a second.
 _POSITIONS_EVERY_S = 1.0
 # A running job that was stopped ends in its own thread; when the engine does not let go, it is ended from here.

@@ -11,13 +11,21 @@ from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from tests.support.house import Bus
 from tests.support.waiting import eventually
 
 
-def _left_behind(bus: Bus, *, request_id: str, streaming: bool = False, starts: int = 0, **fields: Any) -> None:
+def _left_behind(
+    bus: Bus,
+    *,
+    request_id: str,
+    streaming: bool = False,
+    starts: int = 0,
+    correlation: bytes | None = None,
+    **fields: Any,
+) -> None:
     """A journal entry as a worker that was killed leaves it."""
     store = SqliteStore(bus.state / "state.db")
     store.open()
@@ -27,6 +35,7 @@ def _left_behind(bus: Bus, *, request_id: str, streaming: bool = False, starts: 
         topic="llm/request/demo",
         payload=json.dumps(body).encode(),
         digest="d",
+        correlation=correlation,
         accepted_at=time.time() - 5,
         expires_at=time.time() + 60,
         reply_topic="llm/reply/demo",
@@ -69,6 +78,39 @@ def test_accepted_requests_run_after_a_restart_and_begun_ones_end_in_interrupted
     assert bus.listener.terminal("poison")["code"] == "engine_lost"
     assert bus.listener.terminal("waiting")["full_content"] == "left behind"
     assert bus.listener.until(type="queued", request_id="waiting")
+
+
+def test_correlation_data_is_on_every_event_also_after_a_restart(bus: Bus) -> None:
+    _left_behind(bus, request_id="again", correlation=b"c1")
+    _left_behind(bus, request_id="begun", correlation=b"c2", streaming=True)
+    bus.house()
+    bus.listener.terminal("again")
+    bus.listener.terminal("begun")
+    told = {(json.loads(d.payload)["request_id"], d.correlation) for d in bus.listener.deliveries if "reply" in d.topic}
+    assert told == {("again", b"c1"), ("begun", b"c2")}
+
+
+def test_a_request_is_acknowledged_before_its_first_event(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = bus.house(ScriptedEngine(slots=8))
+    link = house.daemon.parts.link
+    acknowledge, publish = link.acknowledge, link.publish
+    told: list[str] = []
+
+    def noted_acknowledge(delivery: Delivery) -> None:
+        told.append("ack")
+        acknowledge(delivery)
+
+    def noted_publish(topic: str, *args: Any, **more: Any) -> bool:
+        told.append(topic)
+        return publish(topic, *args, **more)
+
+    monkeypatch.setattr(link, "acknowledge", noted_acknowledge)
+    monkeypatch.setattr(link, "publish", noted_publish)
+    for number in range(20):
+        told.clear()
+        bus.ask("one", request_id=f"r{number}", session=f"s{number}")
+        bus.listener.terminal(f"r{number}")
+        assert next(word for word in told if word == "ack" or "/reply/" in word) == "ack"
 
 
 def test_a_terminal_event_that_no_broker_took_is_delivered_by_the_next_life(bus: Bus) -> None:
