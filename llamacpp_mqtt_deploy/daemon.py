@@ -346,6 +346,10 @@ class Daemon:
         parts.book.pause()
         if self._online:
             parts.presence.become("draining")
+        if self._settings.sessions.store != "memory":
+            for job in parts.book.all():
+                if job.phase == "running" and not job.opened:  # it waits for an engine that may be away for long
+                    job.stop.set("put_back")
         self._drain(Deadline(drain_s))
         end = Deadline(_CLOSE_S)
         self._stop_jobs(end)

@@ -79,6 +79,8 @@ class Endings:
         """End a job whose stop signal was set, for the reason that it carries."""
         if job.stop.reason == "cancelled":
             self.done(job, "cancelled", content=content)
+        elif job.stop.reason == "put_back":
+            self._put_back(job)
         else:
             self.failed(job, stop_error(job.stop.reason, job))
 
@@ -118,6 +120,12 @@ class Endings:
             metadata=job.request.metadata,
             warnings=(*job.request.warnings, *job.answer.warnings),
         )
+
+    def _put_back(self, job: Job) -> None:
+        """No end at all: the journal keeps the request, and the next life of the worker runs it."""
+        if self._book.claim_end(job):
+            self._book.leave(job)
+            log.info("request.put_back", session=job.key.session, request_id=job.key.request_id)
 
     def _mark_streaming(self, job: Job) -> None:
         try:
@@ -234,7 +242,7 @@ def stop_error(reason: StopReason | None, job: Job) -> RequestError:
             return ShuttingDown("the worker is stopping; send the request again in a moment")
         case "outbox_full":
             return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
-        case "cancelled" | None:
+        case "cancelled" | "put_back" | None:
             return Internal("the request was stopped without a reason")
 
 

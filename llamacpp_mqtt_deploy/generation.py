@@ -77,9 +77,9 @@ class Generation:
         """Start the engine, again when it is lost before the first chunk (protocol, section 5)."""
         max_starts = self._policies().settings.limits.max_starts
         while True:
-            job.starts = self._count_start(job)
-            if job.starts > max_starts:
-                raise often_lost(job.starts - 1)
+            if job.starts >= max_starts:
+                raise often_lost(job.starts)
+            job.starts += 1
             try:
                 with contextlib.closing(self._deltas(job, call)) as deltas:
                     return self._forward(job, deltas)
@@ -88,6 +88,7 @@ class Generation:
                     raise
                 log.warning("engine.lost", request_id=job.key.request_id, starts=job.starts)
                 self._waits(job, "engine_restarting")
+                job.opened = False
                 job.stop.wait(min(2.0, 0.1 * 2**job.starts))
                 job.stop.raise_if_set()
 
@@ -138,6 +139,8 @@ class Generation:
                     responder.progress(processed=delta.processed, total=delta.total, cached=delta.cached)
             elif type(delta) is Opened:
                 answer.model = delta.model
+                job.opened = True
+                self._count_start(job)
                 live = job.live = live and delta.streams
                 marked = not live
                 self._tell_start(job)
@@ -182,13 +185,12 @@ class Generation:
         job.wait_reason = reason
         job.responder.queued(position=0, reason=reason, again=True)
 
-    def _count_start(self, job: Job) -> int:
+    def _count_start(self, job: Job) -> None:
+        """In the journal too: a request that takes the whole worker down is not started for ever."""
         try:
-            # The store knows of starts in earlier lives; a request that it lost must not be started for ever.
-            return max(job.starts + 1, self._store.mark_started(job.key))
+            self._store.mark_started(job.key)
         except StoreError as problem:
             log.error("journal.failed", step="mark_started", problem=str(problem), request_id=job.key.request_id)
-            return job.starts + 1
 
     def _mark_streaming(self, job: Job) -> None:
         """Before the first chunk: from here on the request is never started again, also after a crash."""

@@ -51,6 +51,8 @@ class Job:
     activity_at: float = 0.0
     """When the engine last gave a sign of life to this job (monotonic seconds)."""
     prompt_done: bool = False
+    opened: bool = False
+    """The engine has taken it up; before that it only waits for the engine."""
     live: bool = False
     """Its chunks go out as they are generated; otherwise the answer is collected and paced."""
     forgotten: bool = False

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-StopReason = Literal["cancelled", "timeout", "shutting_down", "outbox_full"]
+StopReason = Literal["cancelled", "timeout", "shutting_down", "outbox_full", "put_back"]
+"""`put_back`: it has not reached the engine and stays in the journal for the worker's next life."""
 
 
 class Stopped(Exception):

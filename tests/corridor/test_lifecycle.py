@@ -165,6 +165,20 @@ def test_draining_lets_running_requests_finish_and_keeps_queued_ones_for_the_nex
     assert bus.listener.terminal("r2")["full_content"] == "two"
 
 
+def test_a_request_that_waits_for_an_absent_engine_is_kept_for_the_next_life(bus: Bus) -> None:
+    for life in range(4):  # more lives than a request may be started
+        engine = ScriptedEngine()
+        engine.become("unreachable", "nobody listens")
+        house = bus.house(engine, limits__drain_timeout_s=3600)
+        if life == 0:
+            bus.ask("patience", request_id="r1")
+        eventually(lambda book=house.daemon.parts.book: [1 for job in book.all() if job.phase == "running"])  # type: ignore[misc]
+        assert house.stop() == 0
+    assert not any(event.get("final") for event in bus.listener.of("r1"))
+    bus.house()
+    assert bus.listener.terminal("r1")["full_content"] == "patience"
+
+
 def test_what_outlives_the_drain_ends_in_shutting_down(bus: Bus) -> None:
     engine = ScriptedEngine(slots=1)
     engine.play("so far", Silence())
