@@ -118,3 +118,26 @@ def test_an_engine_that_falls_silent_ends_in_idle_timeout(bus: Bus) -> None:
     bus.ask("x", request_id="r1")
     error = bus.listener.terminal("r1", timeout_s=3)
     assert (error["code"], error["retryable"], error["partial_content"]) == ("idle_timeout", True, "so far")
+
+
+def test_a_change_of_place_is_told_at_most_once_a_second(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play(Silence())
+    house = bus.house(engine)
+    house.daemon.parts.timers.close()  # the rounds go when this test says so
+    bus.ask("running", request_id="r0", session="s0")
+    for number in range(1, 6):
+        eventually(lambda: len(engine.calls) == 1)
+        bus.ask("waits", request_id=f"r{number}", session=f"s{number}")
+        bus.listener.until(type="queued", request_id=f"r{number}")
+    rounds = house.daemon.parts.rounds
+    rounds._positions_at = 0.0
+    for number in range(1, 5):
+        bus.control("cancel", session=f"s{number}", request_id=f"r{number}")
+        bus.listener.terminal(f"r{number}")
+        rounds.go()
+    places = [event["position"] for event in bus.listener.of("r5") if event["type"] == "queued"]
+    assert places == [5, 4]
+    rounds._positions_at = 0.0  # a second later
+    rounds.go()
+    bus.listener.until(type="queued", request_id="r5", position=1)

@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.core.completions import error_from
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Progress, Reasoning, Text, ToolCall, Usage
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Wait
+from llamacpp_mqtt_deploy.ports import EntryKey
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from tests.support.house import Bus
 from tests.support.waiting import eventually
@@ -275,6 +276,26 @@ def test_an_engine_lost_before_the_first_chunk_is_started_again_unnoticed(bus: B
     done = bus.listener.terminal("r1")
     assert done["full_content"] == bus.listener.read("r1").content == "here I am"
     assert bus.listener.until(type="queued", request_id="r1")["reason"] == "engine_restarting"
+
+
+@pytest.mark.parametrize("mode", ["native", "simulated"])
+def test_the_journal_knows_of_the_first_chunk_before_anybody_else(bus: Bus, mode: str) -> None:
+    engine, gate = ScriptedEngine(), Gate()
+    engine.play("half", gate, "whole")
+    house = bus.house(engine, streaming__mode=mode, streaming__chunk_interval_s=1, streaming__chunk_chars=2)
+    store, key = house.daemon.parts.store, EntryKey("default", "demo", "r1")
+    bus.ask("hi", request_id="r1")
+    assert gate.reached.wait(10)
+    entry = store.find(key)
+    assert entry is not None
+    assert entry.state == ("streaming" if mode == "native" else "accepted")
+    gate.open()
+    bus.listener.until(type="chunk", request_id="r1")
+    entry = store.find(key)
+    assert entry is not None
+    assert entry.state in ("streaming", "ended")
+    if mode == "simulated":
+        assert entry.state == "streaming"
 
 
 def test_an_engine_lost_for_the_third_time_ends_the_request(bus: Bus) -> None:
