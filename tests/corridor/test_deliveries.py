@@ -35,6 +35,10 @@ class Outbox:
         for done in self._done:
             done(True)
 
+    def give_up_all(self) -> None:
+        for done in self._done:
+            done(False)
+
 
 class FullDisk(MemoryStore):
     full = True
@@ -98,6 +102,19 @@ def test_a_terminal_event_that_can_never_be_taken_does_not_block_the_others() ->
     deliveries.sweep()
     deliveries.sweep()
     assert store.undelivered() == []
+
+
+def test_what_the_link_gives_up_as_it_closes_is_left_to_the_next_life() -> None:
+    for closing in (False, True):
+        outbox, store = Outbox(), _store(MemoryStore())
+        store.finish(KEY, b"end", now=1.0)
+        deliveries = Deliveries(outbox=outbox, store=store, has_room=lambda: True)
+        deliveries.send(KEY, "llm/reply/demo", b"end", None)
+        if closing:
+            deliveries.last_call()
+        outbox.give_up_all()
+        deliveries.sweep()
+        assert bool(store.undelivered()) is closing
 
 
 def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None:

@@ -113,6 +113,14 @@ def test_a_request_is_acknowledged_before_its_first_event(bus: Bus, monkeypatch:
         assert next(word for word in told if word == "ack" or "/reply/" in word) == "ack"
 
 
+def test_what_was_left_behind_runs_whatever_the_limits_are_now(bus: Bus) -> None:
+    for number in range(4):
+        _left_behind(bus, request_id=f"r{number}")
+    bus.house(limits__queue_size=1, limits__session_queue=1, limits__max_requests_per_minute=1)
+    for number in range(4):
+        assert bus.listener.terminal(f"r{number}")["type"] == "done"
+
+
 def test_a_terminal_event_that_no_broker_took_is_delivered_by_the_next_life(bus: Bus) -> None:
     house = bus.house()
     bus.ask("one", request_id="r1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -253,6 +254,23 @@ def test_correlation_data_is_mirrored_and_a_foreign_response_topic_rejected(bus:
     assert not any(delivery.topic == "home/door/set" for delivery in bus.listener.deliveries)
 
 
+def test_correlation_data_over_64_bytes_is_left_out_with_a_warning(bus: Bus) -> None:
+    bus.house()
+    for number, size in enumerate((64, 65)):
+        payload = f'{{"prompt":"hi","request_id":"r{number}"}}'.encode()
+        bus.sender.publish("llm/request/demo", payload, correlation=b"c" * size)
+        bus.listener.terminal(f"r{number}")
+    told = {(json.loads(d.payload)["request_id"], d.correlation) for d in bus.listener.deliveries if "reply" in d.topic}
+    assert told == {("r0", b"c" * 64), ("r1", None)}
+    assert "warnings" not in bus.listener.terminal("r0")
+    assert "Correlation Data" in bus.listener.terminal("r1")["warnings"][0]
+    for refused in (b'{"request_id":"r2","temperature":"hot"}', b"{broken"):
+        bus.sender.publish("llm/request/demo", refused, correlation=b"c")
+        bus.listener.until(type="error", code="bad_request")
+        assert bus.listener.deliveries[-1].correlation == b"c"
+        bus.listener.events.clear()
+
+
 def test_an_engine_error_ends_the_request_with_its_code_and_the_partial_text(bus: Bus) -> None:
     engine = ScriptedEngine()
     engine.play("half an ", "ans", EngineFailed("the engine says: Context size has been exceeded."))
@@ -366,6 +384,21 @@ def test_progress_and_ping_tell_a_long_prompt_from_a_dead_worker(bus: Bus) -> No
     assert bus.listener.until(type="ping", request_id="r1")["state"] == "prompt"
     gate.open()
     bus.listener.terminal("r1")
+
+
+def test_progress_is_told_at_most_twice_a_second_and_not_for_a_short_prompt(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play(*(Progress(done, 4000, 0) for done in range(0, 4000, 100)), "at last")
+    engine.play(Progress(0, 100, 0), Progress(100, 100, 0), "at once")
+    bus.house(engine)
+    bus.ask("long", request_id="r1")
+    bus.listener.terminal("r1")
+    bus.ask("short", request_id="r2", session="other")
+    bus.listener.terminal("r2")
+    told = [event for event in bus.listener.of("r1") if event["type"] == "progress"]
+    # 40 steps come within milliseconds; a machine that stalls may let a second one through.
+    assert 1 <= len(told) <= 3
+    assert [event["type"] for event in bus.listener.of("r2")] == ["start", "chunk", "done"]
 
 
 def test_chunks_collect_while_the_broker_does_not_acknowledge(bus: Bus) -> None:
