@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from llamacpp_mqtt_deploy import jobs
 from llamacpp_mqtt_deploy.core.deltas import Progress
 from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
+from llamacpp_mqtt_deploy.jobs import JobBook
+from llamacpp_mqtt_deploy.ports import EntryKey
 from tests.support.house import Bus
 from tests.support.waiting import eventually
 
@@ -155,6 +158,22 @@ def test_a_cancel_that_comes_before_its_request_ends_it_at_once(bus: Bus) -> Non
     assert bus.listener.until(type="ack", action="cancel")["state"] == "unknown"
     bus.ask("one", request_id="r1")
     assert bus.listener.terminal("r1")["finish_reason"] == "cancelled"
+
+
+def test_an_early_cancel_is_kept_for_a_minute_once_and_never_more_than_a_thousand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book = JobBook(queue_size=1, session_queue=1, aging_s=1, max_requests_per_minute=0, slots=1)
+    keys = [EntryKey("default", "demo", f"r{number}") for number in range(1001)]
+    for key in keys:
+        book.remember_cancel(key)
+    assert not book.was_cancelled(keys[0])
+    assert book.was_cancelled(keys[1])
+    assert not book.was_cancelled(keys[1])
+    assert jobs.EARLY_CANCEL_S == 60.0
+    monkeypatch.setattr(jobs, "EARLY_CANCEL_S", -1.0)
+    book.remember_cancel(keys[2])
+    assert not book.was_cancelled(keys[2])
 
 
 def test_a_cancel_of_an_ended_request_says_so(bus: Bus) -> None:
