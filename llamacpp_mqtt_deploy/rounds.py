@@ -40,11 +40,18 @@ class Rounds:
             self._positions_at = now
         positions = self._book.positions() if tell_positions else {}
         for job in jobs:
-            self._limit(job, now)
-            self._speak(job, now)
-            if job.phase == "queued" and job.key in positions and positions[job.key] != job.position:
-                job.position = positions[job.key]
-                job.responder.queued(position=job.position, reason=job.wait_reason)
+            try:
+                self._look_after(job, now, positions.get(job.key))
+            except Exception:
+                # A defect with one job must not cost the others their limits and heartbeats, round after round.
+                log.exception("round.failed", request_id=job.key.request_id)
+
+    def _look_after(self, job: Job, now: float, position: int | None) -> None:
+        self._limit(job, now)
+        self._speak(job, now)
+        if job.phase == "queued" and position is not None and position != job.position:
+            job.position = position
+            job.responder.queued(position=position, reason=job.wait_reason)
 
     def _limit(self, job: Job, now: float) -> None:
         if now >= job.deadline:

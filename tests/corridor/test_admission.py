@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
 from tests.support.house import Bus
 from tests.support.waiting import eventually
@@ -141,3 +143,23 @@ def test_a_change_of_place_is_told_at_most_once_a_second(bus: Bus) -> None:
     rounds._positions_at = 0.0  # a second later
     rounds.go()
     bus.listener.until(type="queued", request_id="r5", position=1)
+
+
+def test_a_defect_with_one_request_does_not_cost_the_others_their_time_limit(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine(slots=2)
+    engine.play(Silence())
+    engine.play(Silence())
+    house = bus.house(engine)
+    bus.ask("one", request_id="r1", session="a")
+    bus.listener.until(type="start", request_id="r1")
+    job = house.daemon.parts.book.all()[0]
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(job.stop, "is_set", broken)
+    bus.ask("two", request_id="r2", session="b", timeout_s=0.3)
+    assert bus.listener.terminal("r2")["code"] == "timeout"
+    monkeypatch.undo()

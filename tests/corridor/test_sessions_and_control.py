@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from llamacpp_mqtt_deploy import jobs
@@ -212,6 +214,24 @@ def test_reset_cancels_and_forgets_also_what_was_being_said(bus: Bus) -> None:
     assert bus.listener.terminal("r2")["finish_reason"] == "cancelled"
     bus.control("history")
     assert bus.listener.until(type="ack", action="history")["messages"] == []
+
+
+def test_a_reset_in_the_moment_of_the_end_still_forgets(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = bus.house()
+    parts = house.daemon.parts
+    finish = parts.store.finish
+
+    def finish_after_a_reset(key: EntryKey, *args: Any, **more: Any) -> None:
+        job = parts.book.find(key)
+        assert job is not None
+        job.forgotten = True  # what a reset does, between the making of the history and its writing
+        parts.store.reset(("default", "demo"))
+        finish(key, *args, **more)
+
+    monkeypatch.setattr(parts.store, "finish", finish_after_a_reset)
+    bus.ask("my secret", request_id="r1")
+    bus.listener.terminal("r1")
+    assert parts.store.history(("default", "demo")) == ()
 
 
 def test_history_is_shown_only_where_the_settings_allow(bus: Bus) -> None:
