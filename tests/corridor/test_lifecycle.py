@@ -60,6 +60,17 @@ def test_the_status_tells_what_the_worker_is_and_goes_offline_with_it(bus: Bus) 
     assert json.loads(retained)["state"] == "offline"
 
 
+def test_status_and_health_expire_and_are_renewed_before(bus: Bus) -> None:
+    bus.house(status__every_s=1, status__health_every_s=1)
+    for topic in ("llm/status/w1", "llm/health/w1"):
+        bus.listener.until(_topic=topic)
+        kept = [delivery for delivery in bus.listener.deliveries if delivery.topic == topic]
+        assert kept[0].expiry_s is not None
+        assert 3 <= kept[0].expiry_s <= 4
+        bus.listener.events.clear()
+        bus.listener.until(_topic=topic, timeout_s=3.0)
+
+
 def test_the_will_says_offline_when_the_connection_dies_and_online_comes_back_with_it(bus: Bus) -> None:
     house = bus.house()
     bus.broker.drop_connection(house.client_id)
