@@ -15,7 +15,7 @@ from llamacpp_mqtt_deploy.core.completions import error_from
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Progress, Reasoning, Text, ToolCall, Usage
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Wait
-from llamacpp_mqtt_deploy.ports import EntryKey
+from llamacpp_mqtt_deploy.ports import Delivery, EntryKey
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from tests.support.house import Bus
 from tests.support.waiting import eventually
@@ -233,6 +233,17 @@ def test_a_retained_request_is_ignored(bus: Bus) -> None:
     bus.ask("hi", request_id="r1")
     bus.listener.terminal("r1")
     assert {event["request_id"] for event in bus.listener.events if "request_id" in event} == {"r1"}
+
+
+@pytest.mark.parametrize("topic", ["llm/request/demo", "llm/control/demo", "llm/admin/w1"])
+def test_what_a_broker_kept_is_ignored_also_where_mqtt_3_1_1_delivers_it(bus: Bus, topic: str) -> None:
+    house = bus.house()
+    payload = b"drain" if "admin" in topic else b'{"prompt":"kept","request_id":"r1","action":"ping","transaction":"t"}'
+    assert house.daemon._on_delivery(Delivery(topic=topic, payload=payload, qos=1, retain=True))
+    bus.ask("fresh", request_id="r2")
+    assert bus.listener.terminal("r2")["type"] == "done"
+    assert bus.listener.of("r1") == []
+    assert not any(event.get("type") == "ack" for event in bus.listener.events)
 
 
 def test_correlation_data_is_mirrored_and_a_foreign_response_topic_rejected(bus: Bus) -> None:
