@@ -18,7 +18,13 @@ from llamacpp_mqtt_deploy.client.acks import AckDesk
 from llamacpp_mqtt_deploy.client.address import Address, Transport, Version, not_permitted, tls_context
 from llamacpp_mqtt_deploy.client.answer import Answer
 from llamacpp_mqtt_deploy.client.board import StatusBoard
-from llamacpp_mqtt_deploy.client.connection import NO_MATCHING_SUBSCRIBERS, NOT_AUTHORIZED, REFUSED, Connection
+from llamacpp_mqtt_deploy.client.connection import (
+    NO_MATCHING_SUBSCRIBERS,
+    NOT_AUTHORIZED,
+    PACKET_TOO_LARGE,
+    REFUSED,
+    Connection,
+)
 from llamacpp_mqtt_deploy.client.endings import given_up, nobody
 from llamacpp_mqtt_deploy.client.errors import (
     AnswerError,
@@ -324,7 +330,8 @@ class BusClient:
             elif value == NOT_AUTHORIZED:
                 answer.fail(NotPermitted(not_permitted("publish to", topic, self.address, reason)))
             elif value >= REFUSED:
-                answer.fail(BusError(f"The broker at {self.address} does not take the request: {reason}."))
+                hint = " Its message_size_limit is smaller than the request." if value == PACKET_TOO_LARGE else ""
+                answer.fail(BusError(f"The broker at {self.address} does not take the request: {reason}.{hint}"))
             else:
                 return
             self._changed.set()

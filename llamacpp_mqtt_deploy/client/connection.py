@@ -26,6 +26,7 @@ UNSUPPORTED_PROTOCOL_VERSION = 0x84
 REFUSED = 0x80
 NOT_AUTHORIZED = 0x87
 NO_MATCHING_SUBSCRIBERS = 0x10
+PACKET_TOO_LARGE = 0x95
 OUTGOING_MESSAGES = 1000  # requests and controls without PUBACK; a person has one, a busy program some dozens
 IN_FLIGHT = 10  # what the strictest public brokers allow; paho does not read Receive Maximum
 LONGEST_PAUSE_S = 10

@@ -15,6 +15,7 @@ from llamacpp_mqtt_deploy.client import (
     BrokerRefused,
     BrokerUnreachable,
     BusClient,
+    BusError,
     NotPermitted,
     NoWorker,
     RequestRejected,
@@ -250,7 +251,8 @@ def test_a_broker_that_stays_away_is_reported(broker: Mosquitto) -> None:
 def test_a_request_over_the_brokers_size_limit_ends_instead_of_looping(start_mosquitto: Start) -> None:
     small = start_mosquitto(settings=["message_size_limit 2000"])
     with PlayedWorker(small.port), BusClient("127.0.0.1", small.port, resend_limit=1) as bus:
-        with pytest.raises(AnswerLost, match="message_size_limit"):
+        # Plain paho cannot read the refusal and tries again; in a process where the worker's link mended paho it is heard.
+        with pytest.raises(BusError, match="message_size_limit"):
             bus.ask("x" * 5000).result(30)
         assert list(bus.ask("small")) == ["small"]
 

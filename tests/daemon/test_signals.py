@@ -159,18 +159,20 @@ def test_sigterm_ends_a_worker_that_waits_for_its_broker(start_worker: StartWork
     assert "READY=1" not in worker.notify.words()
 
 
-def test_sigterm_ends_a_worker_that_waits_for_its_engine_with_an_answer_for_who_waits_too(
-    start_worker: StartWorker, start_mosquitto: StartMosquitto, watch: Watch
+def test_sigterm_ends_a_worker_that_waits_for_its_engine_and_keeps_who_waits_too_for_the_next(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, llama_server: LlamaServer, watch: Watch
 ) -> None:
     broker = start_mosquitto()
     watcher = watch(broker.port)
-    worker = start_worker(broker.port, f"http://127.0.0.1:{free_port()}", ready=False, limits__drain_timeout_s=0.5)
+    worker = start_worker(broker.port, f"http://127.0.0.1:{free_port()}", ready=False, limits__drain_timeout_s=60)
     watcher.first(_topic="llm/status/w1", state="online")
     watcher.ask("s", "anybody there?", request_id="r", max_tokens=3)
     watcher.first(type="queued", request_id="r")
     assert worker.stop(10) == 0
-    assert watcher.terminal("r")["code"] == "shutting_down"
     assert "READY=1" not in worker.notify.words()
+    assert not [event for event in watcher.of("r") if event.get("final")]
+    start_worker(broker.port, llama_server.url)
+    assert watcher.terminal("r")["type"] == "done"
 
 
 def test_a_storm_of_sighups_under_load_costs_nothing(
