@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from llamacpp_mqtt_deploy.core.events import encode
+from llamacpp_mqtt_deploy.core.events import EventReader, encode
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
@@ -275,8 +275,13 @@ def test_a_lost_connection_costs_no_request_and_no_event(bus: Bus) -> None:
     bus.broker.drop_connection(house.client_id)
     bus.ask("two", request_id="r2", session="b")
     gate.open()
-    assert bus.listener.terminal("r1")["full_content"] == bus.listener.read("r1").content == "before after"
+    assert bus.listener.terminal("r1")["full_content"] == "before after"
     assert bus.listener.terminal("r2")["type"] == "done"
+    # What had no PUBACK yet comes once more, so a strict count would be wrong; a client that keeps the rules sees none of it.
+    reader = EventReader("r1")
+    told = [reading.content for event in bus.listener.of("r1") if (reading := reader.feed(event)) is not None]
+    assert "".join(told) == "before after"
+    assert not reader.hole
 
 
 def test_an_operator_drains_and_resumes(bus: Bus) -> None:
