@@ -15,7 +15,7 @@ from llamacpp_mqtt_deploy.core.completions import error_from
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Progress, Reasoning, Text, ToolCall, Usage
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost
 from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Wait
-from llamacpp_mqtt_deploy.ports import Delivery, EntryKey
+from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, StoreError
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from tests.support.house import Bus
 from tests.support.waiting import eventually
@@ -236,6 +236,39 @@ def test_a_retained_request_is_ignored(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("topic", ["llm/request/demo", "llm/control/demo", "llm/admin/w1"])
+def test_a_broken_copy_does_not_end_the_good_request_in_its_clients_eyes(bus: Bus) -> None:
+    engine, gate = ScriptedEngine(), Gate()
+    engine.play("half ", gate, "whole")
+    bus.house(engine)
+    bus.ask("hi", request_id="r1")
+    assert gate.reached.wait(10)
+    bus.sender.publish("llm/request/demo", b'{"request_id":"r1","prompt":"h')
+    assert bus.listener.until(type="rejected", request_id="r1")["code"] == "duplicate_request"
+    gate.open()
+    assert bus.listener.terminal("r1")["type"] == "done"
+    assert bus.listener.read("r1").content == "half whole"
+
+
+def test_an_end_that_the_disk_refused_is_told_and_told_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = bus.house()
+    store = house.daemon.parts.store
+    finish = store.finish
+
+    def full(*_: object, **__: object) -> None:
+        raise StoreError("no space left")
+
+    monkeypatch.setattr(store, "finish", full)
+    bus.ask("hi", request_id="r1")
+    assert bus.listener.terminal("r1")["type"] == "done"
+    eventually(lambda: len(house.daemon.parts.book) == 0)
+    bus.listener.events.clear()
+    bus.ask("hi", request_id="r1")
+    assert bus.listener.terminal("r1")["full_content"] == "hi"
+    monkeypatch.setattr(store, "finish", finish)
+    eventually(lambda: store.history(("default", "demo")))
+    assert store.unfinished() == []
+
+
 def test_what_a_broker_kept_is_ignored_also_where_mqtt_3_1_1_delivers_it(bus: Bus, topic: str) -> None:
     house = bus.house()
     payload = b"drain" if "admin" in topic else b'{"prompt":"kept","request_id":"r1","action":"ping","transaction":"t"}'
