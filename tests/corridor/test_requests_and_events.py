@@ -235,7 +235,6 @@ def test_a_retained_request_is_ignored(bus: Bus) -> None:
     assert {event["request_id"] for event in bus.listener.events if "request_id" in event} == {"r1"}
 
 
-@pytest.mark.parametrize("topic", ["llm/request/demo", "llm/control/demo", "llm/admin/w1"])
 def test_a_broken_copy_does_not_end_the_good_request_in_its_clients_eyes(bus: Bus) -> None:
     engine, gate = ScriptedEngine(), Gate()
     engine.play("half ", gate, "whole")
@@ -269,6 +268,7 @@ def test_an_end_that_the_disk_refused_is_told_and_told_again(bus: Bus, monkeypat
     assert store.unfinished() == []
 
 
+@pytest.mark.parametrize("topic", ["llm/request/demo", "llm/control/demo", "llm/admin/w1"])
 def test_what_a_broker_kept_is_ignored_also_where_mqtt_3_1_1_delivers_it(bus: Bus, topic: str) -> None:
     house = bus.house()
     payload = b"drain" if "admin" in topic else b'{"prompt":"kept","request_id":"r1","action":"ping","transaction":"t"}'
