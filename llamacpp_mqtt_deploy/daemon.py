@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 EXIT_CLEAN, EXIT_OTHER, EXIT_CONFIGURATION, EXIT_UNREACHABLE = 0, 1, 2, 3
 
+# What `queued` says while the engine is in this state; everything else is an engine that went away.
+_WAIT_REASONS = {"ready": "waiting", "starting": "loading", "loading": "loading"}
 # A filter that the broker refused is tried again: an operator mends the access list while we run.
 _GREET_AGAIN_S = 30.0
 _PURGE_EVERY_S = 30.0
@@ -272,6 +274,7 @@ class Daemon:
     # --- the engine ----------------------------------------------------------------------------------------------------
 
     def _engine_changed(self, info: EngineInfo) -> None:
+        self.parts.book.wait_reason = _WAIT_REASONS.get(info.state, "engine_restarting")
         if info.state == "ready":
             slots = self._settings.engine.slots or info.slots
             self.parts.book.set_slots(slots)

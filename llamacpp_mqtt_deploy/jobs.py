@@ -90,6 +90,8 @@ class JobBook:
         self._early: OrderedDict[EntryKey, float] = OrderedDict()
         self._slots = slots
         self._held: set[Job] = set()
+        self.wait_reason = "waiting"
+        """What those in the line wait for, as `queued` tells it; set when the engine comes and goes."""
         self._pausing = False
         self._draining = False
         self._closed = False
@@ -122,7 +124,7 @@ class JobBook:
             if not recovered:
                 if self._draining or self._closed:
                     raise ShuttingDown("the worker takes no new requests at the moment; try again later")
-                self._rates.take(job.address.first_level, job.received_at)
+                self._rates.check(job.address.first_level, job.received_at)
             ticket = Ticket(
                 key=job.key,
                 lane=job.lane,
@@ -131,7 +133,12 @@ class JobBook:
                 arrived=job.received_at,
                 held=True,
             )
-            evicted = self._line.admit(ticket, retry_after_s=self._retry_after_s(), force=recovered)
+            job.wait_reason = self.wait_reason
+            pacing = sum(1 for other in self._jobs.values() if other.phase == "pacing")
+            evicted = self._line.admit(ticket, retry_after_s=self._retry_after_s(), outside=pacing, force=recovered)
+            if not recovered:
+                # Counted once it has its place: whoever is told to come back later has spent nothing.
+                self._rates.take(job.address.first_level, job.received_at)
             self._jobs[job.key] = job
             return self._jobs.get(evicted.key) if evicted else None  # type: ignore[call-overload]  # our own keys
 

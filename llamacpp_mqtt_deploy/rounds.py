@@ -49,9 +49,11 @@ class Rounds:
     def _look_after(self, job: Job, now: float, position: int | None) -> None:
         self._limit(job, now)
         self._speak(job, now)
-        if job.phase == "queued" and position is not None and position != job.position:
-            job.position = position
-            job.responder.queued(position=position, reason=job.wait_reason)
+        if job.phase == "queued" and position is not None:
+            reason = self._book.wait_reason
+            if (position, reason) != (job.position, job.wait_reason):
+                job.position, job.wait_reason = position, reason
+                job.responder.queued(position=position, reason=reason)
 
     def _limit(self, job: Job, now: float) -> None:
         if now >= job.deadline:

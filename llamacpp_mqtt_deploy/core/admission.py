@@ -67,11 +67,12 @@ class WaitingLine:
             counts[LANES[ticket.lane]] += 1
         return counts
 
-    def admit(self, ticket: Ticket, *, retry_after_s: float, force: bool = False) -> Ticket | None:
+    def admit(self, ticket: Ticket, *, retry_after_s: float, outside: int = 0, force: bool = False) -> Ticket | None:
         """Put the ticket into the line, or raise `SessionBusy` or `Busy`.
 
         When the line is full the lowest lane is refused first: the newest ticket of a lower lane than the newcomer's gives up
-        its place and is returned; it has to be answered with `busy`. `force` admits whatever the limits say: a request that
+        its place and is returned; it has to be answered with `busy`. `outside` are places taken by requests that wait no
+        more and are not over either (paced answers). `force` admits whatever the limits say: a request that
         was accepted before a restart.
         """
         evicted = None
@@ -81,7 +82,7 @@ class WaitingLine:
                     f"this session has {self.session_queue} prompts waiting already; send the next one when one has ended",
                     retry_after_s=retry_after_s,
                 )
-            if len(self._waiting) >= self.queue_size:
+            if len(self._waiting) + outside >= self.queue_size:
                 evicted = self._lowest_below(ticket.lane)
                 if evicted is None:
                     raise Busy(
@@ -229,20 +230,29 @@ class RateLimiter:
         self.per_minute = per_minute
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def take(self, first_level: str, now: float) -> None:
-        """Count one request; raises `RateLimited` with the seconds until the next one is allowed."""
+    def check(self, first_level: str, now: float) -> None:
+        """Raises `RateLimited` with the seconds until the next request is allowed; counts nothing."""
         if self.per_minute <= 0:
             return
-        refill_per_s = self.per_minute / 60.0
-        tokens, at = self._buckets.get(first_level, (float(self.per_minute), now))
-        tokens = min(float(self.per_minute), tokens + (now - at) * refill_per_s)
+        tokens = self._tokens(first_level, now)
         if tokens < 1.0:
-            wait_s = round((1.0 - tokens) / refill_per_s, 1)
+            wait_s = round((1.0 - tokens) * 60.0 / self.per_minute, 1)
             raise RateLimited(
                 f"more than {self.per_minute} requests in a minute; the next one is taken in {wait_s:g} s",
                 retry_after_s=max(0.1, wait_s),
             )
-        self._buckets[first_level] = (tokens - 1.0, now)
+
+    def take(self, first_level: str, now: float) -> None:
+        """Count one request; raises as `check`."""
+        self.check(first_level, now)
+        if self.per_minute <= 0:
+            return
+        self._buckets[first_level] = (self._tokens(first_level, now) - 1.0, now)
         self._buckets.move_to_end(first_level)
         if len(self._buckets) > _REMEMBERED_LEVELS:
             self._buckets.popitem(last=False)
+
+    def _tokens(self, first_level: str, now: float) -> float:
+        full = float(self.per_minute)
+        tokens, at = self._buckets.get(first_level, (full, now))
+        return min(full, tokens + (now - at) * full / 60.0)

@@ -74,6 +74,41 @@ def test_positions_are_told_as_they_change(bus: Bus) -> None:
     bus.listener.terminal("r2")
 
 
+def test_answers_that_are_being_paced_count_among_those_that_wait(bus: Bus) -> None:
+    bus.house(ScriptedEngine(slots=1), limits__queue_size=3, streaming__mode="simulated", streaming__chunk_interval_s=5)
+    for number in range(3):
+        bus.ask("a long answer to be paced out", request_id=f"r{number}", session=f"s{number}")
+        bus.listener.until(type="chunk", request_id=f"r{number}")
+    bus.ask("x", request_id="late", session="late")
+    assert bus.listener.terminal("late")["code"] == "busy"
+
+
+def test_the_whole_queue_is_told_that_the_engine_is_away(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    house = bus.house(engine)
+    engine.become("loading", "the model is being loaded")
+    eventually(lambda: house.daemon.parts.book.wait_reason == "loading")
+    bus.ask("x", request_id="r1", session="a")
+    bus.ask("x", request_id="r2", session="b")
+    assert bus.listener.until(type="queued", request_id="r2")["reason"] == "loading"
+    engine.become("ready")
+    assert bus.listener.terminal("r2")["type"] == "done"
+
+
+def test_a_refusal_for_want_of_a_place_does_not_count_against_the_rate(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.house(engine, limits__queue_size=1, limits__max_requests_per_minute=3)
+    gate = _hold_the_slot(bus, engine)
+    bus.ask("x", request_id="waits", session="ada/0")
+    for number in range(5):
+        bus.ask("x", request_id=f"r{number}", session=f"ada/{number + 1}")
+        assert bus.listener.terminal(f"r{number}")["code"] == "busy"
+    gate.open()
+    bus.listener.terminal("waits")
+    bus.ask("x", request_id="again", session="ada/1")
+    assert bus.listener.terminal("again")["type"] == "done"
+
+
 def test_rate_limits_count_per_first_topic_level(bus: Bus) -> None:
     bus.house(limits__max_requests_per_minute=2)
     for number in range(3):
