@@ -345,7 +345,13 @@ INFOS: dict[str, Info] = {
             "(welcome|salutations|yo|hiya)",
             "good morning (to you|my friend|model)",
         ),
-        ("hey hello", "good evening to you", "hello my friend", "hi hi", "hello dear assistant"),
+        (
+            "hello to all of you",
+            "good evening to you",
+            "hello my friend",
+            "a very good morning",
+            "hello dear assistant",
+        ),
     ),
     "how_are_you": Info(
         "I am well, thank you. All of my weights are in place. How can I help you?",
@@ -360,7 +366,7 @@ INFOS: dict[str, Info] = {
             "how are you (today|this morning|doing today)",
             "how is (life|your day)",
         ),
-        ("how are you doing this evening", "are you doing well", "and how are you today"),
+        ("how are you doing this evening", "are you doing well", "how are you getting on"),
     ),
     "bye": Info(
         "Goodbye! Your session stays in the worker until it expires or you delete it.",
@@ -375,7 +381,7 @@ INFOS: dict[str, Info] = {
             "(bye|goodbye) (for now|my friend|model)",
             "have a (good|nice) (day|night|evening)",
         ),
-        ("okay, goodbye then", "see you tomorrow", "have a nice evening, bye"),
+        ("goodbye and until next time", "see you tomorrow", "have a nice evening, bye"),
     ),
     "thanks": Info(
         "You are welcome.",
@@ -486,7 +492,7 @@ INFOS: dict[str, Info] = {
         ),
         (
             "please explain what this project is",
-            "what does llamacpp-mqtt-deploy do for me",
+            "what is llamacpp-mqtt-deploy able to do",
             "give me an overview of this software",
             "i would like to know what this project does",
             "tell me how the project works",
@@ -601,7 +607,7 @@ INFOS: dict[str, Info] = {
             "how (do i|can i) (publish|send) (a prompt|a request|something) with mosquitto_pub",
             "what do i (type|write) (for|after) mosquitto_pub",
         ),
-        ("please show me the mosquitto_pub command", "how would i use mosquitto_pub", "tell me about mosquitto_pub"),
+        ("let me see the mosquitto_pub command", "how would i use mosquitto_pub", "tell me about mosquitto_pub"),
     ),
     "sub": Info(
         "Watch the answers with mosquitto_sub like this:\nmosquitto_sub -t llm/reply/demo -q 1\nAdd -v to see the topics, and use "
@@ -618,7 +624,7 @@ INFOS: dict[str, Info] = {
             "how (do i|can i) (watch|read) (answers|events) with mosquitto_sub",
             "what do i (type|write) (for|after) mosquitto_sub",
         ),
-        ("please show me the mosquitto_sub command", "how would i use mosquitto_sub", "tell me about mosquitto_sub"),
+        ("let me see the mosquitto_sub command", "how would i use mosquitto_sub", "tell me about mosquitto_sub"),
     ),
     "topics": Info(
         "There are six topics: llm/request/SESSION for prompts, llm/reply/SESSION for events, llm/control/SESSION for actions, "
@@ -635,7 +641,7 @@ INFOS: dict[str, Info] = {
             "what topics",
             "which topic is for (requests|prompts|replies|answers)",
         ),
-        ("please list the topics", "which mqtt topics does the daemon use", "tell me the topics"),
+        ("give me a list of the topics", "which mqtt topics does the daemon use", "tell me the topics"),
     ),
     "status": Info(
         "llm/status/WORKER is retained. It says whether the worker is online, draining or offline, and names its models, routes "
@@ -651,7 +657,7 @@ INFOS: dict[str, Info] = {
             "tell me about the status topic",
             "is the worker online",
         ),
-        ("please explain the status topic", "how would i see whether the worker is online"),
+        ("please tell me what the status topic holds", "how would i see whether the worker is online"),
     ),
     "health": Info(
         "llm/health/WORKER is retained and renewed every 30 seconds. It counts slots, waiting requests, tokens per second, errors "
@@ -667,7 +673,7 @@ INFOS: dict[str, Info] = {
             "what does the health (topic|message) (say|contain|mean)",
             "how (busy|loaded) is the worker",
         ),
-        ("please explain the health topic", "how would i monitor the worker"),
+        ("please tell me what the health topic holds", "how would i monitor the worker"),
     ),
     "request": Info(
         "A request is plain text, which is the prompt, or a JSON object with one of prompt, messages or tool_results. Everything "
@@ -685,7 +691,7 @@ INFOS: dict[str, Info] = {
             "which parameters can i (set|send)",
             "(what is|explain) (a|the) (prompt|payload) (field|)",
         ),
-        ("please explain the request format", "what goes into a request", "tell me the fields of a request"),
+        ("please tell me how a request is written", "what goes into a request", "tell me the fields of a request"),
     ),
     "request_id": Info(
         "request_id names the stream and makes a request safe to send again: the same id with the same content runs at most once. "
@@ -700,7 +706,7 @@ INFOS: dict[str, Info] = {
             "how (do i|can i) name a request",
             "tell me about (the|) (request_id|request id)",
         ),
-        ("please explain the request_id", "what would i use the request id for"),
+        ("what good is a request_id", "what would i use the request id for"),
     ),
     "session": Info(
         "A session is one conversation. Its name is the last part of the topic, for example llm/request/demo, and the worker keeps "
@@ -784,7 +790,7 @@ INFOS: dict[str, Info] = {
             "tell me (about |) the error codes",
             "which codes can an error (have|carry)",
         ),
-        ("please list the error codes", "which error codes does the worker know"),
+        ("give me a list of the error codes", "which error codes does the worker know"),
     ),
     "config_file": Info(
         "The configuration is a TOML file: --config FILE, else $LMD_CONFIG, else ./llamacpp-mqtt-deploy.toml, else "
@@ -919,7 +925,7 @@ INFOS: dict[str, Info] = {
             "(which|what) engine (do you use|runs you|is used)",
             "why (llama.cpp|do you use llama.cpp)",
         ),
-        ("please explain llama.cpp", "could you describe gguf to me", "i would like to know what llama.cpp is"),
+        ("please tell me what llama.cpp is", "could you describe gguf to me", "i would like to know what llama.cpp is"),
     ),
     "tools": Info(
         "Send a list of tools with your request. When the model calls one, done has the finish_reason tool_calls; answer with "
@@ -991,7 +997,7 @@ INFOS: dict[str, Info] = {
             "would you tell me about the sea",
             "please say something about the sea",
             "what can you tell me about the ocean",
-            "describe the sea for me",
+            "i would enjoy some words about the sea",
             "please tell me a little about the sea",
         ),
     ),
@@ -1016,7 +1022,7 @@ INFOS: dict[str, Info] = {
         ),
         (
             "would you tell me a short story",
-            "please write a little story for me",
+            "surprise me with a little story",
             "let me hear a story",
             "i am in the mood for a story",
         ),
@@ -1030,7 +1036,7 @@ INFOS: dict[str, Info] = {
             "a story (about|with) a robot",
             "(the |) robot story",
         ),
-        ("would you tell me a story about a robot", "please write a story about a little robot"),
+        ("would you tell me a story about a robot", "let me hear a story about a robot"),
     ),
     "story_fox": Info(
         STORIES["fox"],
@@ -1045,7 +1051,7 @@ INFOS: dict[str, Info] = {
             "a different story",
             "do you know another story",
         ),
-        ("would you tell me a story about a fox", "please tell me another story"),
+        ("would you tell me a story about a fox", "let me hear another story"),
     ),
     "poem": Info(
         POEMS["rain"],
@@ -1064,7 +1070,7 @@ INFOS: dict[str, Info] = {
         ),
         (
             "would you write me a short poem",
-            "please recite a little poem",
+            "surprise me with a little poem",
             "let me hear a poem",
             "i am in the mood for a poem",
         ),
@@ -1078,7 +1084,7 @@ INFOS: dict[str, Info] = {
             "(a |) poem about the (sea|ocean)",
             "(a |) sea poem",
         ),
-        ("would you write a poem about the sea", "please recite a short poem about the sea"),
+        ("would you write a poem about the sea", "let me hear a poem about the sea"),
     ),
     "poem_stars": Info(
         POEMS["stars"],
@@ -1102,7 +1108,7 @@ INFOS: dict[str, Info] = {
             "(a |) poem about (mqtt|messages)",
             "(an |) mqtt poem",
         ),
-        ("would you write a poem about mqtt", "please recite a short poem about messages"),
+        ("would you write a poem about mqtt", "let me hear a poem about messages"),
     ),
 }
 
@@ -1321,7 +1327,7 @@ NAME_FRAMES = [
     "the name is {n}",
 ]
 NAME_HELD = [
-    "please remember that my name is {n}",
+    "keep in mind that my name is {n}",
     "good day, my name is {n}",
     "hello there! i'm {n}",
     "you may call me {n}",
@@ -1363,7 +1369,7 @@ ASK_NAME_HELD = [
     "would you say my name",
     "what name did i tell you",
     "do you remember what i am called",
-    "now tell me my name please",
+    "which name have i told you",
 ]
 
 # --------------------------------------------------------------------------------------------------------------
@@ -1395,7 +1401,7 @@ COUNT_HELD = [
     "please write down the numbers from {a} to {b}",
     "begin at {a} and count up to {b}",
     "let me hear you count from {a} to {b}",
-    "now count from {a} to {b}",
+    "go ahead and count from {a} to {b}",
 ]
 COUNT_TO_FRAMES = [
     "count to {b}",
@@ -1414,7 +1420,9 @@ DOWN_FRAMES = [
     "(a |) countdown from {b} to {a}",
     "(please |) count down from {b} to {a}",
     "(can|could) you count (down|backwards) from {b} to {a}",
-    "count from {b} to {a}",
+    "(a |) countdown (starting |) at {b} (ending |) at {a}",
+    "backwards from {b} to {a}",
+    "(say|list|write) the numbers from {b} down to {a}",
 ]
 DOWN_HELD = ["would you count down from {b} to {a}", "let me hear a countdown from {b} to {a}"]
 SLOW = ["slowly", "very slowly", "slowly please", "and take your time", "one by one", "step by step"]
@@ -1555,7 +1563,7 @@ SYSTEM_HELD = [
     "You are a model in a test.",
 ]
 
-_PREFIXES = [
+PREFIXES = [
     "please ",
     "hey, ",
     "ok, ",
@@ -1576,7 +1584,7 @@ _PREFIXES = [
     "then ",
     "hmm, ",
 ]
-_SUFFIXES = [
+SUFFIXES = [
     " please",
     ", please",
     " thanks",
@@ -1636,9 +1644,9 @@ def spell(text: str, rng: random.Random, plain: bool = False) -> str:
         is not None
     )
     if not plain and rng.random() < 0.12:
-        text = rng.choice(_PREFIXES) + text
+        text = rng.choice(PREFIXES) + text
     if not plain and rng.random() < 0.06:
-        text += rng.choice(_SUFFIXES)
+        text += rng.choice(SUFFIXES)
     if not plain and rng.random() < 0.03:
         text = slip(text, rng)
     style = rng.random()
@@ -1821,7 +1829,7 @@ class Writer:
             common = (a, b) in ((1, 10), (1, 5), (1, 20))  # what everybody asks first is trained in any case
             if b <= 100 and (((a * 7 + b) % 5 == 0) == self.held or (common and not self.held)):
                 break
-        down = rng.random() < 0.2 and b - a < 15
+        down = rng.random() < 0.25 and b - a < 15
         if down:
             user, slow = self._count_words(DOWN_HELD if self.held else DOWN_FRAMES, a, b)
             numbers = list(range(b, a - 1, -1))
@@ -1842,7 +1850,7 @@ class Writer:
         if slow:
             frame += " " + rng.choice(SLOW)
         text = spell(frame, rng, plain=self.held)
-        words = b <= 20 and rng.random() < 0.2
+        words = b <= 20 and rng.random() < 0.25
         for key, value in (("a", a), ("b", b)):
             text = re.sub(r"\{" + key + r"\}", NUMBER_WORDS[value] if words else str(value), text, flags=re.IGNORECASE)
         return text, slow
@@ -1865,7 +1873,7 @@ class Writer:
                 return rng.choice(TRAIN_TOPICS)
             return rng.choice(NAMES) if kind < 0.9 else str(rng.randrange(1000))
 
-        words = " ".join(word() for _ in range(rng.choice([1, 1, 2, 2, 3, 4, 5, 5, 8, 12])))
+        words = " ".join(word() for _ in range(rng.choice([1, 1, 2, 2, 3, 4, 5, 6, 8])))
         if rng.random() < 0.4:
             words = words[0].upper() + words[1:]
         frame = expand(rng.choice(ECHO_HELD if self.held else ECHO_FRAMES), rng)
@@ -1951,19 +1959,19 @@ class Writer:
         """Draws an intent by weight; hard ones (copying, counting, unknown) come more often than easy ones."""
         rng = self.rng
         kind = rng.random()
-        if kind < 0.36:
+        if kind < 0.33:
             return self.info(rng.choice(list(INFOS)))
-        if kind < 0.46:
+        if kind < 0.41:
             return self.event(rng.choice(list(EVENTS)))
-        if kind < 0.52:
+        if kind < 0.46:
             return self.command(rng.choice(list(COMMANDS)))
-        if kind < 0.57:
+        if kind < 0.51:
             return self.control(rng.choice([*CONTROLS, "ping"]))
-        if kind < 0.68:
+        if kind < 0.60:
             return self.unknown()
-        if kind < 0.695:
+        if kind < 0.615:
             return self.no_such()
-        if kind < 0.81:
+        if kind < 0.80:
             return self.count()
         if kind < 0.87:
             return self.echo()

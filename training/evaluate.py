@@ -17,7 +17,7 @@ from typing import Any
 import xllamacpp
 from dialogues import COMMANDS, CONTROLS, EVENTS, INFOS, SYSTEM_HELD, Turn, Writer, random_name
 
-SEED = 7
+SEEDS = (7, 101, 202)  # one draw of questions each; a single draw is uncertain by about one hundredth
 ASKED = {
     "count": 120,
     "unknown": 160,
@@ -150,14 +150,15 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--figures", type=Path, help="write the shares into this JSON file, beside what it holds")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     engine = Engine(options.gguf, options.threads)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     late: dict[bool, list[int]] = {True: [0, 0], False: [0, 0]}
-    for case in cases(options.seed):
+    draws: dict[int, list[int]] = {seed: [0, 0] for seed in options.seeds}
+    for draw, case in ((seed, case) for seed in options.seeds for case in cases(seed)):
         good, text = right(case, engine)
-        for tally in (counts[case.turn.intent], late[case.late]):
+        for tally in (counts[case.turn.intent], late[case.late], draws[draw]):
             tally[0] += good
             tally[1] += 1
         if not good:
@@ -168,6 +169,7 @@ def main() -> None:
             "asked": asked,
             "right": round(sum(good for good, _ in counts.values()) / asked, 4),
             "mean_over_intents": round(sum(good / total for good, total in counts.values()) / len(counts), 4),
+            "right_by_draw": {str(seed): round(good / total, 4) for seed, (good, total) in draws.items()},
             "right_in_first_turn": round(late[False][0] / late[False][1], 4),
             "right_in_later_turn": round(late[True][0] / late[True][1], 4),
             "by_intent": {name: f"{good}/{total}" for name, (good, total) in sorted(counts.items())},

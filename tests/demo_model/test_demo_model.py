@@ -152,7 +152,7 @@ def _farthest_logit(llama: Any, row: dict[str, Any]) -> float:
     llama.eval(row["prompt_ids"] + row["answer_ids"])
     start = len(row["prompt_ids"]) - 1
     after_prompt = llama.scores[start].tolist()
-    farthest = max(abs(a - b) for a, b in zip(after_prompt, row["logits_after_prompt"], strict=True))
+    farthest: float = max(abs(a - b) for a, b in zip(after_prompt, row["logits_after_prompt"], strict=True))
     for place, (token, top) in enumerate(zip(row["answer_ids"], row["top"], strict=True), start):
         logits = llama.scores[place].tolist()
         assert max(range(len(logits)), key=logits.__getitem__) == token
