@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import orjson
 import structlog
 
-from llamacpp_mqtt_deploy.core.completions import CompletionReader, error_from
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Opened
+from llamacpp_mqtt_deploy.core.completions import error_from
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
     EngineFailed,
-    EngineLost,
     EngineUnavailable,
-    IdleTimeout,
     RequestError,
     ShuttingDown,
 )
-from llamacpp_mqtt_deploy.core.sse import EventTooLong, SseDecoder
 from llamacpp_mqtt_deploy.engines import dialects
 from llamacpp_mqtt_deploy.engines.describing import Description, NotDescribed, describe
 from llamacpp_mqtt_deploy.engines.http import Address, Broken, ConnectFailed, Exchange, NoAnswer, Silent
 from llamacpp_mqtt_deploy.engines.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S, NotReady, Patience, patiently
+from llamacpp_mqtt_deploy.engines.questions import COMPLETIONS, COUNT_WITHIN_S, Questions, SlotProgress
+from llamacpp_mqtt_deploy.engines.reply import Reply, idle
 from llamacpp_mqtt_deploy.engines.slots import Slots
 from llamacpp_mqtt_deploy.ports import EngineInfo
 from llamacpp_mqtt_deploy.settings import EngineSettings
@@ -36,11 +31,9 @@ from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 log = structlog.get_logger(__name__)
 
-COMPLETIONS = "/v1/chat/completions"
-COUNT_WITHIN_S = 5.0
 ASKING_CONNECT_S = 3.0
-COUNTS_KEPT = 256
-"""Token counts remembered; the same conversation is counted again while its history is fitted."""
+
+__all__ = ["ServerEngine", "SlotProgress"]
 
 
 class ServerEngine:
@@ -60,8 +53,7 @@ class ServerEngine:
         self._describing = threading.Lock()  # whoever holds it asks; the others take what is known
         self._closing = StopSignal()
         self._slots = Slots(settings.slots or 1)
-        self._counts: OrderedDict[bytes, int] = OrderedDict()
-        self._can_count = True
+        self._questions = Questions(lambda *stops: self._exchange(*stops, connect_timeout_s=ASKING_CONNECT_S))
 
     # --- condition ---------------------------------------------------------------------------------------------------
 
@@ -130,7 +122,7 @@ class ServerEngine:
         with self._lock:
             self._dialect = description.dialect
             self._described = True
-            self._can_count = True
+            self._questions.can_count = True
         return self._saw(description.info)
 
     def _saw(self, info: EngineInfo) -> EngineInfo:
@@ -181,92 +173,22 @@ class ServerEngine:
         self._slots.acquire(stop)
         try:
             with patiently(lambda: self._begin(call, stop), patience, stop, on_wait) as exchange:
+                reply = Reply(
+                    exchange,
+                    call,
+                    stop,
+                    model=self._model_of(call),
+                    dialect=self._dialect,
+                    refuse_when_closed=self._refuse_when_closed,
+                )
                 if exchange.content_type == "text/event-stream" or not exchange.content_type:
-                    yield from self._receive(exchange, call, stop, before_read)
+                    yield from reply.events(before_read)
                 elif exchange.content_type == "application/json":
-                    yield from self._receive_whole(exchange, call, stop)
+                    yield from reply.document()
                 else:
                     raise EngineFailed("The engine's address answers, but not with a completion; check engine.url.")
         finally:
             self._slots.release()
-
-    def _receive(
-        self, exchange: Exchange, call: EngineCall, stop: StopSignal, before_read: Callable[[], None] | None
-    ) -> Iterator[Delta]:
-        yield Opened(self._model_of(call))
-        decoder, reader = SseDecoder(), CompletionReader()
-        heard_at = time.monotonic()
-        only_pings = False
-        while not reader.done:
-            if before_read is not None:
-                before_read()
-            chunk = self._read(exchange, call, stop)
-            heard = False
-            for data in self._decode(decoder, chunk):
-                for delta in reader.read(data):
-                    heard = True
-                    yield delta
-            if stop.is_set():
-                raise Stopped(stop.reason)
-            if not chunk:
-                break
-            # The server's pings keep the socket awake; only output counts. The clock stands while our reader is busy.
-            now = time.monotonic()
-            if heard:
-                heard_at = now
-                if only_pings:
-                    exchange.limit_silence(call.chunk_timeout_s)
-                    only_pings = False
-            else:
-                left_s = heard_at + call.chunk_timeout_s - now
-                if left_s <= 0:
-                    raise _idle(call)
-                exchange.limit_silence(left_s)
-                only_pings = True
-        if not reader.done and not (self._dialect == "openai" and reader.finish_reason):
-            raise EngineLost("The engine's answer broke off in the middle.")
-        yield reader.finished()
-
-    def _receive_whole(self, exchange: Exchange, call: EngineCall, stop: StopSignal) -> Iterator[Delta]:
-        yield Opened(self._model_of(call), streams=False)
-        try:
-            document = exchange.read_all(timeout_s=call.chunk_timeout_s)
-        except Silent:
-            raise _idle(call) from None
-        except Broken as error:
-            self._refuse_when_closed()
-            raise EngineLost("The connection to the engine broke in the middle of the answer.") from error
-        except ValueError as error:
-            raise EngineFailed("The engine's answer is too long.") from error
-        stop.raise_if_set()
-        reader = CompletionReader()
-        deltas = reader.read(document)
-        if not deltas and not reader.finish_reason:
-            raise EngineFailed("The engine answered with JSON that is no completion.")
-        yield from deltas
-        yield reader.finished()
-
-    def _read(self, exchange: Exchange, call: EngineCall, stop: StopSignal) -> bytes:
-        try:
-            return exchange.read_some()
-        except Silent:
-            stop.raise_if_set()
-            raise _idle(call) from None
-        except Broken as error:
-            stop.raise_if_set()
-            self._refuse_when_closed()
-            if self._dialect == "openai":
-                return b""  # a finish reason may have come before: then the answer is whole
-            raise EngineLost("The connection to the engine broke in the middle of the answer.") from error
-
-    def _decode(self, decoder: SseDecoder, chunk: bytes) -> list[bytes]:
-        try:
-            if chunk:
-                return decoder.feed(chunk)
-            # What a broken connection left of an event is no JSON object any more and says nothing.
-            return [data for data in decoder.end() if data == b"[DONE]" or (data[:1] == b"{" and data[-1:] == b"}")]
-        except EventTooLong as error:
-            raise EngineFailed("The engine sent an event without end.") from error
 
     # --- before the first byte ---------------------------------------------------------------------------------------
 
@@ -309,7 +231,7 @@ class ServerEngine:
                 case NoAnswer() | Broken():
                     raise NotReady("engine_restarting", "The engine ended without an answer.", asked=True) from error
                 case Silent():
-                    raise _idle(call) from error
+                    raise idle(call) from error
                 case _:
                     raise
         if self._info.state != "ready":
@@ -374,90 +296,10 @@ class ServerEngine:
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
         stop.raise_if_set()
-        if self._dialect != "llamacpp" or not self._can_count:
+        if self._dialect != "llamacpp" or not self._questions.can_count:
             return None
-        content = self._content(call)
-        key = hashlib.blake2b(content, digest_size=16).digest()
-        with self._lock:
-            if key in self._counts:
-                self._counts.move_to_end(key)
-                return self._counts[key]
-        count = self._count(content, stop)
-        stop.raise_if_set()
-        if count is not None:
-            with self._lock:
-                self._counts[key] = count
-                while len(self._counts) > COUNTS_KEPT:
-                    self._counts.popitem(last=False)
-        return count
-
-    def _count(self, content: bytes, stop: StopSignal) -> int | None:
-        """Ask the server to count; servers older than that endpoint render the template and tokenize it."""
-        status, answer = self._question(f"{COMPLETIONS}/input_tokens", content, stop)
-        if status == 200:
-            return _whole(answer.get("input_tokens"))
-        if status not in (404, 405, 501):
-            return None
-        status, answer = self._question("/apply-template", content, stop)
-        prompt = answer.get("prompt")
-        if status != 200 or not isinstance(prompt, str):
-            self._can_count = status not in (404, 405, 501)  # until the next probe finds a server
-            return None
-        asked = orjson.dumps({"content": prompt, "add_special": True, "parse_special": True})
-        status, answer = self._question("/tokenize", asked, stop)
-        tokens = answer.get("tokens")
-        return len(tokens) if status == 200 and isinstance(tokens, list) else None
+        return self._questions.count_tokens(self._content(call), stop)
 
     def slots_progress(self) -> tuple[SlotProgress, ...] | None:
-        """What each slot of a llama.cpp server has done, to tell a long prompt from a hang; None when it does not answer.
-
-        Not more than once in a few seconds: each answer puts off what the server does about a client that has gone.
-        """
-        status, answer = self._question("/slots", None, None)
-        slots = answer.get("")
-        if status != 200 or not isinstance(slots, list):
-            return None
-        return tuple(_slot_progress(slot) for slot in slots if isinstance(slot, dict))
-
-    def _question(self, path: str, content: bytes | None, stop: StopSignal | None) -> tuple[int, dict[str, Any]]:
-        """Status and JSON object of a short request, a list under the key ""; status 0 when there is none."""
-        stops = () if stop is None else (stop,)
-        try:
-            with self._exchange(*stops, connect_timeout_s=ASKING_CONNECT_S) as exchange:
-                exchange.send("GET" if content is None else "POST", path, content, timeout_s=COUNT_WITHIN_S)
-                document = orjson.loads(exchange.read_all(timeout_s=COUNT_WITHIN_S))
-                return exchange.status, document if isinstance(document, dict) else {"": document}
-        except (ConnectFailed, NoAnswer, Broken, Silent, ValueError):
-            return 0, {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotProgress:
-    """The work of one slot of a llama.cpp server; a slot that works and does not move is stuck."""
-
-    id: int
-    working: bool
-    task: int | None
-    prompt_tokens_processed: int
-    tokens_decoded: int
-
-
-def _slot_progress(slot: dict[str, Any]) -> SlotProgress:
-    following = slot.get("next_token")
-    first = following[0] if isinstance(following, list) and following else following
-    decoded = first.get("n_decoded") if isinstance(first, dict) else None
-    return SlotProgress(
-        id=_whole(slot.get("id")) or 0,
-        working=bool(slot.get("is_processing")),
-        task=_whole(slot.get("id_task")),
-        prompt_tokens_processed=_whole(slot.get("n_prompt_tokens_processed")) or 0,
-        tokens_decoded=_whole(decoded) or 0,
-    )
-
-
-def _idle(call: EngineCall) -> IdleTimeout:
-    return IdleTimeout(f"The engine gave no token and no progress for {call.chunk_timeout_s:g} s.")
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+        """What each slot of a llama.cpp server has done; see `Questions.slots_progress`."""
+        return self._questions.slots_progress()

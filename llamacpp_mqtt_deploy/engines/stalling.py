@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llamacpp_mqtt_deploy.engines.server import SlotProgress
+from llamacpp_mqtt_deploy.engines.questions import SlotProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
