@@ -59,7 +59,7 @@ class MqttLink(LinkThread):
         on_done: Callable[[bool], None] | None = None,
     ) -> bool:
         fault = topic_fault(topic)
-        if fault is None and len(payload) + HEADER_ROOM > (self._max_packet_bytes or MOST_MQTT_PACKET):
+        if fault is None and len(payload) + HEADER_ROOM > (self._sending.max_packet_bytes or MOST_MQTT_PACKET):
             fault = self._size_fault(topic, payload, correlation)
         if fault is None and self._max_payload_bytes is not None and len(payload) > self._max_payload_bytes:
             fault = f"its {len(payload)} bytes are more than the configured {self._max_payload_bytes}"
@@ -110,11 +110,11 @@ class MqttLink(LinkThread):
 
     def flush(self, deadline: Deadline) -> bool:
         with self._changed:
-            self._flushers += 1
+            self._sending.flushers += 1
             try:
                 return self._changed.wait_for(lambda: len(self._outgoing) == 0, deadline.remaining_s())
             finally:
-                self._flushers -= 1
+                self._sending.flushers -= 1
 
     def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
         thread = self._thread
@@ -149,7 +149,7 @@ class MqttLink(LinkThread):
         log.error("link.thread_died", broker=self._where)
 
     def _size_fault(self, topic: str, payload: bytes, correlation: bytes | None) -> str | None:
-        limit = self._max_packet_bytes or MOST_MQTT_PACKET
+        limit = self._sending.max_packet_bytes or MOST_MQTT_PACKET
         size = packet_bytes(Publish(topic, payload, 1, False, correlation, 1.0, None), "5")
         return None if size <= limit else f"its {size} bytes are more than the {limit} that the broker takes"
 

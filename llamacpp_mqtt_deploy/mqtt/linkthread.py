@@ -14,16 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import structlog
 
 from llamacpp_mqtt_deploy.mqtt import refusals
-from llamacpp_mqtt_deploy.mqtt.outgoing import STRIKES, Outgoing, Publish
-from llamacpp_mqtt_deploy.mqtt.pacing import STABLE_AFTER_S, Backoff, Reminder, VersionChoice
-from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
-from llamacpp_mqtt_deploy.mqtt.receiving import STALL_S, Deliveries, Receipts, Subscriptions
+from llamacpp_mqtt_deploy.mqtt.attempts import Attempts
+from llamacpp_mqtt_deploy.mqtt.outgoing import STRIKES, Publish
+from llamacpp_mqtt_deploy.mqtt.pacing import STABLE_AFTER_S, Reminder
+from llamacpp_mqtt_deploy.mqtt.receiving import Deliveries, Receipts, Subscriptions
 from llamacpp_mqtt_deploy.mqtt.refusals import Refusal
+from llamacpp_mqtt_deploy.mqtt.sending import Sending, guard
 from llamacpp_mqtt_deploy.mqtt.tls import build_context, stamps
 from llamacpp_mqtt_deploy.mqtt.wire import Closed, Connack, Wire
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
@@ -31,8 +31,6 @@ from llamacpp_mqtt_deploy.settings import MqttSettings
 from llamacpp_mqtt_deploy.stopping import Deadline
 
 log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
 
 CONNACK_TIMEOUT_S = 10.0
 DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
@@ -92,33 +90,26 @@ class LinkThread:
 
         # Shared with other threads.
         self._changed = threading.Condition()
-        self._outgoing = Outgoing()
+        self._sending = Sending(self._changed)
+        self._outgoing = self._sending.outgoing
+        self.puback = self._sending.puback  # straight from the wire: one comes for each event
         self._receipts = Receipts()
         self._subscriptions = Subscriptions()
         self._closing: Closing | None = None
-        self._flushers = 0
         self._woken = False
         self._thread: threading.Thread | None = None
         self._state: LinkState = "connecting"
         self._detail = ""
-        self._max_packet_bytes: int | None = None
 
         # The link's thread alone.
         self._wire: Wire | None = None
-        self._versions = VersionChoice(settings.protocol)
-        self._backoff = Backoff(settings.reconnect_max_s)
+        self._attempts = Attempts(settings, where=self._where)
         self._reminder = Reminder()
-        self._refused_publishes: dict[str, Reminder] = {}
         self._generation = 0
         self._connections = 0
         self._online_since = 0.0
         self._session_present = False
-        self._retain_available = True
-        self._refusal: Refusal | None = None
-        self._version_refused = False
         self._deliveries = Deliveries(self._receipts)
-        self._last_puback_at: float | None = None
-        self._poisoned = 0
         self._died_online = False
         self._loud = True
 
@@ -142,7 +133,7 @@ class LinkThread:
                 self._went_down(Refusal("A defect in the link; the log says more.", needs_person=False))
                 self._discard_wire()
             if not self._finished():
-                self._pause(self._backoff.next_s())
+                self._pause(self._attempts.backoff.next_s())
         self._say_closed()
 
     def _finished(self) -> bool:
@@ -157,9 +148,7 @@ class LinkThread:
         """One attempt, and the connection's whole life when it succeeds."""
         if self._state == "taken_over":
             return
-        now = time.monotonic()
-        self._versions.before_attempt(now)
-        self._refusal, self._version_refused = None, False
+        self._attempts.begin(time.monotonic())
         self._generation += 1
         try:
             wire = self._make_wire()
@@ -174,13 +163,15 @@ class LinkThread:
             # A host that cannot be one, for example a label over 63 characters.
             self._failed(Refusal(f"{self._where} is no address: {error}. Check mqtt.host."))
             return
-        patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._versions.in_doubt else CONNACK_TIMEOUT_S
+        patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._attempts.versions.in_doubt else CONNACK_TIMEOUT_S
         connack_by = time.monotonic() + patience_s
         while wire.closed() is None:
             self._turn(wire)
             if self._state != "online" and time.monotonic() >= connack_by and wire.closed() is None:
                 wire.abort()
-                self._unanswered(refusals.of_no_connack(self._where, patience_s))
+                refusal = refusals.of_no_connack(self._where, patience_s)
+                self._attempts.unanswered(refusal)
+                self._failed(refusal)
                 return
             if self._finished():
                 self._leave(wire)
@@ -194,7 +185,7 @@ class LinkThread:
         # before it is found by `busy`. While the thread works, nobody needs to pay for the write.
         self._woken = False
         busy = self._state == "online" and (
-            self._receipts.waiting() or self._subscriptions.waiting() or self._may_send(now)
+            self._receipts.waiting() or self._subscriptions.waiting() or self._sending.may_go(now)
         )
         if wire.work(0.0 if busy else self._patience_s(now)):
             with contextlib.suppress(BlockingIOError):
@@ -204,17 +195,11 @@ class LinkThread:
             return
         self._receipts.send(self._generation, wire.acknowledge)
         self._subscriptions.send(lambda asked: wire.subscribe(asked.filters, retained=asked.retained))
-        self._pump(wire)
+        self._sending.pump(wire)
         wire.write()
         if self._deliveries.stalled_until is not None and time.monotonic() >= self._deliveries.stalled_until:
             log.warning("inbox.full", broker=self._where, why="connecting again so that the broker delivers again")
             wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
-
-    def _may_send(self, now: float) -> bool:
-        outgoing = self._outgoing
-        if not outgoing.waiting or outgoing.quiet_s(now) > 0:
-            return False
-        return len(outgoing.flying) < (1 if outgoing.on_probation else outgoing.window)
 
     def _patience_s(self, now: float) -> float:
         patience = 0.5
@@ -225,36 +210,6 @@ class LinkThread:
         if self._closing is not None:
             patience = min(patience, self._closing.deadline.remaining_s() + 0.001)
         return patience
-
-    def _pump(self, wire: Wire) -> None:
-        outgoing = self._outgoing
-        if not outgoing.waiting:
-            return
-        now = time.monotonic()
-        while (publish := outgoing.next(now)) is not None:
-            expiry_s = None
-            if publish.expires_at is not None:
-                # What waited here has grown older; 0 would mean "at once", so what is over is dropped.
-                expiry_s = round(publish.expires_at - now)
-                if expiry_s < 1:
-                    self._done(publish, well=False)
-                    continue
-            limit = self._max_packet_bytes
-            if limit is not None and packet_bytes(publish, wire.version) > limit:
-                self._give_up(publish, f"larger than the {limit} bytes that the broker takes")
-                continue
-            try:
-                mid = wire.publish(publish, retain=publish.retain and self._retain_available, expiry_s=expiry_s)
-            except ValueError as error:
-                self._give_up(publish, str(error))
-                continue
-            if mid is None:
-                outgoing.put_back(publish)
-                return
-            if publish.qos == 0:
-                self._done(publish, well=True)
-            else:
-                outgoing.sent(mid, publish)
 
     def _pause(self, seconds: float) -> None:
         """Wait between two attempts; closing cuts it short."""
@@ -274,16 +229,7 @@ class LinkThread:
     # --- what the wire tells (its callbacks run in this thread) ---
 
     def connack(self, answer: Connack) -> None:
-        if answer.code == refusals.UNSUPPORTED_VERSION:
-            self._version_refused = True
-            self._refusal = refusals.of_connack(answer.code, answer.name)
-            return
-        self._versions.answered()
-        if answer.code != 0:
-            self._refusal = refusals.of_connack(answer.code, answer.name)
-            return
-        if not answer.qos_1_available:
-            self._refusal = refusals.of_connack(0x9B, answer.name)
+        if not self._attempts.accepted(answer):
             return
         wire = self._wire
         assert wire is not None
@@ -299,8 +245,8 @@ class LinkThread:
             self._connections += 1
             self._online_since = now
             self._session_present = answer.session_present
-            self._max_packet_bytes = answer.max_packet_bytes
-            self._retain_available = answer.retain_available
+            self._sending.max_packet_bytes = answer.max_packet_bytes
+            self._sending.retain_available = answer.retain_available
             self._state, self._detail = "online", ""
             info = self._info()
         self._deliveries.stalled_until = None
@@ -317,21 +263,7 @@ class LinkThread:
             log.warning(
                 "link.no_retain", broker=self._where, why="the broker keeps no retained messages: no status stays"
             )
-        self._guard(self._on_online, info)
-
-    def puback(self, mid: int, code: int, name: str) -> None:
-        publish = self._outgoing.acknowledged(mid)
-        if publish is None:
-            return
-        self._last_puback_at = time.monotonic()
-        if code >= 0x80:
-            why = refusals.of_puback(code, name)
-            reminder = self._refused_publishes.setdefault(publish.topic, Reminder())
-            if len(self._refused_publishes) > 256:
-                self._refused_publishes.clear()
-            if reminder.due(why, self._last_puback_at):
-                log.error("publish.refused", topic=publish.topic, why=why)
-        self._done(publish, well=code < 0x80)
+        guard(self._on_online, info)
 
     def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None:
         self._subscriptions.answered(mid, codes)
@@ -344,19 +276,16 @@ class LinkThread:
     def _ended(self, wire: Wire, closed: Closed) -> None:
         """The connection, or the attempt, is over."""
         if self._state != "online":
-            self._attempt_ended(closed)
+            refused = self._attempts.ended(closed)
+            if refused is not None:
+                self._failed(refused)
             return
         now = time.monotonic()
         lived_s = now - self._online_since
         on_purpose = self._deliveries.stalled_until is not None
-        self._backoff.ended(lived_s)
         if lived_s >= STABLE_AFTER_S:
             self._reminder.clear()
-        self._versions.lost(now)
-        if closed.unreadable and not self._outgoing.flying:
-            self._versions.unreadable()
-        elif lived_s > STALL_S:
-            self._versions.readable()
+        self._attempts.lost(closed, now, lived_s=lived_s, in_flight=bool(self._outgoing.flying))
         if closed.from_broker and closed.code == refusals.TAKEN_OVER:
             self._went_down(refusals.of_disconnect(closed.code, closed.name), state="taken_over")
             return
@@ -373,38 +302,11 @@ class LinkThread:
         self._went_down(refusal)
         if poison is not None:
             wire.forget_publishes()
-            self._give_up(
+            self._sending.give_up(
                 poison,
                 f"the broker ended {STRIKES} connections in a row on it ({closed.name if closed.from_broker else 'without a reason'}); "
                 "is it over the broker's message size limit?",
             )
-
-    def _attempt_ended(self, closed: Closed) -> None:
-        """The other side hung up before the connection was established."""
-        refusal = self._refusal
-        # paho keeps the refusal of a 3.1.1 CONNECT for its version to itself.
-        if self._version_refused or (refusal is None and closed.unreadable and self._versions.current == "3.1.1"):
-            if self._versions.refused():
-                log.info("link.fell_back", broker=self._where, protocol=self._versions.current)
-                self._backoff.ended(float("inf"))
-                return
-            refusal = refusal or refusals.of_connack(refusals.UNSUPPORTED_VERSION, "")
-        elif refusal is None:
-            refusal = refusals.of_tls_text(closed.error, self._where)
-            if refusal is None:
-                if closed.unreadable:
-                    refusal = Refusal(
-                        f"What answers at {self._where} does not speak MQTT. Check mqtt.host and mqtt.port."
-                    )
-                else:
-                    self._unanswered(refusals.of_silence(self._where, tls=self._settings.tls.enabled))
-                    return
-        self._failed(refusal)
-
-    def _unanswered(self, refusal: Refusal) -> None:
-        if self._versions.unanswered():
-            log.info("link.fell_back", broker=self._where, protocol=self._versions.current, why=refusal.text)
-        self._failed(refusal)
 
     def _failed(self, refusal: Refusal) -> None:
         """An attempt ended without a connection."""
@@ -431,7 +333,7 @@ class LinkThread:
             self._loud = self._reminder.due(refusal.text, time.monotonic())
             if self._loud:
                 log.warning("link.lost", broker=self._where, why=refusal.text, unacknowledged=info.unacknowledged)
-            self._guard(self._on_lost, info)
+            guard(self._on_lost, info)
 
     def _leave(self, wire: Wire) -> None:
         """The clean end: everything said, or no time left."""
@@ -448,7 +350,7 @@ class LinkThread:
             left = self._outgoing.give_up()
             self._changed.notify_all()
         for publish in left:
-            self._done(publish, well=False)
+            self._sending.done(publish, well=False)
         self._subscriptions.fail()
         log.info("link.closed", broker=self._where, given_up=len(left))
 
@@ -458,7 +360,7 @@ class LinkThread:
         tls = self._settings.tls
         found = stamps(tls)
         wire = self._wire
-        if wire is not None and wire.version == self._versions.current and found == self._tls_stamps:
+        if wire is not None and wire.version == self._attempts.versions.current and found == self._tls_stamps:
             return wire
         self._discard_wire()
         context = None
@@ -470,7 +372,7 @@ class LinkThread:
         self._tls_stamps = found
         self._wire = wire = Wire(
             self._settings,
-            version=self._versions.current,
+            version=self._attempts.versions.current,
             client_id=self._client_id,
             password=self._password,
             will=self._will,
@@ -488,30 +390,9 @@ class LinkThread:
             wire.abort()
         self._outgoing.requeue()
 
-    def _give_up(self, publish: Publish, why: str) -> None:
-        self._poisoned += 1
-        log.error("publish.given_up", topic=ascii(publish.topic[:200]), bytes=len(publish.payload), why=why)
-        self._done(publish, well=False)
-
-    def _done(self, publish: Publish, *, well: bool) -> None:
-        on_done = publish.on_done
-        if on_done is not None:
-            publish.on_done = None
-            self._guard(on_done, well)
-        if self._flushers and len(self._outgoing) == 0:
-            with self._changed:
-                self._changed.notify_all()
-
     def _farewell_done(self, well: bool) -> None:
         if self._closing is not None:
             self._closing.said = well
-
-    @staticmethod
-    def _guard(callback: Callable[[T], None], value: T) -> None:
-        try:
-            callback(value)
-        except Exception:
-            log.exception("link.callback_failed", callback=getattr(callback, "__name__", "callback"))
 
     def _wake(self) -> None:
         if not self._woken:
@@ -521,7 +402,7 @@ class LinkThread:
 
     def _info(self) -> LinkInfo:
         wire = self._wire
-        limit = self._max_packet_bytes
+        limit = self._sending.max_packet_bytes
         return LinkInfo(
             state=self._state,
             detail=self._detail,
@@ -530,8 +411,8 @@ class LinkThread:
             session_present=self._session_present,
             reconnects=max(0, self._connections - 1),
             unacknowledged=len(self._outgoing),
-            last_puback_at=self._last_puback_at,
-            poisoned=self._poisoned,
+            last_puback_at=self._sending.last_puback_at,
+            poisoned=self._sending.poisoned,
         )
 
 

@@ -18,6 +18,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
+from llamacpp_mqtt_deploy.mqtt.sending import Sending
 from llamacpp_mqtt_deploy.ports import Delivery
 from llamacpp_mqtt_deploy.settings import MqttSettings
 from llamacpp_mqtt_deploy.stopping import Deadline
@@ -419,16 +420,16 @@ def test_a_defect_inside_the_link_does_not_end_it(
     mosquitto: Mosquitto, new_case: NewCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = new_case(port=mosquitto.port, client_id="defect")
-    original = MqttLink._pump
+    original = Sending.pump
     hits: list[int] = []
 
-    def broken(self: MqttLink, wire: Any) -> None:
+    def broken(self: Sending, wire: Any) -> None:
         if not hits:
             hits.append(1)
             raise RuntimeError("a defect")
         original(self, wire)
 
-    monkeypatch.setattr(MqttLink, "_pump", broken)
+    monkeypatch.setattr(Sending, "pump", broken)
     assert case.publish("x", b"1")
     assert hits
     assert case.lost().state == "lost"

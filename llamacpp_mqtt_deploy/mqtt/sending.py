@@ -1,0 +1,113 @@
+"""What goes out: publishes in their order, as far as window and limits allow, and what becomes of each."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+
+from llamacpp_mqtt_deploy.mqtt import refusals
+from llamacpp_mqtt_deploy.mqtt.outgoing import Outgoing, Publish
+from llamacpp_mqtt_deploy.mqtt.pacing import Reminder
+from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
+from llamacpp_mqtt_deploy.mqtt.wire import Wire
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class Sending:
+    """The outgoing half of a link, over whichever wire it has; `changed` is notified when the last publish is done."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.outgoing = Outgoing()
+        self.max_packet_bytes: int | None = None
+        self.retain_available = True
+        """What the broker of the latest connection announced, as the line above."""
+        self.flushers = 0
+        """How many wait for the last publish, under `changed`."""
+        self.last_puback_at: float | None = None
+        self.poisoned = 0
+        self._changed = changed
+        self._refused: dict[str, Reminder] = {}
+
+    def may_go(self, now: float) -> bool:
+        """Whether something waits that may be sent now."""
+        outgoing = self.outgoing
+        if not outgoing.waiting or outgoing.quiet_s(now) > 0:
+            return False
+        return len(outgoing.flying) < (1 if outgoing.on_probation else outgoing.window)
+
+    def pump(self, wire: Wire) -> None:
+        """Give the wire what may be sent now; the link's thread alone, as all that follows."""
+        outgoing = self.outgoing
+        if not outgoing.waiting:
+            return
+        now = time.monotonic()
+        while (publish := outgoing.next(now)) is not None:
+            expiry_s = None
+            if publish.expires_at is not None:
+                # What waited here has grown older; 0 would mean "at once", so what is over is dropped.
+                expiry_s = round(publish.expires_at - now)
+                if expiry_s < 1:
+                    self.done(publish, well=False)
+                    continue
+            limit = self.max_packet_bytes
+            if limit is not None and packet_bytes(publish, wire.version) > limit:
+                self.give_up(publish, f"larger than the {limit} bytes that the broker takes")
+                continue
+            try:
+                mid = wire.publish(publish, retain=publish.retain and self.retain_available, expiry_s=expiry_s)
+            except ValueError as error:
+                self.give_up(publish, str(error))
+                continue
+            if mid is None:
+                outgoing.put_back(publish)
+                return
+            if publish.qos == 0:
+                self.done(publish, well=True)
+            else:
+                outgoing.sent(mid, publish)
+
+    def puback(self, mid: int, code: int, name: str) -> None:
+        """The broker has it, or refuses it."""
+        publish = self.outgoing.acknowledged(mid)
+        if publish is None:
+            return
+        self.last_puback_at = time.monotonic()
+        if code >= 0x80:
+            why = refusals.of_puback(code, name)
+            reminder = self._refused.setdefault(publish.topic, Reminder())
+            if len(self._refused) > 256:
+                self._refused.clear()
+            if reminder.due(why, self.last_puback_at):
+                log.error("publish.refused", topic=publish.topic, why=why)
+        self.done(publish, well=code < 0x80)
+
+    def give_up(self, publish: Publish, why: str) -> None:
+        """Drop what can never be delivered."""
+        self.poisoned += 1
+        log.error("publish.given_up", topic=ascii(publish.topic[:200]), bytes=len(publish.payload), why=why)
+        self.done(publish, well=False)
+
+    def done(self, publish: Publish, *, well: bool) -> None:
+        """Tell whoever published it, once, and whoever waits for the last one."""
+        on_done = publish.on_done
+        if on_done is not None:
+            publish.on_done = None
+            guard(on_done, well)
+        if self.flushers and len(self.outgoing) == 0:
+            with self._changed:
+                self._changed.notify_all()
+
+
+def guard(callback: Callable[[T], None], value: T) -> None:
+    """Call back; nothing that the daemon raises may end the link."""
+    try:
+        callback(value)
+    except Exception:
+        log.exception("link.callback_failed", callback=getattr(callback, "__name__", "callback"))
