@@ -26,7 +26,8 @@ Rows = dict[str, tuple[str, str]]
 
 
 def check(environment: Mapping[str, str], *arguments: str, **settings: object) -> tuple[int, Rows]:
-    """The exit code and name -> (verdict, text and advice)."""
+    """The exit code and name -> (verdict, text and advice); without `engine__url` no engine is there, whatever runs here."""
+    settings = {"engine__url": f"http://127.0.0.1:{free_port()}"} | settings
     flags = [part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
     result = lmd("check", "--json", *flags, *arguments, environment=environment)
     assert result.stdout, result.stderr
@@ -228,3 +229,13 @@ def test_on_a_pipe_each_finding_is_a_plain_line(environment: dict[str, str]) -> 
     assert any(line.startswith("ok   broker.name ") for line in lines)
     assert any(line.startswith("FAIL broker.port ") and " -> start the broker" in line for line in lines)
     assert b"\x1b" not in result.stdout
+
+
+def test_an_engine_that_is_down_is_told_with_one_piece_of_advice(environment: dict[str, str]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    result = lmd("check", "--set", f"engine.url={url}", "--set", f"mqtt.port={free_port()}", environment=environment)
+    [line] = [line for line in result.stdout.decode().splitlines() if "engine.reachable" in line]
+    assert line.startswith("FAIL ")
+    assert url in line
+    assert line.lower().count("start the server") == 1
+    assert line.count("engine.url") == 1
