@@ -49,9 +49,19 @@ def _secret(value: SecretStr | None, file: Path | None, name: str, environ: Mapp
     return _read(credential).strip() or None
 
 
+_PIPES: dict[tuple[Path, int], str] = {}
+"""What came through pipes (`--password-file <(pass show mqtt)`): a pipe tells its secret once, and it is asked for twice."""
+
+
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        about = file.stat()
+        if not stat.S_ISFIFO(about.st_mode):
+            return file.read_text(encoding="utf-8")
+        pipe = (file, about.st_ino)
+        if pipe not in _PIPES:
+            _PIPES[pipe] = file.read_text(encoding="utf-8")
+        return _PIPES[pipe]
     except UnicodeDecodeError:
         raise CredentialError(f"{file} is not UTF-8 text; write the secret into it as one line of text") from None
     except OSError as error:

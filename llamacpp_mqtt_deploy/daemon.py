@@ -21,7 +21,7 @@ from llamacpp_mqtt_deploy.ports import Delivery, Engine, EngineInfo, Link, LinkI
 from llamacpp_mqtt_deploy.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.reporting import status_line
 from llamacpp_mqtt_deploy.rounds import ROUND_S
-from llamacpp_mqtt_deploy.settings import Settings
+from llamacpp_mqtt_deploy.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.stopping import Deadline
 from llamacpp_mqtt_deploy.systemd import Notifier, watchdog_interval_s
 from llamacpp_mqtt_deploy.vitals import Vitals
@@ -160,7 +160,7 @@ class Daemon:
             "worker.starting",
             worker=settings.mqtt.worker_id,
             root=settings.mqtt.root,
-            broker=f"{settings.mqtt.host}:{settings.mqtt.port}" if settings.mqtt.port else settings.mqtt.host,
+            broker=_broker(settings.mqtt),
             engine=settings.engine.kind,
             configuration=str(self._loaded.file or "defaults"),
         )
@@ -395,6 +395,13 @@ class Daemon:
         """Not before we said hello, and not when another instance stands in our place under our status topic."""
         presence = self.parts.presence
         return presence.announced and (code != EXIT_UNREACHABLE or presence.twin() is None)
+
+
+def _broker(mqtt: MqttSettings) -> str:
+    """Where the broker is, with the port that is taken when none is set."""
+    if mqtt.transport == "unix":
+        return mqtt.host
+    return f"{mqtt.host}:{mqtt.port or (8883 if mqtt.tls.enabled else 1883)}"
 
 
 def run(loaded: Loaded) -> int:

@@ -333,6 +333,9 @@ def _line(path: Iterable[str], text: str, origins: Mapping[str, str]) -> str:
     origin = next(
         (origins[k] for k in (".".join(parts[:end]) for end in range(len(parts), 0, -1)) if k in origins), None
     )
+    if origin is None:  # a whole table: the place of the first key in it
+        below = ".".join(parts) + "."
+        origin = next((place for key, place in origins.items() if key.startswith(below)), None)
     where = f"[{'.'.join(section)}] {name}" if section else f"[{name}]"
     return f"{where}: {text}" + (f" ({origin})" if origin else "")
 

@@ -62,12 +62,13 @@ def _server(engine: EngineSettings, *, generate: bool) -> Iterator[Finding]:
             return
         info = server.probe()
         if info.state != "ready":
-            advice = (
-                "wait until the model is loaded" if info.state == "loading" else "start the server, or check engine.url"
-            )
+            advice = "wait until the model is loaded" if info.state == "loading" else ""
+            if not info.detail and not advice:
+                advice = "start the server, or check engine.url"  # a detail says by itself what to do
             yield fail("engine.reachable", info.detail or f"the server at {engine.url} is {info.state}", advice)
             return
-        yield ok("engine.reachable", f"{engine.url} answers ({info.backend})")
+        known_backend = "" if info.backend == "unknown" else f" ({info.backend})"
+        yield ok("engine.reachable", f"{engine.url} answers" + known_backend)
         yield from _description(engine, info)
         if generate:
             yield _one_token(server, engine, info)

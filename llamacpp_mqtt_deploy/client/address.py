@@ -97,7 +97,8 @@ def explain_refusal(reason: ReasonCode, address: Address) -> str:
         case 0x84:
             return f"The broker at {address} does not speak MQTT {address.protocol}. Set mqtt.protocol to auto."
         case 0x86 | 0x87:
-            return f"The broker at {address} refuses {who}: {reason}. Check mqtt.username and the password."
+            check = "Check mqtt.username and the password" if address.username else "Set mqtt.username and a password"
+            return f"The broker at {address} refuses {who}: {reason}. {check}."
         case 0x85:
             return f"The broker at {address} refuses the client id: {reason}."
         case 0x88 | 0x89:

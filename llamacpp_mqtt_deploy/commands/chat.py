@@ -53,6 +53,8 @@ A line that ends with \\ goes on in the next one; a prompt that begins with / is
 
     Ctrl-C stops the running answer and keeps the conversation, Ctrl-D leaves. On a pipe each line is a prompt.
 
+    A line that begins with / is a command: /new, /cancel, /system, /history, /quit; /help says what they do.
+
     \b
     Examples:
       lmd chat
@@ -138,7 +140,7 @@ class Chat:
             case "new":
                 self.control("reset", done="Forgotten; a new conversation begins.")
             case "cancel":
-                self.control("cancel", done="Cancelled.")
+                self._cancel()
             case "system":
                 self._system(rest.strip())
             case "history":
@@ -164,14 +166,22 @@ class Chat:
             self.screen.summary(done)
         return True
 
-    def control(self, action: str, *, done: str = "") -> None:
+    def control(self, action: str, *, done: str = "") -> Mapping[str, Any] | None:
+        """The worker's ack; None when it refused or did not answer, which was told."""
         with told("lmd chat", self.failures):
             ack = self.bus.control(self.session, action)
-            if ack.get("status") != "ok":
-                tell(f"{action}: {ack.get('message') or ack.get('code') or 'the worker refused'}")
-                self.failures.append(FAILED)
-            elif done:
-                tell(done)
+            if ack.get("status") == "ok":
+                if done:
+                    tell(done)
+                return ack
+            tell(f"{action}: {ack.get('message') or ack.get('code') or 'the worker refused'}")
+            self.failures.append(FAILED)
+        return None
+
+    def _cancel(self) -> None:
+        ack = self.control("cancel")
+        if ack is not None:
+            tell("Nothing was running or waiting." if ack.get("cancelled") == 0 else "Cancelled.")
 
     def _system(self, text: str) -> None:
         if text:

@@ -159,7 +159,7 @@ class Demo:
             with self._set_up(house, broker, settings, own_model=model is not None) as bus:
                 self._talk(bus)
                 if self._once:
-                    self._say("The demo ends here; without --once it stays up for your own prompts.")
+                    self._say("The demo ends here; without --once (DEMO_ONCE) it stays up for your own prompts.")
                 else:
                     self._stay(house, broker)
             began_at = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import threading
 import time
 from collections import deque
@@ -72,12 +73,17 @@ class InprocessEngine:
     # --- condition ---------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Start to load in the thread that will own the model. Raises ValueError when no model is named."""
+        """Start to load in the thread that will own the model.
+
+        Raises ValueError when no model is named or llama-cpp-python is not there: waiting mends neither.
+        """
         settings = self._settings
         if settings.model_path is None and not (settings.repo_id and settings.filename):
             raise ValueError(
                 "engine.model_path: name a .gguf file (or engine.repo_id and engine.filename to download one)"
             )
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise ValueError(native.MISSING)
         with self._changed:
             if self._thread is not None or self._closing.is_set():
                 return

@@ -31,6 +31,11 @@ Progress = Callable[[float], bool]
 """Hears how much is loaded, from 0 to 1; False gives the loading up."""
 
 
+MISSING = (
+    'llama-cpp-python is not installed: pip install "llamacpp-mqtt-deploy[inprocess]", or use another engine.kind.'
+)
+
+
 class NotInstalled(Exception):
     """llama-cpp-python is missing or too old; the text says what to install."""
 
@@ -84,9 +89,7 @@ class Library:
         try:
             import llama_cpp  # noqa: PLC0415 - takes a second and may be absent
         except ImportError as error:
-            raise NotInstalled(
-                'llama-cpp-python is not installed: pip install "llamacpp-mqtt-deploy[inprocess]", or use another engine.kind.'
-            ) from error
+            raise NotInstalled(MISSING) from error
         except (OSError, RuntimeError) as error:
             # A build for another processor, or a missing CUDA library.
             raise NotInstalled(f"llama-cpp-python is installed and its library does not load: {error}") from error

@@ -94,14 +94,14 @@ class Verdicts:
             gave_up = end.code > 0 and not self._ever_ready
             if gave_up or self._crashes_before_ready >= FAILED_AFTER_CRASHES:
                 return self.cannot(
-                    f"The server cannot load the model: it {end.how}. It said: {end.last or 'nothing'}. Check "
+                    f"The server cannot load the model: it {end.how}. It said: {end.last.rstrip('.') or 'nothing'}. Check "
                     "engine.model_path, the memory, and engine.managed.extra_args; `restart_engine` tries at once."
                 )
         elif end.ready_s >= HEALTHY_AFTER_S:
             self._failures = 0
         pause_s = self._pause(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         what = f"hung ({end.why}) and was killed" if end.wish == "hung" else end.how
-        said = f" It said last: {end.last}." if end.last else ""
+        said = f" It said last: {end.last.rstrip('.')}." if end.last else ""
         return Verdict("restarting", f"The server {what}; it is started again in {pause_s:g} s.{said}", pause_s)
 
     def cannot(self, detail: str) -> Verdict:

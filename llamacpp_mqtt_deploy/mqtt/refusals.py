@@ -35,8 +35,8 @@ _CONNACK: Mapping[int, tuple[str, bool]] = {
     ),
     0x87: (
         (
-            "The broker does not allow this client to connect. Set mqtt.username and mqtt.password, or allow the client at the "
-            "broker (allow_anonymous, ACL)."
+            "The broker does not allow this client to connect. Check mqtt.username and mqtt.password (or password_file), "
+            "or allow the client at the broker (allow_anonymous, ACL)."
         ),
         True,
     ),

@@ -71,6 +71,11 @@ def test_a_conversation_on_a_terminal(broker: Mosquitto, environment: dict[str, 
         request = json.loads(worker.requests[-1][1])
         worker.done("desk", request, "beginning", seq=1, reason="cancelled")
         terminal.shows("(cancelled)")
+        terminal.enter("/cancel")
+        terminal.shows("Cancelled.")
+        worker.running = 0
+        terminal.enter("/cancel")
+        terminal.shows("Nothing was running or waiting.")
         terminal.enter("/new")
         terminal.shows("a new conversation begins")
         terminal.interrupt()

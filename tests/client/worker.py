@@ -59,6 +59,8 @@ class PlayedWorker:
         self.controls: list[tuple[str, dict[str, Any]]] = []
         self.history: dict[str, list[dict[str, str]]] = {}
         self.answers_control = True
+        self.running = 1
+        """What a cancel says that it stopped."""
         self._online = online
         self._subscribed = threading.Event()
         self._client = paho.Client(
@@ -129,7 +131,9 @@ class PlayedWorker:
         control = json.loads(message.payload)
         self.controls.append((session, control))
         if self.answers_control:
-            extra = {"messages": self.history.get(session, [])} if control["action"] == "history" else {}
+            extra: dict[str, Any] = {"messages": self.history.get(session, [])} if control["action"] == "history" else {}
+            if control["action"] == "cancel":
+                extra = {"cancelled": self.running}
             ack = {"type": "ack", "action": control["action"], "status": "ok", **extra}
             ack |= {name: control[name] for name in ("transaction", "request_id") if name in control}
             self._publish(f"llm/reply/{session}", json.dumps(ack).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -111,10 +113,15 @@ def test_all_problems_are_told_at_once_each_with_section_key_expectation_and_pla
             f'[mqtt.tls] enabled: expected true or false, found "maybe" (file {write}:6)',
             f'[engine] kind: expected one of "server", "managed", "inprocess", found "foo" (file {write}:8)',
             f"[routes.maze] reqest: unknown key; did you mean request? (file {write}:10)",
-            "[routes] bad name: the name of a route is 1 to 64 letters, digits, _ . or -",
-            "[wrong]: unknown key",
+            f"[routes] bad name: the name of a route is 1 to 64 letters, digits, _ . or - (file {write}:12)",
+            f"[wrong]: unknown key (file {write}:14)",
         ]
     )
+
+
+def test_two_letters_that_changed_places_are_recognised(write: Path) -> None:
+    write.write_text("[mqtt]\nprot = 1883\n")
+    assert problems(write) == [f"[mqtt] prot: unknown key; did you mean port? (file {write}:2)"]
 
 
 def test_a_key_in_the_wrong_section_is_pointed_to_its_own(write: Path) -> None:
@@ -196,6 +203,16 @@ def test_a_password_file_gives_its_first_line(tmp_path: Path, content: str, foun
     file = tmp_path / "password"
     file.write_bytes(content.encode())
     assert mqtt_password(Settings(mqtt=MqttSettings(password_file=file)), environ={}) == found
+
+
+def test_a_password_through_a_pipe_can_be_asked_for_twice(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("pw\n",), name="writer", daemon=True)
+    writer.start()
+    settings = Settings(mqtt=MqttSettings(password_file=pipe))
+    assert [mqtt_password(settings, environ={}) for _ in range(2)] == ["pw", "pw"]
+    writer.join(10)
 
 
 def test_a_credential_of_systemd_is_stripped_and_an_empty_one_counts_as_none(tmp_path: Path) -> None:
