@@ -93,7 +93,9 @@ def nearest(path: Sequence[str]) -> str | None:
     siblings |= {key.path[-1] for table in tables() if table.path == tuple(section) for key in table.keys}
     shown = [*path[:-1]]
     close = difflib.get_close_matches(name, sorted(siblings), n=3, cutoff=0.6)
-    close.sort(key=lambda near: sorted(near) != sorted(name))  # `prot` is rather a `port` with two letters swapped than `root`
+    close.sort(
+        key=lambda near: sorted(near) != sorted(name)
+    )  # `prot` is a `port` with two letters swapped, not a `root`
     if close:
         return ".".join([*shown, close[0]])
     same_name = [key.dotted for key in keys().values() if key.path[-1] == name and key.path[0] != "routes"]

@@ -175,7 +175,7 @@ def _run(
         with told("lmd ask", outcome), bus_client(settings) as bus, Interrupts() as interrupts:
             answer = bus.ask(prompt, session=name, stream=stream, **fields)
             try:
-                outcome.append(_follow(answer, interrupts, screen, as_json=as_json))
+                outcome.append(_follow(answer, interrupts, screen, bus, as_json=as_json))
             finally:
                 if session is None:
                     _forget(bus, name, answer)
@@ -184,14 +184,14 @@ def _run(
     return outcome[-1]
 
 
-def _follow(answer: Answer, interrupts: Interrupts, screen: Screen, *, as_json: bool) -> int:
+def _follow(answer: Answer, interrupts: Interrupts, screen: Screen, bus: BusClient, *, as_json: bool) -> int:
     def print_line(reading: Reading) -> None:
         line = orjson.dumps(reading.event).decode()
         screen.out.write((harmless(line) if screen.out.isatty() else line) + "\n")
         screen.out.flush()
 
     try:
-        done = follow(answer, interrupts, print_line if as_json else screen.show)
+        done = follow(answer, interrupts, print_line if as_json else screen.show, bus)
     finally:
         if not as_json:
             screen.finish()

@@ -107,7 +107,7 @@ def _interrupted(failures: list[int]) -> Iterator[None]:
 def _greet(chat: Chat) -> None:
     name = chat.session
     workers = [worker for worker in chat.bus.status() if worker in chat.bus.workers_online()]
-    with_whom = f" with {', '.join(workers)}" if workers else ""
+    with_whom = f" with {', '.join(workers)}" if workers else " (no worker is online)"
     tell(f"Session {name}{with_whom}. /help lists the commands, Ctrl-D leaves; `lmd chat --session {name}` continues.")
 
 
@@ -155,7 +155,7 @@ class Chat:
         with told("lmd chat", self.failures), Interrupts() as interrupts:
             answer = self.bus.ask(prompt, session=self.session, **self.fields)
             try:
-                done = follow(answer, interrupts, self.screen.show)
+                done = follow(answer, interrupts, self.screen.show, self.bus)
             finally:
                 self.screen.finish()
             if interrupts.code is not None and (not self.interactive or interrupts.code == TERMINATED):

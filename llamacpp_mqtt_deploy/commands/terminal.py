@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ EXIT_CODES = """\b
       5    the worker is busy or restarting: the same request may succeed later
       130  cancelled with Ctrl-C (once cancels on the worker, twice leaves at once)"""
 
+QUIET_S = 1.5  # an answer begins within a second
 POLL_S = 0.1  # how late Ctrl-C may be noticed; events wake the wait at once
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -337,15 +340,26 @@ def _summary_line(done: Done) -> str:
     return " · ".join(parts)
 
 
-def follow(answer: Answer, interrupts: Interrupts, show: Callable[[Reading], None]) -> Done:
-    """Show an answer until it ends; a signal cancels it on the worker. Raises `BusError`."""
+def follow(
+    answer: Answer, interrupts: Interrupts, show: Callable[[Reading], None], bus: BusClient | None = None
+) -> Done:
+    """Show an answer until it ends; a signal cancels it on the worker. Raises `BusError`.
+
+    With `bus` a person is told that no worker is online long before the client gives the request up.
+    """
     cancelled = False
+    tell_absence_at = time.monotonic() + QUIET_S if bus and sys.stderr.isatty() else math.inf
     while True:
         reading = answer.poll(POLL_S)
         if reading is not None:
+            tell_absence_at = math.inf
             show(reading)
         elif answer.ended:
             return answer.result()
+        elif time.monotonic() >= tell_absence_at:
+            tell_absence_at = math.inf
+            if bus and not bus.workers_online():
+                tell("No worker is online; waiting a moment for one.")
         if interrupts.code is not None and not cancelled:
             cancelled = True
             answer.cancel()

@@ -37,6 +37,19 @@ def test_on_a_pipe_the_first_failure_is_the_exit_code(broker: Mosquitto, environ
     assert (result.returncode, result.stdout) == (5, b"one\ntwo\n")
 
 
+def test_a_person_is_told_that_no_worker_is_online(broker: Mosquitto, environment: dict[str, str]) -> None:
+    with (
+        PlayedWorker(broker.port, online=False, play=lambda *_: None),
+        Terminal(["chat", "--port", str(broker.port), "-s", "desk"], environment=environment) as terminal,
+    ):
+        terminal.shows("Session desk (no worker is online)")
+        terminal.enter("hello")
+        terminal.shows("No worker is online; waiting a moment for one.")
+        terminal.shows("The request was not answered: no worker is online")
+        terminal.end_of_input()
+        terminal.wait()
+
+
 def test_a_conversation_on_a_terminal(broker: Mosquitto, environment: dict[str, str], tmp_path: Path) -> None:
     def play(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
         if request["prompt"] == "long":

@@ -131,7 +131,9 @@ class PlayedWorker:
         control = json.loads(message.payload)
         self.controls.append((session, control))
         if self.answers_control:
-            extra: dict[str, Any] = {"messages": self.history.get(session, [])} if control["action"] == "history" else {}
+            extra: dict[str, Any] = (
+                {"messages": self.history.get(session, [])} if control["action"] == "history" else {}
+            )
             if control["action"] == "cancel":
                 extra = {"cancelled": self.running}
             ack = {"type": "ack", "action": control["action"], "status": "ok", **extra}
