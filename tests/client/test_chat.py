@@ -39,13 +39,14 @@ def test_on_a_pipe_the_first_failure_is_the_exit_code(broker: Mosquitto, environ
 
 def test_a_person_is_told_that_no_worker_is_online(broker: Mosquitto, environment: dict[str, str]) -> None:
     with (
-        PlayedWorker(broker.port, online=False, play=lambda *_: None),
+        PlayedWorker(broker.port, online=False, play=lambda *_: None) as worker,
         Terminal(["chat", "--port", str(broker.port), "-s", "desk"], environment=environment) as terminal,
     ):
         terminal.shows("Session desk (no worker is online)")
         terminal.enter("hello")
         terminal.shows("No worker is online; waiting a moment for one.")
-        terminal.shows("The request was not answered: no worker is online")
+        worker.done("desk", json.loads(worker.requests[0][1]), "late", seq=0)
+        terminal.shows("late")
         terminal.end_of_input()
         terminal.wait()
 
