@@ -71,7 +71,11 @@ class Parts:
             log_content=lambda: in_force.settings.logging.log_content,
         )
         maker = JobMaker(
-            outbox=link, timers=self.timers, policies=in_force.policies, max_event_bytes=self.max_event_bytes
+            outbox=link,
+            timers=self.timers,
+            policies=in_force.policies,
+            max_event_bytes=self.max_event_bytes,
+            crowd=self.book.running,
         )
         controls = Controls(
             outbox=link,

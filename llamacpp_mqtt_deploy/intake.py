@@ -57,9 +57,11 @@ class JobMaker:
         timers: Timers,
         policies: Callable[[], Policies],
         max_event_bytes: Callable[[], int],
+        crowd: Callable[[], int],
     ) -> None:
         self._outbox = outbox
         self._timers = timers
+        self._crowd = crowd
         self._policies = policies
         self.max_event_bytes = max_event_bytes
 
@@ -78,6 +80,7 @@ class JobMaker:
             silent=request.stream is False or policies.routes[address.route].mode == "off",
             wake=self._timers.after,
             coalesce_min_s=streaming.coalesce_min_s,
+            crowd=self._crowd,
             coalesce_max_chars=streaming.coalesce_max_chars,
         )
         job = Job(

@@ -238,6 +238,10 @@ class JobBook:
         with self._condition:
             return list(self._jobs.values())
 
+    def running(self) -> int:
+        """How many slots are taken just now; looked at for each read of an engine, so without the lock."""
+        return len(self._held)
+
     def all_held_slots(self) -> list[Job]:
         """Jobs in a worker's hands, also those that were ended over its head because the engine did not let go."""
         with self._condition:

@@ -21,7 +21,7 @@ class Responder:
 
     `silent` (requests with `stream: false`, routes with mode `off`) publishes the terminal event alone. Text given to `text`
     is coalesced: `wake(call)` has to run `call` soon in another thread than the link's, when an acknowledgement lets waiting
-    text go. When the outbox takes no more, `on_overflow` runs once.
+    text go. `crowd` tells how many streams there are just now. When the outbox takes no more, `on_overflow` runs once.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Responder:
         silent: bool,
         wake: Callable[[float, Callable[[], None]], object],
         coalesce_min_s: float = 0.0,
+        crowd: Callable[[], int] = lambda: 1,
         coalesce_max_chars: int = 8000,
     ) -> None:
         self.topic = topic
@@ -49,6 +50,8 @@ class Responder:
         self._wake = wake
         self._max_chars = coalesce_max_chars
         self._coalescer = Coalescer(min_interval_s=coalesce_min_s)
+        self._coalesce_min_s = coalesce_min_s
+        self._crowd = crowd
         self._lock = threading.Lock()
         # Two counters with one writer each instead of one that needs a lock: `_acked` belongs to the link's thread.
         self._sent = 0
@@ -120,6 +123,9 @@ class Responder:
         """
         with self._lock:
             self._settles = True
+            # Many streams at once share what one may take of processor, broker and clients: two go at full pace, eight at a
+            # quarter of it (50 chunks a second each, more than anybody can see).
+            self._coalescer.min_interval_s = self._coalesce_min_s * max(1, self._crowd() // 2)
             self._let_go()
         pause_s = self._coalescer.pause_s(time.monotonic())
         if pause_s > 0 or self._sent > self._acked:

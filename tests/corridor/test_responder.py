@@ -88,6 +88,27 @@ def test_text_left_by_a_slow_broker_goes_out_with_its_acknowledgement_while_the_
     assert broker.chunks() == ["one ", "two "]
 
 
+def test_many_streams_at_once_send_fewer_chunks_each() -> None:
+    broker = SlowBroker()
+    crowd = 8
+    responder = Responder(
+        outbox=broker,
+        topic="llm/reply/demo",
+        writer=EventWriter(request_id="r", session_id="demo", max_bytes=4096),
+        correlation=None,
+        silent=False,
+        wake=lambda _s, _call: None,
+        coalesce_min_s=0.01,
+        crowd=lambda: crowd,
+    )
+    responder.start({"worker": "w", "created": 1})
+    responder.settle()
+    assert responder._coalescer.min_interval_s == 0.04
+    crowd = 1
+    responder.settle()
+    assert responder._coalescer.min_interval_s == 0.01
+
+
 def test_pieces_of_a_tool_call_are_joined_like_text_and_keep_their_order() -> None:
     broker = SlowBroker()
     responder = _responder(broker)
