@@ -92,6 +92,8 @@ def test_a_conversation_on_a_terminal(broker: Mosquitto, environment: dict[str, 
         terminal.shows("Nothing was running or waiting.")
         terminal.enter("/new")
         terminal.shows("a new conversation begins")
+        # At the prompt: in the moment before it a Ctrl-C has nothing to end.
+        eventually(lambda: "> " in terminal.text.partition("a new conversation begins")[2])
         terminal.interrupt()
         terminal.shows("Ctrl-D or /quit leaves")
         terminal.end_of_input()
