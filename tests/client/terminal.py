@@ -42,6 +42,8 @@ class Terminal:
         self._pid, self._master = pty.fork()
         if self._pid == 0:
             with contextlib.suppress(BaseException):
+                # As under a terminal: a shell starts what runs in its background with Ctrl-C ignored, and that is inherited.
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.environ.clear()
                 os.environ.update(environment)
                 os.execv(sys.executable, [sys.executable, "-m", "llamacpp_mqtt_deploy", *arguments])
