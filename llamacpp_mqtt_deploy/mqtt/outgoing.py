@@ -40,6 +40,7 @@ class Outgoing:
     def __init__(self) -> None:
         self.waiting: deque[Publish] = deque()
         self.flying: dict[int, Publish] = {}
+        self._moving = 0
         self.window = 1
         self._suspects = 0
         self._oldest: Publish | None = None
@@ -47,7 +48,7 @@ class Outgoing:
         self._quiet_until = 0.0
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.flying)
+        return len(self.waiting) + self._moving + len(self.flying)
 
     @property
     def on_probation(self) -> bool:
@@ -55,6 +56,7 @@ class Outgoing:
 
     def connected(self, *, window: int, now: float) -> None:
         self.window = window
+        self._moving = 0
         self._quiet_until = now + QUIET_S if self._suspects else 0.0
 
     def quiet_s(self, now: float) -> float:
@@ -62,18 +64,25 @@ class Outgoing:
         return max(0.0, self._quiet_until - now) if self._suspects else 0.0
 
     def next(self, now: float) -> Publish | None:
-        """Take the next publish that may be sent now."""
+        """Take the next publish that may be sent now; it counts as ours until `sent`, `put_back` or `dropped`."""
         if not self.waiting or len(self.flying) >= (1 if self._suspects else self.window):
             return None
         if self._suspects and now < self._quiet_until:
             return None
+        self._moving = 1
         return self.waiting.popleft()
 
     def sent(self, mid: int, publish: Publish) -> None:
         self.flying[mid] = publish
+        self._moving = 0
 
     def put_back(self, publish: Publish) -> None:
         self.waiting.appendleft(publish)
+        self._moving = 0
+
+    def dropped(self) -> None:
+        """What was taken is done with without having flown."""
+        self._moving = 0
 
     def acknowledged(self, mid: int) -> Publish | None:
         """Take out what this PUBACK is for."""

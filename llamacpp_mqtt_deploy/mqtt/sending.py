@@ -48,30 +48,42 @@ class Sending:
         if not outgoing.waiting:
             return
         now = time.monotonic()
-        while (publish := outgoing.next(now)) is not None:
+        while (publish := self._take(now)) is not None:
             expiry_s = None
             if publish.expires_at is not None:
                 # What waited here has grown older; 0 would mean "at once", so what is over is dropped.
                 expiry_s = round(publish.expires_at - now)
                 if expiry_s < 1:
+                    outgoing.dropped()
                     self.done(publish, well=False)
                     continue
             limit = self.max_packet_bytes
             if limit is not None and packet_bytes(publish, wire.version) > limit:
+                outgoing.dropped()
                 self.give_up(publish, f"larger than the {limit} bytes that the broker takes")
                 continue
             try:
                 mid = wire.publish(publish, retain=publish.retain and self.retain_available, expiry_s=expiry_s)
             except ValueError as error:
+                outgoing.dropped()
                 self.give_up(publish, str(error))
                 continue
             if mid is None:
-                outgoing.put_back(publish)
+                with self._changed:
+                    outgoing.put_back(publish)
                 return
             if publish.qos == 0:
+                outgoing.dropped()
                 self.done(publish, well=True)
             else:
-                outgoing.sent(mid, publish)
+                with self._changed:
+                    outgoing.sent(mid, publish)
+
+    def _take(self, now: float) -> Publish | None:
+        # Under the lock of those who count: a publish between queue and flight would be in neither, the outbox would take one
+        # too many, and a flush would find nothing left while the last one is still on its way.
+        with self._changed:
+            return self.outgoing.next(now)
 
     def puback(self, mid: int, code: int, name: str) -> None:
         """The broker has it, or refuses it."""
