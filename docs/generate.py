@@ -14,15 +14,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llamacpp_mqtt_deploy import keys
 from llamacpp_mqtt_deploy.commands.config import _DEFAULTS_IN_WORDS
-from llamacpp_mqtt_deploy.core import emitted, reports
+from llamacpp_mqtt_deploy.config import keys
+from llamacpp_mqtt_deploy.config.reloading import is_live
 from llamacpp_mqtt_deploy.core.errors import LEAVES
 from llamacpp_mqtt_deploy.core.events import ORDER
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, RequestFields
-from llamacpp_mqtt_deploy.core.schema import schema, schema_text
-from llamacpp_mqtt_deploy.core.wire import Expect
-from llamacpp_mqtt_deploy.reloading import is_live
+from llamacpp_mqtt_deploy.core.validation import Expect
+from llamacpp_mqtt_deploy.schema import messages
+from llamacpp_mqtt_deploy.schema.document import schema, schema_text
 
 FOLDER = Path(__file__).resolve().parent
 _BLOCK = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
@@ -77,20 +77,20 @@ def _type(node: Mapping[str, Any]) -> str:
 def _events() -> str:
     parts = []
     for model in (
-        emitted.Queued,
-        emitted.Start,
-        emitted.Progress,
-        emitted.Chunk,
-        emitted.Ping,
-        emitted.Snapshot,
-        emitted.Done,
-        emitted.Error,
-        emitted.Rejected,
+        event_models.Queued,
+        event_models.Start,
+        event_models.Progress,
+        event_models.Chunk,
+        event_models.Ping,
+        event_models.Snapshot,
+        event_models.Done,
+        event_models.Error,
+        event_models.Rejected,
     ):
         kind = model.__name__.lower()
         head = f"#### `{kind}`\n\n{model.__doc__}\n\n"
         parts.append(head + _table(("field", "type", "meaning"), _received(model)))
-    for part in (emitted.Usage, emitted.Timings, emitted.ToolCallDelta, emitted.AssistantMessageOut):
+    for part in (event_models.Usage, event_models.Timings, event_models.ToolCallDelta, event_models.AssistantMessageOut):
         head = f"#### The object `{part.__name__}`\n\n{part.__doc__}\n\n"
         parts.append(head + _table(("field", "type", "meaning"), _received(part)))
     return "\n\n".join(parts)
@@ -107,12 +107,12 @@ def _with_parts(whole: type[BaseModel], *parts: type[BaseModel]) -> str:
 
 def _status() -> str:
     return _with_parts(
-        reports.Status, reports.RouteStatus, reports.Capabilities, reports.LimitsStatus, reports.EngineStatus
+        messages.Status, messages.RouteStatus, messages.Capabilities, messages.LimitsStatus, messages.EngineStatus
     )
 
 
 def _health() -> str:
-    return _with_parts(reports.Health, reports.SlotsHealth, reports.RequestsHealth, reports.TokensHealth)
+    return _with_parts(messages.Health, messages.SlotsHealth, messages.RequestsHealth, messages.TokensHealth)
 
 
 def _order() -> str:
@@ -164,8 +164,8 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "control-fields": lambda: _table(("field", "expects", "meaning"), _fields(ControlFields)),
     "admin-fields": lambda: _table(("field", "expects", "meaning"), _fields(AdminFields)),
     "events": _events,
-    "acks": lambda: _model(emitted.Ack, {"session_id"}),
-    "admin-acks": lambda: _model(reports.AdminAck, set()),
+    "acks": lambda: _model(event_models.Ack, {"session_id"}),
+    "admin-acks": lambda: _model(messages.AdminAck, set()),
     "status": _status,
     "health": _health,
     "order": _order,

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import SecretStr
 
-from llamacpp_mqtt_deploy import hostlog
+from llamacpp_mqtt_deploy import logs
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message, Opened, Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.core.errors import TimedOut
-from llamacpp_mqtt_deploy.settings import EngineSettings
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class LlamaCppClient:
 
     def __init__(self, config: DeploymentConfig | None = None, *, engine: Engine | None = None) -> None:
         self.config = config or DeploymentConfig()
-        hostlog.lend()
+        logs.use_host_logging()
         self._engine = engine or _server_engine(self.config)
         self._engine.open()
 
@@ -131,7 +131,7 @@ class LlamaCppClient:
 
 
 def _server_engine(config: DeploymentConfig) -> Engine:
-    from llamacpp_mqtt_deploy.engines.server import ServerEngine  # noqa: PLC0415 - an engine of the caller's needs no HTTP
+    from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine  # noqa: PLC0415 - an engine of the caller's needs no HTTP
 
     return ServerEngine(
         EngineSettings(

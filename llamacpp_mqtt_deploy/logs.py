@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import orjson
 
-from llamacpp_mqtt_deploy.settings import LoggingSettings
+from llamacpp_mqtt_deploy.config.settings import LoggingSettings
 
 if "structlog" not in sys.modules and "rich" not in sys.modules:
     # structlog loads rich where it finds it, to draw tracebacks that we print plainly: 25 ms and 5 MB of a daemon that has
@@ -316,4 +316,16 @@ def _uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
     name = args.thread.name if args.thread else "unknown"
     structlog.get_logger(__name__).critical(
         "thread.died", thread=name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback)
+    )
+
+
+def use_host_logging() -> None:
+    """Send our events to `logging` unless a log is set up already; structlog's default would print them on stdout, where a
+    program that uses us as a library has its own output."""
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, structlog.processors.KeyValueRenderer(key_order=["event"])],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
     )

@@ -11,12 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
-from llamacpp_mqtt_deploy import hostlog
+from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.ports import EngineInfo
-from llamacpp_mqtt_deploy.settings import EngineSettings
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 GENERATE_WITHIN_S = 60.0  # one token, behind whatever the engine is doing
@@ -26,7 +26,7 @@ HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 
 def check_engine(engine: EngineSettings, *, generate: bool, running: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Ask the engine. `running` is the status of the worker that runs with this configuration, None when none does."""
-    hostlog.lend()
+    logs.use_host_logging()
     if engine.kind == "server":
         yield from _server(engine, generate=generate)
         return
@@ -51,7 +51,7 @@ def check_engine(engine: EngineSettings, *, generate: bool, running: Mapping[str
 
 
 def _server(engine: EngineSettings, *, generate: bool) -> Iterator[Finding]:
-    from llamacpp_mqtt_deploy.engines.server import ServerEngine  # noqa: PLC0415 - needs requests; the rest does not
+    from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine  # noqa: PLC0415 - needs requests; the rest does not
 
     server = ServerEngine(engine)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, warn
-from llamacpp_mqtt_deploy.settings import SessionsSettings
+from llamacpp_mqtt_deploy.config.settings import SessionsSettings
 
 LOW_DISK_BYTES = 200 * 1024 * 1024  # SQLite needs room for its log beside the database, and the system some for itself
 CLOCKS_DIFFER_S = 5.0

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, warn
+from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.tls import build_context
-from llamacpp_mqtt_deploy.settings import MqttSettings
 
 CONNECT_S = 5.0
 EXPIRES_SOON_DAYS = 14

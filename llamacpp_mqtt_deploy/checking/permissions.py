@@ -16,8 +16,9 @@ from typing import Any
 import orjson
 
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
-from llamacpp_mqtt_deploy.checking.probing import Outcome, Probe
-from llamacpp_mqtt_deploy.core.topics import TopicMap, is_level
+from llamacpp_mqtt_deploy.checking.probing import Outcome, PermissionProbe
+from llamacpp_mqtt_deploy.core.addresses import TopicMap
+from llamacpp_mqtt_deploy.core.routes import is_level
 
 HINT_ACL = "add it to the broker's access list; docs and config/ hold a complete one"
 PING = {"action": "ping", "transaction": "lmd-check"}
@@ -27,7 +28,7 @@ HINT_CLIENT = "prove it with --client-username and --client-password-file"
 class Bus:
     """Both ends of the bus under test. `client` is None when no credentials of a client were given."""
 
-    def __init__(self, topics: TopicMap, worker: Probe, client: Probe | None) -> None:
+    def __init__(self, topics: TopicMap, worker: PermissionProbe, client: PermissionProbe | None) -> None:
         self.topics = topics
         self.worker = worker
         self.client = client
@@ -166,7 +167,7 @@ def _worker_replies(bus: Bus) -> Iterator[Finding]:
     yield _written("worker.admin-reply.write", admin, outcome, arrived, bus.worker)
 
 
-def _written(name: str, topic: str, outcome: Outcome, arrived: bool, worker: Probe) -> Finding:
+def _written(name: str, topic: str, outcome: Outcome, arrived: bool, worker: PermissionProbe) -> Finding:
     if arrived:
         return ok(name, f"a message on {topic} arrived")
     if outcome.refused:
@@ -209,7 +210,7 @@ def _retained(bus: Bus, topic: str) -> bytes | None:
 # --- a client ----------------------------------------------------------------------------------------------------------
 
 
-def _client(bus: Bus, client: Probe) -> Iterator[Finding]:
+def _client(bus: Bus, client: PermissionProbe) -> Iterator[Finding]:
     for kind in ("request", "control"):
         topic = bus.topic(kind)
         payload = b"" if kind == "request" else orjson.dumps(PING)
@@ -233,7 +234,7 @@ def _client(bus: Bus, client: Probe) -> Iterator[Finding]:
     yield from _client_is_bound(bus, client)
 
 
-def _client_reads_status(bus: Bus, client: Probe) -> Iterator[Finding]:
+def _client_reads_status(bus: Bus, client: PermissionProbe) -> Iterator[Finding]:
     topic_filter = bus.topics.status_filter
     refused = client.subscribe(topic_filter)
     if refused:
@@ -250,7 +251,7 @@ def _client_reads_status(bus: Bus, client: Probe) -> Iterator[Finding]:
         )
 
 
-def _client_is_bound(bus: Bus, client: Probe) -> Iterator[Finding]:
+def _client_is_bound(bus: Bus, client: PermissionProbe) -> Iterator[Finding]:
     """A client that may write under another's name can read and steer that one's sessions."""
     foreign = f"lmd-check-other/{secrets.token_hex(4)}"
     request, reply = bus.topic("request", foreign), bus.topic("reply", foreign)

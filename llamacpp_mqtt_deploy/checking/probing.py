@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from llamacpp_mqtt_deploy.client.address import Address
+from llamacpp_mqtt_deploy.client.address import BrokerAddress
 from llamacpp_mqtt_deploy.client.connection import REFUSED, Connection
-from llamacpp_mqtt_deploy.client.errors import BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
 
 # What the broker passes on arrives about when its acknowledgement does: ten times that, and some for a busy machine.
 ARRIVES_WITHIN_S = 0.3
@@ -21,7 +21,7 @@ KEPT_MESSAGES = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class ProbeMessage:
     """A message that a probe's connection received."""
 
     topic: str
@@ -37,12 +37,12 @@ class Outcome:
     refused: str | None = None
 
 
-class Probe:
+class PermissionProbe:
     """One connection with a random client id, so that the live worker's connection stays; `received` is bounded."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: BrokerAddress) -> None:
         self.address = replace(address, client_id=None)
-        self.received: list[Message] = []
+        self.received: list[ProbeMessage] = []
         self._changed = threading.Condition()
         self._round_trip_s = 0.0
         self._connection = Connection(self.address, on_message=self._note)
@@ -96,7 +96,7 @@ class Probe:
         """Whether a message on this topic (or below it, when it ends with a slash) arrives; `after` is an earlier
         `len(received)`."""
 
-        def wanted(message: Message) -> bool:
+        def wanted(message: ProbeMessage) -> bool:
             fits = message.topic.startswith(topic) if topic.endswith("/") else message.topic == topic
             return fits and payload in (None, message.payload)
 
@@ -107,5 +107,5 @@ class Probe:
     def _note(self, topic: str, payload: bytes, retain: bool) -> None:
         with self._changed:
             if len(self.received) < KEPT_MESSAGES:
-                self.received.append(Message(topic, payload, retain))
+                self.received.append(ProbeMessage(topic, payload, retain))
             self._changed.notify_all()

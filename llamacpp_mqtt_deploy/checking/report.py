@@ -11,14 +11,14 @@ from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
 from llamacpp_mqtt_deploy.checking.machine import check_clock, check_store, check_versions
 from llamacpp_mqtt_deploy.checking.network import check_network
 from llamacpp_mqtt_deploy.checking.permissions import Bus, check_permissions
-from llamacpp_mqtt_deploy.checking.probing import Probe
-from llamacpp_mqtt_deploy.client.address import Address
-from llamacpp_mqtt_deploy.client.errors import BrokerRefused, BusError
-from llamacpp_mqtt_deploy.credentials import mqtt_password
-from llamacpp_mqtt_deploy.loading import Loaded
+from llamacpp_mqtt_deploy.checking.probing import PermissionProbe
+from llamacpp_mqtt_deploy.client.address import BrokerAddress
+from llamacpp_mqtt_deploy.client.exceptions import BrokerRefused, BusError
+from llamacpp_mqtt_deploy.config.credentials import mqtt_password
+from llamacpp_mqtt_deploy.config.loading import Loaded
+from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.tls import build_context
-from llamacpp_mqtt_deploy.policies import topic_map
-from llamacpp_mqtt_deploy.settings import MqttSettings
+from llamacpp_mqtt_deploy.worker.policies import topic_map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bo
             yield login
             if worker is not None:
                 yield _version(worker)
-                other: Probe | None = None
+                other: PermissionProbe | None = None
                 if client is not None:
                     other, login = _log_in(
                         "client", replace(address, username=client.username, password=client.password), stack
@@ -67,8 +67,8 @@ def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bo
     yield check_versions()
 
 
-def _address(mqtt: MqttSettings, username: str | None, password: str | None) -> Address:
-    return Address(
+def _address(mqtt: MqttSettings, username: str | None, password: str | None) -> BrokerAddress:
+    return BrokerAddress(
         host=mqtt.host,
         port=mqtt.port,
         transport=mqtt.transport,
@@ -80,10 +80,10 @@ def _address(mqtt: MqttSettings, username: str | None, password: str | None) -> 
     )
 
 
-def _log_in(name: str, address: Address, stack: ExitStack) -> tuple[Probe | None, Finding]:
+def _log_in(name: str, address: BrokerAddress, stack: ExitStack) -> tuple[PermissionProbe | None, Finding]:
     who = f"user {address.username}" if address.username else "without a user name"
     try:
-        probe = stack.enter_context(Probe(address))
+        probe = stack.enter_context(PermissionProbe(address))
     except BrokerRefused as error:
         return None, fail(f"{name}.login", error.message)
     except BusError as error:
@@ -91,7 +91,7 @@ def _log_in(name: str, address: Address, stack: ExitStack) -> tuple[Probe | None
     return probe, ok(f"{name}.login", f"{who} is accepted")
 
 
-def _version(worker: Probe) -> Finding:
+def _version(worker: PermissionProbe) -> Finding:
     if worker.protocol == "5":
         return ok("broker.protocol", "MQTT 5")
     return warn(

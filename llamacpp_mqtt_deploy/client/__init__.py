@@ -3,7 +3,7 @@
 from llamacpp_mqtt_deploy.client.address import tls_context
 from llamacpp_mqtt_deploy.client.answer import Answer, Done
 from llamacpp_mqtt_deploy.client.bus import BusClient
-from llamacpp_mqtt_deploy.client.errors import (
+from llamacpp_mqtt_deploy.client.exceptions import (
     AnswerError,
     AnswerLost,
     BrokerRefused,

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamacpp_mqtt_deploy.client.errors import BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
 
 WAITING_ACKS = 1000
 
 
-class Ack:
+class PendingAck:
     """A place for the answer to one control message."""
 
     def __init__(self) -> None:
@@ -45,11 +45,11 @@ class AckDesk:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[str, Ack] = {}
+        self._waiting: dict[str, PendingAck] = {}
 
     @contextlib.contextmanager
-    def awaiting(self) -> Iterator[Ack]:
-        ack = Ack()
+    def awaiting(self) -> Iterator[PendingAck]:
+        ack = PendingAck()
         with self._lock:
             if len(self._waiting) >= WAITING_ACKS:
                 raise BusError(f"{WAITING_ACKS} control messages wait for their acks already.")

@@ -15,7 +15,7 @@ Version = Literal["auto", "5", "3.1.1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
+class BrokerAddress:
     """Where the broker is and who we are. `tls` is a ready context, or None for a plain connection."""
 
     host: str = "localhost"
@@ -31,7 +31,7 @@ class Address:
     connect_timeout_s: float = 10.0
 
     def __repr__(self) -> str:  # the password must not reach a log or a traceback
-        return f"Address({self})"
+        return f"BrokerAddress({self})"
 
     def __str__(self) -> str:
         if self.transport == "unix":
@@ -52,20 +52,20 @@ def tls_context(
     insecure: bool = False,
 ) -> ssl.SSLContext:
     """A client context: TLS 1.2 or newer, certificate and host name verified unless `insecure`. Raises ValueError."""
+    from llamacpp_mqtt_deploy.config.settings import TlsSettings  # noqa: PLC0415
     from llamacpp_mqtt_deploy.mqtt.tls import build_context  # noqa: PLC0415 - loads pydantic, for those who use TLS
-    from llamacpp_mqtt_deploy.settings import TlsSettings  # noqa: PLC0415
 
     files = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
     paths = {name: None if file is None else Path(file) for name, file in files.items()}
     return build_context(TlsSettings(enabled=True, insecure=insecure, **paths))
 
 
-def not_permitted(verb: str, topic: str, address: Address, reason: str) -> str:
+def not_permitted(verb: str, topic: str, address: BrokerAddress, reason: str) -> str:
     who = f"User {address.username!r}" if address.username else "A client without a user name"
     return f"{who} may not {verb} {topic} at {address} ({reason}). Check the broker's access list."
 
 
-def explain_failure(error: Exception, address: Address) -> str:
+def explain_failure(error: Exception, address: BrokerAddress) -> str:
     """Why there is no connection, and what to look at."""
     where = str(address)
     match error:
@@ -90,7 +90,7 @@ def explain_failure(error: Exception, address: Address) -> str:
             return f"No connection to the broker at {where}: {error}."
 
 
-def explain_refusal(reason: ReasonCode, address: Address) -> str:
+def explain_refusal(reason: ReasonCode, address: BrokerAddress) -> str:
     """Why the broker said no at CONNECT, and what to look at."""
     who = f"user {address.username!r}" if address.username else "a client without a user name"
     match reason.value:

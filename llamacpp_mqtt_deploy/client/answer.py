@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from llamacpp_mqtt_deploy.client.errors import AnswerError, AnswerLost, BusError, RequestRejected
-from llamacpp_mqtt_deploy.client.patience import Patience, Step
+from llamacpp_mqtt_deploy.client.exceptions import AnswerError, AnswerLost, BusError, RequestRejected
+from llamacpp_mqtt_deploy.client.retry import RetryRules, Step
 from llamacpp_mqtt_deploy.core.events import EventReader, Reading
 
 # A consumer that falls this many events behind gets neighbouring chunks merged into one: no text is lost, memory stays
@@ -67,12 +67,12 @@ class Answer:
     where the last iteration stopped. `cancel` and the properties may be used from any thread.
     """
 
-    def __init__(self, bus: _Bus, *, session: str, request_id: str, payload: bytes, patience: Patience) -> None:
+    def __init__(self, bus: _Bus, *, session: str, request_id: str, payload: bytes, rules: RetryRules) -> None:
         self.session = session
         self.request_id = request_id
         self.payload = payload
         self._bus = bus
-        self._patience = patience
+        self._rules = rules
         self._reader = EventReader(request_id)
         self._pending: deque[Reading] = deque()
         self._changed = threading.Condition()
@@ -127,7 +127,7 @@ class Answer:
     def cancel(self) -> None:
         """Ask the worker to stop; the answer then ends with `finish_reason` `cancelled` and the text so far."""
         if not self.ended:
-            self.note(lambda patience: patience.cancelled(time.monotonic()))
+            self.note(lambda rules: rules.cancelled(time.monotonic()))
             self._bus._cancel(self)  # noqa: SLF001 - one package
             self._bus._wake()  # noqa: SLF001 - one package
 
@@ -157,12 +157,12 @@ class Answer:
     @property
     def sends(self) -> int:
         """How often the request was published; more than once after losses on the way."""
-        return self._patience.sends
+        return self._rules.sends
 
     @property
     def timeout_s(self) -> float | None:
         """The overall limit of the request, None when it names none."""
-        return self._patience.timeout_s
+        return self._rules.timeout_s
 
     # --- the bus client ----------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Answer:
         with self._changed:
             if self._outcome is not None:
                 return
-            accepted = self._patience.heard_anything
+            accepted = self._rules.heard_anything
             reading = self._reader.feed(event)
             if event.get("type") == "rejected":
                 # Once our own request is known to the worker, a rejection is about somebody's other delivery.
@@ -180,7 +180,7 @@ class Answer:
                 return
             if event.get("type") == "snapshot" and event.get("content_omitted"):
                 self._beyond_repair = True
-            self._patience.heard(time.monotonic(), progress=not self._lacks_a_chunk)
+            self._rules.heard(time.monotonic(), progress=not self._lacks_a_chunk)
             if reading is None:
                 return
             if event.get("type") == "start" and isinstance(event.get("model"), str):
@@ -200,13 +200,13 @@ class Answer:
     def decide(self, now: float, *, heartbeat_s: float, worker_online: bool) -> Step:
         """What to do about this answer now."""
         with self._changed:
-            self._patience.heartbeat_s = heartbeat_s
-            return self._patience.decide(now, hole=self._lacks_a_chunk, worker_online=worker_online)
+            self._rules.heartbeat_s = heartbeat_s
+            return self._rules.decide(now, hole=self._lacks_a_chunk, worker_online=worker_online)
 
-    def note(self, change: Callable[[Patience], None]) -> None:
-        """Tell the patience something, under the answer's lock."""
+    def note(self, change: Callable[[RetryRules], None]) -> None:
+        """Tell the rules something, under the answer's lock."""
         with self._changed:
-            change(self._patience)
+            change(self._rules)
 
     @property
     def lacks_a_chunk(self) -> bool:

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 
 import orjson
 
-from llamacpp_mqtt_deploy.client.address import Address, Transport, Version, not_permitted, tls_context
+from llamacpp_mqtt_deploy.client.address import BrokerAddress, Transport, Version, not_permitted, tls_context
 from llamacpp_mqtt_deploy.client.answer import Answer
 from llamacpp_mqtt_deploy.client.connection import REFUSED
-from llamacpp_mqtt_deploy.client.errors import (
+from llamacpp_mqtt_deploy.client.exceptions import (
     AnswerError,
     AnswerLost,
     BrokerUnreachable,
@@ -23,10 +23,10 @@ from llamacpp_mqtt_deploy.client.errors import (
     NotPermitted,
     NoWorker,
 )
-from llamacpp_mqtt_deploy.client.patience import Patience
+from llamacpp_mqtt_deploy.client.retry import RetryRules
 from llamacpp_mqtt_deploy.client.traffic import Traffic
 from llamacpp_mqtt_deploy.client.watch import Watch
-from llamacpp_mqtt_deploy.core.topics import is_level, is_session
+from llamacpp_mqtt_deploy.core.routes import is_level, is_session
 
 
 class BusClient:
@@ -58,7 +58,7 @@ class BusClient:
         offline_limit_s: float = 60.0,
     ) -> None:
         self.root = root
-        self.address = Address(
+        self.address = BrokerAddress(
             host=host,
             port=port,
             transport=transport,
@@ -176,7 +176,7 @@ class BusClient:
             session=session,
             request_id=request_id,
             payload=payload,
-            patience=Patience(
+            rules=RetryRules(
                 streams=stream is not False,
                 timeout_s=timeout_s,
                 answer_within_s=self._answer_within_s,

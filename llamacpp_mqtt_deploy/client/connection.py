@@ -17,8 +17,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from llamacpp_mqtt_deploy.client.address import Address, explain_failure, explain_refusal, not_permitted
-from llamacpp_mqtt_deploy.client.errors import BrokerRefused, BrokerUnreachable, BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.address import BrokerAddress, explain_failure, explain_refusal, not_permitted
+from llamacpp_mqtt_deploy.client.exceptions import BrokerRefused, BrokerUnreachable, BusError, NotPermitted
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
@@ -41,7 +41,7 @@ class Connection:
 
     def __init__(
         self,
-        address: Address,
+        address: BrokerAddress,
         *,
         on_message: Callable[[str, bytes, bool], None],
         on_ready: Callable[[], None] = lambda: None,

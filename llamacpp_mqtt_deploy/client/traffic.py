@@ -12,9 +12,8 @@ from typing import Any
 import orjson
 
 from llamacpp_mqtt_deploy.client.acks import AckDesk
-from llamacpp_mqtt_deploy.client.address import Address, not_permitted
+from llamacpp_mqtt_deploy.client.address import BrokerAddress, not_permitted
 from llamacpp_mqtt_deploy.client.answer import Answer
-from llamacpp_mqtt_deploy.client.board import StatusBoard
 from llamacpp_mqtt_deploy.client.connection import (
     NO_MATCHING_SUBSCRIBERS,
     NOT_AUTHORIZED,
@@ -22,9 +21,10 @@ from llamacpp_mqtt_deploy.client.connection import (
     REFUSED,
     Connection,
 )
-from llamacpp_mqtt_deploy.client.endings import nobody
-from llamacpp_mqtt_deploy.client.errors import BusError, NotPermitted
-from llamacpp_mqtt_deploy.client.patience import Patience
+from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.explain_end import nobody
+from llamacpp_mqtt_deploy.client.retry import RetryRules
+from llamacpp_mqtt_deploy.client.workers import StatusBoard
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
@@ -35,7 +35,7 @@ KEPT_SESSIONS = 64  # reply subscriptions that are kept for the next request of 
 class Traffic:
     """The messages of one client. Every method may be called from any thread; `changed` is set when the watch has to look."""
 
-    def __init__(self, address: Address, *, root: str) -> None:
+    def __init__(self, address: BrokerAddress, *, root: str) -> None:
         self.address = address
         self.root = root
         self.connection = Connection(
@@ -71,7 +71,7 @@ class Traffic:
                 raise ValueError(f"request_id {answer.request_id!r} is in use")
             self._live[key] = answer
             # Marked before it is published: the watch must not find it unsent and publish it too.
-            answer.note(lambda patience: patience.sent(time.monotonic()))
+            answer.note(lambda rules: rules.sent(time.monotonic()))
 
     def live(self) -> list[Answer]:
         with self._lock:
@@ -112,7 +112,7 @@ class Traffic:
         log.info(
             "request.sent_again request=%s session=%s sends=%d", answer.request_id, answer.session, answer.sends + 1
         )
-        answer.note(lambda patience: patience.sent(time.monotonic()))
+        answer.note(lambda rules: rules.sent(time.monotonic()))
         self.publish(answer)
 
     def publish(self, answer: Answer) -> None:
@@ -122,7 +122,7 @@ class Traffic:
 
         def acknowledged(value: int, reason: str) -> None:
             if value == NO_MATCHING_SUBSCRIBERS:
-                answer.note(Patience.nobody)
+                answer.note(RetryRules.nobody)
             elif value == NOT_AUTHORIZED:
                 answer.fail(NotPermitted(not_permitted("publish to", topic, self.address, reason)))
             elif value >= REFUSED:
@@ -134,9 +134,9 @@ class Traffic:
 
         try:
             if not self.connection.publish(topic, answer.payload, expiry_s=expiry_s, on_ack=acknowledged):
-                answer.note(lambda patience: patience.offline(time.monotonic()))
+                answer.note(lambda rules: rules.offline(time.monotonic()))
                 if self.connection.ready:  # back already, and the callback came before our note
-                    answer.note(Patience.back)
+                    answer.note(RetryRules.back)
         except BusError as error:
             answer.fail(error)
 
@@ -156,7 +156,7 @@ class Traffic:
     def probe(self, answer: Answer, now: float) -> None:
         """Ask whether anybody is there on behalf of this answer."""
         payload = orjson.dumps({"action": "ping", "transaction": _probe_name(answer)})
-        answer.note(lambda patience: patience.probed(now))
+        answer.note(lambda rules: rules.probed(now))
         self.connection.publish(self.topic("control", answer.session), payload)
 
     def nobody(self, what: str) -> str:
@@ -194,18 +194,18 @@ class Traffic:
             return
         for answer in self.live():
             if answer.session == session and _probe_name(answer) == event.get("transaction"):
-                answer.note(Patience.alive)
+                answer.note(RetryRules.alive)
                 self.changed.set()
 
     def _back(self) -> None:
         for answer in self.live():
-            answer.note(Patience.back)
+            answer.note(RetryRules.back)
         self.changed.set()
 
     def _lost(self) -> None:
         now = time.monotonic()
         for answer in self.live():
-            answer.note(lambda patience: patience.offline(now))
+            answer.note(lambda rules: rules.offline(now))
         self.changed.set()
 
     def _refused(self, topic_filter: str, reason: str) -> None:

@@ -7,16 +7,16 @@ import threading
 import time
 
 from llamacpp_mqtt_deploy.client.answer import Answer
-from llamacpp_mqtt_deploy.client.endings import given_up
-from llamacpp_mqtt_deploy.client.errors import AnswerLost
-from llamacpp_mqtt_deploy.client.patience import GiveUp, Probe, Send, Wait, Why
+from llamacpp_mqtt_deploy.client.exceptions import AnswerLost
+from llamacpp_mqtt_deploy.client.explain_end import given_up
+from llamacpp_mqtt_deploy.client.retry import AskPresence, GiveUp, Send, WaitUntil, Why
 from llamacpp_mqtt_deploy.client.traffic import Traffic
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
 
 class Watch:
-    """One thread for all answers of a client; their patience decides, it only does what is due."""
+    """One thread for all answers of a client; their rules decides, it only does what is due."""
 
     def __init__(self, traffic: Traffic, *, offline_limit_s: float) -> None:
         self._traffic = traffic
@@ -60,11 +60,11 @@ class Watch:
                 answer.fail(AnswerLost("The network thread of the bus client has ended; open a new client."))
         for answer in live:
             match answer.decide(now, heartbeat_s=heartbeat_s, worker_online=bool(online)):
-                case Wait(until):
+                case WaitUntil(until):
                     nearest = min(nearest, until)
                 case Send():
                     self._traffic.send_again(answer)
-                case Probe():
+                case AskPresence():
                     self._traffic.probe(answer, now)
                 case GiveUp(why):
                     self._give_up(answer, why)

@@ -30,8 +30,8 @@ from llamacpp_mqtt_deploy.commands.terminal import (
 
 if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.client import Answer, BusClient
+    from llamacpp_mqtt_deploy.config.settings import Settings
     from llamacpp_mqtt_deploy.core.events import Reading
-    from llamacpp_mqtt_deploy.settings import Settings
 
 MAX_STDIN_BYTES = (
     64 * 1024 * 1024

@@ -64,7 +64,7 @@ def command(
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     from llamacpp_mqtt_deploy.checking.findings import fail
     from llamacpp_mqtt_deploy.checking.report import check_all
-    from llamacpp_mqtt_deploy.loading import ConfigurationError, load
+    from llamacpp_mqtt_deploy.config.loading import ConfigurationError, load
 
     with closing_pipe():
         try:

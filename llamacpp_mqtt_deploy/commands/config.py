@@ -14,8 +14,8 @@ import click
 from llamacpp_mqtt_deploy.commands.options import config_options, load_or_exit
 
 if TYPE_CHECKING:
-    from llamacpp_mqtt_deploy.keys import Key, Table
-    from llamacpp_mqtt_deploy.loading import Loaded
+    from llamacpp_mqtt_deploy.config.keys import Key, Table
+    from llamacpp_mqtt_deploy.config.loading import Loaded
 
 WIDTH = 118
 
@@ -55,14 +55,14 @@ def command(config_file: Path | None, overrides: Mapping[str, str], form: str | 
 
 
 def _rows(loaded: Loaded) -> Iterator[tuple[tuple[str, ...], object, str]]:
-    from llamacpp_mqtt_deploy import keys
+    from llamacpp_mqtt_deploy.config import keys
 
     for path, value in keys.leaves(loaded.settings.model_dump()):
         yield path, value, loaded.origins[".".join(path)]
 
 
 def _as_json(loaded: Loaded) -> str:
-    from llamacpp_mqtt_deploy import keys
+    from llamacpp_mqtt_deploy.config import keys
 
     rows = {
         ".".join(path): {"value": keys.MASK if value is not None and keys.is_secret(path) else value, "origin": origin}
@@ -72,7 +72,7 @@ def _as_json(loaded: Loaded) -> str:
 
 
 def _print_table(loaded: Loaded) -> None:
-    from llamacpp_mqtt_deploy import keys
+    from llamacpp_mqtt_deploy.config import keys
 
     rows = [(".".join(path), keys.shown(path, value), origin) for path, value, origin in _rows(loaded)]
     file = str(loaded.file) if loaded.file else "none found (lmd config --example prints one)"
@@ -116,7 +116,7 @@ def _print_rich(rows: list[tuple[str, str, str]], file: str) -> None:
 
 def schema() -> str:
     """The JSON Schema of the configuration file, for editors and for other programs."""
-    from llamacpp_mqtt_deploy.settings import Settings
+    from llamacpp_mqtt_deploy.config.settings import Settings
 
     found = Settings.model_json_schema()
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llamacpp-mqtt-deploy configuration"}
@@ -136,7 +136,7 @@ _HEAD = """\
 
 def example() -> str:
     """The commented example file, made from the settings models."""
-    from llamacpp_mqtt_deploy import keys
+    from llamacpp_mqtt_deploy.config import keys
 
     return "\n".join([_HEAD, *(_table_text(table) for table in keys.tables() if table.keys)])
 
@@ -175,7 +175,7 @@ def _table_text(table: Table) -> str:
 
 
 def _key_text(key: Key) -> Iterator[str]:
-    from llamacpp_mqtt_deploy import keys
+    from llamacpp_mqtt_deploy.config import keys
 
     yield from (f"# {line}" for line in textwrap.wrap(key.description, WIDTH))
     in_words = _DEFAULTS_IN_WORDS.get(key.dotted)
@@ -187,7 +187,7 @@ def _key_text(key: Key) -> Iterator[str]:
 
 def _placeholder(key: Key) -> str:
     """Something of the right type for a key that is absent by default; the file must stay valid without its marks."""
-    from llamacpp_mqtt_deploy import keys
+    from llamacpp_mqtt_deploy.config import keys
 
     match key.expected.split():
         case ["a", "whole", *_] | ["a", "number", *_]:

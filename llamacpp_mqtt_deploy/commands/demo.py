@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.commands.demo_show import Turn
     from llamacpp_mqtt_deploy.core.events import Reading
     from llamacpp_mqtt_deploy.demo.brokers import Broker, Choice
-    from llamacpp_mqtt_deploy.demo.household import Household
+    from llamacpp_mqtt_deploy.demo.processes import DemoProcesses
     from llamacpp_mqtt_deploy.demo.worker import Facts
 
 PROMPTS = (
@@ -89,7 +89,7 @@ def command(once: bool, port: int | None, choice: Choice, model: Path | None, ov
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     from rich.console import Console
 
-    from llamacpp_mqtt_deploy.demo.household import DemoFailed
+    from llamacpp_mqtt_deploy.demo.processes import DemoFailed
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -137,7 +137,7 @@ class Demo:
     def run(self, *, port: int | None, choice: Choice, model: Path | None, overrides: Mapping[str, str]) -> None:
         """Set up, talk, stay, take down. Raises DemoFailed and Leaving."""
         from llamacpp_mqtt_deploy.demo import brokers, worker
-        from llamacpp_mqtt_deploy.demo.household import Household
+        from llamacpp_mqtt_deploy.demo.processes import DemoProcesses
 
         if model is not None:
             model = Path(os.path.abspath(model.expanduser()))  # noqa: PTH100 - resolve() would hide a link's name
@@ -149,7 +149,7 @@ class Demo:
         self._root = overrides.get("mqtt.root", self._root)
         self._say("A broker, a language model and the daemon, on this machine and for this demo:")
         environ = worker.clean_environment()
-        with Household(self._pause) as house:
+        with DemoProcesses(self._pause) as house:
             with self._step("broker") as (done, _):
                 broker = brokers.start_broker(house, kind, port, environ=environ)
                 done(f"{broker.name} on {brokers.HOST}:{broker.port}, no password")
@@ -169,11 +169,11 @@ class Demo:
 
     @contextlib.contextmanager
     def _set_up(
-        self, house: Household, broker: Broker, settings: Mapping[str, str], *, own_model: bool
+        self, house: DemoProcesses, broker: Broker, settings: Mapping[str, str], *, own_model: bool
     ) -> Iterator[BusClient]:
         from llamacpp_mqtt_deploy.client import BusClient, BusError
         from llamacpp_mqtt_deploy.demo import brokers, worker
-        from llamacpp_mqtt_deploy.demo.household import DemoFailed
+        from llamacpp_mqtt_deploy.demo.processes import DemoFailed
 
         try:
             with contextlib.ExitStack() as stack:
@@ -252,7 +252,7 @@ class Demo:
 
     # --- until Ctrl-C ----------------------------------------------------------------------------------------------------
 
-    def _stay(self, house: Household, broker: Broker) -> None:
+    def _stay(self, house: DemoProcesses, broker: Broker) -> None:
         self._say()
         for line in self._suggestions(broker):
             self._say(line)
@@ -264,9 +264,9 @@ class Demo:
 
     def _suggestions(self, broker: Broker) -> Iterator[str]:
         """What to type in another terminal, ready to be copied."""
+        from llamacpp_mqtt_deploy.config.loading import find_file
         from llamacpp_mqtt_deploy.demo.brokers import HOST
         from llamacpp_mqtt_deploy.demo.worker import SESSION
-        from llamacpp_mqtt_deploy.loading import find_file
 
         yield "All of it stays up until Ctrl-C. In another terminal:"
         yield ""

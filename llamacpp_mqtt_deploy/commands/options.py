@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from llamacpp_mqtt_deploy.loading import Loaded
+    from llamacpp_mqtt_deploy.config.loading import Loaded
 
 WRONG_CONFIGURATION = 2
 
@@ -42,7 +42,7 @@ def config_options(function: F) -> F:
 
 def load_or_exit(config_file: Path | None, overrides: Mapping[str, str]) -> Loaded:
     """The loaded settings; a wrong configuration is told on stderr, one line for each field, and ends with exit code 2."""
-    from llamacpp_mqtt_deploy.loading import ConfigurationError, load
+    from llamacpp_mqtt_deploy.config.loading import ConfigurationError, load
 
     try:
         return load(config_file, overrides)

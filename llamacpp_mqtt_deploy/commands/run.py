@@ -36,11 +36,10 @@ def command(config_file: Path | None, overrides: Mapping[str, str]) -> None:
     loaded = load_or_exit(config_file, overrides)
 
     from llamacpp_mqtt_deploy import logs
-    from llamacpp_mqtt_deploy.loading import engine_api_key, mqtt_password
+    from llamacpp_mqtt_deploy.config.loading import engine_api_key, mqtt_password
+    from llamacpp_mqtt_deploy.service.daemon import run as run_worker
 
     logs.setup(loaded.settings.logging)
     logs.hide(mqtt_password(loaded.settings), engine_api_key(loaded.settings))
-
-    from llamacpp_mqtt_deploy.daemon import run as run_worker
 
     raise click.exceptions.Exit(run_worker(loaded))

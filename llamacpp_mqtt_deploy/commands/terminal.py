@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from llamacpp_mqtt_deploy.client import Answer, BusClient, BusError, Done
+    from llamacpp_mqtt_deploy.config.settings import Settings
     from llamacpp_mqtt_deploy.core.events import Reading
-    from llamacpp_mqtt_deploy.settings import Settings
 
 FAILED = 1
 USAGE = 2
@@ -97,7 +97,7 @@ def flag_overrides(flags: Mapping[str, Any]) -> dict[str, str]:
 
 def client_settings(config_file: Path | None, overrides: Mapping[str, str], flags: Mapping[str, Any]) -> Settings:
     """The settings with the flags of `broker_options` on top; a wrong configuration ends with exit code 2."""
-    from llamacpp_mqtt_deploy.loading import SYSTEM_FILE, find_file
+    from llamacpp_mqtt_deploy.config.loading import SYSTEM_FILE, find_file
 
     given = flag_overrides(flags)
     if config_file is None and find_file(None, os.environ) == SYSTEM_FILE and not os.access(SYSTEM_FILE, os.R_OK):
@@ -117,7 +117,7 @@ def client_settings(config_file: Path | None, overrides: Mapping[str, str], flag
 def bus_client(settings: Settings, **options: Any) -> BusClient:
     """A client, not yet open, for the broker of these settings; raises ValueError for TLS files that cannot be used."""
     from llamacpp_mqtt_deploy.client import BusClient
-    from llamacpp_mqtt_deploy.credentials import mqtt_password
+    from llamacpp_mqtt_deploy.config.credentials import mqtt_password
     from llamacpp_mqtt_deploy.mqtt.tls import build_context
 
     mqtt = settings.mqtt

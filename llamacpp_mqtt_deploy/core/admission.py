@@ -36,7 +36,7 @@ class Ticket:
 _Rank = tuple[int, int, int, float, int]
 
 
-class WaitingLine:
+class AdmissionQueue:
     """The requests that wait for a slot. Pure: the caller holds the lock and brings the time (monotonic seconds).
 
     Order: the lane (a request moves up one lane for every `aging_s` it waits, so that `batch` never starves), then the first

@@ -23,7 +23,7 @@ MAX_SENTENCE_CHARS = 1000
 def pieces(text: str, chars: int) -> Iterator[str]:
     """Pieces of `chars` characters (grapheme clusters), the last one shorter; joined they are the text.
 
-    A cluster is what a reader sees as one character (an emoji with its skin tone, a letter with its accents): it is never
+    A cluster is what a reader sees as one character (an emoji with its skin tone, a raw with its accents): it is never
     cut. One of absurd length (hundreds of combining marks) still is one piece.
     """
     piece: list[str] = []

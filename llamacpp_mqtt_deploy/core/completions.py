@@ -14,11 +14,11 @@ from llamacpp_mqtt_deploy.core.deltas import (
     Delta,
     Finished,
     FinishReason,
-    Progress,
+    PromptProgress,
     Reasoning,
     Text,
+    TokenUsage,
     ToolCall,
-    Usage,
 )
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
@@ -59,7 +59,7 @@ class CompletionReader:
         """Why the model stopped, once the server said so."""
         self._usage: Mapping[str, Any] = {}
         self._timings: Mapping[str, Any] = {}
-        self._progress: Progress | None = None
+        self._progress: PromptProgress | None = None
         self._stop_sequence: str | None = None
         self._calls: list[_Call] = []
         self._halves: dict[str, str] = {}
@@ -159,7 +159,7 @@ class CompletionReader:
         return None
 
     def _read_progress(self, progress: Mapping[str, Any], deltas: list[Delta]) -> None:
-        new = Progress(
+        new = PromptProgress(
             processed=_count(progress.get("processed")),
             total=_count(progress.get("total")),
             cached=_count(progress.get("cache")),
@@ -183,7 +183,7 @@ class CompletionReader:
         if error:
             raise error_from(error)
 
-    def _counted(self) -> Usage:
+    def _counted(self) -> TokenUsage:
         usage, timings = self._usage, self._timings
         cached = _section(usage, "prompt_tokens_details").get("cached_tokens")
         reasoning = _section(usage, "completion_tokens_details").get("reasoning_tokens")
@@ -194,7 +194,7 @@ class CompletionReader:
         completion = usage.get("completion_tokens")
         if completion is None:
             completion = timings.get("predicted_n", self._deltas)
-        return Usage(
+        return TokenUsage(
             prompt_tokens=_count(prompt),
             completion_tokens=_count(completion),
             cached_tokens=_count(timings.get("cache_n") if cached is None else cached),

@@ -56,7 +56,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PromptProgress:
     """The prompt is being processed; all three are tokens, `cached` of them needed no work."""
 
     processed: int
@@ -89,7 +89,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """Tokens of one generation, as the protocol's `usage` names them."""
 
     prompt_tokens: int = 0
@@ -103,9 +103,9 @@ class Finished:
     """The last delta of a stream that ended well; `tokens_per_second` is the engine's own figure where it has one."""
 
     finish_reason: FinishReason
-    usage: Usage
+    usage: TokenUsage
     tokens_per_second: float | None = None
     stop_sequence: str | None = None
 
 
-Delta = Opened | Progress | Text | Reasoning | ToolCall | Finished
+Delta = Opened | PromptProgress | Text | Reasoning | ToolCall | Finished

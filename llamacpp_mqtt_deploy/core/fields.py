@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import AfterValidator, Field, StringConstraints
 
-from llamacpp_mqtt_deploy.core.chat import (
+from llamacpp_mqtt_deploy.core.conversation import (
     MAX_TOOLS,
     TOOL_CHOICES,
     ChatMessage,
@@ -16,8 +16,8 @@ from llamacpp_mqtt_deploy.core.chat import (
     ToolChoice,
     ToolResult,
 )
-from llamacpp_mqtt_deploy.core.topics import SESSION
-from llamacpp_mqtt_deploy.core.wire import Expect, FirstFault, Id, Integer, Wire, fault
+from llamacpp_mqtt_deploy.core.routes import SESSION
+from llamacpp_mqtt_deploy.core.validation import Expect, FirstFault, Id, Integer, WireModel, fault
 
 MAX_MESSAGES = 2048
 MAX_STOPS = 16
@@ -47,7 +47,7 @@ def _distinct_tools(value: list[Tool]) -> list[Tool]:
     return value
 
 
-class RequestFields(Wire):
+class RequestFields(WireModel):
     """A request; exactly one of prompt, messages and tool_results is required, all else has a default."""
 
     request_id: Annotated[Id | None, Expect("1 to 64 letters, digits, _ . or -")] = None
@@ -159,7 +159,7 @@ class RequestFields(Wire):
     """Anything; comes back in `start` and in the terminal event."""
 
 
-class ControlFields(Wire):
+class ControlFields(WireModel):
     """A message on a control topic."""
 
     action: Annotated[
@@ -175,7 +175,7 @@ class ControlFields(Wire):
     """Comes back in the ack."""
 
 
-class AdminFields(Wire):
+class AdminFields(WireModel):
     """A message on an admin topic."""
 
     action: Annotated[

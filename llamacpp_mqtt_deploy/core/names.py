@@ -10,7 +10,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest
 from llamacpp_mqtt_deploy.core.fields import RequestFields
-from llamacpp_mqtt_deploy.core.letters import shown
+from llamacpp_mqtt_deploy.core.payloads import shown
 
 REQUEST_FIELDS: frozenset[str] = frozenset(RequestFields.model_fields)
 

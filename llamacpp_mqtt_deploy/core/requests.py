@@ -1,4 +1,4 @@
-"""From a message's bytes to a checked value: Generate, Control or Admin, or a refusal that names the fields at fault."""
+"""From a message's bytes to a checked value: Generate, ControlCommand, AdminCommand, or a refusal that names the fields at fault."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, Unsupported
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, Lane, RequestFields
-from llamacpp_mqtt_deploy.core.letters import open_letter, shown
 from llamacpp_mqtt_deploy.core.names import FieldNames
-from llamacpp_mqtt_deploy.core.topics import is_level, is_session
-from llamacpp_mqtt_deploy.core.wire import Wire, expectations, faults
+from llamacpp_mqtt_deploy.core.payloads import decode_payload, shown
+from llamacpp_mqtt_deploy.core.routes import is_level, is_session
+from llamacpp_mqtt_deploy.core.validation import WireModel, expectations, faults
 
 Mode = Literal["prompt", "messages", "tool_results"]
 Stream = bool | Literal["sentence"]
@@ -61,7 +61,7 @@ class RequestPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class RawRequest:
     """A request that could be read but is not yet checked.
 
     Exactly one of `text` and `body` is set; `body` has our field names. `request_id` and `session_id` are set when they
@@ -112,7 +112,7 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class ControlCommand:
     """A control message; `request_id` is set only for `cancel`."""
 
     action: ControlAction
@@ -121,7 +121,7 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admin:
+class AdminCommand:
     """An admin message; `level` is set for `log_level` and only for it."""
 
     action: AdminAction
@@ -136,25 +136,25 @@ def parse_request(payload: bytes, *, policy: RequestPolicy) -> Generate | None:
     """A request from its bytes; None when the payload is blank.
 
     Raises BadRequest, PayloadTooLarge, ModelNotFound, Unsupported. To answer a refusal under the client's own request id
-    (and session, on a route that takes it from the payload), call `read_letter` and `check_request` one after the other.
+    (and session, on a route that takes it from the payload), call `read_request` and `check_request` one after the other.
     """
-    letter = read_letter(payload, policy=policy)
-    return None if letter is None else check_request(letter, policy=policy)
+    raw = read_request(payload, policy=policy)
+    return None if raw is None else check_request(raw, policy=policy)
 
 
-def read_letter(payload: bytes, *, policy: RequestPolicy) -> Letter | None:
+def read_request(payload: bytes, *, policy: RequestPolicy) -> RawRequest | None:
     """The first half of `parse_request`: bytes to named values, still unchecked. Raises BadRequest, PayloadTooLarge.
 
-    A message that even this refuses has no certain id; `letters.guess_request_id` finds a likely one.
+    A message that even this refuses has no certain id; `payloads.guess_request_id` finds a likely one.
     """
-    content = open_letter(payload, max_bytes=policy.max_request_bytes)
+    content = decode_payload(payload, max_bytes=policy.max_request_bytes)
     if content is None:
         return None
     if isinstance(content, str):
-        return Letter(content, {}, None, None, (), _digest({"prompt": content}))
+        return RawRequest(content, {}, None, None, (), _digest({"prompt": content}))
     body, unknown = FieldNames(policy.fields).read(content)
     request_id, session_id = body.get("request_id"), body.get("session_id")
-    return Letter(
+    return RawRequest(
         text=None,
         body=body,
         request_id=request_id if isinstance(request_id, str) and is_level(request_id) else None,
@@ -164,11 +164,11 @@ def read_letter(payload: bytes, *, policy: RequestPolicy) -> Letter | None:
     )
 
 
-def check_request(letter: Letter, *, policy: RequestPolicy) -> Generate:
+def check_request(raw: RawRequest, *, policy: RequestPolicy) -> Generate:
     """The second half of `parse_request`. Raises BadRequest, ModelNotFound, Unsupported."""
     names = FieldNames(policy.fields)
-    hints = names.warnings(letter.unknown)
-    given = {"prompt": letter.text} if letter.text is not None else letter.body
+    hints = names.warnings(raw.unknown)
+    given = {"prompt": raw.text} if raw.text is not None else raw.body
     request = _validated(RequestFields, given, _REQUEST, names)
     mode = _mode(request, names, hints)
     _check_combinations(request, mode, names)
@@ -202,14 +202,14 @@ def check_request(letter: Letter, *, policy: RequestPolicy) -> Generate:
         metadata=request.metadata,
         has_images=any(_has_image(message) for message in messages),
         warnings=(*warnings, *hints),
-        digest=letter.digest,
+        digest=raw.digest,
     )
 
 
 # --- control and admin -----------------------------------------------------------------------------------------------
 
 
-def parse_control(payload: bytes) -> Control:
+def parse_control(payload: bytes) -> ControlCommand:
     """A control message from its bytes: a JSON object, or the bare action for a person at a shell (`cancel`).
 
     Raises BadRequest, PayloadTooLarge; `details` then holds `action` and `transaction` where they could be read, so that
@@ -217,27 +217,27 @@ def parse_control(payload: bytes) -> Control:
     """
     found = _order(ControlFields, payload, _CONTROL)
     request_id = found.request_id if found.action == "cancel" else None
-    return Control(action=found.action, request_id=request_id, transaction=found.transaction)
+    return ControlCommand(action=found.action, request_id=request_id, transaction=found.transaction)
 
 
-def parse_admin(payload: bytes) -> Admin:
+def parse_admin(payload: bytes) -> AdminCommand:
     """An admin message from its bytes: a JSON object, or bare words (`drain`, `log_level debug`).
 
     Raises BadRequest, PayloadTooLarge, as `parse_control` does.
     """
     found = _order(AdminFields, payload, _ADMIN)
     if found.action != "log_level":
-        return Admin(action=found.action, transaction=found.transaction)
+        return AdminCommand(action=found.action, transaction=found.transaction)
     if found.level is None:
         raise _bad({"level": _ADMIN["level"]}, None, **_answerable(found.model_dump()))
-    return Admin(action=found.action, level=found.level, transaction=found.transaction)
+    return AdminCommand(action=found.action, level=found.level, transaction=found.transaction)
 
 
 _Order = TypeVar("_Order", ControlFields, AdminFields)
 
 
 def _order(kind: type[_Order], payload: bytes, expected: Mapping[str, str]) -> _Order:
-    content = open_letter(payload, max_bytes=MAX_CONTROL_BYTES)
+    content = decode_payload(payload, max_bytes=MAX_CONTROL_BYTES)
     if content is None:
         raise _bad({"action": expected["action"]})
     if isinstance(content, str):
@@ -256,7 +256,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
-_Model = TypeVar("_Model", bound=Wire)
+_Model = TypeVar("_Model", bound=WireModel)
 
 
 def _validated(
@@ -327,11 +327,11 @@ def _check_permissions(request: RequestFields, policy: RequestPolicy, names: Fie
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _plain(model: Wire) -> dict[str, Any]:
+def _plain(model: WireModel) -> dict[str, Any]:
     return model.model_dump(exclude_none=True, by_alias=True)
 
 
-def _message(message: Wire) -> dict[str, Any]:
+def _message(message: WireModel) -> dict[str, Any]:
     plain = _plain(message)
     if plain["role"] == "developer":
         # OpenAI's newer word for system; most chat templates do not know it.

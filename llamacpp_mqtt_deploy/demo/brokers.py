@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from llamacpp_mqtt_deploy.demo.household import Child, DemoFailed, Household
+from llamacpp_mqtt_deploy.demo.processes import DemoFailed, DemoProcess, DemoProcesses
 
 HOST = "127.0.0.1"
 Choice = Literal["auto", "mosquitto", "amqtt"]
@@ -65,7 +65,7 @@ def choose(choice: Choice) -> Literal["mosquitto", "amqtt"]:
 
 
 def start_broker(
-    house: Household, kind: Literal["mosquitto", "amqtt"], port: int | None, *, environ: Mapping[str, str]
+    house: DemoProcesses, kind: Literal["mosquitto", "amqtt"], port: int | None, *, environ: Mapping[str, str]
 ) -> Broker:
     """Start a broker and wait until it takes connections; `port` None is any free one. Raises DemoFailed."""
     if port is not None:
@@ -81,7 +81,7 @@ def start_broker(
     return _start(house, kind, _free_port(), environ)
 
 
-def _start(house: Household, kind: Literal["mosquitto", "amqtt"], port: int, environ: Mapping[str, str]) -> Broker:
+def _start(house: DemoProcesses, kind: Literal["mosquitto", "amqtt"], port: int, environ: Mapping[str, str]) -> Broker:
     if kind == "mosquitto":
         command = [find_mosquitto() or "mosquitto", "-c", _write_config(house, port)]
     else:
@@ -95,7 +95,7 @@ def _start(house: Household, kind: Literal["mosquitto", "amqtt"], port: int, env
     return Broker(f"{kind} {_version(kind, child)}".strip(), port, "auto" if kind == "mosquitto" else "3.1.1")
 
 
-def _write_config(house: Household, port: int) -> str:
+def _write_config(house: DemoProcesses, port: int) -> str:
     """A file of our own, so that neither the system's configuration nor its port has a part in it."""
     lines = [
         f"listener {port} {HOST}",
@@ -112,7 +112,7 @@ def _write_config(house: Household, port: int) -> str:
     return str(path)
 
 
-def _version(kind: str, child: Child) -> str:
+def _version(kind: str, child: DemoProcess) -> str:
     if kind == "mosquitto":
         found = re.search(r"mosquitto version ([\w.+-]+)", "\n".join(child.last_lines()))
         return found[1] if found else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamacpp_mqtt_deploy import demo_model
 from llamacpp_mqtt_deploy.demo.brokers import HOST, INSTALL, Broker
-from llamacpp_mqtt_deploy.demo.household import Child, DemoFailed, Household
+from llamacpp_mqtt_deploy.demo.processes import DemoFailed, DemoProcess, DemoProcesses
 
 if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.client import BusClient
@@ -123,7 +123,7 @@ def check_engine(overrides: Mapping[str, str]) -> None:
         )
 
 
-def start_worker(house: Household, settings: Mapping[str, str], *, environ: Mapping[str, str]) -> Child:
+def start_worker(house: DemoProcesses, settings: Mapping[str, str], *, environ: Mapping[str, str]) -> DemoProcess:
     flags = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     # -P: the folder in which the demo is called may hold a module with the name of one of ours.
     command = [sys.executable, "-P", "-m", "llamacpp_mqtt_deploy", "run", "--config", os.devnull, *flags]
@@ -131,13 +131,13 @@ def start_worker(house: Household, settings: Mapping[str, str], *, environ: Mapp
     return house.start("daemon", command, environ={**environ, "TMPDIR": str(house.directory)})
 
 
-def wait_online(house: Household, child: Child, bus: BusClient) -> None:
+def wait_online(house: DemoProcesses, child: DemoProcess, bus: BusClient) -> None:
     """Wait for the worker's retained status. Raises DemoFailed."""
     house.wait(child, "online", lambda: WORKER_ID in bus.workers_online(), _ONLINE_S)
 
 
 def wait_ready(
-    house: Household, child: Child, bus: BusClient, *, own_model: bool, on_detail: Callable[[str], None]
+    house: DemoProcesses, child: DemoProcess, bus: BusClient, *, own_model: bool, on_detail: Callable[[str], None]
 ) -> Facts:
     """Wait until its engine answers; `on_detail` hears what the status says meanwhile. Raises DemoFailed."""
     timeout_s = _OWN_MODEL_S if own_model else _DEMO_MODEL_S

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.topics import filter_fault, topic_fault
 from llamacpp_mqtt_deploy.mqtt.linkthread import GOODBYE_S, HEADER_ROOM, OFFLINE_GRACE_S, Closing, LinkThread
-from llamacpp_mqtt_deploy.mqtt.outgoing import Publish
 from llamacpp_mqtt_deploy.mqtt.packets import MOST_MQTT_PACKET, packet_bytes
 from llamacpp_mqtt_deploy.mqtt.receiving import Subscription
-from llamacpp_mqtt_deploy.mqtt.topics import filter_fault, topic_fault
+from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, Retained
 from llamacpp_mqtt_deploy.stopping import Deadline
 

@@ -1,6 +1,6 @@
 """The thread of the link to a real broker: it connects, reconnects for ever, sends, and hands over what comes.
 
-The thread `mqtt-link` runs paho's client itself (`wire.Wire`) instead of paho's `loop_start`. paho's own thread dies of an
+The thread `mqtt-link` runs paho's client itself (`wire.PahoWire`) instead of paho's `loop_start`. paho's own thread dies of an
 exception in a callback while `is_connected()` stays true, never falls back to MQTT 3.1.1, cannot be stopped while
 something is queued (its issue 608), and leaves no place for a window, a breaker or a back-off of ours. Other threads
 only append to deques and write one byte into a pipe, so no lock is ever held across a call into paho or into the daemon.
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 
 import structlog
 
-from llamacpp_mqtt_deploy.mqtt import refusals
-from llamacpp_mqtt_deploy.mqtt.attempts import Attempts
-from llamacpp_mqtt_deploy.mqtt.outgoing import STRIKES, Publish
-from llamacpp_mqtt_deploy.mqtt.pacing import STABLE_AFTER_S, Reminder
+from llamacpp_mqtt_deploy.config.settings import MqttSettings
+from llamacpp_mqtt_deploy.mqtt import explain
+from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S, Reminder
+from llamacpp_mqtt_deploy.mqtt.explain import Refusal
+from llamacpp_mqtt_deploy.mqtt.paho_wire import Closed, Connack, PahoWire
 from llamacpp_mqtt_deploy.mqtt.receiving import Deliveries, Receipts, Subscriptions
-from llamacpp_mqtt_deploy.mqtt.refusals import Refusal
+from llamacpp_mqtt_deploy.mqtt.reconnecting import Attempts
 from llamacpp_mqtt_deploy.mqtt.sending import Sending, guard
+from llamacpp_mqtt_deploy.mqtt.session import STRIKES, Publish
 from llamacpp_mqtt_deploy.mqtt.tls import build_context, stamps
-from llamacpp_mqtt_deploy.mqtt.wire import Closed, Connack, Wire
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
-from llamacpp_mqtt_deploy.settings import MqttSettings
 from llamacpp_mqtt_deploy.stopping import Deadline
 
 log = structlog.get_logger(__name__)
@@ -102,7 +102,7 @@ class LinkThread:
         self._detail = ""
 
         # The link's thread alone.
-        self._wire: Wire | None = None
+        self._wire: PahoWire | None = None
         self._attempts = Attempts(settings, where=self._where)
         self._reminder = Reminder()
         self._generation = 0
@@ -157,7 +157,7 @@ class LinkThread:
             self._failed(Refusal(f"{error}."))
             return
         except OSError as error:
-            self._failed(refusals.of_exception(error, self._where))
+            self._failed(explain.of_exception(error, self._where))
             return
         except ValueError as error:
             # A host that cannot be one, for example a label over 63 characters.
@@ -169,7 +169,7 @@ class LinkThread:
             self._turn(wire)
             if self._state != "online" and time.monotonic() >= connack_by and wire.closed() is None:
                 wire.abort()
-                refusal = refusals.of_no_connack(self._where, patience_s)
+                refusal = explain.of_no_connack(self._where, patience_s)
                 self._attempts.unanswered(refusal)
                 self._failed(refusal)
                 return
@@ -178,7 +178,7 @@ class LinkThread:
                 return
         self._ended(wire, wire.closed() or Closed())
 
-    def _turn(self, wire: Wire) -> None:
+    def _turn(self, wire: PahoWire) -> None:
         """Wait for something to do, and do it."""
         now = time.monotonic()
         # Whoever adds work after this line sees the flag down and writes a byte, which ends the wait below; what was added
@@ -273,7 +273,7 @@ class LinkThread:
 
     # --- ends ---
 
-    def _ended(self, wire: Wire, closed: Closed) -> None:
+    def _ended(self, wire: PahoWire, closed: Closed) -> None:
         """The connection, or the attempt, is over."""
         if self._state != "online":
             refused = self._attempts.ended(closed)
@@ -286,10 +286,10 @@ class LinkThread:
         if lived_s >= STABLE_AFTER_S:
             self._reminder.clear()
         self._attempts.lost(closed, now, lived_s=lived_s, in_flight=bool(self._outgoing.flying))
-        if closed.from_broker and closed.code == refusals.TAKEN_OVER:
-            self._went_down(refusals.of_disconnect(closed.code, closed.name), state="taken_over")
+        if closed.from_broker and closed.code == explain.TAKEN_OVER:
+            self._went_down(explain.of_disconnect(closed.code, closed.name), state="taken_over")
             return
-        refusal = refusals.of_end(
+        refusal = explain.of_end(
             self._where,
             code=closed.code,
             name=closed.name,
@@ -297,7 +297,7 @@ class LinkThread:
             unreadable=closed.unreadable,
             on_purpose=on_purpose,
         )
-        blameless = on_purpose or closed.code in refusals.BLAMELESS_CLOSES
+        blameless = on_purpose or closed.code in explain.BLAMELESS_CLOSES
         poison = self._outgoing.lost(blameless=blameless)
         self._went_down(refusal)
         if poison is not None:
@@ -335,7 +335,7 @@ class LinkThread:
                 log.warning("link.lost", broker=self._where, why=refusal.text, unacknowledged=info.unacknowledged)
             guard(self._on_lost, info)
 
-    def _leave(self, wire: Wire) -> None:
+    def _leave(self, wire: PahoWire) -> None:
         """The clean end: everything said, or no time left."""
         closing = self._closing
         self._receipts.send(self._generation, wire.acknowledge)
@@ -356,7 +356,7 @@ class LinkThread:
 
     # --- small things ---
 
-    def _make_wire(self) -> Wire:
+    def _make_wire(self) -> PahoWire:
         tls = self._settings.tls
         found = stamps(tls)
         wire = self._wire
@@ -370,7 +370,7 @@ class LinkThread:
             except ValueError as error:
                 raise _TlsFilesUnfitError(str(error)) from error
         self._tls_stamps = found
-        self._wire = wire = Wire(
+        self._wire = wire = PahoWire(
             self._settings,
             version=self._attempts.versions.current,
             client_id=self._client_id,

@@ -8,8 +8,8 @@ from typing import Any
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from llamacpp_mqtt_deploy.mqtt.outgoing import Publish
-from llamacpp_mqtt_deploy.mqtt.pacing import Version
+from llamacpp_mqtt_deploy.mqtt.backoff import Version
+from llamacpp_mqtt_deploy.mqtt.session import Publish
 
 MOST_MQTT_PACKET = 268_435_455 + 5
 

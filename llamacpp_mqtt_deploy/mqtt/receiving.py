@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from llamacpp_mqtt_deploy.mqtt import refusals
+from llamacpp_mqtt_deploy.mqtt import explain
 from llamacpp_mqtt_deploy.ports import Delivery
 
 log = structlog.get_logger(__name__)
@@ -64,7 +64,7 @@ class Subscriptions:
         refused: dict[str, str] = {}
         for (topic_filter, qos), (code, name) in zip(subscription.filters, codes, strict=False):
             if code >= 0x80:
-                refused[topic_filter] = refusals.of_suback(code, name)
+                refused[topic_filter] = explain.of_suback(code, name)
             elif code < min(qos, 1):
                 refused[topic_filter] = f"the broker grants only QoS {code}"
         for topic_filter, why in refused.items():

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import structlog
 
-from llamacpp_mqtt_deploy.mqtt import refusals
-from llamacpp_mqtt_deploy.mqtt.outgoing import Outgoing, Publish
-from llamacpp_mqtt_deploy.mqtt.pacing import Reminder
+from llamacpp_mqtt_deploy.mqtt import explain
+from llamacpp_mqtt_deploy.mqtt.backoff import Reminder
 from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
-from llamacpp_mqtt_deploy.mqtt.wire import Wire
+from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
+from llamacpp_mqtt_deploy.mqtt.session import Outgoing, Publish
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class Sending:
             return False
         return len(outgoing.flying) < (1 if outgoing.on_probation else outgoing.window)
 
-    def pump(self, wire: Wire) -> None:
+    def pump(self, wire: PahoWire) -> None:
         """Give the wire what may be sent now; the link's thread alone, as all that follows."""
         outgoing = self.outgoing
         if not outgoing.waiting:
@@ -92,7 +92,7 @@ class Sending:
             return
         self.last_puback_at = time.monotonic()
         if code >= 0x80:
-            why = refusals.of_puback(code, name)
+            why = explain.of_puback(code, name)
             reminder = self._refused.setdefault(publish.topic, Reminder())
             if len(self._refused) > 256:
                 self._refused.clear()

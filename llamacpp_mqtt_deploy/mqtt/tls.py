@@ -6,7 +6,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from llamacpp_mqtt_deploy.settings import TlsSettings
+from llamacpp_mqtt_deploy.config.settings import TlsSettings
 
 HANDSHAKE_TIMEOUT_S = 5.0
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.deltas import Finished, Reasoning, ToolCall, Usage
+from llamacpp_mqtt_deploy.core.deltas import Finished, Reasoning, TokenUsage, ToolCall
 from llamacpp_mqtt_deploy.core.errors import EngineLost, EngineUnavailable, IdleTimeout, RequestError, TimedOut
 from llamacpp_mqtt_deploy.direct import DeploymentConfig, LlamaCppClient
-from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.llama_server import LlamaServer, free_port
 from tests.support.waiting import eventually
 
@@ -20,7 +20,7 @@ HELLO = [{"role": "user", "content": "Count from 1 to 10"}]
 
 def test_pieces_join_to_the_answer_and_debug_info_tells_the_rest() -> None:
     engine = ScriptedEngine()
-    engine.play(Reasoning("Hm."), "one", " two", Finished("length", Usage(3, 2), tokens_per_second=50.0))
+    engine.play(Reasoning("Hm."), "one", " two", Finished("length", TokenUsage(3, 2), tokens_per_second=50.0))
     info: dict[str, Any] = {}
     with LlamaCppClient(DeploymentConfig(temperature=0.5), engine=engine) as client:
         assert list(client.generate_stream(HELLO, max_tokens=2, debug_info=info)) == ["one", " two"]

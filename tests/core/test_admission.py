@@ -6,24 +6,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.core.admission import RateLimiter, Ticket, WaitingLine
+from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, RateLimiter, Ticket
 from llamacpp_mqtt_deploy.core.errors import Busy, RateLimited, SessionBusy
 
 
-def _line(queue_size: int = 100, session_queue: int = 4, aging_s: float = 30.0) -> WaitingLine:
-    return WaitingLine(queue_size=queue_size, session_queue=session_queue, aging_s=aging_s)
+def _line(queue_size: int = 100, session_queue: int = 4, aging_s: float = 30.0) -> AdmissionQueue:
+    return AdmissionQueue(queue_size=queue_size, session_queue=session_queue, aging_s=aging_s)
 
 
 def _ticket(key: str, *, lane: int = 1, level: str = "a", session: str | None = None, at: float = 0.0) -> Ticket:
     return Ticket(key=key, lane=lane, first_level=level, session=session, arrived=at)
 
 
-def _admit(line: WaitingLine, *tickets: Ticket) -> None:
+def _admit(line: AdmissionQueue, *tickets: Ticket) -> None:
     for ticket in tickets:
         line.admit(ticket, retry_after_s=5.0)
 
 
-def _order(line: WaitingLine, now: float = 0.0) -> list[object]:
+def _order(line: AdmissionQueue, now: float = 0.0) -> list[object]:
     taken = []
     while (ticket := line.next(now)) is not None:
         taken.append(ticket.key)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.completions import MAX_MESSAGE_CHARS, CompletionReader, clean, error_from
-from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, Progress, Reasoning, Text, ToolCall, Usage
+from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, PromptProgress, Reasoning, Text, TokenUsage, ToolCall
 from llamacpp_mqtt_deploy.core.errors import EngineFailed, RequestError
 
 
@@ -50,14 +50,14 @@ RECORDED = [
 
 def test_a_recorded_stream_reads_as_it_should() -> None:
     deltas, finished = read(*RECORDED)
-    assert deltas == [Progress(20, 28, 20), Progress(28, 28, 20), Reasoning("hm"), Text(" fo")]
-    assert finished == Finished("length", Usage(prompt_tokens=28, completion_tokens=5, cached_tokens=20), 2791.3)
+    assert deltas == [PromptProgress(20, 28, 20), PromptProgress(28, 28, 20), Reasoning("hm"), Text(" fo")]
+    assert finished == Finished("length", TokenUsage(prompt_tokens=28, completion_tokens=5, cached_tokens=20), 2791.3)
 
 
 def test_usage_comes_from_the_timings_where_there_is_none() -> None:
     event = b'{"choices":[],"timings":{"cache_n":20,"prompt_n":8,"predicted_n":5,"predicted_per_second":null}}'
     finished = read(chunk(content="a"), event)[1]
-    assert finished.usage == Usage(prompt_tokens=28, completion_tokens=5, cached_tokens=20)
+    assert finished.usage == TokenUsage(prompt_tokens=28, completion_tokens=5, cached_tokens=20)
     assert finished.tokens_per_second is None
 
 

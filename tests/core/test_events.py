@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.events import ORDER, EventReader, EventWriter, OutOfOrder, encode, split_to_bytes
-from llamacpp_mqtt_deploy.core.schema import validate_event
+from llamacpp_mqtt_deploy.schema.document import validate_event
 
 PIECES = st.lists(st.tuples(st.sampled_from(["content", "reasoning"]), st.text(min_size=1, max_size=30)), max_size=30)
 

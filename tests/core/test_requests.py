@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, RequestError, Unsupported
 from llamacpp_mqtt_deploy.core.names import REQUEST_FIELDS, check_fields, nearest
-from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, parse_request, read_letter
+from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, parse_request, read_request
 from tests.support.parsing import HELLO, MAZE, OPEN, PNG, PORTAL, WEATHER, ask, encoded, parse, refused
 
 # --- plain text and the three modes ----------------------------------------------------------------------------------
@@ -407,21 +407,21 @@ def test_no_refusal_drags_the_clients_text_along() -> None:
             error = error.__cause__ or error.__context__
 
 
-# --- letters that are refused later ----------------------------------------------------------------------------------
+# --- payloads that are refused later ----------------------------------------------------------------------------------
 
 
 def test_a_refusal_can_be_answered_under_the_clients_own_id() -> None:
-    letter = read_letter(encoded({"request_id": "r1", "sessionId": "s1", "message": 7}), policy=MAZE)
-    assert letter is not None
-    assert (letter.request_id, letter.session_id) == ("r1", "s1")
+    raw = read_request(encoded({"request_id": "r1", "sessionId": "s1", "message": 7}), policy=MAZE)
+    assert raw is not None
+    assert (raw.request_id, raw.session_id) == ("r1", "s1")
     with pytest.raises(BadRequest):
-        check_request(letter, policy=MAZE)
+        check_request(raw, policy=MAZE)
 
 
 def test_an_id_out_of_shape_is_no_id() -> None:
-    letter = read_letter(encoded({"request_id": "r\n1", "session_id": ["s"], "prompt": "x"}), policy=OPEN)
-    assert letter is not None
-    assert (letter.request_id, letter.session_id) == (None, None)
+    raw = read_request(encoded({"request_id": "r\n1", "session_id": ["s"], "prompt": "x"}), policy=OPEN)
+    assert raw is not None
+    assert (raw.request_id, raw.session_id) == (None, None)
 
 
 def test_ordinary_requests_cost_little() -> None:

@@ -10,11 +10,10 @@ import orjson
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from llamacpp_mqtt_deploy.core.emitted import Ack
 from llamacpp_mqtt_deploy.core.errors import BY_CODE, BadRequest, RequestError
 from llamacpp_mqtt_deploy.core.events import ORDER, EventWriter, rejected
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_request
-from llamacpp_mqtt_deploy.core.schema import (
+from llamacpp_mqtt_deploy.schema.document import (
     schema,
     schema_text,
     validate_admin_ack,
@@ -22,6 +21,7 @@ from llamacpp_mqtt_deploy.core.schema import (
     validate_health,
     validate_status,
 )
+from llamacpp_mqtt_deploy.schema.event_models import Ack
 
 DOCUMENT = schema()
 PUBLISHED = Path(__file__).parents[2] / "docs" / "schema.json"
@@ -68,7 +68,7 @@ def stream() -> list[bytes]:
 
 
 def test_the_published_schema_is_the_one_that_the_code_makes() -> None:
-    hint = "run: python -m llamacpp_mqtt_deploy.core.schema > docs/schema.json"
+    hint = "run: python -m llamacpp_mqtt_deploy.schema.document > docs/schema.json"
     assert PUBLISHED.read_text(encoding="utf-8") == schema_text(), hint
 
 

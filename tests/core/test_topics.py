@@ -8,17 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.errors import BadRequest
-from llamacpp_mqtt_deploy.core.topics import (
-    MAX_TOPIC_BYTES,
-    RouteTopics,
-    TopicMap,
-    check_routes,
-    filters_overlap,
-    is_session,
-    route_topics,
-    topic_matches,
-)
+from llamacpp_mqtt_deploy.core.route_checks import check_routes
+from llamacpp_mqtt_deploy.core.routes import MAX_TOPIC_BYTES, RouteTopics, is_session, route_topics
+from llamacpp_mqtt_deploy.core.topics import filters_overlap, topic_matches
 
 LEVEL = st.text("ABCXYZabcxyz0189_.-", min_size=1, max_size=64)
 SHORT = st.text("abz0_.-", min_size=1, max_size=8)

@@ -12,11 +12,12 @@ import click
 import pytest
 
 import llamacpp_mqtt_deploy
-from llamacpp_mqtt_deploy import cli, keys
-from llamacpp_mqtt_deploy.core.emitted import REJECTIONS
+from llamacpp_mqtt_deploy import cli
+from llamacpp_mqtt_deploy.config import keys
 from llamacpp_mqtt_deploy.core.errors import BY_CODE
+from llamacpp_mqtt_deploy.schema.event_models import REJECTIONS
 from tests.docs.pages import PAGES, ROOT, all_blocks, anchors, blocks, links
-from tests.house import test_units as units
+from tests.package import test_units as units
 from tests.support.services import require_program
 
 README = ROOT / "README.md"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.deltas import EngineCall, Progress
-from llamacpp_mqtt_deploy.engines.inprocess import InprocessEngine
-from llamacpp_mqtt_deploy.engines.managed import ManagedEngine
-from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Silence
-from llamacpp_mqtt_deploy.engines.server import ServerEngine
+from llamacpp_mqtt_deploy.config.settings import EngineSettings, ManagedSettings
+from llamacpp_mqtt_deploy.core.deltas import EngineCall, PromptProgress
+from llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine import InprocessEngine
+from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.ports import Engine
-from llamacpp_mqtt_deploy.settings import EngineSettings, ManagedSettings
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.inside import frozen_computation, make_engine
 from tests.support.llama_server import LlamaServer, free_port
 from tests.support.openai_server import MODEL, OpenAiServer
@@ -95,7 +95,7 @@ def scripted_member(request: pytest.FixtureRequest) -> Iterator[Member]:
         return say("go on")
 
     def long_prompt() -> EngineCall:
-        engine.play(Progress(0, 100, 0), Progress(50, 100, 0), Gate())
+        engine.play(PromptProgress(0, 100, 0), PromptProgress(50, 100, 0), Gate())
         return say("long")
 
     @contextlib.contextmanager

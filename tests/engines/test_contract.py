@@ -16,7 +16,7 @@ from llamacpp_mqtt_deploy.core.deltas import (
     EngineCall,
     Finished,
     Opened,
-    Progress,
+    PromptProgress,
     Reasoning,
     Text,
     ToolCall,
@@ -101,9 +101,9 @@ def test_a_stream_opens_shows_progress_speaks_and_finishes(member: Member) -> No
     if "progress" in member.lacks:
         assert set(kinds) == {Text}
         return
-    assert set(kinds) == {Progress, Text}
-    assert kinds == sorted(kinds, key=[Progress, Text].index)
-    last = [delta for delta in deltas if isinstance(delta, Progress)][-1]
+    assert set(kinds) == {PromptProgress, Text}
+    assert kinds == sorted(kinds, key=[PromptProgress, Text].index)
+    last = [delta for delta in deltas if isinstance(delta, PromptProgress)][-1]
     assert last.processed == last.total > 0
 
 
@@ -163,7 +163,7 @@ def test_a_cancel_in_the_middle_of_an_answer_frees_the_slot(member: Member) -> N
 
 def test_a_cancel_in_the_middle_of_a_prompt_frees_the_slot(member: Member) -> None:
     run = Run(member.engine, member.long_prompt())
-    eventually(lambda: run.has(Opened if "progress" in member.lacks else Progress))
+    eventually(lambda: run.has(Opened if "progress" in member.lacks else PromptProgress))
     assert run.cancel() < 0.5
     assert not run.has(Text)
     assert_free(member)
@@ -175,7 +175,7 @@ def test_a_cancel_in_a_prompt_frees_the_slot_while_another_generates(member: Mem
     other = Run(member.engine, member.endless())
     eventually(lambda: other.has(Text))
     run = Run(member.engine, member.long_prompt())
-    eventually(lambda: run.has(Opened if "progress" in member.lacks else Progress))
+    eventually(lambda: run.has(Opened if "progress" in member.lacks else PromptProgress))
     assert run.cancel() < 0.5
     assert_free(member, others=1)
     assert other.is_alive()

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Progress, Reasoning, Text, ToolCall
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, PromptProgress, Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
     EngineLost,
@@ -26,11 +27,10 @@ from llamacpp_mqtt_deploy.core.errors import (
     RequestError,
     Unsupported,
 )
-from llamacpp_mqtt_deploy.engines import downloading, inprocess, modelfile, native, prefixes
-from llamacpp_mqtt_deploy.engines.inprocess import InprocessEngine
-from llamacpp_mqtt_deploy.engines.server import ServerEngine
+from llamacpp_mqtt_deploy.engines.inprocess import downloading, inprocess_engine, modelfile, native, prefixes
+from llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine import InprocessEngine
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.ports import Engine
-from llamacpp_mqtt_deploy.settings import EngineSettings
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 from tests.engines.members import CITY_SCHEMA, WEATHER, say
 from tests.support.inside import frozen_computation, make_engine, need_llama_cpp
@@ -239,7 +239,7 @@ def test_saved_states_stay_within_their_memory(tiny_gguf: Path, monkeypatch: pyt
         made.append(original(*args))
         return made[-1]
 
-    monkeypatch.setattr(inprocess, "Prefixes", remember)
+    monkeypatch.setattr(inprocess_engine, "Prefixes", remember)
     engine = make_engine(tiny_gguf, state_cache_mib=1)
     for number in range(20):
         play(engine, session(f"n{number}", 4))
@@ -282,12 +282,12 @@ def test_what_was_computed_before_a_cancel_is_used_again(slow_gguf: Path) -> Non
     call = say("the water is good " * 1500, max_tokens=1)
     stop = StopSignal()
     cancelled = engine.stream(call, stop=stop, on_wait=lambda _: None)
-    next(delta for delta in cancelled if isinstance(delta, Progress) and delta.processed >= 256)
+    next(delta for delta in cancelled if isinstance(delta, PromptProgress) and delta.processed >= 256)
     stop.set("cancelled")
     with pytest.raises(Stopped):
         list(cancelled)
     stream = engine.stream(call, stop=StopSignal(), on_wait=lambda _: None)
-    progress = next(delta for delta in stream if isinstance(delta, Progress))
+    progress = next(delta for delta in stream if isinstance(delta, PromptProgress))
     assert progress.cached >= 256
     stream.close()  # type: ignore[attr-defined]
     engine.close(Deadline(5))
@@ -313,7 +313,7 @@ def test_a_caller_that_reads_slowly_loses_nothing_and_can_leave(engine: Inproces
 def test_a_computation_that_hangs_holds_no_caller_and_is_reported(
     engine: InprocessEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inprocess, "WEDGED_AFTER_S", 0.3)
+    monkeypatch.setattr(inprocess_engine, "WEDGED_AFTER_S", 0.3)
     with frozen_computation():
         started = time.monotonic()
         with pytest.raises(IdleTimeout):
@@ -465,7 +465,9 @@ def test_a_schema_that_cannot_be_enforced_is_refused(engine: InprocessEngine, sc
 def test_a_grammar_that_llama_cpp_refuses_is_a_refusal_and_not_a_crash(
     engine: InprocessEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamacpp_mqtt_deploy.engines.planning.grammar_of", lambda schema: 'root ::= "unclosed')
+    monkeypatch.setattr(
+        "llamacpp_mqtt_deploy.engines.inprocess.planning.grammar_of", lambda schema: 'root ::= "unclosed'
+    )
     with pytest.raises(BadRequest):
         play(engine, replace(say("x"), response_format={"type": "json_object"}))
     assert text_of(play(engine, say("still alive", max_tokens=3)))
@@ -696,7 +698,7 @@ def test_a_failed_loading_can_be_tried_again(
 def test_a_file_that_appears_later_is_loaded_by_itself(
     open_engine: Callable[..., InprocessEngine], tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inprocess, "LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(inprocess_engine, "LOOK_AGAIN_S", 0.05)
     path = tmp_path / "mounted-late.gguf"
     engine = open_engine(path, context_tokens=512)
     failure(engine)
@@ -708,7 +710,7 @@ def test_a_file_that_appears_later_is_loaded_by_itself(
 def test_the_engine_can_be_named_without_its_libraries() -> None:
     script = (
         "import sys; sys.modules.update(llama_cpp=None, jinja2=None, numpy=None); "
-        "import llamacpp_mqtt_deploy.engines.inprocess"
+        "import llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
@@ -815,8 +817,8 @@ _LIVES = """
     import os, signal, sys, threading
     from pathlib import Path
     from llamacpp_mqtt_deploy.core.deltas import EngineCall, Text
-    from llamacpp_mqtt_deploy.engines.inprocess import InprocessEngine
-    from llamacpp_mqtt_deploy.settings import EngineSettings
+    from llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine import InprocessEngine
+    from llamacpp_mqtt_deploy.config.settings import EngineSettings
     from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
     engine = InprocessEngine(EngineSettings(kind="inprocess", model_path=Path(sys.argv[1]), context_tokens=4096, threads=1))
     engine.open()

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import structlog
 
+from llamacpp_mqtt_deploy.config.settings import EngineSettings, ManagedSettings
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Text
 from llamacpp_mqtt_deploy.core.errors import EngineLost, EngineUnavailable, ShuttingDown
-from llamacpp_mqtt_deploy.engines import verdicts
-from llamacpp_mqtt_deploy.engines.managed import ManagedEngine
-from llamacpp_mqtt_deploy.engines.server import ServerEngine
-from llamacpp_mqtt_deploy.engines.stalling import Vigilance
-from llamacpp_mqtt_deploy.settings import EngineSettings, ManagedSettings
+from llamacpp_mqtt_deploy.engines.managed import verdicts
+from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
+from llamacpp_mqtt_deploy.engines.managed.stalling import Vigilance
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 from tests.support.fake_llama_server import FakeLlamaServer, write_fake_llama_server
 from tests.support.waiting import eventually
@@ -406,8 +406,8 @@ import sys, threading
 from pathlib import Path
 import structlog
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-from llamacpp_mqtt_deploy.engines.managed import ManagedEngine
-from llamacpp_mqtt_deploy.settings import EngineSettings, ManagedSettings
+from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
+from llamacpp_mqtt_deploy.config.settings import EngineSettings, ManagedSettings
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 binary = Path(sys.argv[2]) if len(sys.argv) > 2 else None

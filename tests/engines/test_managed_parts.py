@@ -13,14 +13,14 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.engines import launching, privatedir, serverlog, wheel_server
-from llamacpp_mqtt_deploy.engines.launching import Abilities, Door
-from llamacpp_mqtt_deploy.engines.privatedir import LONGEST_SOCKET_PATH, PrivateDir
-from llamacpp_mqtt_deploy.engines.server import SlotProgress
-from llamacpp_mqtt_deploy.engines.serverlog import KEPT_LINES, MAX_LINE_CHARS, ServerLog
-from llamacpp_mqtt_deploy.engines.stalling import StallWatch, Vigilance
-from llamacpp_mqtt_deploy.engines.verdicts import End, Verdicts
-from llamacpp_mqtt_deploy.settings import EngineSettings, ManagedSettings
+from llamacpp_mqtt_deploy.config.settings import EngineSettings, ManagedSettings
+from llamacpp_mqtt_deploy.engines.managed import launching, privatedir, serverlog, wheel_server
+from llamacpp_mqtt_deploy.engines.managed.launching import Abilities, Door
+from llamacpp_mqtt_deploy.engines.managed.privatedir import LONGEST_SOCKET_PATH, PrivateDir
+from llamacpp_mqtt_deploy.engines.managed.serverlog import KEPT_LINES, MAX_LINE_CHARS, ServerLog
+from llamacpp_mqtt_deploy.engines.managed.stalling import StallWatch, Vigilance
+from llamacpp_mqtt_deploy.engines.managed.verdicts import End, Verdicts
+from llamacpp_mqtt_deploy.engines.server.server_engine import SlotProgress
 
 # --- the server's log ------------------------------------------------------------------------------------------------
 

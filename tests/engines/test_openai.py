@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost, IdleTimeout, RequestError
-from llamacpp_mqtt_deploy.engines.server import ServerEngine
-from llamacpp_mqtt_deploy.settings import EngineSettings
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from tests.support.openai_server import MODEL, OpenAiServer
 from tests.support.sham_server import DONE, ShamServer, delta, event, reply, stream

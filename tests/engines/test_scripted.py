@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened, Reasoning, Text, Usage
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened, Reasoning, Text, TokenUsage
 from llamacpp_mqtt_deploy.core.errors import EngineLost, EngineUnavailable
-from llamacpp_mqtt_deploy.engines.scripted import Gate, ScriptedEngine, Wait
 from llamacpp_mqtt_deploy.engines.slots import Slots
 from llamacpp_mqtt_deploy.stopping import Stopped, StopSignal
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Wait
 from tests.support.waiting import eventually
 
 CALL = EngineCall(messages=[{"role": "system", "content": "be"}, {"role": "user", "content": " the water,  good "}])
@@ -31,7 +31,7 @@ def test_without_a_script_the_last_user_message_comes_back() -> None:
     engine = ready()
     deltas = play(engine)
     assert "".join(delta.text for delta in deltas if isinstance(delta, Text)) == " the water,  good "
-    assert deltas[-1] == Finished("stop", Usage(prompt_tokens=4, completion_tokens=4))
+    assert deltas[-1] == Finished("stop", TokenUsage(prompt_tokens=4, completion_tokens=4))
     assert list(engine.calls) == [CALL]
 
 

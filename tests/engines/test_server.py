@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import SecretStr
 
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened, Progress, Text
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened, PromptProgress, Text
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
     ContextOverflow,
@@ -32,9 +33,8 @@ from llamacpp_mqtt_deploy.core.errors import (
     RequestError,
     Unsupported,
 )
-from llamacpp_mqtt_deploy.engines.http import READ_BYTES
-from llamacpp_mqtt_deploy.engines.server import ServerEngine
-from llamacpp_mqtt_deploy.settings import EngineSettings
+from llamacpp_mqtt_deploy.engines.server.http import READ_BYTES
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 from tests.support.llama_server import LlamaServer
 from tests.support.sham_server import DONE, END, STREAM, Answer, ShamServer, chunk, delta, event, reply, reset, stream
@@ -189,7 +189,7 @@ def test_a_refusal_that_drips_is_cut_off(sham: ShamServer, monkeypatch: pytest.M
         while not pause.wait(0.02):
             connection.sendall(b"x")
 
-    monkeypatch.setattr("llamacpp_mqtt_deploy.engines.server.COUNT_WITHIN_S", 0.2)
+    monkeypatch.setattr("llamacpp_mqtt_deploy.engines.server.server_engine.COUNT_WITHIN_S", 0.2)
     started = time.monotonic()
     head = b"HTTP/1.1 500 X\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
     assert isinstance(error_of(sham, (head, drip)), EngineFailed)
@@ -386,7 +386,7 @@ def test_progress_counts_as_output(sham: ShamServer) -> None:
 
     sham.on(CHAT, (STREAM, progress, chunk(delta("stop", content="x") + DONE), END))
     deltas = play(engine_for(sham), replace(CALL, chunk_timeout_s=0.4))
-    assert sum(isinstance(delta, Progress) for delta in deltas) == 12
+    assert sum(isinstance(delta, PromptProgress) for delta in deltas) == 12
 
 
 def test_a_slow_reader_is_not_taken_for_a_silent_engine(sham: ShamServer) -> None:

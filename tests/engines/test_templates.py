@@ -48,7 +48,7 @@ def user(text: Any) -> dict[str, Any]:
 @pytest.fixture
 def template() -> Any:
     need_llama_cpp()  # jinja2 comes with it
-    from llamacpp_mqtt_deploy.engines.templates import ChatTemplate
+    from llamacpp_mqtt_deploy.engines.inprocess.templates import ChatTemplate
 
     return lambda source: ChatTemplate(source, bos="<s>", eos="</s>")
 
@@ -130,7 +130,7 @@ def test_what_templates_use_beyond_plain_jinja_is_there(template: Any, source: s
 def test_a_wild_template_ends_in_a_refusal_and_in_time(
     template: Any, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamacpp_mqtt_deploy.engines.templates.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("llamacpp_mqtt_deploy.engines.inprocess.templates.MAX_SECONDS", 0.2)
     made = template(source)
     started = time.monotonic()
     with pytest.raises(BadRequest):

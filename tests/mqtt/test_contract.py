@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
-from llamacpp_mqtt_deploy.mqtt.loopback import LoopbackBroker, LoopbackLink
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo
-from llamacpp_mqtt_deploy.settings import MqttSettings
 from llamacpp_mqtt_deploy.stopping import Deadline
+from llamacpp_mqtt_deploy.testing.loopback import LoopbackBroker, LoopbackLink
 from tests.support.bus_client import BusClient
 from tests.support.cable import Cable
 from tests.support.link_case import LinkCase

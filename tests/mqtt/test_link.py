@@ -17,10 +17,10 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 from structlog.testing import capture_logs
 
+from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 from llamacpp_mqtt_deploy.mqtt.sending import Sending
 from llamacpp_mqtt_deploy.ports import Delivery
-from llamacpp_mqtt_deploy.settings import MqttSettings
 from llamacpp_mqtt_deploy.stopping import Deadline
 from tests.support.amqtt_broker import AmqttBroker
 from tests.support.bus_client import BusClient

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from llamacpp_mqtt_deploy.mqtt.loopback import LoopbackBroker, LoopbackLink
 from llamacpp_mqtt_deploy.stopping import Deadline
+from llamacpp_mqtt_deploy.testing.loopback import LoopbackBroker, LoopbackLink
 from tests.support.link_case import LinkCase
 from tests.support.waiting import eventually
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
-from llamacpp_mqtt_deploy.mqtt.topics import filter_fault, matches, topic_fault
+from llamacpp_mqtt_deploy.core.topics import filter_fault, topic_fault, topic_matches
 
 LEVEL = st.text("ab$", max_size=2)
 TOPIC = st.lists(LEVEL, min_size=1, max_size=4).map("/".join).filter(bool)
@@ -19,7 +19,7 @@ FILTER = st.tuples(
 @given(FILTER, TOPIC)
 def test_matching_agrees_with_paho(topic_filter: str, topic: str) -> None:
     assert filter_fault(topic_filter) is None
-    assert matches(topic_filter, topic) == topic_matches_sub(topic_filter, topic)
+    assert topic_matches(topic_filter, topic) == topic_matches_sub(topic_filter, topic)
 
 
 @given(st.text(max_size=60))

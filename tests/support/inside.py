@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.engines import native
-from llamacpp_mqtt_deploy.engines.inprocess import InprocessEngine
-from llamacpp_mqtt_deploy.settings import EngineSettings
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.engines.inprocess import native
+from llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine import InprocessEngine
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 

@@ -1,0 +1,1 @@
+"""What a user can set: the models, where values come from, and what contradicts what."""

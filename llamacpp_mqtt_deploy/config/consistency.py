@@ -1,0 +1,185 @@
+"""What must hold between settings that are each fine alone: contradictions that refuse the start, and warnings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from llamacpp_mqtt_deploy.config import credentials
+from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.core.conversation import check_tools
+from llamacpp_mqtt_deploy.core.names import check_fields
+
+Finding = tuple[str, str]
+"""The dotted key that a problem is reported under, and the sentence."""
+
+# A character takes at most six bytes in an event (a control character as \u001f); the envelope around it stays below this.
+_BYTES_PER_CHAR = 6
+_ENVELOPE_BYTES = 1024
+
+
+def problems(
+    settings: Settings, *, given: Callable[[str], bool], environ: Mapping[str, str] = os.environ
+) -> Iterator[Finding]:
+    """What contradicts itself. `given(dotted_key)` says whether the user set a key rather than leaving its default."""
+    yield from _mqtt(settings, environ)
+    yield from _engine(settings, environ)
+    yield from _sizes(settings, given)
+    for name, route in settings.routes.items():
+        yield from ((f"routes.{name}.fields", fault) for fault in check_fields(route.fields))
+        yield from ((f"routes.{name}.tools", fault) for fault in check_tools(route.tools))
+
+
+def _mqtt(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    mqtt, tls = settings.mqtt, settings.mqtt.tls
+    if not mqtt.host:
+        yield "mqtt.host", "expected the name or address of the broker, found nothing"
+    if mqtt.transport == "unix":
+        if not mqtt.host.startswith("/"):
+            yield "mqtt.host", f'expected the absolute path of a socket with transport = "unix", found "{mqtt.host}"'
+        if mqtt.port is not None:
+            yield "mqtt.port", 'has no meaning with transport = "unix"; remove it'
+        if tls.enabled:
+            yield "mqtt.tls.enabled", 'has no meaning with transport = "unix"; remove it'
+    elif "/" in mqtt.host or " " in mqtt.host:
+        yield (
+            "mqtt.host",
+            f'expected a name or an address alone, found "{mqtt.host}"; port and transport have keys of their own',
+        )
+    if mqtt.transport == "websockets" and not mqtt.websocket_path.startswith("/"):
+        yield "mqtt.websocket_path", f'expected a path that begins with "/", found "{mqtt.websocket_path}"'
+    if mqtt.password is not None and mqtt.password_file is not None:
+        yield "mqtt.password_file", "mqtt.password is set too; keep one of them"
+    try:
+        password = credentials.mqtt_password(settings, environ=environ)
+    except credentials.CredentialError as error:
+        yield "mqtt.password_file", str(error)
+    else:
+        if password is not None and not mqtt.username:
+            yield "mqtt.username", "is missing, and there is a password: MQTT sends none without a user name"
+    if not tls.enabled:
+        # Silence here would send everything in the clear to somebody who believes it is encrypted.
+        for name in ("ca_file", "cert_file", "key_file"):
+            if getattr(tls, name) is not None:
+                yield f"mqtt.tls.{name}", "is set, but TLS is off; add enabled = true to [mqtt.tls], or remove it"
+        if tls.insecure:
+            yield "mqtt.tls.insecure", "is set, but TLS is off; add enabled = true to [mqtt.tls], or remove it"
+    if (tls.cert_file is None) != (tls.key_file is None):
+        missing = "key_file" if tls.key_file is None else "cert_file"
+        yield f"mqtt.tls.{missing}", "is missing; a client certificate needs both cert_file and key_file"
+    for name in ("ca_file", "cert_file", "key_file"):
+        file = getattr(tls, name)
+        if tls.enabled and file is not None and not os.access(file, os.R_OK):
+            yield f"mqtt.tls.{name}", f"cannot read {file}; check that it exists and that this user may read it"
+
+
+def _engine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    engine = settings.engine
+    if engine.kind == "server":
+        problem = _bad_url(engine.url)
+        if problem:
+            yield "engine.url", f"expected http://HOST:PORT, https://HOST or unix:///PATH/NAME.sock, {problem}"
+    elif engine.model_path is None and engine.repo_id is None:
+        yield (
+            "engine.model_path",
+            f'expected the path of a GGUF file (or repo_id and filename) with kind = "{engine.kind}"',
+        )
+    if engine.repo_id is not None and engine.filename is None:
+        yield "engine.filename", "is missing; repo_id needs the name of the file in the repository"
+    if engine.filename is not None and engine.repo_id is None:
+        yield (
+            "engine.repo_id",
+            "is missing; filename names a file in a repository (a file of this machine goes into model_path)",
+        )
+    if engine.model_path is not None and engine.repo_id is not None:
+        yield "engine.repo_id", "engine.model_path is set too; keep one of them"
+    if engine.api_key is not None and engine.api_key_file is not None:
+        yield "engine.api_key_file", "engine.api_key is set too; keep one of them"
+    try:
+        credentials.engine_api_key(settings, environ=environ)
+    except credentials.CredentialError as error:
+        yield "engine.api_key_file", str(error)
+
+
+def _bad_url(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"found an address that cannot be read ({error})"
+    if parts.username is not None or parts.password is not None:
+        return "found a user name in it: a secret does not belong into an address, use api_key_file"
+    match parts.scheme:
+        case "http" | "https":
+            if not parts.hostname:
+                return f'found "{url}", which names no host'
+            return "found port 0" if port == 0 else None
+        case "unix":
+            return (
+                None if not parts.netloc and len(parts.path) > 1 else f'found "{url}" (three slashes: unix:///run/...)'
+            )
+        case _:
+            return f'found "{url}"'
+
+
+def _sizes(settings: Settings, given: Callable[[str], bool]) -> Iterator[Finding]:
+    streaming, limits = settings.streaming, settings.limits
+    most_chars = (limits.max_event_bytes - _ENVELOPE_BYTES) // _BYTES_PER_CHAR
+    for name in ("chunk_chars", "coalesce_max_chars"):
+        chars = getattr(streaming, name)
+        if given(f"streaming.{name}") and chars > max(most_chars, 1):
+            fits = f"(what fits into limits.max_event_bytes = {limits.max_event_bytes})"
+            yield f"streaming.{name}", f"expected at most {max(most_chars, 1)} {fits}, found {chars}"
+    for path, timeout_s in _timeouts(settings):
+        if timeout_s > limits.max_timeout_s:
+            yield path, f"expected at most limits.max_timeout_s = {limits.max_timeout_s:g}, found {timeout_s:g}"
+    for path, tokens in _answer_lengths(settings):
+        if given(path) and tokens > limits.max_tokens:
+            yield path, f"expected at most limits.max_tokens = {limits.max_tokens}, found {tokens}"
+
+
+def _timeouts(settings: Settings) -> Iterator[tuple[str, float]]:
+    yield "generation.timeout_s", settings.generation.timeout_s
+    for name, route in settings.routes.items():
+        if route.timeout_s is not None:
+            yield f"routes.{name}.timeout_s", route.timeout_s
+
+
+def _answer_lengths(settings: Settings) -> Iterator[tuple[str, int]]:
+    if settings.generation.max_tokens is not None:
+        yield "generation.max_tokens", settings.generation.max_tokens
+    for name, route in settings.routes.items():
+        if route.max_tokens is not None:
+            yield f"routes.{name}.max_tokens", route.max_tokens
+
+
+def warnings(settings: Settings) -> Iterator[str]:
+    """What works and is not wise; for the log at start and for `lmd check`."""
+    mqtt, engine = settings.mqtt, settings.engine
+    yield from credentials.exposed(
+        {
+            "mqtt.password_file": mqtt.password_file,
+            "engine.api_key_file": engine.api_key_file,
+            "mqtt.tls.key_file": mqtt.tls.key_file,
+        }
+    )
+    if mqtt.tls.enabled and mqtt.tls.insecure:
+        yield "mqtt.tls.insecure: the broker's certificate is not verified; anyone on the way can pose as the broker"
+    if mqtt.transport != "unix" and not mqtt.tls.enabled and not _is_this_machine(mqtt.host):
+        yield f"mqtt.tls.enabled: prompts, answers and the password cross the network to {mqtt.host} unencrypted"
+    url = urlsplit(engine.url)
+    if engine.kind == "server" and url.scheme == "http" and not _is_this_machine(url.hostname or ""):
+        yield f"engine.url: prompts, answers and the API key cross the network to {url.hostname} unencrypted"
+    if settings.sessions.store == "memory":
+        yield "sessions.store: accepted requests and histories are lost when the worker ends (memory)"
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

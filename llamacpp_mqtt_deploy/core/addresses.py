@@ -1,0 +1,154 @@
+"""A topic becomes an address: kind of message, route, session path, reply topic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llamacpp_mqtt_deploy.core.errors import BadRequest
+from llamacpp_mqtt_deploy.core.route_checks import check_routes
+from llamacpp_mqtt_deploy.core.routes import (
+    MAX_TOPIC_BYTES,
+    RouteTopics,
+    TopicTemplate,
+    is_session,
+    with_default,
+)
+
+AddressKind = Literal["request", "control", "admin"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a message came from and where its answers go.
+
+    `session` and `reply_topic` are None for a request whose session is still in its payload: `TopicMap.with_session`
+    completes it. `first_level` is what rate limits, quotas and fair turns count by: the first level of the session path,
+    which the broker's access list binds to a user, or `route:NAME` where the session comes from the payload and anybody
+    can make up as many as he likes. For `admin`, `route` and `first_level` are empty and `reply_topic` is the admin reply
+    topic.
+    """
+
+    kind: AddressKind
+    route: str
+    session: str | None
+    reply_topic: str | None
+    first_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    topics: RouteTopics
+    request: TopicTemplate
+    reply: TopicTemplate
+    control: TopicTemplate | None
+
+
+@dataclass(frozen=True)
+class TopicMap:
+    """All topics of one worker. `routes` are those of `route_topics`; `default` is added when it is not among them.
+
+    Raises ValueError when `check_routes` finds a fault: a map that would answer itself cannot be made.
+    """
+
+    root: str
+    worker_id: str
+    routes: tuple[RouteTopics, ...] = ()
+    _compiled: Mapping[str, _Compiled] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        faults = check_routes(root=self.root, worker_id=self.worker_id, routes=self.routes)
+        if faults:
+            raise ValueError("; ".join(faults))
+        routes = with_default(self.root, self.routes)
+        object.__setattr__(self, "routes", routes)
+        compiled = {
+            route.name: _Compiled(
+                route,
+                TopicTemplate.cut(route.request),
+                TopicTemplate.cut(route.reply),
+                None if route.control is None else TopicTemplate.cut(route.control),
+            )
+            for route in routes
+        }
+        object.__setattr__(self, "_compiled", compiled)
+
+    @property
+    def admin_topic(self) -> str:
+        return f"{self.root}/admin/{self.worker_id}"
+
+    @property
+    def admin_reply_topic(self) -> str:
+        return f"{self.root}/admin-reply/{self.worker_id}"
+
+    @property
+    def status_topic(self) -> str:
+        return f"{self.root}/status/{self.worker_id}"
+
+    @property
+    def status_filter(self) -> str:
+        return f"{self.root}/status/+"
+
+    @property
+    def health_topic(self) -> str:
+        return f"{self.root}/health/{self.worker_id}"
+
+    def request_filters(self) -> list[str]:
+        """What to subscribe to for requests; no two of them match the same topic."""
+        return [name for route in self._compiled.values() for name in route.request.filters()]
+
+    def control_filters(self) -> list[str]:
+        """What to subscribe to for control messages; `admin_topic` is not among them."""
+        return [name for route in self._compiled.values() if route.control for name in route.control.filters()]
+
+    def address(self, topic: str) -> Address | None:
+        """The address of a received message; None when no route owns the topic or its session path breaks the rules."""
+        if topic == self.admin_topic:
+            return Address(kind="admin", route="", session=None, reply_topic=self.admin_reply_topic, first_level="")
+        if len(topic.encode("utf-8", "surrogatepass")) > MAX_TOPIC_BYTES:
+            return None
+        levels = topic.split("/")
+        for route in self._compiled.values():
+            session = route.request.read(levels)
+            if session is not None:
+                return self._request_address(route, session)
+            session = route.control.read(levels) if route.control else None
+            if session:
+                return _complete("control", route, session)
+        return None
+
+    def with_session(self, route: str, session: str | None) -> Address:
+        """The address of a request of `route` whose session stands in its payload.
+
+        Raises BadRequest when it is no session path, or too long for the route's reply topic.
+        """
+        compiled = self._compiled[route]
+        if session is None or not is_session(session):
+            expected = "one or two levels of letters, digits, _ . and -, each at most 64 characters, joined by /"
+            raise BadRequest(f"session_id: expected {expected}", fields={"session_id": expected})
+        address = _complete("request", compiled, session)
+        if address is None:
+            expected = f"shorter: the reply topic must not be longer than {MAX_TOPIC_BYTES} bytes"
+            raise BadRequest(f"session_id: expected {expected}", fields={"session_id": expected})
+        return address
+
+    def _request_address(self, route: _Compiled, session: str) -> Address | None:
+        if session:
+            return _complete("request", route, session)
+        return Address(
+            kind="request",
+            route=route.topics.name,
+            session=None,
+            reply_topic=None,
+            first_level=f"route:{route.topics.name}",
+        )
+
+
+def _complete(kind: AddressKind, route: _Compiled, session: str) -> Address | None:
+    reply = route.reply.fill(session)
+    if len(reply.encode()) > MAX_TOPIC_BYTES:
+        return None
+    # A session path holds no `:`, so a route cannot be mistaken for a user.
+    first = f"route:{route.topics.name}" if route.topics.trust_payload_session else session.split("/", maxsplit=1)[0]
+    return Address(kind=kind, route=route.topics.name, session=session, reply_topic=reply, first_level=first)

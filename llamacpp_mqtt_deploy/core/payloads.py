@@ -1,0 +1,142 @@
+"""From hostile bytes to a plain text or a JSON object, everything refused before anything recurses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import accumulate
+from typing import Any, NoReturn
+
+from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
+
+MAX_DEPTH = 32
+"""Deepest nesting of objects and lists; every parser and serializer on the way recurses."""
+
+MAX_NAME_SHOWN = 64
+"""Characters of a client's own word that are repeated in an answer."""
+
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
+
+# A whole JSON string, or all that follows an unclosed quote. Possessive, so that no payload makes it backtrack.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+# The largest integers that the JSON writer of events, SQLite and most other languages can hold.
+_MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
+_MAX_INT_CHARS = 21
+
+# For an answer to a message that cannot be read as a whole.
+_REQUEST_ID = re.compile(rb'"request_id"\s{0,8}:\s{0,8}"([A-Za-z0-9_.-]{1,64})"')
+_GUESS_BYTES = 65536
+
+
+def decode_payload(payload: bytes, *, max_bytes: int) -> str | dict[str, Any] | None:
+    """The content of a message: a text, a JSON object when its first non-blank byte is `{`, None when it is blank.
+
+    An object that comes out has at most `MAX_DEPTH` levels, no doubled key, no lone surrogate, and only numbers that are
+    finite and fit 64 bits. Raises PayloadTooLarge and BadRequest; work is linear in the size of the payload.
+    """
+    if len(payload) > max_bytes:
+        raise PayloadTooLarge(
+            f"payload: {len(payload)} bytes, this worker takes at most {max_bytes}",
+            fields={"payload": f"at most {max_bytes} bytes"},
+        )
+    payload = payload.removeprefix(_BOM)
+    if not payload.strip(_BLANK):
+        return None
+    text = _decoded(payload)
+    return _object(payload, text) if payload.lstrip(_BLANK).startswith(b"{") else text
+
+
+def guess_request_id(payload: bytes) -> str | None:
+    """The request id of a message that `decode_payload` refused, as far as it can be seen without reading the whole."""
+    found = _REQUEST_ID.search(payload[:_GUESS_BYTES])
+    return found.group(1).decode("ascii") if found else None
+
+
+def shown(word: str) -> str:
+    """A client's own word in quotes, short enough and printable, for a message that answers him."""
+    clipped = word if len(word) <= MAX_NAME_SHOWN else word[:MAX_NAME_SHOWN] + "..."
+    return json.dumps(clipped)
+
+
+def nesting(payload: bytes) -> int:
+    """How deep the objects and lists of a JSON text go; brackets in strings do not count."""
+    brackets = _STRINGS.sub(b"", payload).translate(None, _NOT_BRACKETS)
+    return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _decoded(payload: bytes) -> str:
+    try:
+        return payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _refused(f"not valid UTF-8 at byte {error.start}", "UTF-8 text") from None
+
+
+def _object(payload: bytes, text: str) -> dict[str, Any]:
+    if nesting(payload) > MAX_DEPTH:
+        raise _refused(f"nested more than {MAX_DEPTH} levels deep", f"at most {MAX_DEPTH} levels of objects and lists")
+    try:
+        body = json.loads(
+            text, object_pairs_hook=_pairs, parse_int=_integer, parse_float=_float, parse_constant=_constant
+        )
+    except json.JSONDecodeError as error:
+        reason = f'begins with "{{" but is not valid JSON ({error.msg}, line {error.lineno} column {error.colno})'
+        raise _refused(reason, "a JSON object, or a text that does not begin with {") from None
+    assert isinstance(body, dict)
+    if _SURROGATE_ESCAPE.search(payload):
+        _check_surrogates(body)
+    return body
+
+
+def _check_surrogates(body: dict[str, Any]) -> None:
+    # Pairs of escapes have become characters by now; only halves are left to fail.
+    for name, value in body.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise _refused(
+                f"half of a surrogate pair (a \\ud800 escape without its partner) in {shown(name)}",
+                "text without lone surrogates",
+                name=name,
+            ) from None
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _refused(f"the key {shown(name)} stands twice in one object", "each key once", name=name)
+            seen.add(name)
+    return found
+
+
+def _integer(digits: str) -> int:
+    # Python raises ValueError of its own for more than 4300 digits, and takes quadratic time before.
+    if len(digits) <= _MAX_INT_CHARS and _MIN_INT <= (number := int(digits)) <= _MAX_INT:
+        return number
+    raise _refused(f"the number {digits[:24]}... is too large", "whole numbers of at most 64 bits")
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if math.isfinite(number):
+        return number
+    raise _refused(f"the number {digits[:24]} is too large", "numbers that fit a double")
+
+
+def _constant(name: str) -> NoReturn:
+    raise _refused(f"{name} is no JSON number", "finite numbers")
+
+
+def _refused(reason: str, expected: str, *, name: str = "payload") -> BadRequest:
+    # A name of the client's may hold half of a surrogate pair itself, which no event could carry.
+    key = name[:MAX_NAME_SHOWN].encode("utf-8", "replace").decode()
+    return BadRequest(f"payload: {reason}", fields={key: expected})

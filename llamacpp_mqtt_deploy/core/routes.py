@@ -1,0 +1,116 @@
+"""The topics of a route as templates, and session paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DEFAULT_ROUTE = "default"
+SESSION_FIELD = "{session}"
+
+MAX_TOPIC_BYTES = 200
+"""Longest topic that is read or written, in bytes; brokers and small clients stop well below the 65535 of MQTT 4.7.3."""
+
+SESSION_LEVELS = (1, 2)
+"""A session path is `{name}` or `{user}/{name}`."""
+
+# No anchors: always used with fullmatch, because `$` lets "abc\n" through and one such topic in a publish makes the broker
+# close the connection after every reconnect.
+LEVEL = r"[A-Za-z0-9_.-]{1,64}"
+SESSION = rf"{LEVEL}(?:/{LEVEL})?"
+_LEVEL = re.compile(LEVEL)
+_SESSION = re.compile(SESSION)
+
+
+def is_level(text: str) -> bool:
+    """Whether `text` may be one level of a session path, a worker id or a root."""
+    return _LEVEL.fullmatch(text) is not None
+
+
+def is_session(text: str) -> bool:
+    """Whether `text` is a session path: one or two levels."""
+    return _SESSION.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteTopics:
+    """The topics of one route as templates; `{session}` stands for a session path, always as a level of its own."""
+
+    name: str
+    request: str
+    reply: str
+    control: str | None = None
+    trust_payload_session: bool = False
+
+
+def route_topics(
+    *,
+    root: str,
+    name: str,
+    request: str | None = None,
+    reply: str | None = None,
+    control: str | None = None,
+    trust_payload_session: bool = False,
+) -> RouteTopics:
+    """The topics of a configured route, with those left out filled in.
+
+    `default` has `{root}/request/{session}`, `{root}/reply/{session}` and `{root}/control/{session}`. Any other route lives
+    below the root under its own name, `{root}/{name}/request/{session}` and so on, so that two workers with different roots
+    never share a topic by accident. A route whose session comes from the payload gets `{root}/{name}/request` and no
+    control topic.
+    """
+    base = root if name == DEFAULT_ROUTE else f"{root}/{name}"
+    if request is None:
+        request = f"{base}/request" if trust_payload_session else f"{base}/request/{SESSION_FIELD}"
+    if reply is None:
+        reply = f"{base}/reply/{SESSION_FIELD}"
+    if control is None and not trust_payload_session:
+        control = f"{base}/control/{SESSION_FIELD}"
+    return RouteTopics(
+        name=name, request=request, reply=reply, control=control, trust_payload_session=trust_payload_session
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TopicTemplate:
+    """A topic template cut at its `{session}`; `head` and `tail` are levels, `open` is false without `{session}`."""
+
+    head: tuple[str, ...]
+    tail: tuple[str, ...]
+    open: bool
+
+    @classmethod
+    def cut(cls, text: str) -> TopicTemplate:
+        levels = text.split("/")
+        if SESSION_FIELD not in levels:
+            return cls(tuple(levels), (), False)
+        at = levels.index(SESSION_FIELD)
+        return cls(tuple(levels[:at]), tuple(levels[at + 1 :]), True)
+
+    def filters(self) -> list[str]:
+        if not self.open:
+            return ["/".join(self.head)]
+        return ["/".join((*self.head, *["+"] * count, *self.tail)) for count in SESSION_LEVELS]
+
+    def fill(self, session: str) -> str:
+        return "/".join((*self.head, session, *self.tail)) if self.open else "/".join(self.head)
+
+    def read(self, levels: Sequence[str]) -> str | None:
+        """The session path in a topic; None when the topic does not fit, "" when the template has no `{session}`."""
+        if not self.open:
+            return "" if tuple(levels) == self.head else None
+        first, last = len(self.head), len(levels) - len(self.tail)
+        if last - first not in SESSION_LEVELS:
+            return None
+        if tuple(levels[:first]) != self.head or tuple(levels[last:]) != self.tail:
+            return None
+        session = levels[first:last]
+        return "/".join(session) if all(map(is_level, session)) else None
+
+
+def with_default(root: str, routes: Sequence[RouteTopics]) -> tuple[RouteTopics, ...]:
+    """The routes, with `default` first when it is not among them."""
+    if any(route.name == DEFAULT_ROUTE for route in routes):
+        return tuple(routes)
+    return (route_topics(root=root, name=DEFAULT_ROUTE), *routes)

@@ -1,0 +1,1 @@
+"""The engine that the worker starts and watches itself."""

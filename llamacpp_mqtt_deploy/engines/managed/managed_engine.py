@@ -1,0 +1,449 @@
+"""The engine that the worker starts itself: a llama.cpp server as a child process, watched, and started again when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import structlog
+from pydantic import SecretStr
+
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
+from llamacpp_mqtt_deploy.core.errors import EngineUnavailable, ShuttingDown
+from llamacpp_mqtt_deploy.engines.managed import launching
+from llamacpp_mqtt_deploy.engines.managed.child import EXITED_LOOK_EVERY_S, Child, oom_kills
+from llamacpp_mqtt_deploy.engines.managed.launching import CannotLaunch, Door
+from llamacpp_mqtt_deploy.engines.managed.privatedir import PrivateDir
+from llamacpp_mqtt_deploy.engines.managed.serverlog import ServerLog
+from llamacpp_mqtt_deploy.engines.managed.stalling import Vigilance
+from llamacpp_mqtt_deploy.engines.managed.verdicts import End, Verdict, Verdicts, Wish
+from llamacpp_mqtt_deploy.engines.managed.watching import Life, Watcher
+from llamacpp_mqtt_deploy.engines.server import dialects
+from llamacpp_mqtt_deploy.engines.server.http import ServerAddress
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
+from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
+from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
+
+log = structlog.get_logger(__name__)
+
+SECOND_SIGNAL_AFTER_S = 1.0
+"""llama-server waits for its open streams at the first SIGTERM and ends at once at the second."""
+KILL_AFTER_S = 3.0
+MAX_DETAIL_CHARS = 600
+STUCK_MARGIN_S = 10.0
+"""Beyond `chunk_timeout_s`, so that the requests in front of a hang have ended before the server does."""
+
+
+class ManagedEngine:
+    """See `ports.Engine`. Two threads live from `open` to `close`: one owns the process, one looks how it is."""
+
+    def __init__(self, settings: EngineSettings, *, vigilance: Vigilance | None = None) -> None:
+        key = secrets.token_urlsafe(32)
+        self._settings = settings.model_copy(
+            update={"dialect": "llamacpp", "api_key": SecretStr(key), "api_key_file": None, "ca_file": None}
+        )
+        self._key = key
+        self._program: launching.Program | None = None
+        self._directory: PrivateDir | None = None
+        # Guards what follows, for arithmetic only; notified at each change of the phase.
+        self._changed = threading.Condition()
+        self._phase: EngineState = "starting"
+        self._detail = "The server was not started yet."
+        self._life: Life | None = None
+        self._inner: ServerEngine | None = None
+        self._known = EngineInfo(
+            state="starting",
+            kind="managed",
+            slots=settings.slots or launching.default_slots(),
+            models=tuple(dict.fromkeys(((settings.model,) if settings.model else ()) + settings.models)),
+            n_ctx=settings.context_tokens,
+            can_restart=True,
+        )
+        self._closing = StopSignal()
+        self._hurry = False  # start now, without the rest of the pause
+        self._verdicts = Verdicts()
+        self._door: Door | None = None
+        self._arguments: list[str] | None = None
+        self._wakeup: socket.socket | None = None  # the supervisor's end of what interrupts its waiting
+        self._waker: socket.socket | None = None
+        self._kill_after_s = KILL_AFTER_S
+        self._supervisor = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
+        self._watcher = Watcher(
+            vigilance=vigilance or Vigilance(stuck_after_s=settings.chunk_timeout_s + STUCK_MARGIN_S),
+            life=lambda: self._life,
+            changed=self._changed,
+            closing=self._closing,
+            on_ready=self._became_ready,
+            on_hung=self._hung,
+        )
+
+    # --- the door ----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Find the server and begin to start it. Raises ValueError when there is none, or no model that can be read."""
+        launching.check(self._settings)
+        self._program = launching.find_program(self._settings)
+        try:
+            self._directory = PrivateDir()
+        except OSError as error:
+            raise ValueError(
+                f"no private directory for the server's socket can be made: {error}; set RUNTIME_DIRECTORY or TMPDIR"
+            ) from error
+        self._wakeup, self._waker = socket.socketpair()
+        for end in (self._wakeup, self._waker):
+            end.setblocking(False)
+        self._supervisor.start()
+        self._watcher.thread.start()
+
+    def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
+        deadline = None if timeout_s is None else Deadline(timeout_s)
+        forget = stop.on_stop(self._notify)
+        try:
+            with self._changed:
+                while self._phase not in ("ready", "closed") and not stop.is_set():
+                    if deadline is not None and deadline.passed():
+                        return False
+                    self._changed.wait(None if deadline is None else deadline.remaining_s())
+                return self._phase == "ready"
+        finally:
+            forget()
+
+    def info(self) -> EngineInfo:
+        with self._changed:
+            phase, detail, inner, known = self._phase, self._detail, self._inner, self._known
+        if phase != "ready" or inner is None:
+            return replace(known, state=phase, detail=detail)
+        said = inner.info()
+        return replace(said, can_restart=True, backend=known.backend)
+
+    def probe(self) -> EngineInfo:
+        with self._changed:
+            inner = self._inner if self._phase == "ready" else None
+        if inner is not None:
+            inner.probe()
+        return self.info()
+
+    def restart(self) -> bool:
+        """Start the server anew; running generations end with `engine_lost`. False once the engine is closed."""
+        with self._changed:
+            if self._closing.is_set():
+                return False
+            log.info("llama_server.restart_asked")
+            self._verdicts.forgive()
+            self._hurry = True
+            if self._life is None:
+                self._enter("restarting", "The server is started anew, as was asked for.")
+            self._end(self._life, "restart", "a restart was asked for")
+        self._wake()
+        return True
+
+    def close(self, deadline: Deadline) -> None:
+        with self._changed:
+            first = self._closing.set("shutting_down")
+            self._phase, self._detail = "closed", ""
+            inner = self._inner
+            # Half of the time for its own way of ending, so that the rest is enough to kill and reap it.
+            self._kill_after_s = min(KILL_AFTER_S, deadline.remaining_s() / 2)
+            self._end(self._life, "close", "the worker ends")
+            self._changed.notify_all()
+        if inner is not None:
+            # First: the server ends in 50 ms when its streams are gone, and waits for them otherwise.
+            inner.close(deadline)
+        self._wake()
+        for thread in (self._supervisor, self._watcher.thread):
+            if thread.is_alive():
+                thread.join(max(0.1, deadline.remaining_s()))
+        if self._supervisor.is_alive():
+            log.error("llama_server.not_ended", problem="its thread does not end; the process is killed")
+            with self._changed:
+                life = self._life
+            if life is not None:
+                life.child.send(signal.SIGKILL)
+        elif first and self._wakeup is not None and self._waker is not None:
+            self._wakeup.close()
+            self._waker.close()
+        if self._directory is not None:
+            self._directory.close()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None = None,
+    ) -> Iterator[Delta]:
+        stop.raise_if_set()
+        inner = self._when_ready(stop, on_wait)
+        yield from inner.stream(call, stop=stop, on_wait=on_wait, before_read=before_read)
+
+    def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
+        with self._changed:
+            inner = self._inner if self._phase == "ready" else None
+        return None if inner is None else inner.count_tokens(call, stop=stop)
+
+    def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
+        return dialects.unsupported(call, "llamacpp")
+
+    def _when_ready(self, stop: StopSignal, on_wait: Callable[[str], None]) -> ServerEngine:
+        """Wait while the server loads, for as long as that takes, and while it is restarted, for `unavailable_after_s`."""
+        told = ""
+        away_since: float | None = None
+        forget = stop.on_stop(self._notify)
+        try:
+            while True:
+                with self._changed:
+                    phase, inner = self._phase, self._inner
+                    if phase == "ready" and inner is not None:
+                        return inner
+                    if phase == "closed":
+                        raise ShuttingDown("The worker is shutting its engine down.")
+                    if phase == "failed":
+                        raise EngineUnavailable("The worker's engine cannot load; its operator finds why in its log.")
+                    reason = "engine_restarting" if phase == "restarting" else "loading"
+                    if reason == told:
+                        self._changed.wait(1.0)
+                stop.raise_if_set()
+                now = time.monotonic()
+                if reason != "engine_restarting":
+                    away_since = None
+                else:
+                    away_since = now if away_since is None else away_since
+                    if now - away_since >= self._settings.unavailable_after_s:
+                        raise EngineUnavailable("The engine is being restarted and does not come back.")
+                if reason != told:
+                    told = reason
+                    on_wait(reason)
+        finally:
+            forget()
+
+    # --- the thread that owns the process ----------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        while not self._closing.is_set():
+            with self._changed:
+                self._hurry = False
+            try:
+                self._prepare()
+                pause_s = self._live()
+            except CannotLaunch as problem:
+                pause_s = self._cannot(f"{problem}.")
+            except Exception as error:
+                log.exception("llama_server.supervision_failed")
+                pause_s = self._cannot(f"The worker failed to start its server: {error}.")
+            self._pause(pause_s)
+
+    def _prepare(self) -> None:
+        """Learn what the program understands, once."""
+        if self._arguments is not None:
+            return
+        assert self._program is not None
+        assert self._directory is not None
+        known = launching.abilities(self._program, self._closing)
+        port = self._settings.managed.port
+        key_file = None if known.key_from_environment else self._directory.write("key", self._key)
+        if port == 0 and known.unix_socket:
+            door = Door(socket_path=self._directory.socket_path, key_file=key_file)
+        else:
+            door = Door(port=port or launching.free_port(), key_file=key_file)
+        made = launching.arguments(self._settings, known, door)
+        inner = ServerEngine(self._settings, url=door.url, kind="managed")
+        inner.open()
+        with self._changed:
+            self._door, self._arguments, self._inner = door, made, inner
+
+    def _live(self) -> float:
+        """One life of the server. Returns the pause before the next, in seconds."""
+        assert self._program is not None
+        assert self._door is not None
+        assert self._arguments is not None
+        assert self._inner is not None
+        if self._door.socket_path is not None:
+            self._door.socket_path.unlink(missing_ok=True)  # the server leaves it behind, and cannot bind where one is
+        now = time.monotonic()
+        child = Child(
+            [*self._program.command, *self._arguments],
+            launching.environment(self._key if self._door.key_file is None else None),
+        )
+        life = Life(
+            child=child,
+            log=ServerLog(now=now, serving=lambda: self._phase == "ready"),
+            engine=self._inner,
+            address=ServerAddress(self._door.url),
+            started_at=now,
+            oom_kills=oom_kills(),
+        )
+        log.info("llama_server.started", pid=child.pid, program=self._program.shown)
+        try:
+            with self._changed:
+                self._life = life
+                self._enter("loading", _loading(life))
+                if self._closing.is_set():
+                    self._end(life, "close", "the worker ends")
+            code = self._accompany(life)
+        finally:
+            with self._changed:
+                self._life = None
+            child.close()
+        return self._ended(life, code)
+
+    def _accompany(self, life: Life) -> int:
+        child = life.child
+        wakeup = self._wakeup
+        assert wakeup is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(wakeup, selectors.EVENT_READ)
+            selector.register(child.output, selectors.EVENT_READ)
+            if child.ending is not None:
+                selector.register(child.ending, selectors.EVENT_READ)
+            while True:
+                wait_s = self._remind(life)
+                ready = {key.fd for key, _ in selector.select(wait_s)}
+                if child.output in ready and not self._listen(life):
+                    selector.unregister(child.output)
+                if wakeup.fileno() in ready:
+                    _drain(wakeup)
+                code = child.reap()
+                if code is not None:
+                    while self._listen(life, to_the_end=True):
+                        pass
+                    life.log.feed(b"", time.monotonic())  # a last line without an end
+                    return code
+
+    def _listen(self, life: Life, *, to_the_end: bool = False) -> bool:
+        """Read what the server wrote; False when there is no more."""
+        data = life.child.read()
+        if data is None:
+            return not to_the_end
+        life.log.feed(data, time.monotonic())
+        detail = _loading(life)
+        with self._changed:
+            if self._phase == "loading" and self._detail != detail and self._life is life:
+                self._enter("loading", detail)
+        return bool(data)
+
+    def _remind(self, life: Life) -> float:
+        """Send the signals that are due; the seconds until the next."""
+        look_s = 1.0 if life.child.ending is not None else EXITED_LOOK_EVERY_S
+        if not life.wish:
+            return look_s
+        now = time.monotonic()
+        if life.wish == "hung":
+            life.child.send(signal.SIGKILL)  # it did not even answer a question
+            return look_s
+        if not life.told_at:
+            life.told_at.append(now)
+            life.child.send(signal.SIGTERM)
+        waited_s = now - life.told_at[0]
+        second_s = min(SECOND_SIGNAL_AFTER_S, self._kill_after_s / 2)
+        if waited_s >= self._kill_after_s:
+            life.child.send(signal.SIGKILL)
+        elif waited_s >= second_s and len(life.told_at) == 1:
+            life.told_at.append(now)
+            life.child.send(signal.SIGTERM)
+        due_s = second_s if waited_s < second_s else self._kill_after_s
+        return min(look_s, max(0.01, due_s - waited_s))
+
+    def _ended(self, life: Life, code: int) -> float:
+        """Tell of an end; the pause before the next start in seconds."""
+        end = End(
+            code=code,
+            wish=life.wish,
+            why=life.why,
+            ready_s=None if life.ready_at is None else time.monotonic() - life.ready_at,
+            last=life.log.last(),
+            out_of_memory=life.oom_kills is not None and (oom_kills() or 0) > life.oom_kills,
+        )
+        ours = life.wish in ("close", "restart")
+        (log.info if ours else log.error)(
+            "llama_server.ended",
+            how=end.how,
+            why=life.why or None,
+            ready_s=None if end.ready_s is None else round(end.ready_s, 1),
+            last_lines=None if ours else end.last,
+        )
+        with self._changed:
+            return self._obey(self._verdicts.judge(end))
+
+    def _cannot(self, detail: str) -> float:
+        with self._changed:
+            return self._obey(self._verdicts.cannot(detail))
+
+    def _obey(self, verdict: Verdict) -> float:
+        """Under the lock."""
+        self._enter(verdict.state, verdict.detail)
+        return verdict.pause_s
+
+    def _pause(self, seconds: float) -> None:
+        deadline = Deadline(seconds)
+        with self._changed:
+            while not (self._hurry or self._closing.is_set() or deadline.passed()):
+                self._changed.wait(deadline.remaining_s())
+
+    # --- the thread that looks how it is -----------------------------------------------------------------------------
+
+    def _became_ready(self, life: Life) -> None:
+        said = life.engine.probe()
+        if said.state != "ready":
+            return  # /health is earlier than the rest by a moment
+        now = time.monotonic()
+        with self._changed:
+            if self._life is not life or life.wish:
+                return
+            life.ready_at = now
+            self._verdicts.ready()
+            self._known = replace(said, can_restart=True, backend=life.log.backend)
+            self._enter("ready", "")
+        seconds = round(now - life.started_at, 2)
+        log.info("llama_server.ready", pid=life.child.pid, seconds=seconds, backend=life.log.backend)
+
+    def _hung(self, life: Life, problem: str) -> None:
+        log.error("llama_server.hung", problem=problem, pid=life.child.pid)
+        with self._changed:
+            self._end(life, "hung", problem)
+        self._wake()
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    def _end(self, life: Life | None, wish: Wish, why: str) -> None:
+        """Want the process ended; under the lock. Closing goes before the other reasons."""
+        if life is None or (life.wish and wish != "close"):
+            return
+        life.wish, life.why = wish, why
+        if wish != "close":
+            self._enter("restarting", f"The server is ended: {why}.")
+
+    def _enter(self, phase: EngineState, detail: str) -> None:
+        """Under the lock."""
+        if self._phase != "closed":
+            self._phase, self._detail = phase, detail[:MAX_DETAIL_CHARS]
+        self._changed.notify_all()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        if self._waker is not None:
+            with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
+                self._waker.send(b"\0")
+
+
+def _loading(life: Life) -> str:
+    return f"The server loads: it {life.log.stage}." if life.log.stage else "The server starts."
+
+
+def _drain(end: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while end.recv(4096):
+            pass

@@ -1,0 +1,144 @@
+"""Asks a server what it is: its dialect, slots, context, models and abilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.core.completions import clean
+from llamacpp_mqtt_deploy.engines.server.dialects import Dialect, template_thinks
+from llamacpp_mqtt_deploy.engines.server.http import Broken, ConnectFailed, HttpExchange, NoAnswer, Silent
+from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
+
+ANSWER_WITHIN_S = 3.0
+"""A server that is alive answers these questions at once, also while it generates."""
+MAX_MODELS = 100
+
+
+class NotDescribed(Exception):
+    """The server does not say what it is yet; `state` and the text tell why."""
+
+    def __init__(self, state: EngineState, text: str) -> None:
+        super().__init__(text)
+        self.state = state
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a server is: its dialect and what goes into the status."""
+
+    dialect: Dialect
+    info: EngineInfo
+
+
+def describe(settings: EngineSettings, *, kind: str, shown: str, exchange: Callable[[], HttpExchange]) -> Description:
+    """Ask the server. Raises `NotDescribed`."""
+    try:
+        if settings.dialect != "openai":
+            status, props = _get(exchange, "/props")
+            _refuse_key(status)
+            if _loading(status, props):
+                raise NotDescribed("loading", f"The server at {shown} loads its model.")
+            if status == 200 and ("default_generation_settings" in props or "total_slots" in props):
+                return Description("llamacpp", _llamacpp_info(settings, kind, props))
+            if status >= 500:
+                raise NotDescribed("unreachable", f"The server at {shown} answers HTTP {status}. Look into its log.")
+            if settings.dialect == "llamacpp":
+                raise NotDescribed(
+                    "failed",
+                    f"What answers at {shown} is not llama.cpp's server (HTTP {status} for /props). Check engine.url, "
+                    "or set engine.dialect to openai.",
+                )
+        status, listed = _get(exchange, "/v1/models")
+    except ConnectFailed as error:
+        raise NotDescribed(
+            "unreachable", f"No connection to {shown}: {error}. Start the server, or set engine.url."
+        ) from error
+    except (NoAnswer, Broken, Silent, ValueError) as error:
+        raise NotDescribed("unreachable", f"The server at {shown} does not answer as it should: {error}.") from error
+    _refuse_key(status)
+    if status >= 500 or status == 429:
+        raise NotDescribed("unreachable", f"The server at {shown} answers HTTP {status}. Look into its log.")
+    return Description("openai", _openai_info(settings, kind, listed))
+
+
+def _get(exchange: Callable[[], HttpExchange], path: str) -> tuple[int, Mapping[str, Any]]:
+    with exchange() as asked:
+        asked.send("GET", path, timeout_s=ANSWER_WITHIN_S)
+        content = asked.read_all(timeout_s=ANSWER_WITHIN_S)
+        try:
+            document = orjson.loads(content)
+        except orjson.JSONDecodeError:
+            document = {}
+        return asked.status, document if isinstance(document, dict) else {}
+
+
+def _refuse_key(status: int) -> None:
+    if status in (401, 403):
+        raise NotDescribed(
+            "failed",
+            f"The server refuses the worker's API key (HTTP {status}). Set engine.api_key_file to the right one.",
+        )
+
+
+def _loading(status: int, document: Mapping[str, Any]) -> bool:
+    error = document.get("error")
+    return status == 503 and isinstance(error, dict) and error.get("type") == "unavailable_error"
+
+
+def _llamacpp_info(settings: EngineSettings, kind: str, props: Mapping[str, Any]) -> EngineInfo:
+    slots = _whole(props.get("total_slots")) or 1
+    n_ctx = _whole(_section(props, "default_generation_settings").get("n_ctx"))
+    if settings.context_tokens is not None:
+        n_ctx = min(settings.context_tokens, n_ctx or settings.context_tokens)
+    caps = _section(props, "chat_template_caps")
+    template = str(props.get("chat_template") or "")
+    alias = str(props.get("model_alias") or "") or str(props.get("model_path") or "").rpartition("/")[2]
+    return EngineInfo(
+        state="ready",
+        kind=kind,
+        models=_models(settings) or ((clean(alias),) if alias else ()),
+        n_ctx=n_ctx,
+        slots=min(settings.slots or slots, slots),
+        # Servers before `chat_template_caps` say nothing; they answer 500 themselves when a template cannot.
+        tools=bool(caps.get("supports_tools", True)),
+        vision=_section(props, "modalities").get("vision") is True,
+        thinking=template_thinks(template),
+        json_schema=True,
+    )
+
+
+def _openai_info(settings: EngineSettings, kind: str, listed: Mapping[str, Any]) -> EngineInfo:
+    data = listed.get("data")
+    entries = data[:MAX_MODELS] if isinstance(data, list) else []
+    names = tuple(clean(entry["id"]) for entry in entries if isinstance(entry, dict) and entry.get("id"))
+    return EngineInfo(
+        state="ready",
+        kind=kind,
+        models=_models(settings) or names,
+        n_ctx=settings.context_tokens,
+        slots=settings.slots or 1,
+        # The API does not tell what a model can; the server refuses what it cannot.
+        tools=True,
+        vision=True,
+        json_schema=True,
+    )
+
+
+def _models(settings: EngineSettings) -> tuple[str, ...]:
+    first = (settings.model,) if settings.model else ()
+    return tuple(dict.fromkeys(first + settings.models))
+
+
+def _section(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = document.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

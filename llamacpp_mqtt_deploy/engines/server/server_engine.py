@@ -1,0 +1,312 @@
+"""The engine that lives in another process: llama.cpp's server, or any OpenAI-compatible one, over HTTP."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import orjson
+import structlog
+
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.core.completions import error_from
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
+from llamacpp_mqtt_deploy.core.errors import (
+    BadRequest,
+    EngineFailed,
+    EngineUnavailable,
+    RequestError,
+    ShuttingDown,
+)
+from llamacpp_mqtt_deploy.engines.server import dialects
+from llamacpp_mqtt_deploy.engines.server.describing import Description, NotDescribed, describe
+from llamacpp_mqtt_deploy.engines.server.http import (
+    Broken,
+    ConnectFailed,
+    HttpExchange,
+    NoAnswer,
+    ServerAddress,
+    Silent,
+)
+from llamacpp_mqtt_deploy.engines.server.questions import COMPLETIONS, COUNT_WITHIN_S, Questions, SlotProgress
+from llamacpp_mqtt_deploy.engines.server.reply import Reply, idle
+from llamacpp_mqtt_deploy.engines.server.waiting import FIRST_PAUSE_S, LONGEST_PAUSE_S, NotReady, ReadyWait, patiently
+from llamacpp_mqtt_deploy.engines.slots import Slots
+from llamacpp_mqtt_deploy.ports import EngineInfo
+from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
+
+log = structlog.get_logger(__name__)
+
+ASKING_CONNECT_S = 3.0
+
+__all__ = ["ServerEngine", "SlotProgress"]
+
+
+class ServerEngine:
+    """Speaks to one server. Holds no connection between calls and no thread of its own; see `ports.Engine`."""
+
+    def __init__(self, settings: EngineSettings, *, url: str | None = None, kind: str = "server") -> None:
+        self._settings = settings
+        self._address = ServerAddress(url or settings.url)
+        self._kind = kind
+        self._api_key: str | None = settings.api_key.get_secret_value() if settings.api_key else None
+        self._lock = threading.Lock()  # guards the three below; held for arithmetic only
+        self._dialect: dialects.Dialect | None = None if settings.dialect == "auto" else settings.dialect
+        self._described = False
+        self._info = EngineInfo(
+            state="starting", kind=kind, detail=f"The server at {self._address.shown} was not asked yet."
+        )
+        self._describing = threading.Lock()  # whoever holds it asks; the others take what is known
+        self._closing = StopSignal()
+        self._slots = Slots(settings.slots or 1)
+        self._questions = Questions(lambda *stops: self._exchange(*stops, connect_timeout_s=ASKING_CONNECT_S))
+
+    # --- condition ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Read the key; nothing is asked yet. Raises ValueError when a file is missing that the settings name."""
+        if self._settings.ca_file is not None and not self._settings.ca_file.is_file():
+            raise ValueError(f"engine.ca_file: there is no file {self._settings.ca_file}")
+        path = self._settings.api_key_file
+        if self._api_key is None and path is not None:
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"engine.api_key_file: {path} cannot be read: {error}") from error
+            self._api_key = lines[0].strip() if lines else None
+
+    def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
+        deadline = None if timeout_s is None else Deadline(timeout_s)
+        pause_s = FIRST_PAUSE_S
+        while not stop.is_set():
+            if self._ask(stop).state in ("ready", "closed"):
+                return self._info.state == "ready"
+            if deadline is not None and deadline.passed():
+                return False
+            stop.wait(pause_s if deadline is None else min(pause_s, deadline.remaining_s()))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        return False
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def busy(self) -> int:
+        """Requests that this engine has in flight."""
+        return self._slots.busy
+
+    def probe(self) -> EngineInfo:
+        return self._ask()
+
+    def restart(self) -> bool:
+        return False
+
+    def close(self, deadline: Deadline) -> None:
+        with self._lock:
+            self._info = replace(self._info, state="closed", detail="")
+        self._closing.set("shutting_down")
+
+    def _ask(self, *stops: StopSignal) -> EngineInfo:
+        if not self._describing.acquire(blocking=False):
+            return self._info
+        try:
+            return self._learn(
+                describe(
+                    self._settings,
+                    kind=self._kind,
+                    shown=self._address.shown,
+                    exchange=lambda: self._exchange(*stops, connect_timeout_s=ASKING_CONNECT_S),
+                )
+            )
+        except NotDescribed as why:
+            return self._saw(replace(self._info, state=why.state, detail=why.text))
+        finally:
+            self._describing.release()
+
+    def _learn(self, description: Description) -> EngineInfo:
+        self._slots.resize(description.info.slots)
+        with self._lock:
+            self._dialect = description.dialect
+            self._described = True
+            self._questions.can_count = True
+        return self._saw(description.info)
+
+    def _saw(self, info: EngineInfo) -> EngineInfo:
+        with self._lock:
+            before = self._info
+            if before.state == "closed":
+                return before
+            self._info = info
+        if info.state != before.state:
+            log.debug("engine.changed", state=info.state, before=before.state, detail=info.detail, slots=info.slots)
+        return info
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None = None,
+    ) -> Iterator[Delta]:
+        try:
+            yield from self._stream(call, stop, on_wait, before_read)
+        except RequestError as error:
+            if stop.is_set():
+                raise Stopped(stop.reason) from error
+            if self._api_key and self._api_key in error.message:
+                without = type(error)(error.message.replace(self._api_key, "[key]"), **error.details)
+                without.quoted = error.quoted.replace(self._api_key, "[key]")
+                raise without from None
+            raise
+
+    def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
+        """Names of the request fields that this server cannot be given; they are left out, and a `start` can warn."""
+        return dialects.unsupported(call, self._dialect or "llamacpp")
+
+    def _stream(
+        self,
+        call: EngineCall,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        before_read: Callable[[], None] | None,
+    ) -> Iterator[Delta]:
+        stop.raise_if_set()
+        patience = ReadyWait(self._settings.unavailable_after_s)
+        patiently(lambda: self._need_description(stop), patience, stop, on_wait)
+        self._slots.acquire(stop)
+        try:
+            with patiently(lambda: self._begin(call, stop), patience, stop, on_wait) as exchange:
+                reply = Reply(
+                    exchange,
+                    call,
+                    stop,
+                    model=self._model_of(call),
+                    dialect=self._dialect,
+                    refuse_when_closed=self._refuse_when_closed,
+                )
+                if exchange.content_type == "text/event-stream" or not exchange.content_type:
+                    yield from reply.events(before_read)
+                elif exchange.content_type == "application/json":
+                    yield from reply.document()
+                else:
+                    raise EngineFailed("The engine's address answers, but not with a completion; check engine.url.")
+        finally:
+            self._slots.release()
+
+    # --- before the first byte ---------------------------------------------------------------------------------------
+
+    def _need_description(self, stop: StopSignal) -> None:
+        if self._described:
+            return
+        info = self._ask(stop)
+        stop.raise_if_set()
+        self._refuse_when_closed()
+        match info.state:
+            case "ready":
+                return
+            case "starting" | "loading":
+                raise NotReady("loading", "The engine is still loading.")
+            case "failed":
+                raise EngineUnavailable(
+                    "The worker cannot use its engine as configured; its operator finds why in its log."
+                )
+            case _:
+                raise NotReady("engine_restarting", "The engine cannot be reached.")
+
+    def _begin(self, call: EngineCall, stop: StopSignal) -> HttpExchange:
+        """Send the request and wait for the headers, which come when the server gives it a slot."""
+        content = self._content(call)
+        self._refuse_when_closed()
+        exchange = self._exchange(stop)
+        try:
+            exchange.send("POST", COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
+            if exchange.status != 200:
+                raise self._refusal(exchange)
+        except BaseException as error:
+            exchange.close()
+            stop.raise_if_set()
+            self._refuse_when_closed()
+            match error:
+                case ConnectFailed():
+                    text = f"No connection to {self._address.shown}: {error}. Start the server, or set engine.url."
+                    self._saw(replace(self._info, state="unreachable", detail=text))
+                    raise NotReady("engine_restarting", "The engine cannot be reached.") from error
+                case NoAnswer() | Broken():
+                    raise NotReady("engine_restarting", "The engine ended without an answer.", asked=True) from error
+                case Silent():
+                    raise idle(call) from error
+                case _:
+                    raise
+        if self._info.state != "ready":
+            self._saw(replace(self._info, state="ready", detail=""))
+        return exchange
+
+    def _refusal(self, exchange: HttpExchange) -> Exception:
+        """The error for an answer other than 200."""
+        status = exchange.status
+        try:
+            document = exchange.read_all(timeout_s=COUNT_WITHIN_S)
+        except (Silent, ValueError):
+            document = b""  # the status says enough
+        try:
+            parsed = orjson.loads(document)
+        except orjson.JSONDecodeError:
+            parsed = None
+        error = parsed.get("error", parsed) if isinstance(parsed, dict) else None
+        kind = error.get("type") if isinstance(error, dict) else None
+        # `content`: llama.cpp repeats parts of the request in some of its errors; logged only where contents are.
+        log.info("engine.refused", status=status, kind=str(kind)[:64], content=str(error or document[:300])[:500])
+        if status == 503 and isinstance(error, dict) and error.get("type") == "unavailable_error":
+            return NotReady("loading", "The engine is still loading.")
+        if status in (502, 503, 504):
+            return NotReady("engine_restarting", f"The engine is not available (HTTP {status}).")
+        if status == 429:
+            return NotReady("waiting", "The engine takes no more requests for now (HTTP 429).")
+        if status < 400:
+            return EngineUnavailable(
+                f"The engine's address does not serve completions itself (HTTP {status}); its operator must set engine.url."
+            )
+        return error_from(error or "", status)
+
+    def _content(self, call: EngineCall) -> bytes:
+        dialect = self._dialect or "llamacpp"
+        model = call.model or self._settings.model
+        if model is None and dialect == "openai":
+            model = next(iter(self._info.models), None)  # OpenAI's API wants one; llama.cpp ignores it
+        try:
+            return orjson.dumps(dialects.body(call, dialect, model=model))
+        except TypeError as error:
+            raise BadRequest(f"The request cannot be written as JSON: {error}.") from error
+
+    def _exchange(self, *stops: StopSignal, connect_timeout_s: float | None = None) -> HttpExchange:
+        limit_s = self._settings.connect_timeout_s
+        return HttpExchange(
+            self._address,
+            api_key=self._api_key,
+            connect_timeout_s=limit_s if connect_timeout_s is None else min(limit_s, connect_timeout_s),
+            ca_file=self._settings.ca_file,
+            stops=(*stops, self._closing),
+        )
+
+    def _model_of(self, call: EngineCall) -> str | None:
+        return call.model or self._settings.model or next(iter(self._info.models), None)
+
+    def _refuse_when_closed(self) -> None:
+        if self._closing.is_set():
+            raise ShuttingDown("The worker is shutting its engine down.")
+
+    # --- questions ---------------------------------------------------------------------------------------------------
+
+    def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
+        stop.raise_if_set()
+        if self._dialect != "llamacpp" or not self._questions.can_count:
+            return None
+        return self._questions.count_tokens(self._content(call), stop)
+
+    def slots_progress(self) -> tuple[SlotProgress, ...] | None:
+        """What each slot of a llama.cpp server has done; see `Questions.slots_progress`."""
+        return self._questions.slots_progress()

@@ -1,0 +1,407 @@
+"""One paho client, driven by the thread that owns it: connect, read, write, and call back with plain values.
+
+This file and its two helpers (`packets`, `mending`) are the only ones that know paho. It uses no thread of paho's: every call into a client comes from the link's thread,
+so that paho's own locks never meet ours (its issues 346, 354 and 531 are deadlocks between them), nothing of it can die
+unseen, and how to reconnect is ours to decide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from llamacpp_mqtt_deploy.config.settings import MqttSettings
+from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho
+from llamacpp_mqtt_deploy.mqtt.backoff import Version
+from llamacpp_mqtt_deploy.mqtt.packets import publish_properties
+from llamacpp_mqtt_deploy.mqtt.session import Publish
+from llamacpp_mqtt_deploy.ports import Delivery, Retained
+
+CONNECT_TIMEOUT_S = 5.0
+MISC_EVERY_S = 0.5
+"""How often paho looks at its keepalive."""
+
+RECEIVE_MAXIMUM = 100
+"""Unacknowledged requests that a broker may send us at once on MQTT 5; the journal takes them in batches."""
+
+WINDOW = 100
+"""Most publishes in flight. mosquitto and HiveMQ announce 20 and 10; without an announcement this is what other brokers' fixed
+limits allow (AWS IoT: 100), and enough for 1000 events a second over a round trip of 100 ms."""
+
+DISCONNECT_WITH_WILL = "Disconnect with will message"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connack:
+    """The broker's answer to CONNECT. `code` is an MQTT 5 reason code on both versions."""
+
+    code: int
+    name: str
+    session_present: bool = False
+    window: int = WINDOW
+    max_packet_bytes: int | None = None
+    retain_available: bool = True
+    qos_1_available: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """Why a connection ended: `from_broker` says that the broker sent a DISCONNECT with this code."""
+
+    code: int = 0x80
+    name: str = "Unspecified error"
+    from_broker: bool = False
+    unreadable: bool = False
+    error: str = ""
+
+
+class WireEvents(Protocol):
+    """What a wire tells its owner, in the owner's thread."""
+
+    def connack(self, answer: Connack) -> None: ...
+    def puback(self, mid: int, code: int, name: str) -> None: ...
+    def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None: ...
+    def message(self, mid: int, delivery: Delivery) -> None: ...
+
+
+class _Client(paho.Client):
+    """paho's client with a timeout for unix sockets; it knows its last socket, so that a failed attempt can close it.
+
+    The overridden methods are paho's own business: should they get other names there, the sockets of failed attempts wait for
+    the garbage collector, and that is all.
+    """
+
+    last_socket: socket.socket | None = None
+
+    def _create_socket_connection(self) -> socket.socket:
+        self.last_socket = sock = super()._create_socket_connection()
+        return sock
+
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        self.last_socket = sock = super()._ssl_wrap_socket(tcp_sock)
+        return sock
+
+    def _create_unix_socket_connection(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            sock.connect(self.host)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+class PahoWire:
+    """A paho client for one MQTT version; `connect` again after it closed keeps what paho has not seen acknowledged."""
+
+    def __init__(
+        self,
+        settings: MqttSettings,
+        *,
+        version: Version,
+        client_id: str,
+        password: str | None,
+        will: Retained,
+        tls: ssl.SSLContext | None,
+        wake_fd: int,
+        events: WireEvents,
+        max_incoming_bytes: int | None,
+    ) -> None:
+        self.version = version
+        self._closed: Closed | None = Closed()
+        self._settings = settings
+        self._events = events
+        self._wake_fd = wake_fd
+        self._max_incoming_bytes = max_incoming_bytes
+        self._poll = select.poll()
+        self._poll.register(wake_fd, select.POLLIN)
+        self._fd = -1
+        self._writing = False
+        self._misc_at = 0.0
+        self._last_log = ""
+        five = version == "5"
+        self._client = client = _Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=paho.MQTTv5 if five else paho.MQTTv311,
+            # Asked for explicitly: paho's default would drop what the broker kept for us (60 of 60 requests were lost so).
+            clean_session=None if five else False,
+            transport=settings.transport,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        # 0 is no window of paho's: the window is ours (`Outgoing`), and paho's would scan all messages at each PUBACK.
+        client.max_inflight_messages = 0
+        client.username_pw_set(settings.username, password)
+        client.will_set(will.topic, will.payload, qos=1, retain=True)
+        if settings.transport == "websockets":
+            client.ws_set_options(path=settings.websocket_path)
+        if tls is not None:
+            client.tls_set_context(tls)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self._on_message
+        client.on_socket_open = self._on_socket_open
+        client.on_socket_close = self._on_socket_close
+        # With this set paho never writes by itself: packets are queued and `work` writes them.
+        client.on_socket_register_write = lambda *_: None
+
+    # --- the owner's side ---
+
+    def closed(self) -> Closed | None:
+        """Why the connection ended; None while it lives."""
+        return self._closed
+
+    def connect(self, port: int) -> None:
+        """Connect and queue the CONNECT packet. Raises OSError and its kin (ssl.SSLError, socket.gaierror, TimeoutError)."""
+        settings = self._settings
+        self._closed = None
+        self._last_log = ""
+        # Only until CONNACK: it is the one place where paho tells what a socket error was, and it costs a line per packet.
+        self._client.on_log = self._on_log
+        arguments: dict[str, Any] = {}
+        if self.version == "5":
+            properties: Any = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval = settings.session_expiry_s
+            properties.ReceiveMaximum = RECEIVE_MAXIMUM
+            if self._max_incoming_bytes is not None:
+                properties.MaximumPacketSize = min(self._max_incoming_bytes, 268_435_455)
+            arguments = {"clean_start": False, "properties": properties}
+        try:
+            self._client.connect(settings.host, port, settings.keepalive_s, **arguments)
+        except BaseException:
+            self._closed = Closed()
+            if self._client.last_socket is not None:
+                self._client.last_socket.close()
+            raise
+        self.write()
+
+    def work(self, timeout_s: float) -> bool:
+        """Wait for the network or the wake-up, then read and write; True when the wake-up was meant. Callbacks run in here."""
+        client = self._client
+        if self.closed() is not None:
+            return False
+        sock = client.socket()
+        # TLS may hold bytes that the kernel no longer shows.
+        pending = getattr(sock, "pending", None)
+        read = pending is not None and pending() > 0
+        if read:
+            timeout_s = 0.0
+        wanted = client.want_write()
+        if wanted is not self._writing and self._fd >= 0:
+            self._writing = wanted
+            self._poll.modify(self._fd, select.POLLIN | select.POLLOUT if wanted else select.POLLIN)
+        woken = False
+        write = False
+        for fd, event in self._poll.poll(timeout_s * 1000.0):
+            if fd == self._wake_fd:
+                woken = True
+            else:
+                write = bool(event & select.POLLOUT)
+                # Read first, also after an error: the PUBACKs that came before the end still count.
+                read = read or bool(event & ~select.POLLOUT)
+        if read:
+            client.loop_read()
+        if write and self.closed() is None:
+            client.loop_write()
+        now = time.monotonic()
+        if self.closed() is None and now >= self._misc_at:
+            self._misc_at = now + MISC_EVERY_S
+            client.loop_misc()
+        if self.closed() is None and client.socket() is None:
+            self._closed = Closed(error=self._last_log)
+        return woken
+
+    def write(self) -> None:
+        """Write what is queued, as far as the socket takes it."""
+        if self.closed() is None and self._client.want_write():
+            self._client.loop_write()
+
+    def publish(self, publish: Publish, *, retain: bool, expiry_s: int | None) -> int | None:
+        """Queue a PUBLISH; its packet id, None when paho has no free id at the moment."""
+        properties = publish_properties(publish.correlation, expiry_s) if self.version == "5" else None
+        info = self._client.publish(publish.topic, publish.payload, min(publish.qos, 1), retain, properties)
+        return None if info.rc == paho.MQTT_ERR_QUEUE_SIZE else info.mid
+
+    def acknowledge(self, mid: int) -> None:
+        self._client.ack(mid, 1)
+
+    def subscribe(self, filters: Sequence[tuple[str, int]], *, retained: bool) -> int | None:
+        """Queue a SUBSCRIBE; its packet id."""
+        topics: list[Any]
+        if self.version == "5":
+            handling = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if retained else SubscribeOptions.RETAIN_DO_NOT_SEND
+            topics = [(f, SubscribeOptions(qos=min(qos, 1), retainHandling=handling)) for f, qos in filters]
+        else:
+            topics = [(f, min(qos, 1)) for f, qos in filters]
+        code, mid = self._client.subscribe(topics)
+        return mid if code == paho.MQTT_ERR_SUCCESS else None
+
+    def forget_publishes(self) -> None:
+        """Make paho forget what was not acknowledged, so that it is not sent again by paho."""
+        self._client.drop_out_messages()
+
+    def disconnect(self, *, with_will: bool, timeout_s: float) -> None:
+        """Say goodbye and close. `with_will` has the broker publish the will: on 3.1.1 by hanging up without DISCONNECT."""
+        if self.closed() is not None:
+            return
+        deadline = time.monotonic() + timeout_s
+        if not with_will or self.version == "5":
+            reason = ReasonCode(PacketTypes.DISCONNECT, DISCONNECT_WITH_WILL) if with_will else None
+            self._client.disconnect(reason)
+            self.write()
+            while self.closed() is None and self._client.want_write() and time.monotonic() < deadline:
+                self.work(min(0.1, timeout_s))
+                self.write()
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the socket at once."""
+        if self._fd >= 0:
+            # connect_async closes the socket and only stores the address: paho's one public way to hang up without DISCONNECT.
+            self._client.connect_async(self._settings.host, 1)
+        if self.closed() is None:
+            self._closed = Closed()
+
+    # --- paho's side ---
+
+    def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        self._fd = sock.fileno()
+        self._writing = False
+        self._poll.register(self._fd, select.POLLIN)
+        if self._settings.transport != "unix":
+            # A duplicate shares the options and has them whatever paho wrapped the socket in.
+            with contextlib.closing(socket.socket(fileno=os.dup(self._fd))) as plain:
+                # Nagle's algorithm costs 22-38 ms on single events; paho leaves it on (its issue 874).
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if sys.platform == "linux":
+                    # A half-open connection with data on its way ends after one keepalive, not after TCP's 15 minutes.
+                    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._settings.keepalive_s * 1000)
+        if self._settings.transport == "websockets":
+            sock.send = _whole_frames(sock.send)
+
+    def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._fd)
+            self._fd = -1
+
+    def _on_log(self, client: paho.Client, userdata: Any, level: int, text: str) -> None:
+        if level == paho.MQTT_LOG_ERR or "malformed" in text:
+            self._last_log = text
+
+    def _on_connect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.ConnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        client.on_log = None
+        get = ({} if properties is None else properties.__dict__).get
+        # 0 is forbidden (section 3.2.2.3.3); absent means 65535.
+        window = min(get("ReceiveMaximum") or WINDOW, WINDOW)
+        self._events.connack(
+            Connack(
+                code=reason.value,
+                name=str(reason),
+                session_present=flags.session_present,
+                window=window,
+                max_packet_bytes=get("MaximumPacketSize"),
+                retain_available=get("RetainAvailable") != 0,
+                qos_1_available=get("MaximumQoS") != 0,
+            )
+        )
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.DisconnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        from_broker = flags.is_disconnect_packet_from_server
+        if self.closed() is None:
+            self._closed = Closed(
+                code=reason.value,
+                name=str(reason),
+                from_broker=from_broker,
+                # paho found the protocol broken: what it read was no MQTT, or nothing that it can decode.
+                unreadable=not from_broker and reason.value == 0x82,
+                error=self._last_log,
+            )
+
+    def _on_publish(
+        self, client: paho.Client, userdata: Any, mid: int, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        code = reason.value
+        self._events.puback(mid, code, "" if code == 0 else str(reason))
+
+    def _on_subscribe(
+        self, client: paho.Client, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Properties | None
+    ) -> None:
+        self._events.suback(mid, [(reason.value, str(reason)) for reason in reasons])
+
+    def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            # No broker that we know forwards it; no topic of ours matches it.
+            if message.qos:
+                self.acknowledge(message.mid)
+            return
+        properties = {} if message.properties is None else message.properties.__dict__
+        expiry = properties.get("MessageExpiryInterval")
+        correlation = properties.get("CorrelationData")
+        self._events.message(
+            message.mid,
+            Delivery(
+                topic=topic,
+                payload=bytes(message.payload),
+                qos=message.qos,
+                retain=message.retain,
+                duplicate=message.dup,
+                received_at=time.monotonic(),
+                response_topic=properties.get("ResponseTopic"),
+                correlation=None if correlation is None else bytes(correlation),
+                expiry_s=None if expiry is None else float(expiry),
+                receipt=message.mid,
+            ),
+        )
+
+
+def _whole_frames(send: Callable[[bytes], int]) -> Callable[[bytes], int]:
+    """Make a websocket say "try again" where paho's says "0 bytes sent".
+
+    After a partly written frame paho's wrapper returns 0 and wants the same data again, but paho's writer takes 0 for the end of
+    its turn and drops the packet; the next one is then counted by the old one's length. BlockingIOError keeps the packet.
+    """
+
+    def whole(data: bytes) -> int:
+        sent = send(data)
+        if sent == 0 and data:
+            raise BlockingIOError
+        return sent
+
+    return whole

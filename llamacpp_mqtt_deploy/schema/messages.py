@@ -1,0 +1,221 @@
+"""What operators and dashboards see, as models: admin acks, the retained status and the retained health."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llamacpp_mqtt_deploy.core.fields import Lane
+from llamacpp_mqtt_deploy.schema.event_models import (
+    Count,
+    CountedCode,
+    Emitted,
+    EngineStateName,
+    ErrorCode,
+    FaultyFields,
+    NonEmpty,
+    Number,
+)
+
+WorkerState = Literal["online", "draining", "offline"]
+
+
+class AdminAck(Emitted):
+    """The answer to an admin message, on the admin reply topic."""
+
+    type: Literal["ack"]
+    """Always `ack`."""
+    worker: NonEmpty
+    """Worker id."""
+    action: str | None
+    """As sent; null when it could not be read."""
+    status: Literal["ok", "error"]
+    """Whether it was done."""
+    code: ErrorCode | None = None
+    """Why not, for programs."""
+    message: str | None = None
+    """What happened, for people."""
+    fields: FaultyFields | None = None
+    """The fields at fault, each with what was expected."""
+    transaction: str | None = None
+    """As sent."""
+    cancelled: Count | None = None
+    """`cancel_all`: how many requests were told to stop."""
+    state: Literal["online", "draining"] | None = None
+    """`drain`, `resume`: the worker's state now."""
+    level: Literal["debug", "info", "warning", "error"] | None = None
+    """`log_level`: the level now."""
+    changed: list[str] | None = None
+    """`reload`: settings that are in force now."""
+    needs_restart: list[str] | None = None
+    """`reload`: settings that were changed and wait for a restart."""
+
+
+class RouteStatus(Emitted):
+    """One route and its topics; `{session}` stands for a session path."""
+
+    request: NonEmpty
+    """Topic of requests."""
+    reply: NonEmpty
+    """Topic of events."""
+    control: str | None = None
+    """Topic of control messages, where there is one."""
+    mode: Literal["native", "simulated", "off"] | None = None
+    """How answers are streamed."""
+    trust_payload_session: bool | None = None
+    """The session comes from the payload."""
+
+
+class Capabilities(Emitted):
+    """What engine and model can do."""
+
+    tools: bool
+    """Call tools."""
+    vision: bool
+    """See images."""
+    thinking: bool
+    """Think first."""
+    json_schema: bool
+    """Answer by a JSON schema."""
+    streams: bool | None = None
+    """Give the answer piece by piece."""
+
+
+class LimitsStatus(Emitted):
+    """What requests must keep to."""
+
+    max_request_bytes: Count
+    """Largest request."""
+    max_event_bytes: Count
+    """Largest event."""
+    max_tokens: Count | None = None
+    """Longest answer."""
+    max_timeout_s: Number | None = None
+    """Longest `timeout_s`."""
+    queue_size: Count | None = None
+    """Requests that may wait."""
+    session_queue: Count | None = None
+    """Prompts of one session that may wait."""
+    max_requests_per_minute: Count | None = None
+    """Of one first topic level; 0 is no limit."""
+    remember_s: Number | None = None
+    """How long an ended request is remembered."""
+
+
+class EngineStatus(Emitted):
+    """The engine's condition."""
+
+    state: EngineStateName
+    """Whether it answers."""
+    kind: NonEmpty
+    """What it is."""
+    backend: str | None = None
+    """What it computes on: cpu, cuda and others."""
+    detail: str | None = None
+    """One sentence for the operator, where something is wrong."""
+
+
+class Status(Emitted):
+    """Retained on the status topic; the will and the farewell have `state` offline and little else."""
+
+    state: WorkerState
+    """Whether requests are taken."""
+    protocol: Literal[1]
+    """Version of this contract."""
+    instance: NonEmpty
+    """Random; another one under the same topic is another process."""
+    ts: Number
+    """When it was made, seconds since the epoch; in the will the time of connecting."""
+    every_s: Number
+    """Seconds between two renewals; older than three times this is not live."""
+    worker: str | None = None
+    """Worker id."""
+    version: str | None = None
+    """Of the program."""
+    host: str | None = None
+    """Host name, for the operator who looks for another instance."""
+    routes: dict[str, RouteStatus] | None = None
+    """By name."""
+    models: list[str] | None = None
+    """What requests may name in `model`."""
+    n_ctx: Count | None = None
+    """Context of one request in tokens."""
+    slots: Count | None = None
+    """Requests in flight at once."""
+    capabilities: Capabilities | None = None
+    """What engine and model can do."""
+    limits: LimitsStatus | None = None
+    """What requests must keep to."""
+    heartbeat_s: Number | None = None
+    """Longest silence of a living request."""
+    engine: EngineStatus | None = None
+    """The engine's condition."""
+    reason: str | None = None
+    """Why it is offline or draining, where that is known."""
+
+
+class SlotsHealth(Emitted):
+    """Requests in flight."""
+
+    busy: Count
+    """Running now."""
+    total: Count
+    """At most."""
+
+
+class RequestsHealth(Emitted):
+    """Requests since the start of the process."""
+
+    accepted: Count
+    """Taken in."""
+    done: Count
+    """Ended with `done`, cancelled ones included."""
+    cancelled: Count
+    """Ended with `done` and the finish reason `cancelled`."""
+    failed: Count
+    """Ended with `error`."""
+
+
+class TokensHealth(Emitted):
+    """Tokens since the start of the process."""
+
+    prompt: Count
+    """Of contexts."""
+    cached: Count
+    """Of contexts, without work."""
+    completion: Count
+    """Of answers."""
+
+
+class Health(Emitted):
+    """Retained on the health topic, renewed every 30 s."""
+
+    worker: NonEmpty
+    """Worker id."""
+    ts: Number
+    """When it was made, seconds since the epoch."""
+    every_s: Number
+    """Seconds between two renewals."""
+    uptime_s: Number
+    """Since the start of the process."""
+    slots: SlotsHealth
+    """Requests in flight."""
+    queue: Count
+    """Requests that wait."""
+    lanes: dict[Lane, Count]
+    """The same by lane."""
+    tokens_per_second: Number
+    """Of all answers together, over the last period."""
+    requests: RequestsHealth
+    """Since the start."""
+    errors: dict[CountedCode, Count]
+    """Answers with `error` or `rejected` by code, since the start; codes that never came are left out."""
+    tokens: TokensHealth
+    """Since the start."""
+    rss_bytes: Count | None = None
+    """Memory of the process."""
+    reconnects: Count | None = None
+    """Connections to the broker that were lost and made again."""
+    unacknowledged: Count | None = None
+    """Events that wait for the broker."""
+    engine: EngineStateName
+    """State of the engine."""

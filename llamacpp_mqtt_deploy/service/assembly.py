@@ -1,0 +1,234 @@
+"""Builds a worker: every part of it, joined to the others, nothing started yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import SecretStr
+
+from llamacpp_mqtt_deploy import logs
+from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
+from llamacpp_mqtt_deploy.config.loading import Loaded
+from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
+from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
+from llamacpp_mqtt_deploy.service.admin import AdminDesk, Levers
+from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
+from llamacpp_mqtt_deploy.service.operations import Operations
+from llamacpp_mqtt_deploy.service.presence import Presence
+from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
+from llamacpp_mqtt_deploy.worker.completion import Completion
+from llamacpp_mqtt_deploy.worker.control import Controls
+from llamacpp_mqtt_deploy.worker.counters import Counters
+from llamacpp_mqtt_deploy.worker.deadlines import Deadlines
+from llamacpp_mqtt_deploy.worker.generation import Generation
+from llamacpp_mqtt_deploy.worker.intake import Intake
+from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
+from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
+from llamacpp_mqtt_deploy.worker.policies import InForce, topic_map
+from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
+from llamacpp_mqtt_deploy.worker.recovery import Recovery
+from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
+from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
+from llamacpp_mqtt_deploy.worker.timers import Timers
+
+
+class Parts:
+    """What a worker consists of. Members of the families may be given instead of being chosen by the configuration.
+
+    `on_engine_change` runs in the engine watch's thread; `is_closing` says that the link's outbox is about to close.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        link: Link | None,
+        engine: Engine | None,
+        store: Store | None,
+        on_engine_change: Callable[[EngineInfo], None],
+        is_closing: Callable[[], bool],
+    ) -> None:
+        settings = loaded.settings
+        self.in_force = in_force = InForce(settings)
+        self.topics = topics = topic_map(settings)
+        self.store = store = store or make_store(settings)
+        self.engine = engine = engine or make_engine(settings)
+        self.link = link = link or make_link(settings)
+        self._is_closing = is_closing
+        self.timers = Timers()
+        self.counters = Counters()
+        limits = settings.limits
+        self.registry = JobRegistry(
+            queue_size=limits.queue_size,
+            session_queue=limits.session_queue,
+            aging_s=limits.aging_s,
+            max_requests_per_minute=limits.max_requests_per_minute,
+            slots=settings.engine.slots or 1,
+        )
+        self.redelivery = Redelivery(outbox=link, store=store, has_room=self._outbox_has_room)
+        self.completion = Completion(
+            store=store,
+            registry=self.registry,
+            counters=self.counters,
+            redelivery=self.redelivery,
+            log_content=lambda: in_force.settings.logging.log_content,
+        )
+        maker = JobMaker(
+            outbox=link,
+            timers=self.timers,
+            policies=in_force.policies,
+            max_event_bytes=self.max_event_bytes,
+            active_streams=self.registry.running,
+        )
+        controls = Controls(
+            outbox=link,
+            store=store,
+            registry=self.registry,
+            completion=self.completion,
+            state=self._ping_state,
+            expose_history=lambda: in_force.settings.sessions.expose_history,
+            max_event_bytes=self.max_event_bytes,
+        )
+        self.presence = Presence(
+            topics=topics,
+            outbox=link,
+            every_s=lambda: in_force.settings.status.every_s,
+            details=self._status_fields,
+        )
+        self.operations = Operations(
+            loaded=loaded,
+            in_force=in_force,
+            registry=self.registry,
+            controls=controls,
+            presence=self.presence,
+            engine=engine,
+        )
+        desk = AdminDesk(
+            outbox=link,
+            topics=topics,
+            levers=Levers(
+                cancel_all=self.operations.cancel_all,
+                drain=self.operations.drain,
+                resume=self.operations.resume,
+                reload=self.operations.reload,
+                restart_engine=engine.restart,
+                log_level=logs.set_level,
+            ),
+        )
+        self.intake = Intake(
+            topics=topics,
+            outbox=link,
+            store=store,
+            registry=self.registry,
+            maker=maker,
+            controls=controls,
+            admin=desk.handle,
+            completion=self.completion,
+            counters=self.counters,
+            policies=in_force.policies,
+            redelivery=self.redelivery,
+            inbox_messages=settings.mqtt.inbox_messages,
+        )
+        self.recovery = Recovery(
+            store=store,
+            registry=self.registry,
+            maker=maker,
+            topics=topics,
+            policies=in_force.policies,
+            redelivery=self.redelivery,
+        )
+        self.threads = GenerationThreads(
+            registry=self.registry,
+            generation=Generation(
+                engine=engine,
+                store=store,
+                registry=self.registry,
+                completion=self.completion,
+                timers=self.timers,
+                prompts=PromptBuilder(engine=engine, store=store, policies=in_force.policies),
+                policies=in_force.policies,
+                worker_id=settings.mqtt.worker_id,
+            ),
+        )
+        self.deadlines = Deadlines(
+            registry=self.registry,
+            completion=self.completion,
+            heartbeat_s=lambda: in_force.settings.streaming.heartbeat_s,
+        )
+        self.health = HealthReport(worker_id=settings.mqtt.worker_id, registry=self.registry, counters=self.counters)
+        self.engine_watch = EngineWatch(engine, on_engine_change)
+
+    def max_event_bytes(self) -> int:
+        """The largest event: ours, or what the broker takes."""
+        broker = self.link.info().max_payload_bytes
+        limit = self.in_force.settings.limits.max_event_bytes
+        return limit if broker is None else max(1024, min(limit, broker))
+
+    def _outbox_has_room(self) -> bool:
+        # Half full already counts as full: nothing fills the other half between this look and a publish.
+        link, limit = self.link.info(), self.in_force.settings.mqtt.outbox_messages
+        return not self._is_closing() and link.state == "online" and link.unacknowledged < limit // 2
+
+    def _ping_state(self) -> Mapping[str, Any]:
+        return {
+            "state": self.presence.state,
+            "worker": self.in_force.settings.mqtt.worker_id,
+            "engine": self.engine.info().state,
+            "queue": self.registry.load().queued,
+        }
+
+    def _status_fields(self) -> Mapping[str, Any]:
+        return status_fields(
+            policies=self.in_force.policies(),
+            topics=self.topics,
+            engine=self.engine.info(),
+            slots=self.registry.load().slots,
+            max_event_bytes=self.max_event_bytes(),
+        )
+
+
+# --- members of the families; the libraries of each are imported only when it is chosen ---
+
+
+def client_id(settings: MqttSettings) -> str:
+    """Stable over restarts, and another one for each root: `lmd-{hash of root}-{worker_id}`."""
+    return f"lmd-{hashlib.sha256(settings.root.encode()).hexdigest()[:8]}-{settings.worker_id}"
+
+
+def make_engine(settings: Settings) -> Engine:
+    """The engine that `engine.kind` names."""
+    key = engine_api_key(settings)
+    engine = settings.engine.model_copy(update={"api_key": SecretStr(key) if key else None, "api_key_file": None})
+    match engine.kind:
+        case "server":
+            from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
+
+            return ServerEngine(engine)
+        case "managed":
+            from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
+
+            return ManagedEngine(engine)
+        case "inprocess":
+            from llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine import InprocessEngine
+
+            return InprocessEngine(engine)
+
+
+def make_store(settings: Settings) -> Store:
+    """The store that `sessions.store` names."""
+    if settings.sessions.store == "memory":
+        from llamacpp_mqtt_deploy.stores.memory import MemoryStore
+
+        return MemoryStore()
+    from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+
+    return SqliteStore(settings.sessions.path)
+
+
+def make_link(settings: Settings) -> Link:
+    """The link to the broker of `[mqtt]`."""
+    from llamacpp_mqtt_deploy.mqtt.link import MqttLink
+
+    return MqttLink(settings.mqtt, client_id=client_id(settings.mqtt), password=mqtt_password(settings))

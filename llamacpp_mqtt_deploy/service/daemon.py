@@ -1,0 +1,417 @@
+"""A worker's life: opens its parts, serves until a signal, watches over it, and closes it under one deadline."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+import structlog
+
+from llamacpp_mqtt_deploy.config.loading import Loaded
+from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
+from llamacpp_mqtt_deploy.core.events import encode
+from llamacpp_mqtt_deploy.core.topics import topic_matches
+from llamacpp_mqtt_deploy.ports import Delivery, Engine, EngineInfo, Link, LinkInfo, Store, StoreError, StoreInUse
+from llamacpp_mqtt_deploy.service.assembly import Parts
+from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
+from llamacpp_mqtt_deploy.service.reporting import status_line
+from llamacpp_mqtt_deploy.service.startup import AnotherWorkerError, Startup
+from llamacpp_mqtt_deploy.service.systemd import Notifier, watchdog_interval_s
+from llamacpp_mqtt_deploy.service.watchdog import Watchdog
+from llamacpp_mqtt_deploy.stopping import Deadline
+from llamacpp_mqtt_deploy.worker.deadlines import CHECK_EVERY_S
+
+log = structlog.get_logger(__name__)
+
+EXIT_CLEAN, EXIT_OTHER, EXIT_CONFIGURATION, EXIT_UNREACHABLE = 0, 1, 2, 3
+
+# What `queued` says while the engine is in this state; everything else is an engine that went away.
+_WAIT_REASONS = {"ready": "waiting", "starting": "loading", "loading": "loading"}
+# A filter that the broker refused is tried again: an operator mends the access list while we run.
+_START_UP_AGAIN_S = 30.0
+_PURGE_EVERY_S = 30.0
+_SWEEP_EVERY_S = 1.0
+# After the drain: for terminal events to be written, acknowledged by the broker, and threads to end.
+_CLOSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something for the main thread, from a callback or a signal handler."""
+
+    kind: Literal["online", "lost", "engine", "signal", "reload", "start_up"]
+    value: Any = None
+
+
+class Ending(Exception):
+    """The worker has to end, with this exit code; the text is for the log."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Daemon:
+    """One worker. `run` blocks until a signal or an ending, and gives the exit code."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        link: Link | None = None,
+        engine: Engine | None = None,
+        store: Store | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:
+        self._loaded = loaded
+        self._notifier = notifier or Notifier()
+        self._notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self._signals = 0
+        self._interrupted = threading.Event()
+        self.parts = parts = Parts(
+            loaded,
+            link=link,
+            engine=engine,
+            store=store,
+            on_engine_change=lambda info: self._notes.put(Note("engine", info)),
+            is_closing=lambda: self._signals > 0,
+        )
+        self._startup = Startup(
+            link=parts.link,
+            topics=parts.topics,
+            presence=parts.presence,
+            recovery=parts.recovery,
+            waiting=self._waits,
+        )
+        self._watchdog = Watchdog(
+            link=parts.link,
+            timers=parts.timers,
+            intake=parts.intake,
+            threads=parts.threads,
+            in_force=parts.in_force,
+        )
+        self._trouble_told: str | None = None
+        self._started_at = time.monotonic()
+        self._online = self._subscribed = False
+        self.ready = False
+        """Subscribed, and the engine answered: READY=1 was said."""
+
+    @property
+    def _settings(self) -> Settings:
+        return self.parts.in_force.settings
+
+    # --- the life ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Open, serve until the end, close; never raises."""
+        code = EXIT_CLEAN
+        self._catch_signals()
+        try:
+            self._open()
+            self._serve()
+        except Ending as ending:
+            code = ending.code
+            log.error("worker.ending", reason=str(ending), exit_code=code)
+        except (StoreInUse, AnotherWorkerError) as problem:
+            code = EXIT_UNREACHABLE
+            log.error("worker.ending", reason=str(problem), exit_code=code)
+        except StoreError as problem:
+            code = EXIT_OTHER
+            log.error("worker.ending", reason=str(problem), exit_code=code)
+        except Exception:
+            code = EXIT_OTHER
+            log.exception("worker.failed", exit_code=code)
+        try:
+            self._close(code)
+        except Exception:
+            log.exception("worker.close_failed")
+            code = code or EXIT_OTHER
+        return code
+
+    def _catch_signals(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # a daemon inside another program (a test): its host calls `stop`
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._notes.put(Note("reload"))
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        """Begin to close; a second call closes at once. May be called from a signal handler and from any thread."""
+        self._signals += 1
+        if self._signals > 1:
+            self._interrupted.set()
+        self._notes.put(Note("signal"))
+
+    def _open(self) -> None:
+        parts, settings = self.parts, self._settings
+        for warning in self._loaded.warnings:
+            log.warning("configuration.doubtful", message=warning)
+        log.info(
+            "worker.starting",
+            worker=settings.mqtt.worker_id,
+            root=settings.mqtt.root,
+            broker=_broker(settings.mqtt),
+            engine=settings.engine.kind,
+            configuration=str(self._loaded.file or "defaults"),
+        )
+        self._notifier.status("starting")
+        self._started_at = time.monotonic()
+        parts.store.open()
+        try:
+            parts.engine.open()
+        except ValueError as problem:  # what will never work: a model file that is not there
+            raise Ending(EXIT_CONFIGURATION, str(problem)) from problem
+        parts.timers.start()
+        parts.intake.start()
+        parts.threads.ensure(settings.engine.slots or 1)
+        parts.engine_watch.start()
+        parts.link.open(
+            will=parts.presence.will(),
+            on_delivery=self._on_delivery,
+            on_online=lambda info: self._notes.put(Note("online", info)),
+            on_lost=lambda info: self._notes.put(Note("lost", info)),
+        )
+        every = parts.timers.every
+        every(lambda: CHECK_EVERY_S, parts.deadlines.check)
+        every(lambda: _SWEEP_EVERY_S, parts.redelivery.sweep)
+        every(lambda: _PURGE_EVERY_S, self._purge)
+        every(lambda: self._settings.status.every_s, self._renew)
+        every(lambda: self._settings.status.health_every_s, self._publish_health)
+
+    def _serve(self) -> None:
+        """The main thread's loop: notes of what happened, and the watchdog in between."""
+        interval_s = watchdog_interval_s()
+        beat_s = min(1.0, interval_s) if interval_s else 1.0
+        while True:
+            try:
+                note = self._notes.get(timeout=beat_s)
+            except queue.Empty:
+                note = None
+            if self._signals:
+                return
+            if note is not None:
+                self._act(note)
+            self._check_startup()
+            self._feed()
+
+    def _act(self, note: Note) -> None:
+        match note.kind:
+            case "online":
+                self._online = True
+                self._start_up()
+            case "lost":
+                self._online = self._subscribed = False
+                self._lost(note.value)
+            case "engine":
+                self._engine_changed(note.value)
+            case "reload":
+                if self.ready:
+                    self._notifier.reloading()
+                self.parts.operations.reload()
+                if self.ready:
+                    self._notifier.ready()
+            case "start_up":
+                if self._online and not self._subscribed:
+                    self._start_up()
+            case "signal":
+                pass
+
+    # --- the bus -------------------------------------------------------------------------------------------------------
+
+    def _on_delivery(self, delivery: Delivery) -> bool:
+        """The link's thread: sort statuses of other threads out, put everything else into the inbox."""
+        if topic_matches(self.parts.topics.status_filter, delivery.topic):
+            self.parts.presence.note(delivery)
+            return True
+        return self.parts.intake.offer(delivery)
+
+    def _start_up(self) -> None:
+        try:
+            self._subscribed = self._startup.start_up()
+        except (ConnectionError, TimeoutError) as problem:
+            # Lost again, or a broker that does not answer: the next connection brings another note.
+            log.warning("link.greeting_failed", reason=str(problem))
+        if self._startup.settled:
+            self.parts.intake.let_in()
+        if not self._subscribed:
+            self.parts.timers.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
+        self._publish_health()
+        self._announce()
+
+    def _lost(self, info: LinkInfo) -> None:
+        self._say()
+        if info.state == "taken_over":
+            raise AnotherWorkerError("another client took our client id; stopping instead of fighting for it")
+
+    def _waits(self, why: str) -> bool:
+        """The startup waits: stay alive meanwhile; True when it has to give up."""
+        self._notifier.status(why)
+        self._feed()
+        return self._signals > 0
+
+    def _renew(self) -> None:
+        if self._online:
+            self.parts.presence.renew()
+
+    def _publish_health(self) -> None:
+        parts = self.parts
+        if self._online and parts.presence.announced:
+            every_s = self._settings.status.health_every_s
+            fields = parts.health.fields(engine=parts.engine.info(), link=parts.link.info(), every_s=every_s)
+            topic, expiry_s = parts.topics.health_topic, int(LIVE_RENEWALS * every_s) + 1
+            parts.link.publish(topic, encode(fields), retain=True, expiry_s=expiry_s)
+
+    # --- the engine ----------------------------------------------------------------------------------------------------
+
+    def _engine_changed(self, info: EngineInfo) -> None:
+        self.parts.registry.wait_reason = _WAIT_REASONS.get(info.state, "engine_restarting")
+        if info.state == "ready":
+            slots = self._settings.engine.slots or info.slots
+            self.parts.registry.set_slots(slots)
+            self.parts.threads.ensure(slots)
+            self.parts.in_force.change(engine_models=info.models)
+        self._renew()
+        self._announce()
+
+    def _announce(self) -> None:
+        """READY=1 once: when we are subscribed and the engine answers."""
+        if not self.ready and self._subscribed and self.parts.engine.info().state == "ready":
+            self.ready = True
+            self._notifier.ready()
+            log.info(
+                "worker.ready",
+                requests=self.parts.topics.request_filters(),
+                seconds=round(time.monotonic() - self._started_at, 3),
+            )
+        self._say()
+
+    def _say(self) -> None:
+        parts = self.parts
+        self._notifier.status(
+            status_line(
+                state=parts.presence.state, engine=parts.engine.info(), link=parts.link.info(), registry=parts.registry
+            )
+        )
+
+    # --- watching ------------------------------------------------------------------------------------------------------
+
+    def _check_startup(self) -> None:
+        limit_s = self._settings.limits.startup_timeout_s
+        if not limit_s or self.ready or time.monotonic() - self._started_at <= limit_s:
+            return
+        link, engine = self.parts.link.info(), self.parts.engine.info()
+        missing = [
+            *([] if self._subscribed else [f"the broker: {link.detail or link.state}"]),
+            *([] if engine.state == "ready" else [f"the engine: {engine.detail or engine.state}"]),
+        ]
+        raise Ending(EXIT_UNREACHABLE, f"not ready after {limit_s:g} s, out of reach: {'; '.join(missing)}")
+
+    def _feed(self) -> None:
+        """Feed systemd's watchdog, unless something inside has stopped moving."""
+        trouble = self._watchdog.trouble()
+        if trouble is None:
+            self._notifier.watchdog()
+        elif trouble != self._trouble_told:
+            log.error("watchdog.withheld", reason=trouble)
+            self._notifier.status(f"not well: {trouble}")
+        self._trouble_told = trouble
+
+    def _purge(self) -> None:
+        sessions, limits = self._settings.sessions, self._settings.limits
+        try:
+            self.parts.store.purge(
+                now=time.time(),
+                remember_s=limits.remember_s,
+                ttl_s=sessions.ttl_s,
+                max_sessions=sessions.max_sessions,
+            )
+        except StoreError as problem:
+            log.error("journal.failed", step="purge", problem=str(problem))
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def _close(self, code: int) -> None:
+        """Stop under one deadline: refuse, let finish, stop what is left, flush, say goodbye."""
+        parts = self.parts
+        self._notifier.stopping()
+        drain_s = self._settings.limits.drain_timeout_s if code == EXIT_CLEAN else 0.0
+        load = parts.registry.load()
+        log.info("worker.draining", running=load.busy, queued=load.queued, seconds=drain_s)
+        self._notifier.extend_timeout(int((drain_s + 2 * _CLOSE_S) * 1e6))
+        parts.registry.pause()
+        if self._online:
+            parts.presence.become("draining")
+        if self._settings.sessions.store != "memory":
+            for job in parts.registry.all():
+                if job.phase == "running" and not job.opened:  # it waits for an engine that may be away for long
+                    job.stop.set("put_back")
+        self._drain(Deadline(drain_s))
+        end = Deadline(_CLOSE_S)
+        self._stop_jobs(end)
+        parts.intake.close(end.remaining_s())
+        parts.link.flush(end)
+        parts.redelivery.last_call()
+        farewell = parts.presence.farewell() if self._may_say_goodbye(code) else None
+        parts.link.close(Deadline(max(1.0, end.remaining_s())), farewell=farewell)
+        parts.redelivery.sweep()
+        parts.engine_watch.close(1.0)
+        parts.engine.close(Deadline(max(1.0, end.remaining_s())))
+        parts.threads.close(1.0)
+        parts.timers.close()
+        parts.store.close()
+        self._notifier.status("stopped")
+        log.info("worker.stopped", exit_code=code)
+
+    def _drain(self, deadline: Deadline) -> None:
+        """Let running requests finish; the second signal cuts it short."""
+        while not deadline.passed() and not self._interrupted.is_set():
+            if self.parts.registry.wait_until_idle(min(0.2, deadline.remaining_s())):
+                return
+            self._feed()
+
+    def _stop_jobs(self, end: Deadline) -> None:
+        """End what is left, each with its terminal event; queued ones stay in the journal where there is one."""
+        registry, completion = self.parts.registry, self.parts.completion
+        for job in registry.all():
+            if job.phase != "queued" or self._settings.sessions.store == "memory":
+                job.stop.set("shutting_down")
+            if job.phase == "queued" and job.stop.is_set():
+                completion.stopped(job)
+        registry.wait_until_idle(end.remaining_s() / 2)
+        for job in registry.all():
+            if job.phase not in ("queued", "ended"):  # its engine did not let go
+                job.stop.set("shutting_down")
+                completion.stopped(job)
+
+    def _may_say_goodbye(self, code: int) -> bool:
+        """Not before we said hello, and not when another instance stands in our place under our status topic."""
+        presence = self.parts.presence
+        return presence.announced and (code != EXIT_UNREACHABLE or presence.twin() is None)
+
+
+def _broker(mqtt: MqttSettings) -> str:
+    """Where the broker is, with the port that is taken when none is set."""
+    if mqtt.transport == "unix":
+        return mqtt.host
+    return f"{mqtt.host}:{mqtt.port or (8883 if mqtt.tls.enabled else 1883)}"
+
+
+def run(loaded: Loaded) -> int:
+    """Run a worker with this configuration until it is told to stop; returns the exit code of `lmd run`."""
+    try:
+        daemon = Daemon(loaded)
+    except (ValueError, ImportError) as problem:
+        # What no validation of single settings can see: topics that clash, an engine whose package is not installed.
+        log.error("worker.ending", reason=str(problem), exit_code=EXIT_CONFIGURATION)
+        return EXIT_CONFIGURATION
+    return daemon.run()

@@ -1,0 +1,158 @@
+"""The worker's retained status on the bus, and its eye on other threads that would serve the same root."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from llamacpp_mqtt_deploy.core.addresses import TopicMap
+from llamacpp_mqtt_deploy.core.events import PROTOCOL, encode
+from llamacpp_mqtt_deploy.ports import Delivery, Outbox, Retained
+
+WorkerState = Literal["online", "draining", "offline"]
+
+# Protocol, section 1: a status older than this many renewals is not live.
+LIVE_RENEWALS = 3
+# Statuses of other threads that are remembered; anybody with the right to publish there could send more.
+_MAX_SEEN = 256
+_MAX_STATUS_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Another instance's status as it came in; `at` is monotonic seconds, `live` says that it was sent just then."""
+
+    worker: str
+    instance: str
+    state: str
+    ts: float
+    every_s: float
+    host: str
+    live: bool
+    at: float
+
+    def stale_in_s(self, now: float, wall: float) -> float:
+        """Seconds until this status is no longer live; a clock far from ours counts from when the status came in."""
+        age = (now - self.at) + max(0.0, min(wall - self.ts - (now - self.at), self.every_s * LIVE_RENEWALS))
+        return max(0.0, self.every_s * LIVE_RENEWALS - age)
+
+    def told(self) -> str:
+        """Who and where, for the operator."""
+        return f"worker {self.worker!r} (instance {self.instance}) on host {self.host or 'unknown'}"
+
+
+class Presence:
+    """Publishes our status and remembers that of others."""
+
+    def __init__(
+        self,
+        *,
+        topics: TopicMap,
+        outbox: Outbox,
+        every_s: Callable[[], float],
+        details: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self.instance = uuid.uuid4().hex
+        self.state: WorkerState = "online"
+        self.announced = False
+        """Whether we have said `online` in this connection; before that nothing is said at all."""
+        self._topics = topics
+        self._outbox = outbox
+        self._every_s = every_s
+        self._details = details
+        self._lock = threading.Lock()
+        self._seen: dict[str, Seen] = {}
+        self._changed = threading.Event()
+
+    # --- ours ----------------------------------------------------------------------------------------------------------
+
+    def will(self) -> Retained:
+        """What the broker says for us when we die."""
+        return Retained(topic=self._topics.status_topic, payload=encode(self._core("offline") | {"reason": "lost"}))
+
+    def farewell(self) -> Retained:
+        """What we say when we go."""
+        return Retained(topic=self._topics.status_topic, payload=encode(self._core("offline") | {"reason": "stopped"}))
+
+    def become(self, state: WorkerState) -> None:
+        self.state = state
+        self.renew()
+
+    def renew(self) -> None:
+        """Say again how we are, if we have said it at all."""
+        if self.announced:
+            self.publish()
+
+    def publish(self) -> None:
+        """Say (again) how we are; on MQTT 5 it expires, so that a power cut leaves no `online` behind."""
+        self.announced = True
+        self._outbox.publish(
+            self._topics.status_topic,
+            encode(self._core(self.state) | dict(self._details())),
+            retain=True,
+            expiry_s=int(LIVE_RENEWALS * self._every_s()) + 1,
+        )
+
+    def _core(self, state: WorkerState) -> dict[str, Any]:
+        return {
+            "state": state,
+            "protocol": PROTOCOL,
+            "instance": self.instance,
+            "ts": round(time.time(), 3),
+            "every_s": self._every_s(),
+            "worker": self._topics.worker_id,
+            "host": socket.gethostname(),
+        }
+
+    # --- others --------------------------------------------------------------------------------------------------------
+
+    def note(self, delivery: Delivery) -> None:
+        """A status message came in (link's thread)."""
+        worker = delivery.topic.rpartition("/")[2]
+        seen = _read(worker, delivery)
+        with self._lock:
+            if seen is None or seen.instance == self.instance:
+                self._seen.pop(worker, None)
+            elif worker in self._seen or len(self._seen) < _MAX_SEEN:
+                self._seen[worker] = seen
+        self._changed.set()
+
+    def rivals(self) -> list[Seen]:
+        """Other instances under our root that are not known to be gone."""
+        now, wall = time.monotonic(), time.time()
+        with self._lock:
+            return [seen for seen in self._seen.values() if seen.state != "offline" and seen.stale_in_s(now, wall) > 0]
+
+    def twin(self) -> Seen | None:
+        """Another instance that speaks under our own worker id, just now."""
+        return next((seen for seen in self.rivals() if seen.worker == self._topics.worker_id), None)
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        self._changed.wait(timeout_s)
+        self._changed.clear()
+
+
+def _read(worker: str, delivery: Delivery) -> Seen | None:
+    if not delivery.payload or len(delivery.payload) > _MAX_STATUS_BYTES:
+        return None
+    try:
+        told = orjson.loads(delivery.payload)
+        return Seen(
+            worker=worker[:64],
+            instance=str(told["instance"])[:64],
+            state=str(told["state"])[:16],
+            ts=float(told["ts"]),
+            every_s=min(3600.0, max(0.1, float(told["every_s"]))),
+            host=str(told.get("host") or "")[:64],
+            live=not delivery.retain,
+            at=time.monotonic(),
+        )
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,101 @@
+"""What a worker does when it comes onto the bus: looks who is there, takes up what was left, subscribes, says `online`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from llamacpp_mqtt_deploy.core.addresses import TopicMap
+from llamacpp_mqtt_deploy.ports import Link
+from llamacpp_mqtt_deploy.service.presence import Presence, Seen
+from llamacpp_mqtt_deploy.stopping import Deadline
+from llamacpp_mqtt_deploy.worker.recovery import Recovery
+
+log = structlog.get_logger(__name__)
+
+_SUBSCRIBE_TIMEOUT_S = 10.0
+# With another instance under our own worker id: whoever holds the client id pushes the other off within its first,
+# shortest reconnect pause.
+_TWIN_SETTLES_S = 3.0
+
+
+class AnotherWorkerError(Exception):
+    """Another worker serves this root, or has taken our place; the text says who and where."""
+
+
+class Startup:
+    """Runs in the main thread, once for each connection. `waiting` is called every second while it waits; True ends it."""
+
+    def __init__(
+        self, *, link: Link, topics: TopicMap, presence: Presence, recovery: Recovery, waiting: Callable[[str], bool]
+    ) -> None:
+        self._link = link
+        self._topics = topics
+        self._presence = presence
+        self._recovery = recovery
+        self._waiting = waiting
+        self.settled = False
+        """We were on the bus before: nobody else was there, and what an earlier life left was taken up."""
+
+    def start_up(self) -> bool:
+        """Whether every topic is subscribed; True as well when nothing is left to try again.
+
+        Raises AnotherWorkerError, and ConnectionError or TimeoutError when the connection does not hold.
+        """
+        self._look_around()
+        if not self.settled:
+            self._recovery.run()
+            self.settled = True
+        return self._subscribe()
+
+    def _look_around(self) -> None:
+        """Refuse to serve a root that another worker serves (protocol, section 1)."""
+        # Twice: what is retained comes before the second SUBACK, on every broker that we know.
+        look = [(self._topics.status_filter, 0)]
+        refused = self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S, retained=True)
+        refused = refused or self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S, retained=True)
+        if refused:
+            log.warning("presence.blind", refused=dict(refused), message="cannot see whether another worker is here")
+            return
+        if not self.settled:
+            for rival in self._presence.rivals():
+                self._settle(rival)
+            return
+        twin = self._presence.twin()
+        if twin is not None:
+            raise AnotherWorkerError(f"pushed off our client id by {twin.told()}; stopping instead of fighting")
+
+    def _settle(self, rival: Seen) -> None:
+        """Wait until another worker's status turns out to be alive, or stale."""
+        own = rival.worker == self._topics.worker_id
+        wait_s = rival.stale_in_s(time.monotonic(), time.time())
+        deadline = Deadline(min(wait_s, _TWIN_SETTLES_S) if own else wait_s)
+        log.warning("presence.rival_suspected", rival=rival.told(), waiting_s=round(deadline.remaining_s(), 1))
+        while not deadline.passed():
+            seen = next((other for other in self._presence.rivals() if other.worker == rival.worker), None)
+            if seen is None:
+                return
+            if seen.live or (own and self._link.info().state != "online"):
+                raise AnotherWorkerError(
+                    f"{seen.told()} serves the root {self._topics.root!r} already: stop it, or give this worker another "
+                    "mqtt.root"
+                )
+            if self._waiting(f"waiting to see whether {rival.told()} is alive"):
+                raise ConnectionError("told to stop")
+            self._presence.wait_for_news(min(1.0, deadline.remaining_s()))
+
+    def _subscribe(self) -> bool:
+        filters = [*self._topics.request_filters(), *self._topics.control_filters(), self._topics.admin_topic]
+        refused = self._link.subscribe([(name, 1) for name in filters], timeout_s=_SUBSCRIBE_TIMEOUT_S)
+        for name, reason in refused.items():
+            log.error(
+                "subscription.refused",
+                filter=name,
+                reason=reason,
+                message=f"the broker's access list must let this worker read {name}",
+            )
+        if len(refused) < len(filters):
+            self._presence.publish()
+        return not refused

@@ -1,0 +1,50 @@
+"""Whether the worker moves: what has to be so before systemd's watchdog is fed."""
+
+from __future__ import annotations
+
+import time
+
+from llamacpp_mqtt_deploy.ports import Link
+from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
+from llamacpp_mqtt_deploy.worker.intake import Intake
+from llamacpp_mqtt_deploy.worker.policies import InForce
+from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
+from llamacpp_mqtt_deploy.worker.timers import Timers
+
+# A thread that has not come round for this long is dead or hung.
+_SILENT_THREAD_S = 20.0
+
+
+class Watchdog:
+    """Looks at the network thread, its acknowledgements, our own threads and the engine's calls."""
+
+    def __init__(
+        self, *, link: Link, timers: Timers, intake: Intake, threads: GenerationThreads, in_force: InForce
+    ) -> None:
+        self._link = link
+        self._timers = timers
+        self._intake = intake
+        self._threads = threads
+        self._in_force = in_force
+
+    def trouble(self) -> str | None:
+        """What does not move any more, in words; None when all is well. Looks only, and returns at once."""
+        now = time.monotonic()
+        link, settings = self._link.info(), self._in_force.settings
+        if link.state == "dead":
+            return "the network thread died"
+        silent_s = LIVE_RENEWALS * settings.status.every_s + settings.mqtt.keepalive_s
+        if (
+            link.state == "online"
+            and link.unacknowledged
+            and link.last_puback_at is not None
+            and now - link.last_puback_at > silent_s
+        ):
+            return f"the broker has acknowledged nothing for {silent_s:g} s"
+        for name, beat_at in (("timers", self._timers.beat_at), ("intake", self._intake.beat_at)):
+            if now - beat_at > _SILENT_THREAD_S:
+                return f"the {name} thread hangs"
+        stuck = self._threads.stuck()
+        if stuck:
+            return f"the engine does not let go of request {stuck[0].key.request_id}"
+        return None

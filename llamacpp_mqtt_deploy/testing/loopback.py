@@ -1,0 +1,302 @@
+"""A link to the broker inside this process: the same contract as the real link, without a network."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from llamacpp_mqtt_deploy.core.topics import topic_fault
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
+from llamacpp_mqtt_deploy.stopping import Deadline
+from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker, LoopbackClient, StoredMessage
+
+__all__ = ["LoopbackBroker", "LoopbackClient", "LoopbackLink"]
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Publish:
+    message: StoredMessage
+    expiry_s: int | None
+    on_done: Callable[[bool], None] | None
+    sent_in: int = 0
+
+
+class LoopbackLink:
+    """One connection to a `LoopbackBroker`; see `ports.Link` for the contract."""
+
+    def __init__(
+        self,
+        broker: LoopbackBroker,
+        *,
+        client_id: str = "loopback-link",
+        outbox_messages: int = 5000,
+        retry_s: float = 0.02,
+        protocol: str = "5",
+    ) -> None:
+        self._broker = broker
+        self._client_id = client_id
+        self._outbox_messages = outbox_messages
+        self._retry_s = retry_s
+        self._protocol = protocol
+        self._actions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        self._state: LinkState = "connecting"
+        self._detail = ""
+        self._generation = 0
+        self._reconnects = 0
+        self._session_present = False
+        self._last_puback_at: float | None = None
+        self._outbox: dict[int, _Publish] = {}
+        self._next_key = 0
+        self._stalled = False
+
+    def open(
+        self,
+        *,
+        will: Retained,
+        on_delivery: Callable[[Delivery], bool],
+        on_online: Callable[[LinkInfo], None],
+        on_lost: Callable[[LinkInfo], None],
+    ) -> None:
+        self._will, self._on_delivery, self._on_online, self._on_lost = will, on_delivery, on_online, on_lost
+        self._thread = threading.Thread(target=self._run, name="loopback-link", daemon=True)
+        self._thread.start()
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        correlation: bytes | None = None,
+        expiry_s: int | None = None,
+        on_done: Callable[[bool], None] | None = None,
+    ) -> bool:
+        fault = topic_fault(topic)
+        limit = self._broker.max_payload_bytes
+        if fault is not None or (limit is not None and len(payload) > limit):
+            log.warning(
+                "publish.unfit", topic=ascii(topic), bytes=len(payload), why=fault or "the payload is too large"
+            )
+            return False
+        with self._changed:
+            if self._state in ("closed", "taken_over") or len(self._outbox) >= self._outbox_messages:
+                return False
+            if qos == 0 and self._state != "online":
+                return False
+            self._put(topic, payload, qos, retain, correlation, expiry_s, on_done)
+        return True
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        if delivery.receipt is not None:
+            self._actions.put(lambda: self._send_ack(delivery.receipt))
+
+    def subscribe(
+        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+    ) -> Mapping[str, str]:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("subscribe was called from a callback of the link; it would wait for itself")
+        answers: queue.SimpleQueue[Mapping[str, str] | None] = queue.SimpleQueue()
+
+        def act() -> None:
+            if self._state != "online":
+                answers.put(None)
+                return
+            answers.put(self._broker.take_subscription(self._client_id, filters, retained=retained))
+
+        if self._state != "online":
+            raise ConnectionError("not connected to the broker")
+        self._actions.put(act)
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"no SUBACK within {timeout_s} s") from None
+        if answer is None:
+            raise ConnectionError("the connection was lost while waiting for SUBACK")
+        return answer
+
+    def info(self) -> LinkInfo:
+        with self._changed:
+            online = self._state == "online"
+            return LinkInfo(
+                state=self._state,
+                detail=self._detail,
+                protocol=self._protocol if online else None,
+                max_payload_bytes=self._broker.max_payload_bytes,
+                session_present=self._session_present,
+                reconnects=self._reconnects,
+                unacknowledged=len(self._outbox),
+                last_puback_at=self._last_puback_at,
+            )
+
+    def flush(self, deadline: Deadline) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._outbox, deadline.remaining_s())
+
+    def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
+        thread = self._thread
+        if thread is None or self._state == "closed":
+            self._state = "closed"
+            return
+        said = farewell is None or self._state == "taken_over"
+        if not said and farewell is not None and self._state == "online":
+            done = threading.Event()
+            with self._changed:
+                self._put(
+                    farewell.topic, farewell.payload, 1, True, None, None, lambda well: done.set() if well else None
+                )
+            said = done.wait(deadline.remaining_s())
+        self._actions.put(lambda: self._leave(with_will=not said))
+        self._actions.put(None)
+        if thread is not threading.current_thread():
+            thread.join(deadline.remaining_s() + 1.0)
+
+    # --- the link's thread ---
+
+    def _run(self) -> None:
+        self._connect()
+        while True:
+            try:
+                action = self._actions.get(timeout=self._retry_s if self._waits() else None)
+            except queue.Empty:
+                if self._state == "online":
+                    self._broker.release(self._client_id)
+                    self._drop("lost", "The inbox was full; connecting again so that the broker delivers again.")
+                self._connect()
+                continue
+            if action is None:
+                return
+            try:
+                action()
+            except Exception:
+                log.exception("link.callback_failed")
+
+    def _waits(self) -> bool:
+        return self._stalled or self._state in ("connecting", "lost", "refused")
+
+    def _connect(self) -> None:
+        if self._state in ("closed", "taken_over"):
+            return
+        self._stalled = False
+        generation = self._generation + 1
+        present = self._broker.admit(
+            self._client_id,
+            will=self._will,
+            deliver=lambda mid, message, dup: self._actions.put(lambda: self._hand_over(generation, mid, message, dup)),
+            drop=lambda state, detail: self._actions.put(lambda: self._dropped(generation, state, detail)),
+        )
+        if present is None:
+            self._detail = "The broker is stopped."
+            return
+        with self._changed:
+            self._generation = generation
+            self._reconnects += generation > 1
+            self._session_present = present
+            self._state, self._detail = "online", ""
+        self._call(lambda: self._on_online(self.info()))
+        self._broker.resume(self._client_id)
+        for key in list(self._outbox):
+            self._send(key)
+
+    def _dropped(self, generation: int, state: LinkState, detail: str) -> None:
+        if generation == self._generation and self._state == "online":
+            self._drop(state, detail)
+
+    def _drop(self, state: LinkState, detail: str) -> None:
+        with self._changed:
+            self._state, self._detail = state, detail
+            self._stalled = False
+        self._call(lambda: self._on_lost(self.info()))
+
+    def _hand_over(self, generation: int, mid: int, message: StoredMessage, duplicate: bool) -> None:
+        # After one refused delivery the following ones wait too: acknowledgements and order must not skip it.
+        if generation != self._generation or self._state != "online" or (self._stalled and mid):
+            return
+        delivery = self._broker.as_delivery(mid, message, duplicate, (generation, mid))
+        try:
+            taken = self._on_delivery(delivery)
+        except Exception:
+            log.exception("link.callback_failed")
+            taken = False
+        if not taken and mid:
+            self._stalled = True
+
+    def _send_ack(self, receipt: object) -> None:
+        match receipt:
+            case (int() as generation, int() as mid) if generation == self._generation and self._state == "online":
+                self._broker.take_acknowledgement(self._client_id, mid)
+
+    def _put(
+        self,
+        topic: str,
+        payload: bytes,
+        qos: int,
+        retain: bool,
+        correlation: bytes | None,
+        expiry_s: int | None,
+        on_done: Callable[[bool], None] | None,
+    ) -> None:
+        message = StoredMessage(
+            topic=topic,
+            payload=payload,
+            qos=min(qos, 1),
+            retain=retain,
+            correlation=correlation,
+            expires_at=self._broker.expires_at(expiry_s),
+        )
+        self._next_key += 1
+        key = self._next_key
+        self._outbox[key] = _Publish(message, expiry_s, on_done)
+        self._actions.put(lambda: self._send(key))
+
+    def _send(self, key: int) -> None:
+        publish = self._outbox.get(key)
+        if publish is None or self._state != "online" or publish.sent_in == self._generation:
+            return
+        publish.sent_in = generation = self._generation
+        self._broker.take_publish(
+            publish.message, lambda refusal: self._actions.put(lambda: self._acked(generation, key, refusal))
+        )
+
+    def _acked(self, generation: int, key: int, refusal: str | None) -> None:
+        if generation != self._generation or self._state != "online":
+            return
+        with self._changed:
+            publish = self._outbox.pop(key, None)
+            self._last_puback_at = time.monotonic()
+            self._changed.notify_all()
+        if publish is None:
+            return
+        if refusal is not None:
+            log.warning("publish.refused", topic=publish.message.topic, why=refusal)
+        if publish.on_done is not None:
+            on_done = publish.on_done
+            self._call(lambda: on_done(refusal is None))
+
+    def _leave(self, *, with_will: bool) -> None:
+        if self._state == "online":
+            self._broker.release(self._client_id, with_will=with_will)
+        with self._changed:
+            self._state, self._detail = "closed", ""
+            given_up, self._outbox = list(self._outbox.values()), {}
+            self._changed.notify_all()
+        for publish in given_up:
+            if publish.on_done is not None:
+                on_done = publish.on_done
+                self._call(lambda on_done=on_done: on_done(False))  # type: ignore[misc]
+
+    @staticmethod
+    def _call(callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:
+            log.exception("link.callback_failed")

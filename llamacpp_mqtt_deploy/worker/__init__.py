@@ -1,0 +1,1 @@
+"""One request's life, from the delivered message to its terminal event."""

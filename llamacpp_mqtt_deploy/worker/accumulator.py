@@ -1,0 +1,164 @@
+"""An answer as it grows, and the fields of the terminal event that it ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from llamacpp_mqtt_deploy.core.deltas import Finished, FinishReason, Message, PromptProgress, TokenUsage, ToolCall
+
+# An answer that came in less than this came in one piece: its speed cannot be told from outside the engine.
+_MEASURABLE_S = 0.001
+
+
+@dataclass(slots=True)
+class AnswerAccumulator:
+    """What the engine has said so far; times are monotonic seconds."""
+
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    model: str | None = None
+    progress: PromptProgress | None = None
+    pieces: int = 0
+    first_at: float | None = None
+    last_at: float | None = None
+    finished: Finished | None = None
+    dropped_messages: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def add_text(self, text: str, now: float) -> None:
+        self.content.append(text)
+        self._count(now)
+
+    def add_reasoning(self, text: str, now: float) -> None:
+        self.reasoning.append(text)
+        self._count(now)
+
+    def add_call(self, delta: ToolCall, now: float) -> dict[str, Any]:
+        """Merge a piece of a tool call; returns it as the `chunk` event tells it."""
+        call = self.calls.setdefault(delta.index, {"id": None, "name": None, "arguments": []})
+        call["id"] = call["id"] or delta.id
+        call["name"] = call["name"] or delta.name
+        call["arguments"].append(delta.arguments)
+        self._count(now)
+        event: dict[str, Any] = {"index": delta.index}
+        if delta.id:
+            event["id"] = delta.id
+        if delta.name:
+            event["name"] = delta.name
+        event["arguments"] = delta.arguments
+        return event
+
+    def _count(self, now: float) -> None:
+        self.pieces += 1
+        self.last_at = now
+        if self.first_at is None:
+            self.first_at = now
+
+    @property
+    def begun(self) -> bool:
+        return self.first_at is not None
+
+    def text(self) -> str:
+        return "".join(self.content)
+
+    def thoughts(self) -> str:
+        return "".join(self.reasoning)
+
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """As an OpenAI assistant message holds them."""
+        return [
+            {
+                "id": call["id"] or f"call_{index}",
+                "type": "function",
+                "function": {"name": call["name"] or "", "arguments": "".join(call["arguments"])},
+            }
+            for index, call in sorted(self.calls.items())
+        ]
+
+    def message(self, content: str | None = None) -> Message:
+        """An OpenAI assistant message that can be put into `messages` unchanged; `content` where less than all was told.
+
+        A call that was cut off is left out: half of a JSON text as arguments makes chat templates fail for ever.
+        """
+        text = self.text() if content is None else content
+        calls = [call for call in self.tool_calls() if _is_json(call["function"]["arguments"])]
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def usage(self) -> TokenUsage:
+        """The engine's own figures; without them (a cancelled answer) the prompt's progress and the pieces counted."""
+        if self.finished is not None:
+            return self.finished.usage
+        return TokenUsage(
+            prompt_tokens=self.progress.total if self.progress else 0,
+            completion_tokens=self.pieces,
+            cached_tokens=self.progress.cached if self.progress else 0,
+        )
+
+    def tokens_per_second(self) -> float | None:
+        if self.finished is not None and self.finished.tokens_per_second:
+            return round(self.finished.tokens_per_second, 2)
+        if self.first_at is None or self.last_at is None or self.last_at - self.first_at < _MEASURABLE_S:
+            return None
+        # An engine that tells no usage leaves the pieces to count.
+        tokens = self.usage().completion_tokens or self.pieces
+        return round(max(0, tokens - 1) / (self.last_at - self.first_at), 2)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def usage_fields(usage: TokenUsage) -> dict[str, int]:
+    fields = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+    }
+    if usage.reasoning_tokens is not None:
+        fields["reasoning_tokens"] = usage.reasoning_tokens
+    return fields
+
+
+def done_fields(
+    answer: AnswerAccumulator,
+    *,
+    content: str,
+    finish_reason: FinishReason,
+    with_text: bool,
+    timings: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None,
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """The fields of `done` beyond the common ones; `content` is what was told (less than the answer, when cancelled)."""
+    fields: dict[str, Any] = {}
+    if with_text:
+        fields["full_content"] = content
+        if answer.reasoning:
+            fields["full_reasoning"] = answer.thoughts()
+        fields["message"] = answer.message(content)
+    else:
+        fields["content_omitted"] = True
+    fields["finish_reason"] = finish_reason
+    if answer.finished is not None and answer.finished.stop_sequence:
+        fields["stop_sequence"] = answer.finished.stop_sequence
+    fields["usage"] = usage_fields(answer.usage())
+    fields["timings"] = {name: value for name, value in timings.items() if value is not None}
+    fields["dropped_messages"] = answer.dropped_messages
+    if warnings:
+        fields["warnings"] = list(warnings)
+    if metadata is not None:
+        fields["metadata"] = dict(metadata)
+    return fields

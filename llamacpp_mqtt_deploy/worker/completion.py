@@ -1,0 +1,267 @@
+"""How a request ends: exactly one terminal event, stored with the history before it is published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from llamacpp_mqtt_deploy.core.deltas import FinishReason, Message
+from llamacpp_mqtt_deploy.core.errors import (
+    EngineLost,
+    Internal,
+    Interrupted,
+    RequestError,
+    ShuttingDown,
+    TimedOut,
+)
+from llamacpp_mqtt_deploy.core.events import interrupted
+from llamacpp_mqtt_deploy.core.history import exchange_of
+from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
+from llamacpp_mqtt_deploy.stopping import StopReason
+from llamacpp_mqtt_deploy.worker.accumulator import done_fields, usage_fields
+from llamacpp_mqtt_deploy.worker.counters import Counters
+from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
+
+log = structlog.get_logger(__name__)
+
+
+class Completion:
+    """Writes terminal events. Each method may be called from any thread; only the first call for a job has an effect."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        registry: JobRegistry,
+        counters: Counters,
+        redelivery: Redelivery,
+        log_content: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._counters = counters
+        self._redelivery = redelivery
+        self._log_content = log_content
+
+    def done(self, job: Job, finish_reason: FinishReason, *, content: str | None = None) -> None:
+        """End with `done`. `content` is what was published, where that is less than the answer (cancelled while paced)."""
+        if not self._registry.claim_end(job):
+            return
+        try:
+            told = self._told(job, content)
+            terminal = job.responder.done(self._done_fields(job, finish_reason, told))
+            history = self._history(job, told, finish_reason)
+        except Exception:
+            log.exception("ending.failed", request_id=job.key.request_id)
+            self._end_by_defect(job)
+        else:
+            self._end(job, terminal, history, outcome=finish_reason)
+
+    def failed(self, job: Job, error: RequestError) -> None:
+        """End with `error`; what was told already comes along as `partial_content`."""
+        if not self._registry.claim_end(job):
+            return
+        try:
+            terminal = job.responder.error(
+                code=error.code, message=error.message, retryable=error.retryable, details=_error_details(job, error)
+            )
+        except Exception:
+            log.exception("ending.failed", request_id=job.key.request_id)
+            self._end_by_defect(job)
+        else:
+            self._end(job, terminal, None, outcome=error.code, error=error)
+
+    def stopped(self, job: Job, *, content: str | None = None) -> None:
+        """End a job whose stop signal was set, for the reason that it carries."""
+        if job.stop.reason == "cancelled":
+            self.done(job, "cancelled", content=content)
+        elif job.stop.reason == "put_back":
+            self._put_back(job)
+        else:
+            self.failed(job, stop_error(job.stop.reason, job))
+
+    def _end_by_defect(self, job: Job) -> None:
+        """Whoever claimed the end has to bring one: without it the session waits, and its client, until a restart."""
+        job.responder.close()
+        error = Internal("the worker failed on this request; its log says why")
+        terminal = interrupted(
+            request_id=job.key.request_id,
+            session_id=job.key.session,
+            code=error.code,
+            message=error.message,
+            retryable=error.retryable,
+            metadata=None,
+        )
+        self._end(job, terminal, None, outcome=error.code, error=error)
+
+    def _told(self, job: Job, content: str | None) -> str:
+        """The text that the chunks told. A cancel may leave some that none has: joined, they have to be the answer."""
+        if content is not None:
+            return content
+        told = job.answer.text()
+        job.responder.catch_up("reasoning", job.answer.thoughts(), before_first=lambda: self._mark_streaming(job))
+        job.responder.catch_up("content", told, before_first=lambda: self._mark_streaming(job))
+        return told
+
+    def _done_fields(self, job: Job, finish_reason: FinishReason, told: str) -> dict[str, Any]:
+        timings = _timings(job)
+        if finish_reason == "cancelled" and job.stop.at is not None:
+            timings["cancel_ms"] = _ms(time.monotonic() - job.stop.at)
+        return done_fields(
+            job.answer,
+            content=told,
+            finish_reason=finish_reason,
+            with_text=job.request.full_content,
+            timings=timings,
+            metadata=job.request.metadata,
+            warnings=(*job.request.warnings, *job.answer.warnings),
+        )
+
+    def _put_back(self, job: Job) -> None:
+        """No end at all: the journal keeps the request, and the next life of the worker runs it."""
+        if self._registry.claim_end(job):
+            self._registry.leave(job)
+            log.info("request.put_back", session=job.key.session, request_id=job.key.request_id)
+
+    def _mark_streaming(self, job: Job) -> None:
+        try:
+            self._store.mark_streaming(job.key)
+        except StoreError as problem:
+            log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
+
+    def _history(self, job: Job, told: str, finish_reason: FinishReason) -> HistoryChange | None:
+        """Prompt and answer together, or nothing: two user messages in a row break many chat templates."""
+        request = job.request
+        if request.mode == "messages" or job.forgotten:
+            return None
+        append = exchange_of(newest_messages(job), job.answer.message(told), cancelled=finish_reason == "cancelled")
+        if not append:
+            return None
+        return HistoryChange(
+            session=(job.key.route, job.key.session),
+            append=append,
+            forget_before=request.new,
+        )
+
+    def _end(
+        self,
+        job: Job,
+        terminal: bytes,
+        history: HistoryChange | None,
+        *,
+        outcome: str,
+        error: RequestError | None = None,
+    ) -> None:
+        try:
+            self._store.finish(job.key, terminal, now=time.time(), history=history)
+            if job.forgotten and history is not None:  # a reset came while we wrote
+                self._store.reset(history.session)
+        except StoreError as problem:
+            # The client gets its answer all the same; the memory of it follows when the disk takes it.
+            log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
+            self._redelivery.store_later(job.key, terminal, now=time.time(), history=history)
+        try:
+            self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation)
+        finally:
+            self._registry.leave(job)
+        self._record(job, outcome, error)
+
+    def _record(self, job: Job, outcome: str, error: RequestError | None) -> None:
+        """The one line of the log for each request, and its counts."""
+        answer = job.answer
+        usage, timings = answer.usage(), _timings(job)
+        self._counters.ended(
+            outcome,
+            error=error is not None,
+            usage=usage,
+        )
+        fields: dict[str, Any] = {
+            "route": job.key.route,
+            "session": job.key.session,
+            "request_id": job.key.request_id,
+            "outcome": outcome,
+            "chunks": job.responder.chunks,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "starts": job.starts,
+            **timings,
+        }
+        if self._log_content():
+            fields |= {"prompt": job.request.prompt, "answer": answer.text()}
+        if error is None:
+            log.info("request.finished", **fields)
+        else:
+            cause = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else None
+            log.warning("request.finished", **fields, message=self._loggable(error), cause=cause)
+
+    def _loggable(self, error: RequestError) -> str:
+        if not error.quoted or self._log_content():
+            return error.message
+        return error.message.replace(error.quoted, f"({len(error.quoted)} characters of the engine, not logged)")
+
+
+def _error_details(job: Job, error: RequestError) -> dict[str, Any]:
+    answer = job.answer
+    details: dict[str, Any] = dict(error.details)
+    if answer.begun and job.request.full_content:
+        details["partial_content"] = answer.text()
+    if answer.begun or answer.progress is not None:
+        details["usage"] = usage_fields(answer.usage())
+    details["timings"] = {name: value for name, value in _timings(job).items() if value is not None}
+    warnings = [*job.request.warnings, *answer.warnings]
+    if warnings:
+        details["warnings"] = warnings
+    if job.request.metadata is not None:
+        details["metadata"] = job.request.metadata
+    return details
+
+
+def newest_messages(job: Job) -> tuple[Message, ...]:
+    """What this request adds to its session before the answer."""
+    request = job.request
+    if request.mode == "tool_results":
+        return tuple(
+            {"role": "tool", "tool_call_id": result["tool_call_id"], "content": result["content"]}
+            for result in request.tool_results or ()
+        )
+    return ({"role": "user", "content": request.prompt},)
+
+
+def stop_error(reason: StopReason | None, job: Job) -> RequestError:
+    """The error that a stop for this reason ends in."""
+    match reason:
+        case "timeout":
+            waited = "" if job.started_at is not None else " while it waited for a slot"
+            limit_s = job.deadline - job.received_at
+            return TimedOut(f"the limit of {limit_s:.3g} s for this request passed{waited}")
+        case "shutting_down":
+            return ShuttingDown("the worker is stopping; send the request again in a moment")
+        case "outbox_full":
+            return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
+        case "cancelled" | "put_back" | None:
+            return Internal("the request was stopped without a reason")
+
+
+def often_lost(starts: int) -> RequestError:
+    """For a request that took the engine or the worker down each time."""
+    return EngineLost(f"the engine or the worker went away {starts} times before the first token of this request")
+
+
+def _timings(job: Job) -> dict[str, Any]:
+    now = time.monotonic()
+    started_at = job.started_at if job.started_at is not None else now
+    first_at = job.responder.first_chunk_at or job.answer.first_at
+    return {
+        "queue_ms": _ms(started_at - job.received_at),
+        "first_token_ms": _ms(first_at - job.received_at) if first_at is not None else None,
+        "total_ms": _ms(now - job.received_at),
+        "tokens_per_second": job.answer.tokens_per_second(),
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1000, 2)

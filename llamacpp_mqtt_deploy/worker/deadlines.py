@@ -1,0 +1,76 @@
+"""Looks after the jobs that are inside: time limits, first words, heartbeats, places in the queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from llamacpp_mqtt_deploy.worker.completion import Completion
+from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+
+log = structlog.get_logger(__name__)
+
+CHECK_EVERY_S = 0.25
+# Protocol, section 3: the first event comes within 1 s of the arrival, also when the engine takes its time.
+_FIRST_WORD_S = 0.5
+# Protocol, section 3: a change of position is told at most once a second.
+_POSITIONS_EVERY_S = 1.0
+# A running job that was stopped ends in its own thread; when the engine does not let check, it is ended from here.
+_LET_GO_S = 5.0
+
+
+class Deadlines:
+    """`check` is called every `CHECK_EVERY_S` seconds, in the timers' thread."""
+
+    def __init__(self, *, registry: JobRegistry, completion: Completion, heartbeat_s: Callable[[], float]) -> None:
+        self._registry = registry
+        self._completion = completion
+        self._heartbeat_s = heartbeat_s
+        self._positions_at = 0.0
+
+    def check(self) -> None:
+        jobs = self._registry.all()
+        if not jobs:
+            return
+        now = time.monotonic()
+        tell_positions = now - self._positions_at >= _POSITIONS_EVERY_S
+        if tell_positions:
+            self._positions_at = now
+        positions = self._registry.positions() if tell_positions else {}
+        for job in jobs:
+            try:
+                self._look_after(job, now, positions.get(job.key))
+            except Exception:
+                # A defect with one job must not cost the others their limits and heartbeats, round after round.
+                log.exception("round.failed", request_id=job.key.request_id)
+
+    def _look_after(self, job: Job, now: float, position: int | None) -> None:
+        self._limit(job, now)
+        self._speak(job, now)
+        if job.phase == "queued" and position is not None:
+            reason = self._registry.wait_reason
+            if (position, reason) != (job.position, job.wait_reason):
+                job.position, job.wait_reason = position, reason
+                job.responder.queued(position=position, reason=reason)
+
+    def _limit(self, job: Job, now: float) -> None:
+        if now >= job.deadline:
+            job.stop.set("timeout")
+        if not job.stop.is_set() or job.phase in ("ending", "ended"):
+            return
+        if job.phase == "queued":
+            self._completion.stopped(job)
+        elif job.phase == "running" and job.stop.at is not None and now - job.stop.at > _LET_GO_S:
+            log.error("engine.stuck", request_id=job.key.request_id, reason=job.stop.reason)
+            self._completion.stopped(job)
+
+    def _speak(self, job: Job, now: float) -> None:
+        last_at = job.responder.last_event_at
+        if last_at is None:
+            if now - job.received_at >= _FIRST_WORD_S:
+                job.responder.queued(position=job.position, reason=job.wait_reason)
+        elif now - last_at >= self._heartbeat_s():
+            state = "queued" if job.phase == "queued" else "generating" if job.prompt_done else "prompt"
+            job.responder.ping(state=state)

@@ -1,0 +1,64 @@
+"""Makes the job of a request, with the responder that publishes its events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llamacpp_mqtt_deploy.core.addresses import Address
+from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.core.requests import Generate
+from llamacpp_mqtt_deploy.ports import Entry, Outbox
+from llamacpp_mqtt_deploy.worker.jobs import Job
+from llamacpp_mqtt_deploy.worker.policies import Policies
+from llamacpp_mqtt_deploy.worker.responder import Responder
+from llamacpp_mqtt_deploy.worker.timers import Timers
+
+
+class JobMaker:
+    """Builds a job with its responder; the same for fresh requests and for those recovered from the journal."""
+
+    def __init__(
+        self,
+        *,
+        outbox: Outbox,
+        timers: Timers,
+        policies: Callable[[], Policies],
+        max_event_bytes: Callable[[], int],
+        active_streams: Callable[[], int],
+    ) -> None:
+        self._outbox = outbox
+        self._timers = timers
+        self._crowd = active_streams
+        self._policies = policies
+        self.max_event_bytes = max_event_bytes
+
+    def make(self, *, entry: Entry, address: Address, request: Generate, received_at: float, deadline: float) -> Job:
+        assert address.session is not None
+        assert address.reply_topic is not None
+        policies = self._policies()
+        streaming = policies.settings.streaming
+        responder = Responder(
+            outbox=self._outbox,
+            topic=address.reply_topic,
+            writer=EventWriter(
+                request_id=entry.key.request_id, session_id=address.session, max_bytes=self.max_event_bytes()
+            ),
+            correlation=entry.correlation,
+            silent=request.stream is False or policies.routes[address.route].mode == "off",
+            wake=self._timers.after,
+            coalesce_min_s=streaming.coalesce_min_s,
+            active_streams=self._crowd,
+            coalesce_max_chars=streaming.coalesce_max_chars,
+        )
+        job = Job(
+            key=entry.key,
+            entry=entry,
+            address=address,
+            request=request,
+            responder=responder,
+            session=None if request.mode == "messages" else (address.route, address.session),
+            received_at=received_at,
+            deadline=deadline,
+        )
+        responder.on_overflow = lambda: job.stop.set("outbox_full")
+        return job

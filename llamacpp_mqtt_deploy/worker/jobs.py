@@ -1,0 +1,323 @@
+"""Who is inside: the jobs of this worker, their queue and their slots, behind the one lock of the corridor."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llamacpp_mqtt_deploy.core.addresses import Address
+from llamacpp_mqtt_deploy.core.admission import LANES, AdmissionQueue, RateLimiter, Ticket
+from llamacpp_mqtt_deploy.core.errors import ShuttingDown
+from llamacpp_mqtt_deploy.core.requests import Generate
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey
+from llamacpp_mqtt_deploy.stopping import StopSignal
+from llamacpp_mqtt_deploy.worker.accumulator import AnswerAccumulator
+from llamacpp_mqtt_deploy.worker.responder import Responder
+
+JobPhase = Literal["queued", "running", "pacing", "ending", "ended"]
+
+# A cancel that overtook its request is kept this long (protocol, section 4), and never more of them than this.
+EARLY_CANCEL_S = 60.0
+_MAX_EARLY_CANCELS = 1000
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One accepted request on its way. `received_at` and `deadline` are monotonic seconds.
+
+    `session` names whose turn it takes: None for stateless requests. `forgotten` is set by a reset: the end of this job then
+    writes no history.
+    """
+
+    key: EntryKey
+    entry: Entry
+    address: Address
+    request: Generate
+    responder: Responder
+    session: tuple[str, str] | None
+    received_at: float
+    deadline: float
+    stop: StopSignal = field(default_factory=StopSignal)
+    answer: AnswerAccumulator = field(default_factory=AnswerAccumulator)
+    phase: JobPhase = "queued"
+    wait_reason: str = "waiting"
+    position: int = 0
+    starts: int = 0
+    started_at: float | None = None
+    activity_at: float = 0.0
+    """When the engine last gave a sign of life to this job (monotonic seconds)."""
+    prompt_done: bool = False
+    opened: bool = False
+    """The engine has taken it up; before that it only waits for the engine."""
+    live: bool = False
+    """Its chunks go out as they are generated; otherwise the answer is collected and paced."""
+    forgotten: bool = False
+    _ended: bool = False
+
+    @property
+    def lane(self) -> int:
+        return LANES.index(self.request.priority)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How full the worker is."""
+
+    slots: int
+    busy: int
+    queued: int
+    lanes: Mapping[str, int]
+    draining: bool
+
+
+class JobRegistry:
+    """All jobs between their acceptance and their terminal event.
+
+    Owner of the lock: it is held for arithmetic only. Publishing, storing and calling back is left to the callers.
+    """
+
+    def __init__(
+        self, *, queue_size: int, session_queue: int, aging_s: float, max_requests_per_minute: int, slots: int
+    ) -> None:
+        self._condition = threading.Condition()
+        self._queue = AdmissionQueue(queue_size=queue_size, session_queue=session_queue, aging_s=aging_s)
+        self._rates = RateLimiter(max_requests_per_minute)
+        self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
+        self._early: OrderedDict[EntryKey, float] = OrderedDict()
+        self._slots = slots
+        self._held: set[Job] = set()
+        self.wait_reason = "waiting"
+        """What those in the queue wait for, as `queued` tells it; set when the engine comes and goes."""
+        self._pausing = False
+        self._draining = False
+        self._closed = False
+        # Seconds that a slot is held, smoothed; for `retry_after_s`.
+        self._mean_run_s = 5.0
+
+    # --- limits that a reload can change ----------------------------------------------------------------------------
+
+    def set_limits(self, *, queue_size: int, session_queue: int, aging_s: float, max_requests_per_minute: int) -> None:
+        with self._condition:
+            self._queue.queue_size = queue_size
+            self._queue.session_queue = session_queue
+            self._queue.aging_s = aging_s
+            self._rates.per_minute = max_requests_per_minute
+
+    def set_slots(self, slots: int) -> None:
+        """How many jobs may run at once; running ones beyond a lower number finish."""
+        with self._condition:
+            self._slots = max(1, slots)
+            self._condition.notify_all()
+
+    # --- in ------------------------------------------------------------------------------------------------------------
+
+    def enter(self, job: Job, *, recovered: bool = False) -> Job | None:
+        """Give the job a place in the queue, held until `commit`; returns a job that lost its place to it.
+
+        Raises ShuttingDown, RateLimited, SessionBusy, Busy. A recovered job was accepted before a restart: no limit applies.
+        """
+        with self._condition:
+            if not recovered:
+                if self._draining or self._closed:
+                    raise ShuttingDown("the worker takes no new requests at the moment; try again later")
+                self._rates.check(job.address.first_level, job.received_at)
+            ticket = Ticket(
+                key=job.key,
+                lane=job.lane,
+                first_level=job.address.first_level,
+                session=job.session,
+                arrived=job.received_at,
+                held=True,
+            )
+            job.wait_reason = self.wait_reason
+            pacing = sum(1 for other in self._jobs.values() if other.phase == "pacing")
+            evicted = self._queue.admit(ticket, retry_after_s=self._retry_after_s(), outside=pacing, force=recovered)
+            if not recovered:
+                # Counted once it has its place: whoever is told to come back later has spent nothing.
+                self._rates.take(job.address.first_level, job.received_at)
+            self._jobs[job.key] = job
+            return self._jobs.get(evicted.key) if evicted else None  # type: ignore[call-overload]  # our own keys
+
+    def commit(self, jobs: Sequence[Job]) -> None:
+        """These are in the journal: they may be taken now."""
+        keys = {job.key for job in jobs}
+        with self._condition:
+            for ticket in self._queue:
+                if ticket.key in keys:
+                    ticket.held = False
+            self._condition.notify(len(jobs))
+
+    def _retry_after_s(self) -> float:
+        deadlines = (len(self._queue) + 1) / max(1, self._slots)
+        return float(min(120, max(1, round(deadlines * self._mean_run_s))))
+
+    # --- through -------------------------------------------------------------------------------------------------------
+
+    def take(self, timeout_s: float) -> Job | None:
+        """The next job for a free slot; None after the timeout or when closed."""
+        with self._condition:
+            job = self._take_now()
+            if job is None and not self._closed:
+                self._condition.wait(timeout_s)
+                job = self._take_now()
+            return job
+
+    def _take_now(self) -> Job | None:
+        if self._closed or self._pausing or len(self._held) >= self._slots:
+            return None
+        ticket = self._queue.next(time.monotonic())
+        if ticket is None:
+            return None
+        job = self._jobs[ticket.key]  # type: ignore[index]  # our own keys
+        job.phase = "running"
+        job.started_at = job.activity_at = time.monotonic()
+        self._held.add(job)
+        return job
+
+    def must_wait(self, job: Job) -> bool:
+        """Whether this job, in the queue and perhaps still held, will not be taken at once."""
+        with self._condition:
+            if job.phase != "queued":
+                return False
+            return job.key not in self._queue.front(self._free(), time.monotonic())
+
+    def _free(self) -> int:
+        return 0 if self._pausing else max(0, self._slots - len(self._held))
+
+    def release_slot(self, job: Job, *, pacing: bool = False) -> None:
+        """The engine is done with this job; the next one may have its slot."""
+        with self._condition:
+            if job not in self._held:
+                return
+            self._held.discard(job)
+            if job.phase == "running":
+                job.phase = "pacing" if pacing else "ending"
+            if job.started_at is not None:
+                self._mean_run_s += 0.2 * (time.monotonic() - job.started_at - self._mean_run_s)
+            self._condition.notify()
+
+    # --- out -----------------------------------------------------------------------------------------------------------
+
+    def claim_end(self, job: Job) -> bool:
+        """Whoever gets True writes the terminal event of this job; nobody gets it twice."""
+        with self._condition:
+            if job._ended:  # noqa: SLF001  # the registry owns it
+                return False
+            job._ended = True  # noqa: SLF001
+            self._queue.remove(job.key)
+            return True
+
+    def leave(self, job: Job) -> None:
+        """The terminal event is stored: the job is gone, and its session's next prompt may go.
+
+        Its slot stays taken until `release_slot`: an engine that does not let go of a request has no room for another.
+        """
+        with self._condition:
+            job.phase = "ended"
+            self._queue.remove(job.key)
+            if self._jobs.get(job.key) is job:
+                del self._jobs[job.key]
+            if job.session is not None and not self._session_runs(job.session):
+                self._queue.leave_session(job.session)
+            self._condition.notify_all()
+
+    def _session_runs(self, session: tuple[str, str]) -> bool:
+        return any(job.session == session and job.phase != "queued" for job in self._jobs.values())
+
+    # --- looking -------------------------------------------------------------------------------------------------------
+
+    def find(self, key: EntryKey) -> Job | None:
+        with self._condition:
+            return self._jobs.get(key)
+
+    def all(self) -> list[Job]:
+        with self._condition:
+            return list(self._jobs.values())
+
+    def running(self) -> int:
+        """How many slots are taken just now; looked at for each read of an engine, so without the lock."""
+        return len(self._held)
+
+    def all_held_slots(self) -> list[Job]:
+        """Jobs in a worker's hands, also those that were ended over its head because the engine did not let go."""
+        with self._condition:
+            return list(self._held)
+
+    def of_session(self, session: tuple[str, str]) -> list[Job]:
+        """Jobs whose replies go to this session (route, session path), stateless ones included, oldest first."""
+        with self._condition:
+            return [job for job in self._jobs.values() if (job.key.route, job.key.session) == session]
+
+    def positions(self) -> dict[EntryKey, int]:
+        """The places of those that wait, 1 for who is next."""
+        with self._condition:
+            return dict(self._queue.positions(time.monotonic(), free=self._free()))  # type: ignore[arg-type]  # our own keys
+
+    def load(self) -> Load:
+        """Slots and queue for health and status."""
+        with self._condition:
+            return Load(
+                slots=self._slots,
+                busy=len(self._held),
+                queued=len(self._queue),
+                lanes=self._queue.by_lane(),
+                draining=self._draining,
+            )
+
+    def __len__(self) -> int:
+        with self._condition:
+            return len(self._jobs)
+
+    # --- cancels that came first -----------------------------------------------------------------------------------------
+
+    def remember_cancel(self, key: EntryKey) -> None:
+        with self._condition:
+            self._early[key] = time.monotonic() + EARLY_CANCEL_S
+            self._early.move_to_end(key)
+            if len(self._early) > _MAX_EARLY_CANCELS:
+                self._early.popitem(last=False)
+
+    def was_cancelled(self, key: EntryKey) -> bool:
+        """Whether a cancel for this request came before it; asked once."""
+        with self._condition:
+            until = self._early.pop(key, None)
+            return until is not None and until > time.monotonic()
+
+    # --- draining --------------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Refuse new requests; those inside go on."""
+        with self._condition:
+            self._draining = True
+
+    def resume(self) -> bool:
+        """Take requests again; False when the worker is stopping, which nobody takes back."""
+        with self._condition:
+            if self._pausing or self._closed:
+                return False
+            self._draining = False
+            return True
+
+    def pause(self) -> None:
+        """Take nothing new and start no more of the queued ones, for good: they stay in the journal for the next start."""
+        with self._condition:
+            self._draining = True
+            self._pausing = True
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Wait until no job runs or is paced (queued ones do not count while paused)."""
+
+        def idle() -> bool:
+            return all(job.phase == "queued" for job in self._jobs.values())
+
+        with self._condition:
+            return self._condition.wait_for(idle, timeout_s)
+
+    def close(self) -> None:
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()

@@ -1,0 +1,122 @@
+"""What applies to a request of a route: worker's settings, overlaid with the route's, ready for the request's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llamacpp_mqtt_deploy.config.settings import RouteSettings, Settings, StreamingMode
+from llamacpp_mqtt_deploy.core.addresses import TopicMap
+from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
+from llamacpp_mqtt_deploy.core.requests import RequestPolicy
+from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE, RouteTopics, route_topics
+
+_PLAIN_ROUTE = RouteSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutePolicy:
+    """One route as the corridor sees it; `parse` is for the door, the rest for the generation."""
+
+    name: str
+    parse: RequestPolicy
+    mode: StreamingMode
+    system_prompt: str | None
+    sampling: Mapping[str, Any]
+    thinking: bool | None
+    thinking_budget: int | None
+    tools: tuple[Mapping[str, Any], ...]
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """All routes of one configuration; replaced as a whole by a reload."""
+
+    settings: Settings
+    routes: Mapping[str, RoutePolicy]
+
+    @classmethod
+    def of(cls, settings: Settings, *, engine_models: tuple[str, ...] = ()) -> Policies:
+        """`engine_models` are the names that the engine gives itself; requests may use them as well."""
+        names = [DEFAULT_ROUTE, *(name for name in settings.routes if name != DEFAULT_ROUTE)]
+        return cls(
+            settings,
+            {name: _route(settings, name, settings.routes.get(name, _PLAIN_ROUTE), engine_models) for name in names},
+        )
+
+
+class InForce:
+    """The configuration in force, for everybody who reads it for each request; replaced as a whole."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._policies = Policies.of(settings)
+
+    def policies(self) -> Policies:
+        return self._policies
+
+    @property
+    def settings(self) -> Settings:
+        return self._policies.settings
+
+    def change(self, *, settings: Settings | None = None, engine_models: tuple[str, ...]) -> None:
+        """Other settings (a reload), or other models (the engine said what it serves)."""
+        self._policies = Policies.of(settings or self.settings, engine_models=engine_models)
+
+
+def topic_map(settings: Settings) -> TopicMap:
+    """The topics of this configuration; raises ValueError with a sentence for each fault."""
+    return TopicMap(root=settings.mqtt.root, worker_id=settings.mqtt.worker_id, routes=tuple(_topics(settings)))
+
+
+def _topics(settings: Settings) -> list[RouteTopics]:
+    return [
+        route_topics(
+            root=settings.mqtt.root,
+            name=name,
+            request=route.request,
+            reply=route.reply,
+            control=route.control,
+            trust_payload_session=route.trust_payload_session,
+        )
+        for name, route in settings.routes.items()
+    ]
+
+
+def _route(settings: Settings, name: str, route: RouteSettings, engine_models: tuple[str, ...]) -> RoutePolicy:
+    limits, generation, engine = settings.limits, settings.generation, settings.engine
+    sampling: dict[str, Any] = {}
+    for field in SAMPLING_FIELDS:
+        for level in (generation, route):
+            value = getattr(level, field, None)
+            # A route inherits its class defaults from nobody: only what was written counts.
+            if value is not None and (level is generation or field in route.model_fields_set):
+                sampling[field] = list(value) if isinstance(value, tuple) else value
+    models = tuple(dict.fromkeys(m for m in (engine.model, *engine.models, route.model, *engine_models) if m))
+    timeout_s = route.timeout_s or generation.timeout_s
+    return RoutePolicy(
+        name=name,
+        parse=RequestPolicy(
+            max_request_bytes=limits.max_request_bytes,
+            max_tokens=limits.max_tokens,
+            max_timeout_s=limits.max_timeout_s,
+            default_timeout_s=min(timeout_s, limits.max_timeout_s),
+            fields=dict(route.fields),
+            allow_system_prompt=route.allow_system_prompt,
+            allow_messages=route.allow_messages,
+            allow_tools=route.allow_tools,
+            trust_payload_session=route.trust_payload_session,
+            models=models or None,
+            tool_names=tuple(tool["function"]["name"] for tool in route.tools),
+            default_priority=route.default_priority,
+            max_priority=route.max_priority,
+        ),
+        mode=route.mode or settings.streaming.mode,
+        system_prompt=route.system_prompt if route.system_prompt is not None else generation.system_prompt,
+        sampling=sampling,
+        thinking=route.thinking if route.thinking is not None else generation.thinking,
+        thinking_budget=route.thinking_budget if route.thinking_budget is not None else generation.thinking_budget,
+        tools=route.tools,
+        model=route.model or engine.model,
+    )

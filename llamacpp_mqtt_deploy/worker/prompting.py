@@ -1,0 +1,118 @@
+"""From a request, its route and its session's history to the call that the engine gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import orjson
+import structlog
+
+from llamacpp_mqtt_deploy.core.deltas import EngineCall, Message
+from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
+from llamacpp_mqtt_deploy.core.history import fit, pending_tool_calls
+from llamacpp_mqtt_deploy.ports import Engine, Store, StoreError
+from llamacpp_mqtt_deploy.worker.completion import newest_messages
+from llamacpp_mqtt_deploy.worker.jobs import Job
+from llamacpp_mqtt_deploy.worker.policies import Policies, RoutePolicy
+
+log = structlog.get_logger(__name__)
+
+# Share of the context that history may not take: an answer needs room, whatever `max_tokens` says.
+_LARGEST_ANSWER_SHARE = 0.5
+
+
+class PromptBuilder:
+    """Lays defaults under a request (worker, then route, then request) and the session's history before its prompt."""
+
+    def __init__(self, *, engine: Engine, store: Store, policies: Callable[[], Policies]) -> None:
+        self._engine = engine
+        self._store = store
+        self._policies = policies
+
+    def build(self, job: Job) -> EngineCall:
+        """The engine's call; what was left out of the history is noted in the answer. Raises a RequestError."""
+        request, settings = job.request, self._policies().settings
+        policy = self._policies().routes[job.key.route]
+        if request.has_images and not self._engine.info().vision:
+            raise Unsupported("the model of this worker does not read images", fields={"messages": "text parts only"})
+        sampling: dict[str, Any] = {**policy.sampling, **request.sampling}
+        if sampling.get("max_tokens") is not None:
+            sampling["max_tokens"] = min(sampling["max_tokens"], settings.limits.max_tokens)
+        call = EngineCall(
+            messages=request.messages or (),
+            model=request.model or policy.model,
+            sampling=sampling,
+            tools=request.tools if request.tools is not None else (policy.tools or None),
+            tool_choice=request.tool_choice,
+            parallel_tool_calls=request.parallel_tool_calls,
+            response_format=request.response_format,
+            thinking=request.thinking if request.thinking is not None else policy.thinking,
+            thinking_budget=(
+                request.thinking_budget if request.thinking_budget is not None else policy.thinking_budget
+            ),
+            chunk_timeout_s=settings.engine.chunk_timeout_s,
+        )
+        job.answer.warnings = tuple(
+            f"the engine does not know {name}; it was left out" for name in self._engine.unsupported_fields(call)
+        )
+        if request.mode == "messages":
+            if policy.parse.allow_system_prompt or not policy.system_prompt:
+                return call
+            # A route that allows no other system prompt means its own one to stand before everything.
+            return replace(call, messages=({"role": "system", "content": policy.system_prompt}, *call.messages))
+        return self._with_history(job, call, policy)
+
+    def _with_history(self, job: Job, call: EngineCall, policy: RoutePolicy) -> EngineCall:
+        history = self._history(job)
+        newest = newest_messages(job)
+        if job.request.mode == "tool_results":
+            _check_results(history, newest)
+        system_prompt = job.request.system_prompt
+        fitted = fit(
+            history,
+            system_prompt=system_prompt if system_prompt is not None else policy.system_prompt,
+            newest=newest,
+            budget_tokens=self._budget_tokens(call),
+            count=lambda messages: self._engine.count_tokens(replace(call, messages=messages), stop=job.stop),
+            extra_bytes=len(orjson.dumps(call.tools)) if call.tools else 0,
+        )
+        job.answer.dropped_messages = fitted.dropped_messages
+        return replace(call, messages=fitted.messages)
+
+    def _history(self, job: Job) -> Sequence[Message]:
+        if job.request.new:
+            return ()
+        try:
+            return self._store.history((job.key.route, job.key.session))
+        except StoreError as problem:
+            log.error("history.unreadable", problem=str(problem), session=job.key.session)
+            return ()
+
+    def _budget_tokens(self, call: EngineCall) -> int | None:
+        """Tokens for everything before the answer; None when the engine does not tell its context."""
+        settings = self._policies().settings
+        n_ctx = self._engine.info().n_ctx or settings.engine.context_tokens
+        limit = settings.sessions.history_tokens
+        if n_ctx is None:
+            return limit
+        largest = int(n_ctx * _LARGEST_ANSWER_SHARE)
+        budget = n_ctx - min(call.sampling.get("max_tokens") or largest, largest)
+        return budget if limit is None else min(budget, limit)
+
+
+def _check_results(history: Sequence[Message], results: Sequence[Message]) -> None:
+    """Tool results must answer the calls of the session's last answer, each once; raises BadRequest."""
+    pending = pending_tool_calls(history)
+    if not pending:
+        raise BadRequest(
+            "tool_results: the last answer of this session called no tool",
+            fields={"tool_results": "only after an answer whose finish_reason is tool_calls"},
+        )
+    given = [str(result["tool_call_id"]) for result in results]
+    if sorted(given) != sorted(pending):
+        raise BadRequest(
+            f"tool_results: expected one result for each of the calls {', '.join(pending)[:200]}",
+            fields={"tool_results": f"a list with the tool_call_id of each pending call: {', '.join(pending)[:200]}"},
+        )

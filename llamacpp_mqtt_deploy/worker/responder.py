@@ -1,0 +1,265 @@
+"""Numbers one request's events and publishes them: the only place from which a reply leaves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
+from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.ports import Outbox
+
+# How long a reader lets the broker keep up before it reads on: far above a round trip in a house, far below what a cancel or
+# the engine's own buffers would notice.
+_KEEP_UP_S = 0.02
+
+
+class Responder:
+    """The event stream of one request, from `queued` to the terminal event; may be called from any thread.
+
+    `silent` (requests with `stream: false`, routes with mode `off`) publishes the terminal event alone. Text given to `text`
+    is coalesced: `wake(call)` has to run `call` soon in another thread than the link's, when an acknowledgement lets waiting
+    text go. `active_streams` tells how many streams there are just now. When the outbox takes no more, `on_overflow` runs once.
+    """
+
+    def __init__(
+        self,
+        *,
+        outbox: Outbox,
+        topic: str,
+        writer: EventWriter,
+        correlation: bytes | None,
+        silent: bool,
+        wake: Callable[[float, Callable[[], None]], object],
+        coalesce_min_s: float = 0.0,
+        active_streams: Callable[[], int] = lambda: 1,
+        coalesce_max_chars: int = 8000,
+    ) -> None:
+        self.topic = topic
+        self.silent = silent
+        self.chunks = 0
+        self.first_chunk_at: float | None = None
+        self.last_event_at: float | None = None
+        """Monotonic seconds of the latest event, for heartbeats; None before the first."""
+        self.on_overflow: Callable[[], object] = lambda: None
+        self._outbox = outbox
+        self._writer = writer
+        self._correlation = correlation
+        self._wake = wake
+        self._max_chars = coalesce_max_chars
+        self._coalescer = Coalescer(min_interval_s=coalesce_min_s)
+        self._coalesce_min_s = coalesce_min_s
+        self._crowd = active_streams
+        self._lock = threading.Lock()
+        # Two counters with one writer each instead of one that needs a lock: `_acked` belongs to the link's thread.
+        self._sent = 0
+        self._acked = 0
+        self._published: dict[TextKind, list[str]] = {"content": [], "reasoning": []}
+        self._all_acked = threading.Event()
+        self._settles = False
+        self._keeping_up = False
+        self._wake_is_set = False
+        self._overflowed = False
+        self._closed = False
+
+    # --- what is not a chunk -------------------------------------------------------------------------------------------
+
+    def queued(self, *, position: int, reason: str, again: bool = False) -> None:
+        """Say that the request waits; `again` when it waits after its start, because the engine went away."""
+        with self._lock:
+            if self._may("queued") and (again or self._writer.phase in ("new", "waiting")):
+                self._publish(self._writer.queued(position=position, reason=reason))
+
+    def start(self, fields: Mapping[str, Any]) -> None:
+        with self._lock:
+            if self._may("start"):
+                self._publish(self._writer.start(fields))
+
+    def progress(self, *, processed: int, total: int, cached: int) -> None:
+        with self._lock:
+            if self._may("progress"):
+                self._publish(self._writer.progress(processed=processed, total=total, cached=cached))
+
+    def ping(self, *, state: str) -> None:
+        with self._lock:
+            if self._may("ping"):
+                self._publish(self._writer.ping(state=state))
+
+    def snapshot(self) -> bool:
+        """Tell what was published so far to a client that sent its request again; False when nothing may be told now."""
+        with self._lock:
+            if not self._may("snapshot"):
+                return False
+            content, reasoning = ("".join(self._published[kind]) for kind in ("content", "reasoning"))
+            self._publish(self._writer.snapshot(content=content, reasoning=reasoning))
+            return True
+
+    def _may(self, kind: Any) -> bool:
+        return not (self.silent or self._closed) and self._writer.allows(kind)
+
+    # --- chunks --------------------------------------------------------------------------------------------------------
+
+    def text(self, kind: TextKind, text: str) -> None:
+        """New text as it is generated: published at once, or as soon as the broker has taken the pieces before it."""
+        with self._lock:
+            self._coalescer.feed(kind, text)
+            if not self._settles:
+                self._let_go()
+
+    def tool_call(self, delta: dict[str, Any]) -> None:
+        """A new piece of a tool call; as `text`."""
+        with self._lock:
+            self._coalescer.feed_call(delta)
+            if not self._settles:
+                self._let_go()
+
+    def settle(self) -> None:
+        """The engine has nothing more at hand: publish what came together, then let the broker keep up for a moment.
+
+        What the engine says meanwhile collects in its socket, where it costs nothing: it could not be published before the
+        broker has acknowledged anyway, and one read then takes all of it. Once called, `text` only collects.
+        """
+        with self._lock:
+            self._settles = True
+            # Many streams at once share what one may take of processor, broker and clients: two go at full pace, eight at a
+            # quarter of it (50 chunks a second each, more than anybody can see).
+            self._coalescer.min_interval_s = self._coalesce_min_s * max(1, self._crowd() // 2)
+            self._let_go()
+        pause_s = self._coalescer.pause_s(time.monotonic())
+        if pause_s > 0 or self._sent > self._acked:
+            self._keeping_up = True
+            self._keep_up(pause_s or self._coalescer.min_interval_s)
+            self._keeping_up = False  # from here on an acknowledgement wakes by itself, so nothing is left lying
+            if self._coalescer:
+                with self._lock:
+                    self._let_go()
+
+    def _keep_up(self, pause_s: float) -> None:
+        if pause_s > 0:
+            # The interval is longer than a round trip to the broker. To be woken by each acknowledgement instead took a
+            # third of the worker's time at thousands of tokens a second.
+            time.sleep(min(pause_s, _KEEP_UP_S))
+        elif (
+            self._sent > self._acked
+        ):  # looked at after `_keeping_up` was set: an acknowledgement since then sets the event
+            self._all_acked.wait(_KEEP_UP_S)
+
+    def piece(self, kind: TextKind, text: str) -> None:
+        """A piece that is published as it is, now (paced and sentence modes)."""
+        with self._lock:
+            if not (self.silent or self._closed):
+                self._publish_chunks(self._writer.chunks(kind, text))
+                self._published[kind].append(text)
+
+    def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
+        """Whole tool calls, published as they are, now (paced modes)."""
+        with self._lock:
+            if not (self.silent or self._closed):
+                self._publish_chunks(self._writer.tool_calls(deltas))
+
+    def flush(self) -> None:
+        """Publish whatever text waits, before the terminal event."""
+        with self._lock:
+            self._flush()
+
+    def catch_up(self, kind: TextKind, full: str, *, before_first: Callable[[], None]) -> None:
+        """Publish what `full` has beyond the pieces so far: a sentence that was cut short, an answer that was to be paced.
+
+        `before_first` runs when this brings the first chunk of the stream.
+        """
+        with self._lock:
+            if self.silent or self._closed:
+                return
+            self._flush()
+            rest = full[sum(map(len, self._published[kind])) :]
+            if not rest:
+                return
+            if not self.chunks:
+                before_first()
+            self._publish_chunks(self._writer.chunks(kind, rest))
+            self._published[kind].append(rest)
+
+    def unacknowledged(self) -> int:
+        return self._sent - self._acked
+
+    def content_published(self) -> str:
+        with self._lock:
+            return "".join(self._published["content"])
+
+    def _let_go(self) -> None:
+        now = time.monotonic()
+        self._coalescer.in_flight = self._sent - self._acked
+        if self._coalescer.ready(now):
+            self._flush(now)
+        else:
+            due_in_s = self._coalescer.due_in_s(now)
+            if due_in_s is not None and not self._wake_is_set:
+                self._wake_is_set = True
+                self._wake(due_in_s, self._let_go_later)
+
+    def _let_go_later(self) -> None:
+        with self._lock:
+            self._wake_is_set = False
+            self._let_go()
+
+    def _flush(self, now: float | None = None) -> None:
+        for piece in self._coalescer.take(time.monotonic() if now is None else now):
+            if self.silent or self._closed:
+                continue
+            if piece[0] == "tool_calls":
+                self._publish_chunks(self._writer.tool_calls(piece[1]))
+                continue
+            kind, text = piece
+            for start in range(0, len(text), self._max_chars):
+                part = text[start : start + self._max_chars] if len(text) > self._max_chars else text
+                self._publish_chunks(self._writer.chunks(kind, part))
+                self._published[kind].append(part)
+
+    def _publish_chunks(self, payloads: Sequence[bytes]) -> None:
+        for payload in payloads:
+            self._sent += 1
+            self._all_acked.clear()
+            if not self._publish(payload, self._chunk_done):
+                self._acked += 1
+        self.chunks = self._writer.next_seq
+        if self.first_chunk_at is None:
+            self.first_chunk_at = self.last_event_at
+
+    def _chunk_done(self, _delivered: bool) -> None:
+        # The link's thread: count, and leave the work to another one.
+        self._acked += 1
+        if self._keeping_up and self._acked == self._sent and not self._coalescer.min_interval_s:
+            self._all_acked.set()
+        if self._coalescer and not self._keeping_up:
+            self._wake(0.0, self._let_go_later)
+
+    def close(self) -> None:
+        """Publish nothing more."""
+        with self._lock:
+            self._closed = True
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def done(self, fields: Mapping[str, Any]) -> bytes:
+        """Close the stream with `done`; returns the event, to be stored and then published."""
+        with self._lock:
+            self._flush()
+            self._closed = True
+            return self._writer.done(fields)
+
+    def error(self, *, code: str, message: str, retryable: bool, details: Mapping[str, Any]) -> bytes:
+        """Close the stream with `error`; as `done`."""
+        with self._lock:
+            self._flush()
+            self._closed = True
+            return self._writer.error(code=code, message=message, retryable=retryable, details=details)
+
+    def _publish(self, payload: bytes, on_done: Callable[[bool], None] | None = None) -> bool:
+        self.last_event_at = time.monotonic()
+        taken = self._outbox.publish(self.topic, payload, correlation=self._correlation, on_done=on_done)
+        if not taken and not self._overflowed:
+            self._overflowed = True
+            self.on_overflow()
+        return taken

@@ -1,0 +1,87 @@
+"""Control and admin messages, from a program or from a person at a shell."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
+from llamacpp_mqtt_deploy.core.requests import AdminCommand, ControlCommand, parse_admin, parse_control
+from tests.support.parsing import encoded
+
+
+@pytest.mark.parametrize("action", ["cancel", "reset", "delete", "history", "ping"])
+def test_a_control_message_is_an_object_or_the_bare_action(action: str) -> None:
+    expected = ControlCommand(action=action, transaction="t1")  # type: ignore[arg-type]
+    assert parse_control(encoded({"action": action, "transaction": "t1"})) == expected
+    assert parse_control(f" {action}\n".encode()) == ControlCommand(action=action)  # type: ignore[arg-type]
+
+
+def test_a_request_id_belongs_to_cancel() -> None:
+    assert parse_control(b'{"action":"cancel","request_id":"r1","x":1}') == ControlCommand(
+        action="cancel", request_id="r1"
+    )
+    assert parse_control(b'{"action":"reset","request_id":"r1"}').request_id is None
+
+
+@pytest.mark.parametrize("action", ["cancel_all", "drain", "resume", "reload", "restart_engine"])
+def test_an_admin_message_is_an_object_or_the_bare_action(action: str) -> None:
+    expected = AdminCommand(action=action, transaction="t1")  # type: ignore[arg-type]
+    assert parse_admin(encoded({"action": action, "transaction": "t1"})) == expected
+    assert parse_admin(action.encode()) == AdminCommand(action=action)  # type: ignore[arg-type]
+
+
+def test_a_log_level_needs_its_level() -> None:
+    assert parse_admin(b"log_level debug") == AdminCommand(action="log_level", level="debug")
+    assert parse_admin(b'{"action":"log_level","level":"info"}') == AdminCommand(action="log_level", level="info")
+    for bad in (b"log_level", b"log_level loud", b'{"action":"log_level"}', b"log_level debug now"):
+        with pytest.raises(BadRequest):
+            parse_admin(bad)
+
+
+@pytest.mark.parametrize(
+    "payload, field",
+    [
+        (b"", "action"),
+        (b"stop", "action"),
+        (b"cancel all", "action"),
+        (b"{}", "action"),
+        (b'{"action":7}', "action"),
+        (b'{"action":"drain"}', "action"),
+        (b'{"action":"cancel","request_id":"a b"}', "request_id"),
+        (b'{"action":"cancel","transaction":7}', "transaction"),
+        (b'{"action":"cancel","transaction":"%s"}' % (b"x" * 65), "transaction"),
+        (b'{"action":', "payload"),
+        (b"\xff", "payload"),
+    ],
+)
+def test_a_bad_control_message_is_refused_by_name(payload: bytes, field: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_control(payload)
+    assert field in caught.value.details["fields"]
+
+
+def test_the_ack_of_a_bad_control_message_can_carry_what_was_readable() -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_control(b'{"action":"explode","transaction":"t1"}')
+    assert caught.value.details["action"] == "explode"
+    assert caught.value.details["transaction"] == "t1"
+    with pytest.raises(BadRequest) as caught:
+        parse_admin(b'{"action":"log_level","transaction":"t2"}')
+    assert caught.value.details["transaction"] == "t2"
+
+
+def test_a_control_message_is_small() -> None:
+    with pytest.raises(PayloadTooLarge):
+        parse_control(b'{"action":"cancel","x":"' + b"x" * 5000 + b'"}')
+
+
+@given(st.binary(max_size=64), st.sampled_from([b"", b"{", b'{"action":"cancel",', b'{"action":']))
+def test_any_bytes_give_an_order_or_a_refusal(tail: bytes, head: bytes) -> None:
+    for parser in (parse_control, parse_admin):
+        try:
+            found: object = parser(head + tail)
+        except BadRequest as refusal:
+            found = refusal
+        assert isinstance(found, ControlCommand | AdminCommand | BadRequest)

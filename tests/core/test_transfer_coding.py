@@ -1,0 +1,40 @@
+"""The framing of HTTP chunks comes off at any cut."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder
+
+
+def _framed(bodies: list[bytes], extension: bytes = b"") -> bytes:
+    chunks = [b"%x%s\r\n%s\r\n" % (len(body), extension, body) for body in bodies if body]
+    return b"".join(chunks) + b"0\r\n\r\n"
+
+
+@given(st.lists(st.binary(max_size=40), max_size=20), st.data(), st.sampled_from([b"", b";name=value", b" ; x"]))
+def test_any_cut_gives_the_same_body(bodies: list[bytes], data: st.DataObject, extension: bytes) -> None:
+    raw = _framed(bodies, extension)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=20)))
+    decoder = ChunkedDecoder()
+    out = b"".join(decoder.feed(raw[a:b]) for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True))
+    assert out == b"".join(bodies)
+    assert decoder.ended
+
+
+@pytest.mark.parametrize("raw", [b"xyz\r\n", b"-5\r\nhello\r\n", b"5\r\nhello!\r\n", b"\r\n", b"1_0\r\n", b"f" * 9000])
+def test_what_is_no_chunk_is_refused(raw: bytes) -> None:
+    with pytest.raises(BadChunk):
+        ChunkedDecoder().feed(raw)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_give_a_body_or_a_refusal(raw: bytes) -> None:
+    decoder = ChunkedDecoder()
+    try:
+        for at in range(len(raw)):
+            decoder.feed(raw[at : at + 1])
+    except BadChunk:
+        pass

@@ -1,0 +1,172 @@
+"""The command line: help, exit codes, `config` in its forms, and the files that are generated from the settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+
+from llamacpp_mqtt_deploy import __version__
+from llamacpp_mqtt_deploy.cli import COMMANDS, main
+from llamacpp_mqtt_deploy.commands.config import example, schema
+from llamacpp_mqtt_deploy.config import keys
+from llamacpp_mqtt_deploy.config.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+LMD = [sys.executable, "-m", "llamacpp_mqtt_deploy"]
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("LMD_")} | {"NO_COLOR": "1"}
+
+
+def lmd(
+    *args: str, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LMD, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=cwd,
+        env=clean_environment() | dict(environ or {}),
+    )
+
+
+def uncommented(text: str) -> str:
+    return re.sub(r"(?m)^#(?=[a-z\[])", "", text)
+
+
+def test_version_and_help_work() -> None:
+    assert lmd("--version").stdout == f"llamacpp-mqtt-deploy, version {__version__}\n"
+    text = CliRunner().invoke(main, ["--help"]).stdout
+    for name in COMMANDS:
+        assert re.search(rf"(?m)^  {name} ", text)
+
+
+def test_every_command_that_help_lists_is_there_and_explains_itself() -> None:
+    for name in COMMANDS:
+        result = CliRunner().invoke(main, [name, "--help"])
+        assert result.exit_code == 0, f"{name}: {result.output}"
+        assert "Examples:" in result.stdout, f"{name} --help shows no example"
+
+
+def test_a_mistyped_command_is_recognised() -> None:
+    result = lmd("cofnig")
+    assert result.returncode == 2
+    assert "did you mean 'config'?" in result.stderr
+
+
+def test_run_documents_its_exit_codes() -> None:
+    text = CliRunner().invoke(main, ["run", "--help"]).stdout
+    for code in "0123":
+        assert re.search(rf"(?m)^ +{code}  ", text)
+
+
+@pytest.mark.parametrize("command", ["run", "config"])
+def test_a_wrong_configuration_is_exit_code_2_with_one_line_for_each_field(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[mqtt]\nport = "x"\nhsot = "\\u001b[31m"\n')
+    result = lmd(command, "--config", str(file))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[1:3] == [
+        f'  [mqtt] port: expected a whole number from 1 to 65535, found "x" (file {file}:2)',
+        f"  [mqtt] hsot: unknown key; did you mean host? (file {file}:3)",
+    ]
+
+
+def test_config_on_a_pipe_is_plain_lines_with_origins_and_without_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[mqtt]\nhost = "broker"\nusername = "u"\n')
+    result = lmd("config", "-c", str(file), "--set", "engine.slots=2", environ={"LMD_MQTT__PASSWORD": "hunter2"})
+    rows = {line.split()[0]: line.split(None, 2)[1:] for line in result.stdout.splitlines()[1:]}
+    assert rows["mqtt.host"] == ['"broker"', f"file {file}:2"]
+    assert rows["mqtt.password"] == ["********", "environment LMD_MQTT__PASSWORD"]
+    assert rows["engine.slots"] == ["2", "flag"]
+    assert "\x1b" not in result.stdout
+    assert "hunter2" not in result.stdout + result.stderr
+    assert "unencrypted" in result.stderr
+
+
+def test_config_as_json_can_be_read_by_programs() -> None:
+    result = lmd("config", "--json", environ={"LMD_MQTT__PASSWORD": "hunter2", "LMD_MQTT__USERNAME": "u"})
+    found = json.loads(result.stdout)
+    assert found["mqtt.keepalive_s"] == {"value": 30, "origin": "default"}
+    assert found["mqtt.password"] == {"value": "********", "origin": "environment LMD_MQTT__PASSWORD"}
+
+
+def test_config_on_a_terminal_is_a_table() -> None:
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*LMD, "config"], stdout=terminal, stderr=terminal, env=clean_environment() | {"TERM": "xterm"}
+    )
+    os.close(terminal)
+    shown: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                piece = os.read(controller, 65536)
+            except OSError:  # Linux' way to say that nobody writes any more
+                return
+            if not piece:
+                return
+            shown.append(piece)
+
+    reader = threading.Thread(target=read, name="terminal-reader")
+    reader.start()
+    assert process.wait(60) == 0
+    reader.join(10)
+    os.close(controller)
+    text = b"".join(shown).decode()
+    assert "configuration file:" in text
+    assert "mqtt.host" in text
+
+
+def test_the_example_file_is_up_to_date() -> None:
+    assert (ROOT / "config" / "config.example.toml").read_text() == example(), "run `make config-example`"
+
+
+def test_the_example_file_sets_nothing_until_it_is_edited() -> None:
+    assert tomllib.loads(example()) == {}
+
+
+def test_the_example_names_every_key_and_each_is_valid() -> None:
+    found = tomllib.loads(uncommented(example()))
+    names = {".".join(path) for path, _ in keys.leaves(found)}
+    assert names == set(keys.keys())
+    Settings(**found)
+
+
+def test_every_key_has_a_description() -> None:
+    assert [key.dotted for key in keys.keys().values() if len(key.description) < 10] == []
+    assert [table.path for table in keys.tables() if table.path[0] not in Settings.model_fields] == []
+
+
+def test_the_schema_accepts_the_example_and_refuses_what_loading_refuses() -> None:
+    found = json.loads(schema())
+    jsonschema.Draft202012Validator.check_schema(found)
+    validator = jsonschema.Draft202012Validator(found)
+    assert list(validator.iter_errors(tomllib.loads(uncommented(example())))) == []
+    refused: tuple[dict[str, Any], ...] = (
+        {"mqtt": {"port": 0}},
+        {"mqtt": {"hsot": "x"}},
+        {"wrong": {}},
+        {"engine": {"kind": "x"}},
+    )
+    for wrong in refused:
+        assert list(validator.iter_errors(wrong)) != []

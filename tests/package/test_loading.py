@@ -1,0 +1,322 @@
+"""Loading the settings: who wins, where a value came from, and what a person reads when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.config import keys
+from llamacpp_mqtt_deploy.config.loading import (
+    ConfigurationError,
+    Loaded,
+    engine_api_key,
+    find_file,
+    load,
+    mqtt_password,
+)
+from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
+
+NOTHING: Mapping[str, str] = {}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Path:
+    return tmp_path / "config.toml"
+
+
+def problems(
+    file: Path | None = None, overrides: Mapping[str, str] = NOTHING, environ: Mapping[str, str] = NOTHING
+) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        load(file, overrides, environ=environ)
+    return list(caught.value.problems)
+
+
+def loaded(
+    text: str, file: Path, overrides: Mapping[str, str] = NOTHING, environ: Mapping[str, str] = NOTHING
+) -> Loaded:
+    file.write_text(text)
+    return load(file, overrides, environ=environ)
+
+
+def test_later_sources_win_and_each_value_knows_its_origin(write: Path) -> None:
+    result = loaded(
+        '[mqtt]\nhost = "from-file"\nport = 1000\nroot = "filed"\n',
+        write,
+        {"mqtt.port": "3000"},
+        {"LMD_MQTT__PORT": "2000", "LMD_MQTT__ROOT": "env", "UNRELATED": "x"},
+    )
+    assert (result.settings.mqtt.host, result.settings.mqtt.port, result.settings.mqtt.root) == (
+        "from-file",
+        3000,
+        "env",
+    )
+    assert result.origins["mqtt.host"] == f"file {write}:2"
+    assert result.origins["mqtt.port"] == "flag"
+    assert result.origins["mqtt.root"] == "environment LMD_MQTT__ROOT"
+    assert result.origins["mqtt.transport"] == "default"
+
+
+def test_every_value_has_an_origin(write: Path) -> None:
+    result = loaded('[routes.maze]\nmode = "off"\n[routes.maze.fields]\nprompt = "message"\n', write)
+    assert {".".join(path) for path, _ in keys.leaves(result.settings.model_dump())} == set(result.origins)
+    assert result.origins["routes.maze.fields"].startswith("file")
+
+
+def test_without_any_file_the_defaults_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if Path("/etc/llamacpp-mqtt-deploy/config.toml").exists():
+        pytest.skip("this machine has a configuration of its own")
+    result = load(environ={})
+    assert result.file is None
+    assert set(result.origins.values()) == {"default"}
+
+
+def test_the_file_is_looked_for_in_the_promised_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llamacpp-mqtt-deploy.toml").touch()
+    assert find_file(Path("named.toml"), {"LMD_CONFIG": "variable.toml"}) == Path("named.toml")
+    assert find_file(None, {"LMD_CONFIG": "variable.toml"}) == Path("variable.toml")
+    assert find_file(None, {}) == Path("llamacpp-mqtt-deploy.toml")
+
+
+def test_a_named_file_that_is_missing_is_a_problem(tmp_path: Path) -> None:
+    assert problems(tmp_path / "gone.toml") == [
+        f"{tmp_path}/gone.toml: cannot read this configuration file: No such file or directory"
+    ]
+    assert "Is a directory" in problems(tmp_path)[0]
+
+
+def test_a_syntax_error_names_its_line(write: Path) -> None:
+    write.write_text('[mqtt]\nhost = "a"\nport = broker\n')
+    assert problems(write) == [f'{write}:3: is not valid TOML: Invalid value (text needs quotes: key = "value")']
+    write.write_bytes(b'[mqtt]\nhost = "\xff"\n')
+    assert problems(write) == [f"{write}:2: is not UTF-8 text"]
+
+
+def test_a_model_named_as_the_configuration_is_refused_without_reading_it_all(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with file.open("wb") as stream:
+        stream.truncate(5 * 1024**3)  # sparse
+    assert "this is no configuration file" in problems(file)[0]
+
+
+def test_all_problems_are_told_at_once_each_with_section_key_expectation_and_place(write: Path) -> None:
+    write.write_text(
+        '[mqtt]\nport = "abc"\nhsot = "x"\nkeepalive_s = 1\n[mqtt.tls]\nenabled = "maybe"\n'
+        '[engine]\nkind = "foo"\n[routes.maze]\nreqest = "y"\n[routes."bad name"]\nmode = "off"\n[wrong]\nx = 1\n'
+    )
+    assert sorted(problems(write)) == sorted(
+        [
+            f'[mqtt] port: expected a whole number from 1 to 65535, found "abc" (file {write}:2)',
+            f"[mqtt] hsot: unknown key; did you mean host? (file {write}:3)",
+            f"[mqtt] keepalive_s: expected a whole number from 5 to 3600, found 1 (file {write}:4)",
+            f'[mqtt.tls] enabled: expected true or false, found "maybe" (file {write}:6)',
+            f'[engine] kind: expected one of "server", "managed", "inprocess", found "foo" (file {write}:8)',
+            f"[routes.maze] reqest: unknown key; did you mean request? (file {write}:10)",
+            f"[routes] bad name: the name of a route is 1 to 64 letters, digits, _ . or - (file {write}:12)",
+            f"[wrong]: unknown key (file {write}:14)",
+        ]
+    )
+
+
+def test_two_letters_that_changed_places_are_recognised(write: Path) -> None:
+    write.write_text("[mqtt]\nprot = 1883\n")
+    assert problems(write) == [f"[mqtt] prot: unknown key; did you mean port? (file {write}:2)"]
+
+
+def test_a_key_in_the_wrong_section_is_pointed_to_its_own(write: Path) -> None:
+    write.write_text('[mqtt]\nurl = "http://127.0.0.1:8080"\n')
+    assert problems(write) == [f"[mqtt] url: unknown key; did you mean engine.url? (file {write}:2)"]
+
+
+def test_an_unknown_variable_is_a_problem_and_an_empty_one_is_not_set() -> None:
+    assert problems(environ={"LMD_MQTT__HOTS": "x"}) == [
+        "[mqtt] hots: unknown key; did you mean host? (environment LMD_MQTT__HOTS)"
+    ]
+    assert problems(environ={"LMD_MQQT": "x"}) == [
+        "LMD_MQQT: this environment variable names no setting; did you mean LMD_MQTT?"
+    ]
+    assert problems(environ={"LMD_MQTT__HOTS": ""}) != []
+    assert load(environ={"LMD_MQTT__HOST": "", "LMD_ENGINE__SLOTS": ""}).settings.mqtt.host == "localhost"
+
+
+@pytest.mark.parametrize("text", ["a,b", '["a", "b"]', "['a', 'b']", " a , b "])
+def test_lists_come_from_the_environment_as_json_toml_or_with_commas(text: str) -> None:
+    assert load(environ={"LMD_ENGINE__MODELS": text}).settings.engine.models == ("a", "b")
+
+
+def test_a_broken_list_is_told_with_its_variable() -> None:
+    assert problems(environ={"LMD_ENGINE__MODELS": '["a"'}) == [
+        "[engine] models: expected a list, each item text, written as JSON (environment LMD_ENGINE__MODELS)"
+    ]
+
+
+def test_routes_can_be_set_from_everywhere(write: Path) -> None:
+    result = loaded(
+        "[routes.Maze]\nmax_tokens = 5\n",
+        write,
+        {"routes.Maze.fields": '{prompt = "message"}'},
+        {"LMD_ROUTES__SMALL__MODE": "off"},
+    )
+    assert result.settings.routes["Maze"].fields == {"prompt": "message"}
+    assert result.settings.routes["Maze"].max_tokens == 5
+    assert result.settings.routes["small"].mode == "off"
+
+
+def test_overlapping_routes_are_refused(write: Path) -> None:
+    write.write_text(
+        '[routes.maze]\nrequest = "llm/request/{session}"\nreply = "maze/reply/{session}"\ncontrol = "maze/control/{session}"\n'
+    )
+    assert "routes.maze.request" in problems(write)[0]
+
+
+# --- secrets -----------------------------------------------------------------------------------------------------------
+
+SECRET = "hunter2-hunter2"
+
+
+def test_no_problem_ever_shows_a_secret(write: Path) -> None:
+    write.write_text(
+        f'[mqtt]\npassword = ["{SECRET}"]\npasword = "{SECRET}"\n[engine]\napi_key = {{a = "{SECRET}"}}\n'
+        f'url = "http://user:{SECRET}@host"\n'
+    )
+    told = problems(write)
+    assert len(told) >= 3
+    assert SECRET not in "\n".join(told)
+    assert SECRET not in "\n".join(problems(overrides={"engine.url": f"http://user:{SECRET}@host"}))
+
+
+def test_a_secret_on_the_command_line_is_refused() -> None:
+    assert problems(overrides={"mqtt.password": SECRET}) == [
+        "[mqtt] password: a secret does not belong on a command line; use a file or the environment (flag)"
+    ]
+
+
+def test_no_text_of_the_settings_holds_a_secret() -> None:
+    result = load(environ={"LMD_MQTT__PASSWORD": SECRET, "LMD_MQTT__USERNAME": "u", "LMD_ENGINE__API_KEY": SECRET})
+    assert SECRET not in f"{result!r} {result} {result.settings.model_dump_json()}"
+    assert mqtt_password(result.settings, environ={}) == SECRET
+
+
+@pytest.mark.parametrize("content,found", [("pw\n", "pw"), (" pw \r\nsecond\n", " pw "), ("", None), ("\n", None)])
+def test_a_password_file_gives_its_first_line(tmp_path: Path, content: str, found: str | None) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(content.encode())
+    assert mqtt_password(Settings(mqtt=MqttSettings(password_file=file)), environ={}) == found
+
+
+def test_a_password_through_a_pipe_can_be_asked_for_twice(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("pw\n",), name="writer", daemon=True)
+    writer.start()
+    settings = Settings(mqtt=MqttSettings(password_file=pipe))
+    assert [mqtt_password(settings, environ={}) for _ in range(2)] == ["pw", "pw"]
+    writer.join(10)
+
+
+def test_a_credential_of_systemd_is_stripped_and_an_empty_one_counts_as_none(tmp_path: Path) -> None:
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert mqtt_password(Settings(), environ=environ) is None
+    (tmp_path / "mqtt-password").write_text("\n")  # what SetCredential=mqtt-password:\n leaves
+    (tmp_path / "engine-api-key").write_text(" key \n")
+    assert mqtt_password(Settings(), environ=environ) is None
+    assert engine_api_key(Settings(), environ=environ) == "key"
+
+
+def test_a_readable_secret_file_is_warned_about_and_a_missing_one_is_a_problem(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("pw")
+    file.chmod(0o644)
+    environ = {"LMD_MQTT__PASSWORD_FILE": str(file), "LMD_MQTT__USERNAME": "u"}
+    assert any("every user of this machine may read it" in warning for warning in load(environ=environ).warnings)
+    file.chmod(0o600)
+    assert not any("every user" in warning for warning in load(environ=environ).warnings)
+    file.unlink()
+    assert "cannot read" in problems(environ=environ)[0]
+
+
+# --- what contradicts itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags,key",
+    [
+        ({"engine.kind": "managed"}, "[engine] model_path"),
+        ({"engine.kind": "inprocess", "engine.repo_id": "a/b"}, "[engine] filename"),
+        ({"engine.url": "ftp://host"}, "[engine] url"),
+        ({"engine.url": "http://"}, "[engine] url"),
+        ({"engine.url": "http://host:99999"}, "[engine] url"),
+        ({"engine.url": "unix://run/llama.sock"}, "[engine] url"),
+        ({"mqtt.transport": "unix"}, "[mqtt] host"),
+        ({"mqtt.transport": "unix", "mqtt.host": "/run/m.sock", "mqtt.port": "1883"}, "[mqtt] port"),
+        ({"mqtt.host": "mqtt://broker"}, "[mqtt] host"),
+        ({"mqtt.tls.ca_file": "/ca.pem"}, "[mqtt.tls] ca_file"),
+        ({"mqtt.tls.enabled": "true", "mqtt.tls.cert_file": "/etc/hostname"}, "[mqtt.tls] key_file"),
+        ({"mqtt.tls.enabled": "true", "mqtt.tls.ca_file": "/nowhere/ca.pem"}, "[mqtt.tls] ca_file"),
+        ({"streaming.chunk_chars": "10000", "limits.max_event_bytes": "1024"}, "[streaming] chunk_chars"),
+        ({"generation.timeout_s": "7200"}, "[generation] timeout_s"),
+        ({"generation.max_tokens": "40000"}, "[generation] max_tokens"),
+    ],
+)
+def test_contradictions_refuse_the_start(flags: dict[str, str], key: str) -> None:
+    assert any(problem.startswith(f"{key}:") for problem in problems(overrides=flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"engine.url": "unix:///run/llama-server/llama.sock"},
+        {"engine.url": "https://host/v1"},
+        {"engine.url": "http://[::1]:8080"},
+        {"mqtt.transport": "unix", "mqtt.host": "/run/mosquitto.sock"},
+        {"engine.kind": "managed", "engine.model_path": "/m.gguf"},
+        {"engine.kind": "inprocess", "engine.repo_id": "a/b", "engine.filename": "*Q4_K_M.gguf"},
+        {"limits.max_event_bytes": "4096"},
+    ],
+)
+def test_sensible_settings_are_taken(flags: dict[str, str]) -> None:
+    load(overrides=flags, environ={})
+
+
+def test_home_is_expanded_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    result = load(overrides={"engine.kind": "managed", "engine.model_path": "~/m.gguf"}, environ={})
+    assert result.settings.engine.model_path == Path("/home/ada/m.gguf")
+
+
+def test_settings_built_by_hand_read_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMD_MQTT__HOST", "elsewhere")
+    assert Settings().mqtt.host == "localhost"
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(text=st.text(max_size=200))
+def test_whatever_the_file_holds_loading_ends_in_settings_or_in_problems(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "any.toml"
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+    assert ends_properly(file, {})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    key=st.sampled_from(sorted(keys.keys()))
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0="), min_size=1, max_size=30),
+    value=st.text(max_size=40),
+)
+def test_whatever_a_flag_holds_loading_ends_in_settings_or_in_problems(key: str, value: str) -> None:
+    assert ends_properly(Path("/dev/null"), {key: value})
+
+
+def ends_properly(file: Path, overrides: Mapping[str, str]) -> bool:
+    try:
+        return bool(load(file, overrides, environ={}).origins)
+    except ConfigurationError as error:
+        return len(error.problems) > 0

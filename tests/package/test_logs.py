@@ -1,0 +1,244 @@
+"""The log: its forms, its level at run time, and what must never get into it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import tty
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from llamacpp_mqtt_deploy import logs
+from llamacpp_mqtt_deploy.config.settings import LoggingSettings
+
+HOSTILE = 'a\nlevel=error event=forged\r\x1b[31m\x9b31m\x07\x7f\x00\u2028\u2029\u202eevil\u2066\u200f\ufeff"quote"\\'
+RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
+    hooks = sys.excepthook, threading.excepthook
+    monkeypatch.setattr(logs._State, "threshold", logs._State.threshold)
+    monkeypatch.setattr(logs._State, "hidden", ())
+    yield
+    structlog.reset_defaults()
+    logging.captureWarnings(capture=False)
+    warnings.showwarning = show
+    root.handlers[:], root.level = handlers, level
+    sys.excepthook, threading.excepthook = hooks
+
+
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def say() -> Say:
+    """Writes one line in a form and returns what came out."""
+
+    def write(form: str, event: str = "request.finished", method: str = "info", **fields: Any) -> str:
+        stream = io.StringIO()
+        content = bool(fields.pop("log_content", False))
+        logs.setup(
+            LoggingSettings.model_validate({"format": form, "log_content": content, "level": "debug"}),
+            stream=stream,
+            environ={},
+        )
+        getattr(structlog.get_logger("llamacpp_mqtt_deploy.worker.generation"), method)(event, **fields)
+        return stream.getvalue()
+
+    return write
+
+
+def test_a_json_line_has_time_level_event_module_and_fields(say: Say) -> None:
+    line = json.loads(say("json", session="kitchen", chunks=3))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line.pop("timestamp"))
+    assert line == {
+        "level": "info",
+        "event": "request.finished",
+        "logger": "worker.generation",
+        "session": "kitchen",
+        "chunks": 3,
+    }
+
+
+def test_a_console_line_shows_the_same_in_columns_and_without_colour_off_a_terminal(say: Say) -> None:
+    line = say("console", session="kitchen")
+    assert "request.finished" in line
+    assert "session=kitchen" in line
+    assert "\x1b" not in line
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_no_text_can_forge_a_line_or_steer_a_terminal(say: Say, form: str) -> None:
+    out = say(form, event=HOSTILE, session=HOSTILE, nested={"a": [HOSTILE]}, raw=HOSTILE.encode())
+    assert out.count("\n") == 1
+    assert out.endswith("\n")
+    assert not RAW.search(out)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(form=st.sampled_from(["json", "console"]), text=st.text(st.characters()), number=st.integers())
+def test_any_text_stays_one_printable_line(say: Say, form: str, text: str, number: int) -> None:
+    out = say(form, session=text, number=number)
+    assert out.count("\n") == 1
+    assert not RAW.search(out)
+    if form == "json":
+        json.loads(out)
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_an_exception_with_hostile_text_cannot_forge_a_line(say: Say, form: str) -> None:
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        out = say(form, method="exception")
+    assert "ValueError" in out
+    assert not RAW.search(out)
+    first, *rest = out.rstrip("\n").split("\n")
+    assert "request.finished" in first
+    assert all(line.startswith("    | ") for line in rest)
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_secrets_are_masked_by_type_by_name_and_by_value(say: Say, form: str) -> None:
+    logs.hide("s3cret-value", None, "")
+    out = say(
+        form,
+        password="hunter2-a",
+        api_key="hunter2-b",
+        headers={"Authorization": "Bearer hunter2-c"},
+        engine_api_key=SecretStr("hunter2-d"),
+        typed=SecretStr("hunter2-e"),
+        error="GET /v1 with Bearer hunter2-f failed",
+        page="the engine quotes s3cret-value back",
+        completion_tokens=17,
+        first_token_ms=5,
+    )
+    assert "hunter2" not in out
+    assert "s3cret-value" not in out
+    assert "17" in out
+
+
+def test_what_people_typed_is_logged_only_on_request(say: Say) -> None:
+    assert "my diary" not in say("json", prompt="my diary", answer="my diary", messages=["my diary"])
+    assert json.loads(say("json", prompt="my diary"))["prompt"] == "(8 long, not logged)"
+    assert "my diary" in say("json", prompt="my diary", log_content=True)
+
+
+def test_the_level_changes_at_run_time_for_loggers_in_use() -> None:
+    stream = io.StringIO()
+    logs.setup(LoggingSettings(format="json"), stream=stream, environ={})
+    log = structlog.get_logger("x")
+    log.debug("one.hidden")
+    bound = log.bind(session="s")
+    logs.set_level("debug")
+    log.debug("two.shown")
+    bound.debug("three.shown")
+    logs.set_level("error")
+    log.warning("four.hidden")
+    bound.error("five.shown")
+    assert logs.level() == "error"
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == [
+        "two.shown",
+        "three.shown",
+        "five.shown",
+    ]
+    with pytest.raises(ValueError, match="expected one of debug, info"):
+        logs.set_level("loud")
+
+
+def test_what_cannot_be_rendered_does_not_raise(say: Say) -> None:
+    class Broken:
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    assert json.loads(say("json", value=Broken()))["event"] == "request.finished"
+    assert "log.failed" in say("console", value=Broken())
+    assert "2" in say("json", number=2**70, half="\ud800")
+    loop: list[Any] = []
+    loop.append(loop)
+    assert say("json", loop=loop)
+
+
+def test_a_closed_stream_does_not_raise() -> None:
+    stream = io.StringIO()
+    logs.setup(LoggingSettings(format="json"), stream=stream, environ={})
+    stream.close()
+    structlog.get_logger("x").info("nobody.reads")
+
+
+def test_libraries_are_heard_from_warning_on(say: Say) -> None:
+    stream = io.StringIO()
+    logs.setup(LoggingSettings(format="json", level="debug"), stream=stream, environ={})
+    logging.getLogger("urllib3.connectionpool").debug("GET /v1/secret-path")
+    logging.getLogger("urllib3.connectionpool").warning("pool is full: %s", "x")
+    logs.setup(LoggingSettings(format="json", level="debug"), stream=stream, environ={})
+    logging.getLogger("paho").error("bad packet")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["logger"], line["message"]) for line in lines] == [
+        ("urllib3.connectionpool", "pool is full: x"),
+        ("paho", "bad packet"),
+    ]
+
+
+def test_a_thread_that_dies_is_logged_with_its_name() -> None:
+    stream = io.StringIO()
+    logs.setup(LoggingSettings(format="json"), stream=stream, environ={})
+
+    def fail() -> None:
+        raise LookupError("gone")
+
+    thread = threading.Thread(target=fail, name="generation-1")
+    thread.start()
+    thread.join(10)
+    line = json.loads(stream.getvalue())
+    assert (line["event"], line["thread"], line["level"]) == ("thread.died", "generation-1", "critical")
+    assert "LookupError: gone" in line["exception"]
+
+
+def test_lines_for_the_journal_begin_with_their_priority(tmp_path: Path) -> None:
+    file = tmp_path / "stderr"
+    with file.open("w") as stream:
+        found = os.fstat(stream.fileno())
+        environ = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        logs.setup(LoggingSettings(level="debug"), stream=stream, environ=environ)
+        log = structlog.get_logger("x")
+        for method in ("debug", "info", "warning", "error", "critical"):
+            getattr(log, method)("x.happened")
+    assert re.findall(r"^<(\d)>\{", file.read_text(), re.MULTILINE) == ["7", "6", "4", "3", "2"]
+
+
+def test_a_redirected_stream_is_not_taken_for_the_journal(tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w") as stream:
+        logs.setup(LoggingSettings(), stream=stream, environ={"JOURNAL_STREAM": "1:1"})
+        structlog.get_logger("x").info("x.happened")
+    assert (tmp_path / "stderr").read_text().startswith("{")
+
+
+def test_auto_is_columns_with_colour_on_a_terminal() -> None:
+    reader, writer = os.openpty()
+    tty.setraw(writer)
+    try:
+        with os.fdopen(writer, "w") as stream:
+            logs.setup(LoggingSettings(), stream=stream, environ={})
+            structlog.get_logger("x").info("x.happened", session="s")
+            out = os.read(reader, 4096).decode()
+    finally:
+        os.close(reader)
+    assert "\x1b[" in out
+    assert not out.startswith("{")

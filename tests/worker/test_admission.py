@@ -1,0 +1,202 @@
+"""Who may wait, who goes first, and who is told to come back."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
+from tests.support.waiting import eventually
+from tests.support.whole_worker import Bus
+
+
+def _hold_the_slot(bus: Bus, engine: ScriptedEngine) -> Gate:
+    gate = Gate()
+    engine.play(gate, "held")
+    bus.ask("hold", request_id="holder", session="holder")
+    eventually(gate.reached.is_set)
+    return gate
+
+
+def _ends(bus: Bus) -> list[str]:
+    return [event["request_id"] for event in bus.listener.events if event.get("final")]
+
+
+def test_a_full_queue_refuses_with_busy_and_says_when_to_try_again(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine, limits__queue_size=2)
+    gate = _hold_the_slot(bus, engine)
+    for number in range(3):
+        bus.ask("x", request_id=f"r{number}", session=f"s{number}")
+    error = bus.listener.terminal("r2")
+    assert (error["code"], error["retryable"]) == ("busy", True)
+    assert error["retry_after_s"] >= 1
+    gate.open()
+    assert bus.listener.terminal("r1")["type"] == "done"
+
+
+def test_the_lowest_lane_is_refused_first_and_the_highest_runs_first(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine, limits__queue_size=2)
+    gate = _hold_the_slot(bus, engine)
+    bus.ask("x", request_id="batch", session="a", priority="batch")
+    bus.ask("x", request_id="normal", session="b")
+    bus.ask("x", request_id="interactive", session="c", priority="interactive")
+    assert bus.listener.terminal("batch")["code"] == "busy"
+    gate.open()
+    bus.listener.terminal("normal")
+    assert _ends(bus) == ["batch", "holder", "interactive", "normal"]
+
+
+def test_slots_are_shared_in_turn_between_first_topic_levels(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine)
+    gate = _hold_the_slot(bus, engine)
+    for number in range(3):
+        bus.ask("x", request_id=f"greedy{number}", session=f"greedy/s{number}")
+    bus.ask("x", request_id="modest", session="modest/s")
+    gate.open()
+    bus.listener.terminal("greedy2")
+    assert _ends(bus).index("modest") <= 2
+
+
+def test_positions_are_told_as_they_change(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine)
+    gate = _hold_the_slot(bus, engine)
+    second = Gate()
+    engine.play(second)
+    bus.ask("x", request_id="r1", session="a")
+    bus.ask("x", request_id="r2", session="b")
+    assert bus.listener.until(type="queued", request_id="r2")["position"] == 2
+    gate.open()
+    assert bus.listener.until(type="queued", request_id="r2", position=1)
+    second.open()
+    bus.listener.terminal("r2")
+
+
+def test_answers_that_are_being_paced_count_among_those_that_wait(bus: Bus) -> None:
+    bus.worker(
+        ScriptedEngine(slots=1), limits__queue_size=3, streaming__mode="simulated", streaming__chunk_interval_s=5
+    )
+    for number in range(3):
+        bus.ask("a long answer to be paced out", request_id=f"r{number}", session=f"s{number}")
+        bus.listener.until(type="chunk", request_id=f"r{number}")
+    bus.ask("x", request_id="late", session="late")
+    assert bus.listener.terminal("late")["code"] == "busy"
+
+
+def test_the_whole_queue_is_told_that_the_engine_is_away(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    worker = bus.worker(engine)
+    engine.become("loading", "the model is being loaded")
+    eventually(lambda: worker.daemon.parts.registry.wait_reason == "loading")
+    bus.ask("x", request_id="r1", session="a")
+    bus.ask("x", request_id="r2", session="b")
+    assert bus.listener.until(type="queued", request_id="r2")["reason"] == "loading"
+    engine.become("ready")
+    assert bus.listener.terminal("r2")["type"] == "done"
+
+
+def test_a_refusal_for_want_of_a_place_does_not_count_against_the_rate(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine, limits__queue_size=1, limits__max_requests_per_minute=3)
+    gate = _hold_the_slot(bus, engine)
+    bus.ask("x", request_id="waits", session="ada/0")
+    for number in range(5):
+        bus.ask("x", request_id=f"r{number}", session=f"ada/{number + 1}")
+        assert bus.listener.terminal(f"r{number}")["code"] == "busy"
+    gate.open()
+    bus.listener.terminal("waits")
+    bus.ask("x", request_id="again", session="ada/1")
+    assert bus.listener.terminal("again")["type"] == "done"
+
+
+def test_rate_limits_count_per_first_topic_level(bus: Bus) -> None:
+    bus.worker(limits__max_requests_per_minute=2)
+    for number in range(3):
+        bus.ask("x", request_id=f"r{number}", session=f"ada/s{number}")
+    error = bus.listener.terminal("r2")
+    assert error["code"] == "rate_limited"
+    assert 0 < error["retry_after_s"] <= 60
+    bus.ask("x", request_id="other", session="bob/s")
+    assert bus.listener.terminal("other")["type"] == "done"
+
+
+def test_time_limits_count_the_waiting(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine)
+    gate = _hold_the_slot(bus, engine)
+    bus.ask("x", request_id="r1", session="a", timeout_s=0.3)
+    error = bus.listener.terminal("r1", timeout_s=3)
+    assert error["code"] == "timeout"
+    assert "waited" in error["message"]
+    gate.open()
+
+
+def test_a_running_request_over_its_limit_ends_with_timeout_and_its_text(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play("so far", Silence())
+    bus.worker(engine)
+    bus.ask("x", request_id="r1", timeout_s=0.5)
+    error = bus.listener.terminal("r1", timeout_s=3)
+    assert (error["code"], error["partial_content"]) == ("timeout", "so far")
+
+
+def test_the_remaining_message_expiry_is_a_time_limit_too(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play(Silence())
+    bus.worker(engine)
+    bus.sender.publish("llm/request/demo", b'{"prompt":"x","request_id":"r1"}', expiry_s=0.5)
+    assert bus.listener.terminal("r1", timeout_s=3)["code"] == "timeout"
+
+
+def test_an_engine_that_falls_silent_ends_in_idle_timeout(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play("so far", Silence())
+    bus.worker(engine, engine__chunk_timeout_s=0.3)
+    bus.ask("x", request_id="r1")
+    error = bus.listener.terminal("r1", timeout_s=3)
+    assert (error["code"], error["retryable"], error["partial_content"]) == ("idle_timeout", True, "so far")
+
+
+def test_a_change_of_place_is_told_at_most_once_a_second(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    engine.play(Silence())
+    worker = bus.worker(engine)
+    worker.daemon.parts.timers.close()  # the deadlines go when this test says so
+    bus.ask("running", request_id="r0", session="s0")
+    for number in range(1, 6):
+        eventually(lambda: len(engine.calls) == 1)
+        bus.ask("waits", request_id=f"r{number}", session=f"s{number}")
+        bus.listener.until(type="queued", request_id=f"r{number}")
+    deadlines = worker.daemon.parts.deadlines
+    deadlines._positions_at = 0.0
+    for number in range(1, 5):
+        bus.control("cancel", session=f"s{number}", request_id=f"r{number}")
+        bus.listener.terminal(f"r{number}")
+        deadlines.check()
+    places = [event["position"] for event in bus.listener.of("r5") if event["type"] == "queued"]
+    assert places == [5, 4]
+    deadlines._positions_at = 0.0  # a second later
+    deadlines.check()
+    bus.listener.until(type="queued", request_id="r5", position=1)
+
+
+def test_a_defect_with_one_request_does_not_cost_the_others_their_time_limit(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine(slots=2)
+    engine.play(Silence())
+    engine.play(Silence())
+    worker = bus.worker(engine)
+    bus.ask("one", request_id="r1", session="a")
+    bus.listener.until(type="start", request_id="r1")
+    job = worker.daemon.parts.registry.all()[0]
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(job.stop, "is_set", broken)
+    bus.ask("two", request_id="r2", session="b", timeout_s=0.3)
+    assert bus.listener.terminal("r2")["code"] == "timeout"
+    monkeypatch.undo()

@@ -1,0 +1,139 @@
+"""The responder lets text go as the broker keeps up, and leaves none lying."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.ports import Delivery
+from llamacpp_mqtt_deploy.worker.responder import Responder
+
+
+class SlowBroker:
+    """Takes publishes and acknowledges when it is told to."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.pending: list[Callable[[bool], None]] = []
+        self.taken = threading.Semaphore(0)
+
+    def publish(self, topic: str, payload: bytes, *, on_done: Callable[[bool], None] | None = None, **_: Any) -> bool:
+        self.events.append(json.loads(payload))
+        if on_done is not None:
+            self.pending.append(on_done)
+        self.taken.release()
+        return True
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        raise NotImplementedError
+
+    def acknowledge_next(self) -> None:
+        self.pending.pop(0)(True)
+
+    def chunks(self) -> list[Any]:
+        return [event.get("content") or event.get("tool_calls") for event in self.events if event["type"] == "chunk"]
+
+
+def _responder(broker: SlowBroker, woken: list[Callable[[], None]] | None = None) -> Responder:
+    wake = (lambda _s, call: woken.append(call)) if woken is not None else (lambda _s, call: call())
+    responder = Responder(
+        outbox=broker,
+        topic="llm/reply/demo",
+        writer=EventWriter(request_id="r", session_id="demo", max_bytes=4096),
+        correlation=None,
+        silent=False,
+        wake=wake,
+    )
+    responder.start({"worker": "w", "created": 1})
+    return responder
+
+
+def test_text_collects_until_the_piece_before_it_is_acknowledged() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker)
+    for word in ("one ", "two ", "three "):
+        responder.text("content", word)
+    assert broker.chunks() == ["one "]
+    broker.acknowledge_next()
+    assert broker.chunks() == ["one ", "two three "]
+    responder.text("content", "four")
+    responder.flush()
+    assert broker.chunks() == ["one ", "two three ", "four"]
+
+
+def test_what_one_read_brought_goes_out_as_one_chunk() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker)
+    responder.settle()
+    for word in ("one ", "two ", "three "):
+        responder.text("content", word)
+    assert broker.chunks() == []
+    responder.settle()
+    assert broker.chunks() == ["one two three "]
+
+
+def test_text_left_by_a_slow_broker_goes_out_with_its_acknowledgement_while_the_engine_is_silent() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker)
+    responder.settle()
+    responder.text("content", "one ")
+    responder.settle()
+    responder.text("content", "two ")
+    responder.settle()  # waits a moment, and reads on
+    assert broker.chunks() == ["one "]
+    broker.acknowledge_next()
+    assert broker.chunks() == ["one ", "two "]
+
+
+def test_many_streams_at_once_send_fewer_chunks_each() -> None:
+    broker = SlowBroker()
+    active_streams = 8
+    responder = Responder(
+        outbox=broker,
+        topic="llm/reply/demo",
+        writer=EventWriter(request_id="r", session_id="demo", max_bytes=4096),
+        correlation=None,
+        silent=False,
+        wake=lambda _s, _call: None,
+        coalesce_min_s=0.01,
+        active_streams=lambda: active_streams,
+    )
+    responder.start({"worker": "w", "created": 1})
+    responder.settle()
+    assert responder._coalescer.min_interval_s == 0.04
+    active_streams = 1
+    responder.settle()
+    assert responder._coalescer.min_interval_s == 0.01
+
+
+def test_pieces_of_a_tool_call_are_joined_like_text_and_keep_their_order() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker)
+    responder.text("content", "look: ")
+    responder.tool_call({"index": 0, "id": "c", "name": "f", "arguments": "{"})
+    responder.tool_call({"index": 0, "arguments": '"a": 1'})
+    responder.tool_call({"index": 0, "arguments": "}"})
+    responder.tool_call({"index": 1, "id": "d", "name": "g", "arguments": "{}"})
+    broker.acknowledge_next()
+    assert broker.chunks() == [
+        "look: ",
+        [
+            {"index": 0, "id": "c", "name": "f", "arguments": '{"a": 1}'},
+            {"index": 1, "id": "d", "name": "g", "arguments": "{}"},
+        ],
+    ]
+
+
+def test_an_acknowledgement_only_wakes_and_never_publishes_in_the_links_thread() -> None:
+    broker = SlowBroker()
+    woken: list[Callable[[], None]] = []
+    responder = _responder(broker, woken)
+    responder.text("content", "one ")
+    responder.text("content", "two ")
+    broker.acknowledge_next()
+    assert broker.chunks() == ["one "]
+    woken.pop()()
+    assert broker.chunks() == ["one ", "two "]
