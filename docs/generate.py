@@ -21,7 +21,7 @@ from llamacpp_mqtt_deploy.core.errors import LEAVES
 from llamacpp_mqtt_deploy.core.events import ORDER
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, RequestFields
 from llamacpp_mqtt_deploy.core.validation import Expect
-from llamacpp_mqtt_deploy.schema import messages
+from llamacpp_mqtt_deploy.schema import event_models, messages
 from llamacpp_mqtt_deploy.schema.document import schema, schema_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -90,7 +90,12 @@ def _events() -> str:
         kind = model.__name__.lower()
         head = f"#### `{kind}`\n\n{model.__doc__}\n\n"
         parts.append(head + _table(("field", "type", "meaning"), _received(model)))
-    for part in (event_models.Usage, event_models.Timings, event_models.ToolCallDelta, event_models.AssistantMessageOut):
+    for part in (
+        event_models.Usage,
+        event_models.Timings,
+        event_models.ToolCallDelta,
+        event_models.AssistantMessageOut,
+    ):
         head = f"#### The object `{part.__name__}`\n\n{part.__doc__}\n\n"
         parts.append(head + _table(("field", "type", "meaning"), _received(part)))
     return "\n\n".join(parts)
