@@ -134,6 +134,11 @@ class LinkInfo:
     """Publishes that were given up because the broker refused them for ever."""
 
 
+Published = Literal["queued", "full", "unfit"]
+"""What became of a publish: it is on its way; there is no place for it now (a full outbox, a link that closes), try again later;
+or no broker of this connection could ever take it as it is (its topic, its size), so trying the same again is useless."""
+
+
 class Outbox(Protocol):
     """The half of a link that the corridor sees."""
 
@@ -147,8 +152,8 @@ class Outbox(Protocol):
         correlation: bytes | None = None,
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
-    ) -> bool:
-        """Queue a publish; False when the outbox is full, or when topic or payload could never be taken.
+    ) -> Published:
+        """Queue a publish and say whether it was; what was not queued is forgotten, and its `on_done` never runs.
 
         `on_done(True)` runs when the broker acknowledged it, `on_done(False)` when it was given up; at most once, in a thread
         of the link: it must return at once and must not raise. It survives a reconnect (the publish is sent again).

@@ -15,7 +15,7 @@ from llamacpp_mqtt_deploy.mqtt.linkthread import GOODBYE_S, HEADER_ROOM, OFFLINE
 from llamacpp_mqtt_deploy.mqtt.packets import MOST_MQTT_PACKET, packet_bytes
 from llamacpp_mqtt_deploy.mqtt.receiving import Subscription
 from llamacpp_mqtt_deploy.mqtt.session import Publish
-from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, Retained
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, Published, Retained
 from llamacpp_mqtt_deploy.stopping import Deadline
 
 log = structlog.get_logger(__name__)
@@ -57,7 +57,7 @@ class MqttLink(LinkThread):
         correlation: bytes | None = None,
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
-    ) -> bool:
+    ) -> Published:
         fault = topic_fault(topic)
         if fault is None and len(payload) + HEADER_ROOM > (self._sending.max_packet_bytes or MOST_MQTT_PACKET):
             fault = self._size_fault(topic, payload, correlation)
@@ -66,17 +66,17 @@ class MqttLink(LinkThread):
         if fault is not None:
             # A bounded, escaped piece: the topic may be anything.
             log.warning("publish.unfit", topic=ascii(topic[:200]), bytes=len(payload), why=fault)
-            return False
+            return "unfit"
         expires_at = None if expiry_s is None else time.monotonic() + expiry_s
         publish = Publish(topic, payload, qos, retain, correlation, expires_at, on_done)
         with self._changed:
             if len(self._outgoing) >= self._settings.outbox_messages or self._state in ("closed", "taken_over"):
-                return False
+                return "full"
             if self._closing is not None or (qos == 0 and self._state != "online"):
-                return False
+                return "full"
             self._outgoing.waiting.append(publish)
         self._wake()
-        return True
+        return "queued"
 
     def acknowledge(self, delivery: Delivery) -> None:
         if self._receipts.give(delivery):

@@ -37,7 +37,7 @@ from llamacpp_mqtt_deploy.worker.timers import Timers
 class Parts:
     """What a worker consists of. Members of the families may be given instead of being chosen by the configuration.
 
-    `on_engine_change` runs in the engine watch's thread; `is_closing` says that the link's outbox is about to close.
+    `on_engine_change` runs in the engine watch's thread.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Parts:
         engine: Engine | None,
         store: Store | None,
         on_engine_change: Callable[[EngineInfo], None],
-        is_closing: Callable[[], bool],
     ) -> None:
         settings = loaded.settings
         self.in_force = in_force = InForce(settings)
@@ -56,7 +55,6 @@ class Parts:
         self.store = store = store or make_store(settings)
         self.engine = engine = engine or make_engine(settings)
         self.link = link = link or make_link(settings)
-        self._is_closing = is_closing
         self.timers = Timers()
         self.counters = Counters()
         limits = settings.limits
@@ -67,7 +65,7 @@ class Parts:
             max_requests_per_minute=limits.max_requests_per_minute,
             slots=settings.engine.slots or 1,
         )
-        self.redelivery = Redelivery(outbox=link, store=store, has_room=self._outbox_has_room)
+        self.redelivery = Redelivery(outbox=link, store=store)
         self.completion = Completion(
             store=store,
             registry=self.registry,
@@ -165,11 +163,6 @@ class Parts:
         broker = self.link.info().max_payload_bytes
         limit = self.in_force.settings.limits.max_event_bytes
         return limit if broker is None else max(1024, min(limit, broker))
-
-    def _outbox_has_room(self) -> bool:
-        # Half full already counts as full: nothing fills the other half between this look and a publish.
-        link, limit = self.link.info(), self.in_force.settings.mqtt.outbox_messages
-        return not self._is_closing() and link.state == "online" and link.unacknowledged < limit // 2
 
     def _ping_state(self) -> Mapping[str, Any]:
         return {

@@ -79,7 +79,6 @@ class Daemon:
             engine=engine,
             store=store,
             on_engine_change=lambda info: self._notes.put(Note("engine", info)),
-            is_closing=lambda: self._signals > 0,
         )
         self._startup = Startup(
             link=parts.link,

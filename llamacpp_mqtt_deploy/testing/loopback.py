@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from llamacpp_mqtt_deploy.core.topics import topic_fault
-from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Published, Retained
 from llamacpp_mqtt_deploy.stopping import Deadline
 from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker, LoopbackClient, StoredMessage
 
@@ -80,21 +80,21 @@ class LoopbackLink:
         correlation: bytes | None = None,
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
-    ) -> bool:
+    ) -> Published:
         fault = topic_fault(topic)
         limit = self._broker.max_payload_bytes
         if fault is not None or (limit is not None and len(payload) > limit):
             log.warning(
                 "publish.unfit", topic=ascii(topic), bytes=len(payload), why=fault or "the payload is too large"
             )
-            return False
+            return "unfit"
         with self._changed:
             if self._state in ("closed", "taken_over") or len(self._outbox) >= self._outbox_messages:
-                return False
+                return "full"
             if qos == 0 and self._state != "online":
-                return False
+                return "full"
             self._put(topic, payload, qos, retain, correlation, expiry_s, on_done)
-        return True
+        return "queued"
 
     def acknowledge(self, delivery: Delivery) -> None:
         if delivery.receipt is not None:

@@ -375,7 +375,8 @@ class Intake:
         self._counters.refused(code)
         log.info("request.rejected", code=code, topic=_shown(delivery.topic))
         payload = events.rejected(request_id=request_id, session_id=address.session, code=code, message=message)
-        return self._outbox.publish(address.reply_topic, payload, correlation=_correlation(delivery)) or True
+        self._outbox.publish(address.reply_topic, payload, correlation=_correlation(delivery))
+        return True
 
 
 def _correlation(delivery: Delivery) -> bytes | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 
 import structlog
 
-from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Published, Store, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -18,15 +17,11 @@ _MAX_UNSTORED = 1000
 
 
 class Redelivery:
-    """Delivers terminal events at least once. `sweep` has to be called about once a second.
+    """Delivers terminal events at least once. `sweep` has to be called about once a second."""
 
-    `has_room` says that the outbox is far from full: what it refuses all the same can never be taken.
-    """
-
-    def __init__(self, *, outbox: Outbox, store: Store, has_room: Callable[[], bool]) -> None:
+    def __init__(self, *, outbox: Outbox, store: Store) -> None:
         self._outbox = outbox
         self._store = store
-        self._has_room = has_room
         self._lock = threading.Lock()
         self._closing = False
         self._taken: list[EntryKey] = []
@@ -47,16 +42,20 @@ class Redelivery:
         return found[0] if found is not None else None
 
     def send(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> None:
-        if not self._publish(key, topic, terminal, correlation):
+        if self._publish(key, topic, terminal, correlation) == "full":
             with self._lock:
                 self._waiting[key] = (topic, terminal, correlation)
                 if len(self._waiting) > _MAX_WAITING:
                     self._waiting.popitem(last=False)
 
-    def _publish(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> bool:
-        return self._outbox.publish(
+    def _publish(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> Published:
+        published = self._outbox.publish(
             topic, terminal, correlation=correlation, on_done=lambda ok: self._done(key, taken=ok)
         )
+        if published == "unfit":
+            log.error("terminal.undeliverable", topic=topic, bytes=len(terminal), request_id=key.request_id)
+            self._done(key, taken=False)
+        return published
 
     def _done(self, key: EntryKey, *, taken: bool) -> None:
         # Also when it was given up: a broker that refuses an event for ever must not get it again at every start.
@@ -83,13 +82,8 @@ class Redelivery:
                 # At worst a terminal event is published once more after a restart, which clients have to bear anyway.
                 log.warning("journal.failed", step="mark_delivered", problem=str(problem))
         for key, (topic, terminal, correlation) in waiting:
-            # Asked before as well: an outbox that was full and has room a moment later is no reason to drop an end.
-            had_room = self._has_room()
-            if not self._publish(key, topic, terminal, correlation):
-                if not (had_room and self._has_room()):
-                    return
-                log.error("terminal.undeliverable", topic=topic, bytes=len(terminal), request_id=key.request_id)
-                self._done(key, taken=False)
+            if self._publish(key, topic, terminal, correlation) == "full":
+                return
             with self._lock:
                 self._waiting.pop(key, None)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.ports import Outbox
+from llamacpp_mqtt_deploy.ports import Outbox, Published
 
 # How long a reader lets the broker keep up before it reads on: far above a round trip in a house, far below what a cancel or
 # the engine's own buffers would notice.
@@ -21,7 +21,8 @@ class Responder:
 
     `silent` (requests with `stream: false`, routes with mode `off`) publishes the terminal event alone. Text given to `text`
     is coalesced: `wake(call)` has to run `call` soon in another thread than the link's, when an acknowledgement lets waiting
-    text go. `active_streams` tells how many streams there are just now. When the outbox takes no more, `on_overflow` runs once.
+    text go. `active_streams` tells how many streams there are just now. When the outbox does not take an event,
+    `on_overflow` runs once.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class Responder:
         for payload in payloads:
             self._sent += 1
             self._all_acked.clear()
-            if not self._publish(payload, self._chunk_done):
+            if self._publish(payload, self._chunk_done) != "queued":
                 self._acked += 1
         self.chunks = self._writer.next_seq
         if self.first_chunk_at is None:
@@ -256,10 +257,11 @@ class Responder:
             self._closed = True
             return self._writer.error(code=code, message=message, retryable=retryable, details=details)
 
-    def _publish(self, payload: bytes, on_done: Callable[[bool], None] | None = None) -> bool:
+    def _publish(self, payload: bytes, on_done: Callable[[bool], None] | None = None) -> Published:
         self.last_event_at = time.monotonic()
-        taken = self._outbox.publish(self.topic, payload, correlation=self._correlation, on_done=on_done)
-        if not taken and not self._overflowed:
+        published = self._outbox.publish(self.topic, payload, correlation=self._correlation, on_done=on_done)
+        if published != "queued" and not self._overflowed:
+            # Whichever it was: the stream would have a hole.
             self._overflowed = True
             self.on_overflow()
-        return taken
+        return published

@@ -121,7 +121,7 @@ def test_events_reach_a_subscriber_in_order_and_are_reported_done(bus: Bus) -> N
     client.subscribe(bus.topic("reply/#"))
     done: list[bool] = []
     for number in range(200):
-        assert case.link.publish(bus.topic("reply/a"), str(number).encode(), on_done=done.append)
+        assert case.link.publish(bus.topic("reply/a"), str(number).encode(), on_done=done.append) == "queued"
     assert [client.receive().payload for _ in range(200)] == [str(n).encode() for n in range(200)]
     assert case.link.flush(Deadline(10))
     eventually(lambda: done == [True] * 200)
@@ -185,7 +185,7 @@ def test_nothing_that_was_published_is_lost_over_a_broken_connection(bus: Bus) -
     client.subscribe(bus.topic("reply/#"))
     done: list[bool] = []
     for number in range(300):
-        assert case.link.publish(bus.topic("reply/a"), str(number).encode(), on_done=done.append)
+        assert case.link.publish(bus.topic("reply/a"), str(number).encode(), on_done=done.append) == "queued"
         if number in (100, 200):
             bus.cut()
     assert case.link.flush(Deadline(20))
@@ -270,7 +270,7 @@ def test_a_callback_that_raises_ends_nothing(bus: Bus) -> None:
     def also_explode(well: bool) -> None:
         raise RuntimeError("another defect")
 
-    assert case.link.publish(bus.topic("x"), b"1", on_done=also_explode)
+    assert case.link.publish(bus.topic("x"), b"1", on_done=also_explode) == "queued"
     assert case.publish(bus.topic("x"), b"2")
     eventually(lambda: case.link.info().state == "online")
     case.take = case._take
@@ -287,7 +287,7 @@ def test_a_callback_that_raises_ends_nothing(bus: Bus) -> None:
 )  # fmt: skip
 def test_a_topic_that_no_broker_takes_is_refused_before_it_is_sent(bus: Bus, topic: str) -> None:
     case = bus.case()
-    assert case.link.publish(topic, b"x") is False
+    assert case.link.publish(topic, b"x") == "unfit"
     assert case.publish(bus.topic("x"), b"still here")
     assert case.link.info().reconnects == 0
 
@@ -298,7 +298,9 @@ def test_a_full_outbox_refuses_and_takes_again_when_it_has_drained(bus: Bus) -> 
     taken = 0
     done: list[bool] = []
     for _ in range(3000):
-        taken += case.link.publish(bus.topic("x"), b"1", on_done=done.append)
+        published = case.link.publish(bus.topic("x"), b"1", on_done=done.append)
+        assert published in ("queued", "full")
+        taken += published == "queued"
         assert case.link.info().unacknowledged <= 100
     assert case.link.flush(Deadline(10))
     eventually(lambda: len(done) == taken)
@@ -313,7 +315,7 @@ def test_closing_says_farewell_and_not_the_will(bus: Bus) -> None:
     assert client.receive().payload == b"bye"
     assert case.link.info().state == "closed"
     case.close()
-    assert case.link.publish(bus.topic("x"), b"1") is False
+    assert case.link.publish(bus.topic("x"), b"1") == "full"
     client.publish(bus.topic("status"), b"last")
     assert client.receive().payload == b"last"
 

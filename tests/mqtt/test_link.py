@@ -218,7 +218,7 @@ def test_websockets_connect_and_carry_large_events_over_a_slow_line(
         # A stalled line fills the socket's buffer, so that a frame is written in part.
         cable.stall()
         for number in range(40):
-            assert case.link.publish("reply/a", b"%06d" % number + b"x" * 300_000)
+            assert case.link.publish("reply/a", b"%06d" % number + b"x" * 300_000) == "queued"
         eventually(lambda: case.link.info().unacknowledged == 40)
         threading.Event().wait(0.3)
         cable.resume()
@@ -339,8 +339,9 @@ def test_events_published_while_the_broker_is_away_arrive_later(
     case.lost()
     done: list[bool] = []
     for number in range(150):
-        assert case.link.publish("reply/a", str(number).encode(), on_done=done.append)
-    assert case.link.publish("reply/a", b"qos 0", qos=0) is False
+        assert case.link.publish("reply/a", str(number).encode(), on_done=done.append) == "queued"
+    assert case.link.publish("reply/a", b"qos 0", qos=0) == "full"
+    assert case.link.publish("reply/+", b"a wildcard") == "unfit"
     assert not case.link.flush(Deadline(0.1))
     broker.start()
     assert case.link.flush(Deadline(15))
@@ -353,8 +354,8 @@ def test_what_expired_while_waiting_is_not_published(start_mosquitto: StartMosqu
     broker.kill()
     case.lost()
     done: list[bool] = []
-    assert case.link.publish("status", b"stale", expiry_s=1, on_done=done.append)
-    assert case.link.publish("status", b"fresh", expiry_s=60, on_done=done.append)
+    assert case.link.publish("status", b"stale", expiry_s=1, on_done=done.append) == "queued"
+    assert case.link.publish("status", b"fresh", expiry_s=60, on_done=done.append) == "queued"
     threading.Event().wait(1.0)
     broker.start()
     assert case.link.flush(Deadline(15))
@@ -377,7 +378,7 @@ def test_a_frozen_broker_does_not_hold_up_closing(start_mosquitto: StartMosquitt
     broker = start_mosquitto()
     case = new_case(port=broker.port)
     broker.freeze()
-    assert case.link.publish("x", b"1")
+    assert case.link.publish("x", b"1") == "queued"
     began = time.monotonic()
     case.close(seconds=1.0)
     assert time.monotonic() - began < 4.0
@@ -387,7 +388,7 @@ def test_a_frozen_broker_does_not_hold_up_closing(start_mosquitto: StartMosquitt
 
 def test_closing_while_no_broker_is_there_is_quick(new_case: NewCase) -> None:
     case = new_case(port=free_port(), wait=False)
-    assert case.link.publish("x", b"1")
+    assert case.link.publish("x", b"1") == "queued"
     began = time.monotonic()
     case.close(seconds=30.0)
     assert time.monotonic() - began < 4.0
@@ -477,7 +478,7 @@ def test_events_on_which_the_connection_breaks_are_given_up_and_no_others(
         for number in range(60):
             name = f"{number:02}"
             payload = name.encode() + (b"x" * 5000 if number in (20, 40) else b"")
-            assert case.link.publish("reply/a", payload, on_done=functools.partial(done.__setitem__, name))
+            assert case.link.publish("reply/a", payload, on_done=functools.partial(done.__setitem__, name)) == "queued"
         eventually(lambda: len(done) == 60, 30)
         found: list[bytes] = []
         while len(set(found)) < 58:
@@ -501,13 +502,13 @@ def test_a_limit_that_the_broker_announces_refuses_before_sending(
     assert limit is not None
     assert 2048 < limit < 4096
     assert case.publish("reply/a", b"x" * limit)
-    assert case.link.publish("reply/a", b"x" * 4096) is False
+    assert case.link.publish("reply/a", b"x" * 4096) == "unfit"
     assert case.link.info().reconnects == 0
 
 
 def test_a_configured_limit_refuses_before_sending(mosquitto: Mosquitto, new_case: NewCase) -> None:
     case = new_case(port=mosquitto.port, client_id="limited", max_payload_bytes=100)
-    assert case.link.publish("x", b"x" * 101) is False
+    assert case.link.publish("x", b"x" * 101) == "unfit"
     assert case.publish("x", b"x" * 100)
 
 
@@ -516,7 +517,7 @@ def test_restarts_of_the_broker_give_up_no_event(mosquitto: Mosquitto, new_case:
     case = new_case(port=cable.port, client_id="unlucky")
     for _ in range(8):
         cable.stall()
-        assert case.link.publish("reply/a", b"x")
+        assert case.link.publish("reply/a", b"x") == "queued"
         cable.cut()
         cable.resume()
         case.lost()
@@ -545,7 +546,7 @@ def test_a_small_window_of_the_broker_is_respected(start_mosquitto: StartMosquit
     assert case.link._outgoing.window == 3  # type: ignore[attr-defined]
     broker.freeze()
     for number in range(20):
-        assert case.link.publish("reply/a", str(number).encode())
+        assert case.link.publish("reply/a", str(number).encode()) == "queued"
     eventually(lambda: len(case.link._outgoing.flying) == 3)  # type: ignore[attr-defined]
     broker.thaw()
     assert case.link.flush(Deadline(10))
@@ -578,7 +579,7 @@ def test_being_taken_over_is_final_on_a_broker_that_says_so(new_case: NewCase) -
         assert "mqtt.worker_id" in lost.detail
         thread.join(5)
         assert connections == 1
-        assert case.link.publish("x", b"1") is False
+        assert case.link.publish("x", b"1") == "full"
         case.close()
         assert case.link.info().state == "closed"
 

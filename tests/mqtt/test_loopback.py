@@ -29,7 +29,7 @@ def test_held_pubacks_come_when_they_are_released(broker: LoopbackBroker, case: 
     broker.hold_pubacks()
     client = broker.client()
     client.subscribe("r")
-    assert case.link.publish("r", b"1", on_done=done.append)
+    assert case.link.publish("r", b"1", on_done=done.append) == "queued"
     assert client.receive().payload == b"1"
     assert not case.link.flush(Deadline(0.02))
     assert case.link.info().unacknowledged == 1
@@ -42,7 +42,7 @@ def test_a_dropped_connection_publishes_again_what_had_no_puback(broker: Loopbac
     broker.hold_pubacks()
     client = broker.client()
     client.subscribe("r")
-    assert case.link.publish("r", b"1")
+    assert case.link.publish("r", b"1") == "queued"
     client.receive()
     broker.drop_connection("link")
     case.online()
@@ -66,7 +66,7 @@ def test_a_stopped_broker_takes_nobody_and_a_started_one_everybody(broker: Loopb
     assert case.lost().state == "lost"
     with pytest.raises(ConnectionError):
         broker.client()
-    assert case.link.publish("r", b"1")
+    assert case.link.publish("r", b"1") == "queued"
     broker.start()
     case.online()
     assert case.link.flush(Deadline(5))
@@ -94,7 +94,7 @@ def test_expired_messages_are_not_delivered() -> None:
 
 def test_a_payload_over_the_limit_is_refused(case: LinkCase) -> None:
     assert case.link.info().max_payload_bytes == 1000
-    assert case.link.publish("r", b"x" * 1001) is False
+    assert case.link.publish("r", b"x" * 1001) == "unfit"
 
 
 def test_unacknowledged_deliveries_are_counted(broker: LoopbackBroker, case: LinkCase) -> None:

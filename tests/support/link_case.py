@@ -57,7 +57,7 @@ class LinkCase:
             results.append(well)
             done.set()
 
-        assert self.link.publish(topic, payload, on_done=on_done, **wishes)
+        assert self.link.publish(topic, payload, on_done=on_done, **wishes) == "queued"
         assert done.wait(15), "no PUBACK"
         return results[0]
 

@@ -10,7 +10,7 @@ import pytest
 from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.events import EventReader, encode
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.waiting import eventually
@@ -111,7 +111,7 @@ def test_a_request_is_acknowledged_before_its_first_event(bus: Bus, monkeypatch:
         told.append("ack")
         acknowledge(delivery)
 
-    def noted_publish(topic: str, *args: Any, **more: Any) -> bool:
+    def noted_publish(topic: str, *args: Any, **more: Any) -> Published:
         told.append(topic)
         return publish(topic, *args, **more)
 

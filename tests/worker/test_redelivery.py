@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, StoreError
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published, StoreError
 from llamacpp_mqtt_deploy.stores.memory import MemoryStore
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
@@ -13,20 +13,22 @@ KEY = EntryKey("default", "demo", "r1")
 
 
 class Outbox:
-    """Takes publishes while `open`; keeps the callbacks until `acknowledge_all`."""
+    """Answers `says` to each publish; keeps the callbacks of those it took until `acknowledge_all`."""
 
     def __init__(self) -> None:
-        self.open = True
+        self.says: Published = "queued"
         self.sent: list[bytes] = []
         self._done: list[Callable[[bool], None]] = []
 
-    def publish(self, topic: str, payload: bytes, *, on_done: Callable[[bool], None] | None = None, **_: Any) -> bool:
-        if not self.open:
-            return False
+    def publish(
+        self, topic: str, payload: bytes, *, on_done: Callable[[bool], None] | None = None, **_: Any
+    ) -> Published:
+        if self.says != "queued":
+            return self.says
         self.sent.append(payload)
         if on_done is not None:
             self._done.append(on_done)
-        return True
+        return "queued"
 
     def acknowledge(self, delivery: Delivery) -> None:
         raise NotImplementedError
@@ -57,7 +59,7 @@ def _store(store: MemoryStore) -> MemoryStore:
 
 def test_a_terminal_event_is_ticked_off_when_the_broker_took_it() -> None:
     outbox, store = Outbox(), _store(MemoryStore())
-    redelivery = Redelivery(outbox=outbox, store=store, has_room=lambda: True)
+    redelivery = Redelivery(outbox=outbox, store=store)
     store.finish(KEY, b"end", now=1.0)
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     redelivery.sweep()
@@ -69,26 +71,27 @@ def test_a_terminal_event_is_ticked_off_when_the_broker_took_it() -> None:
 
 def test_a_terminal_event_waits_for_a_place_in_a_full_outbox() -> None:
     outbox, store = Outbox(), _store(MemoryStore())
-    redelivery = Redelivery(outbox=outbox, store=store, has_room=lambda: outbox.open)
-    outbox.open = False
+    redelivery = Redelivery(outbox=outbox, store=store)
+    outbox.says = "full"
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     redelivery.sweep()
     assert outbox.sent == []
-    outbox.open = True
+    outbox.says = "queued"
     redelivery.sweep()
     redelivery.sweep()
     assert outbox.sent == [b"end"]
 
 
-def test_an_outbox_that_was_full_for_a_moment_only_is_no_reason_to_drop_an_end() -> None:
+def test_a_full_outbox_is_no_reason_to_drop_an_end() -> None:
     outbox, store = Outbox(), _store(MemoryStore())
     store.finish(KEY, b"end", now=1.0)
-    looks = iter([False, True])
-    redelivery = Redelivery(outbox=outbox, store=store, has_room=lambda: next(looks, True))
-    outbox.open = False
+    redelivery = Redelivery(outbox=outbox, store=store)
+    outbox.says = "full"
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
-    redelivery.sweep()
-    outbox.open = True
+    for _ in range(10):
+        redelivery.sweep()
+    assert [entry.key for entry in store.undelivered()] == [KEY]
+    outbox.says = "queued"
     redelivery.sweep()
     assert outbox.sent == [b"end"]
 
@@ -96,10 +99,9 @@ def test_an_outbox_that_was_full_for_a_moment_only_is_no_reason_to_drop_an_end()
 def test_a_terminal_event_that_can_never_be_taken_does_not_block_the_others() -> None:
     outbox, store = Outbox(), _store(MemoryStore())
     store.finish(KEY, b"end", now=1.0)
-    redelivery = Redelivery(outbox=outbox, store=store, has_room=lambda: True)
-    outbox.open = False
+    redelivery = Redelivery(outbox=outbox, store=store)
+    outbox.says = "unfit"
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
-    redelivery.sweep()
     redelivery.sweep()
     assert store.undelivered() == []
 
@@ -108,7 +110,7 @@ def test_what_the_link_gives_up_as_it_closes_is_left_to_the_next_life() -> None:
     for closing in (False, True):
         outbox, store = Outbox(), _store(MemoryStore())
         store.finish(KEY, b"end", now=1.0)
-        redelivery = Redelivery(outbox=outbox, store=store, has_room=lambda: True)
+        redelivery = Redelivery(outbox=outbox, store=store)
         redelivery.send(KEY, "llm/reply/demo", b"end", None)
         if closing:
             redelivery.last_call()
@@ -121,7 +123,7 @@ def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None
     store = FullDisk()
     _store(store)
     outbox = Outbox()
-    redelivery = Redelivery(outbox=outbox, store=store, has_room=lambda: True)
+    redelivery = Redelivery(outbox=outbox, store=store)
     redelivery.store_later(KEY, b"end", now=1.0, history=None)
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     outbox.acknowledge_all()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.ports import Delivery
+from llamacpp_mqtt_deploy.ports import Delivery, Published
 from llamacpp_mqtt_deploy.worker.responder import Responder
 
 
@@ -20,12 +20,14 @@ class SlowBroker:
         self.pending: list[Callable[[bool], None]] = []
         self.taken = threading.Semaphore(0)
 
-    def publish(self, topic: str, payload: bytes, *, on_done: Callable[[bool], None] | None = None, **_: Any) -> bool:
+    def publish(
+        self, topic: str, payload: bytes, *, on_done: Callable[[bool], None] | None = None, **_: Any
+    ) -> Published:
         self.events.append(json.loads(payload))
         if on_done is not None:
             self.pending.append(on_done)
         self.taken.release()
-        return True
+        return "queued"
 
     def acknowledge(self, delivery: Delivery) -> None:
         raise NotImplementedError
