@@ -23,8 +23,8 @@ BUFFERED_EVENTS = 4096
 class Done:
     """A finished answer. `usage` and `timings` are the protocol's; `event` is the terminal event itself.
 
-    `message` is an assistant message that can be put into `messages` unchanged. `complete` is false when the worker left the
-    text out of the terminal event (`content_omitted`) and a chunk was lost on the way.
+    `message` is an assistant message that can be put into `messages` unchanged. `complete` is always true: an answer whose text
+    cannot be had raises `AnswerLost` instead.
     """
 
     request_id: str
@@ -47,7 +47,8 @@ class Done:
     @property
     def tool_calls(self) -> tuple[Mapping[str, Any], ...]:
         """The tool calls of `message`; empty when there are none."""
-        return tuple(self.message.get("tool_calls") or ())
+        calls = self.message.get("tool_calls")
+        return tuple(call for call in calls if isinstance(call, Mapping)) if isinstance(calls, list) else ()
 
 
 class _Bus(Protocol):
@@ -67,13 +68,22 @@ class Answer:
     where the last iteration stopped. `cancel` and the properties may be used from any thread.
     """
 
-    def __init__(self, bus: _Bus, *, session: str, request_id: str, payload: bytes, rules: RetryRules) -> None:
+    def __init__(
+        self,
+        bus: _Bus,
+        *,
+        session: str,
+        request_id: str,
+        payload: bytes,
+        rules: RetryRules,
+        expects_text: bool = True,
+    ) -> None:
         self.session = session
         self.request_id = request_id
         self.payload = payload
         self._bus = bus
         self._rules = rules
-        self._reader = EventReader(request_id)
+        self._reader = EventReader(request_id, expects_text)
         self._pending: deque[Reading] = deque()
         self._changed = threading.Condition()
         self._outcome: Done | BusError | None = None
@@ -172,6 +182,7 @@ class Answer:
             if self._outcome is not None:
                 return
             accepted = self._rules.heard_anything
+            known = self._reader.next_seq
             reading = self._reader.feed(event)
             if event.get("type") == "rejected":
                 # Once our own request is known to the worker, a rejection is about somebody's other delivery.
@@ -180,7 +191,7 @@ class Answer:
                 return
             if event.get("type") == "snapshot" and event.get("content_omitted"):
                 self._beyond_repair = True
-            self._rules.heard(time.monotonic(), progress=not self._lacks_a_chunk)
+            self._rules.heard(time.monotonic(), progress=not self._lacks_a_chunk or self._reader.next_seq > known)
             if reading is None:
                 return
             if event.get("type") == "start" and isinstance(event.get("model"), str):
@@ -201,7 +212,9 @@ class Answer:
         """What to do about this answer now."""
         with self._changed:
             self._rules.heartbeat_s = heartbeat_s
-            return self._rules.decide(now, hole=self._lacks_a_chunk, worker_online=worker_online)
+            return self._rules.decide(
+                now, hole=self._lacks_a_chunk, worker_online=worker_online, cut_short=self._reader.cut_short
+            )
 
     def note(self, change: Callable[[RetryRules], None]) -> None:
         """Tell the rules something, under the answer's lock."""
@@ -214,8 +227,13 @@ class Answer:
         return self._lacks_a_chunk and not self.ended
 
     @property
+    def cut_short(self) -> bool:
+        """The worker has ended the answer, and a part of its text is still missing here."""
+        return self._reader.cut_short
+
+    @property
     def _lacks_a_chunk(self) -> bool:
-        return self._reader.hole and not self._beyond_repair
+        return self._reader.hole and (self._reader.cut_short or not self._beyond_repair)
 
     def _end(self, outcome: Done | BusError) -> None:
         if self._outcome is None:
@@ -230,6 +248,7 @@ class Answer:
             return AnswerError(code, text, retryable=event.get("retryable") is True, details=details)
         full = event.get("full_content")
         content = full if isinstance(full, str) else self._reader.content
+        told = event.get("warnings")
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if isinstance(event.get("message"), Mapping):
             message = dict(event["message"])
@@ -245,8 +264,7 @@ class Answer:
             usage=_mapping(event.get("usage")),
             timings=_mapping(event.get("timings")),
             model=self._model,
-            warnings=tuple(str(warning) for warning in event.get("warnings") or ()),
-            complete=not self._reader.hole,
+            warnings=tuple(map(str, told)) if isinstance(told, list) else (),
             event=event,
         )
 

@@ -183,6 +183,8 @@ class BusClient:
                 resend_limit=self._resend_limit,
                 offline_limit_s=self._offline_limit_s,
             ),
+            # Whoever asks for neither text nor a stream gets an end without either.
+            expects_text=stream is not False or fields.get("full_content") is not False,
         )
         self._traffic.listen(session)
         self._traffic.add(answer)

@@ -38,6 +38,11 @@ def given_up(
                 f"{', '.join(workers) or 'A worker'} is online, but {tries} of the request brought no event."
                 " Over MQTT 3.1.1 a publish that the access list forbids looks like success; `lmd check` tells."
             )
+        case "cut_short":
+            return AnswerLost(
+                f"The answer is incomplete: the worker has ended it, but a part of its text did not arrive, and {tries} of the"
+                " request did not bring it. Was it larger than limits.max_event_bytes, or the broker's queue too short?"
+            )
         case "lost":
             return AnswerLost(
                 f"The answer broke off, and {tries} of the request did not bring the rest."

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Why = Literal["no_worker", "unanswered", "lost", "offline", "timeout", "cancel_unanswered"]
+Why = Literal["no_worker", "unanswered", "lost", "cut_short", "offline", "timeout", "cancel_unanswered"]
 
 SILENT_HEARTBEATS = 3  # section 5, rule 4
 PROBE_S = 3.0  # an idle worker answers a control ping in milliseconds
 GRACE_S = 10.0  # the worker's own `timeout` error is the better message: let it come first
 CANCEL_S = 15.0  # one step of prompt processing on a slow machine, and the way there and back
 RETRY_NOBODY_S = 1.0
+ENDED_RESEND_LIMIT = 2
 # A request without a stream is silent by contract. Without `timeout_s` the worker ends it by its own limit, which a client
 # does not know; this is the default of `limits.max_timeout_s`.
 UNSTREAMED_LIMIT_S = 3600.0
@@ -115,8 +116,11 @@ class RetryRules:
     def heard_anything(self) -> bool:
         return self._heard_at is not None
 
-    def decide(self, now: float, *, hole: bool, worker_online: bool) -> Step:
-        """What to do now. `hole`: a chunk is missing. `worker_online`: the retained status says so."""
+    def decide(self, now: float, *, hole: bool, worker_online: bool, cut_short: bool = False) -> Step:
+        """What to do now. `hole`: a chunk is missing. `worker_online`: the retained status says so.
+
+        `cut_short`: the worker has ended the answer all the same; what it keeps of it does not change any more.
+        """
         if self._offline_since is not None:
             return _at(self._offline_since + self.offline_limit_s, now, GiveUp("offline"))
         if self._first_sent_at is not None and self.timeout_s is not None:
@@ -132,7 +136,11 @@ class RetryRules:
             step = self._before_the_first_event(now, self._first_sent_at, self._sent_at, worker_online=worker_online)
         elif hole or self._nobody:
             # Nobody: the worker has not found its way back to the broker yet.
-            step = self._again(now, self._sent_at + min(2.0 ** max(0, self.in_vain - 1), 10.0))
+            due_at = self._sent_at + min(2.0 ** max(0, self.in_vain - 1), 10.0)
+            if cut_short and now >= due_at and self.in_vain > ENDED_RESEND_LIMIT:
+                return GiveUp("cut_short")
+            # Chunks have come, so this is no answer that may be silent until its end.
+            step = self._again(now, due_at, silent=not hole)
         else:
             step = self._again(now, max(self._sent_at, self._heard_at) + SILENT_HEARTBEATS * self.heartbeat_s)
         return self._cut(step)
@@ -153,10 +161,10 @@ class RetryRules:
         quiet_s = self.answer_within_s if self.streams else SILENT_HEARTBEATS * self.heartbeat_s
         return self._again(now, sent_at + quiet_s)
 
-    def _again(self, now: float, due_at: float) -> Step:
+    def _again(self, now: float, due_at: float, *, silent: bool = True) -> Step:
         if now < due_at:
             return WaitUntil(due_at)
-        if self.in_vain <= self.resend_limit or self._may_be_silent(now):
+        if self.in_vain <= self.resend_limit or (silent and self._may_be_silent(now)):
             return Send()
         return GiveUp("lost" if self.heard_anything else "unanswered")
 

@@ -65,9 +65,12 @@ class Traffic:
         with self._lock:
             if self._closed:
                 raise BusError("The bus client is closed.")
+            # The watch may not have looked since an answer ended; its place and its id are free all the same.
+            if len(self._live) >= LIVE_ANSWERS:
+                self._live = {name: known for name, known in self._live.items() if not known.ended}
             if len(self._live) >= LIVE_ANSWERS:
                 raise BusError(f"{LIVE_ANSWERS} requests wait for their answers already.")
-            if key in self._live:
+            if key in self._live and not self._live[key].ended:
                 raise ValueError(f"request_id {answer.request_id!r} is in use")
             self._live[key] = answer
             # Marked before it is published: the watch must not find it unsent and publish it too.

@@ -67,7 +67,7 @@ class Watch:
                 case AskPresence():
                     self._traffic.probe(answer, now)
                 case GiveUp(why):
-                    self._give_up(answer, why)
+                    self._give_up(answer, "cut_short" if answer.cut_short and why == "lost" else why)
         return max(0.01, nearest - now)
 
     def _give_up(self, answer: Answer, why: Why) -> None:

@@ -39,7 +39,7 @@ EXIT_CODES = """\b
       1    the request ended with an error
       2    wrong usage or configuration
       3    the broker is out of reach, or refuses this user or topic
-      4    no worker is online, or the answer did not come in time
+      4    no worker is online, or the answer did not come, whole and in time
       5    the worker is busy or restarting: the same request may succeed later
       130  cancelled with Ctrl-C (once cancels on the worker, twice leaves at once)"""
 
@@ -273,8 +273,6 @@ class Screen:
         """The last, dim line of an answer on a terminal; warnings always."""
         for warning in done.warnings:
             tell(f"warning: {warning}")
-        if not done.complete:
-            tell("warning: a part of the answer was lost on the way, and the worker did not keep it")
         if self.live:
             self._dim(_summary_line(done))
 

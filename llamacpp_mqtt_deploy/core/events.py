@@ -239,16 +239,20 @@ class EventReader:
     """Follows the client rules of the protocol (section 5) for one request.
 
     `feed` takes decoded events in the order of their arrival, repeated ones included, and returns what is new, or None.
-    `hole` becomes true when a chunk is missing: publish the same request again (same id, same bytes); the `snapshot` or the
-    terminal event that follows fills it. Joined `content` of all readings is the answer.
+    `hole` becomes true when a chunk is missing: publish the same request again (same id, same bytes); the `snapshot`, the
+    repeated chunks or the terminal event that follow fill it. Joined `content` of all readings is the answer. A `done` whose
+    text is neither in it nor in the chunks before it ends nothing (`cut_short`): the request is to be published again, too.
     """
 
     request_id: str
+    expects_text: bool = True
+    """False where the request asked for an end without text and without chunks."""
     next_seq: int = 0
     content: str = ""
     reasoning: str = ""
     terminal: Mapping[str, Any] | None = None
     hole: bool = False
+    cut_short: bool = False
     rejected: Mapping[str, Any] | None = None
     _tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -290,11 +294,13 @@ class EventReader:
             self.hole = True
             return None
         self.next_seq = seq + 1
+        self.hole = False
+        deltas = event.get("tool_calls")
         reading = Reading(
             event,
-            content=str(event.get("content") or ""),
-            reasoning=str(event.get("reasoning") or ""),
-            tool_calls=event.get("tool_calls") or (),
+            content=_text(event, "content"),
+            reasoning=_text(event, "reasoning"),
+            tool_calls=[delta for delta in deltas if isinstance(delta, Mapping)] if isinstance(deltas, list) else (),
         )
         self.content += reading.content
         self.reasoning += reading.reasoning
@@ -303,10 +309,13 @@ class EventReader:
         return reading
 
     def _merge(self, delta: Mapping[str, Any]) -> None:
-        call = self._tool_calls.setdefault(int(delta.get("index", 0)), {"id": None, "name": None, "arguments": ""})
+        index = delta.get("index", 0)
+        if not isinstance(index, int):
+            return
+        call = self._tool_calls.setdefault(index, {"id": None, "name": None, "arguments": ""})
         call["id"] = call["id"] or delta.get("id")
         call["name"] = call["name"] or delta.get("name")
-        call["arguments"] += delta.get("arguments") or ""
+        call["arguments"] += _text(delta, "arguments")
 
     def _snapshot(self, event: Mapping[str, Any]) -> Reading | None:
         next_seq = event.get("next_seq")
@@ -317,8 +326,8 @@ class EventReader:
             return Reading(event)
         reading = Reading(
             event,
-            content=_news(self.content, str(event.get("content") or "")),
-            reasoning=_news(self.reasoning, str(event.get("reasoning") or "")),
+            content=_news(self.content, _text(event, "content")),
+            reasoning=_news(self.reasoning, _text(event, "reasoning")),
         )
         self.content += reading.content
         self.reasoning += reading.reasoning
@@ -326,21 +335,35 @@ class EventReader:
         self.hole = False
         return reading
 
-    def _end(self, event: Mapping[str, Any]) -> Reading:
-        self.terminal = event
+    def _end(self, event: Mapping[str, Any]) -> Reading | None:
         full = event.get("full_content", event.get("partial_content"))
+        if not isinstance(full, str) and event.get("type") == "done" and self._lacks_text(event):
+            self.hole = self.cut_short = True
+            return None
+        self.terminal = event
+        self.hole = self.cut_short = False
         reading = Reading(event)
         if isinstance(full, str):
             reading.content = _news(self.content, full)
             self.content += reading.content
-            self.hole = False
-        elif isinstance(event.get("seq"), int) and event["seq"] > self.next_seq:
-            self.hole = True
         full_reasoning = event.get("full_reasoning")
         if isinstance(full_reasoning, str):
             reading.reasoning = _news(self.reasoning, full_reasoning)
             self.reasoning += reading.reasoning
         return reading
+
+    def _lacks_text(self, done: Mapping[str, Any]) -> bool:
+        """Whether the text that this end leaves out is not wholly in the chunks that came before it."""
+        chunks = done.get("seq")
+        if not isinstance(chunks, int) or chunks > self.next_seq:
+            return True
+        return self.expects_text and chunks == 0
+
+
+def _text(event: Mapping[str, Any], name: str) -> str:
+    """A field that should be text; what another worker made of it must not end the reader's thread."""
+    value = event.get(name)
+    return value if isinstance(value, str) else ""
 
 
 def _news(known: str, full: str) -> str:

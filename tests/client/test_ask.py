@@ -125,6 +125,39 @@ def test_a_reader_that_leaves_early_is_no_traceback(broker: Mosquitto, environme
     assert b"Traceback" not in result.stderr
 
 
+def test_without_a_stream_an_answer_in_pieces_is_printed_whole(broker: Mosquitto, environment: dict[str, str]) -> None:
+    words = [f"word{number} " for number in range(100)]
+
+    def small_events(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        for number, word in enumerate(words):
+            if number != 40 or len(worker.requests) == 2:
+                worker.say(session, request, type="chunk", seq=number, content=word)
+        worker.say(
+            session, request, type="done", seq=100, final=True, content_omitted=True, finish_reason="stop", usage={},
+            timings={},
+        )  # fmt: skip
+
+    with PlayedWorker(broker.port, play=small_events) as worker:
+        result = lmd("ask", "--no-stream", "--port", str(broker.port), "hi", environment=environment)
+        assert len(worker.requests) == 2
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode() == "".join(words) + "\n"
+
+
+def test_an_answer_whose_text_cannot_be_had_is_no_success(broker: Mosquitto, environment: dict[str, str]) -> None:
+    def no_text(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(
+            session, request, type="done", seq=0, final=True, content_omitted=True, finish_reason="stop", usage={},
+            timings={},
+        )  # fmt: skip
+
+    with PlayedWorker(broker.port, play=no_text) as worker:
+        result = lmd("ask", "--no-stream", "--port", str(broker.port), "hi", environment=environment)
+        assert len(worker.requests) > 1
+    assert (result.returncode, result.stdout) == (4, b"")
+    assert b"The answer is incomplete" in result.stderr
+
+
 # --- on a terminal -----------------------------------------------------------------------------------------------------
 
 

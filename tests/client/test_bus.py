@@ -99,6 +99,83 @@ def test_a_missing_chunk_makes_the_client_send_the_same_bytes_again(broker: Mosq
         assert answer.result().complete
 
 
+def test_a_request_id_may_be_used_again_as_soon_as_its_answer_is_there(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        answers = [bus.ask("same words", request_id="mine").result(10).content for _ in range(50)]
+    assert answers == ["same words"] * 50
+    assert len(worker.requests) == 50
+
+
+def test_an_id_whose_answer_is_still_awaited_is_in_use(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port, play=lambda *_: None), BusClient("127.0.0.1", broker.port) as bus:
+        bus.ask("hello", request_id="mine")
+        with pytest.raises(ValueError, match="'mine' is in use"):
+            bus.ask("hello", request_id="mine")
+
+
+# --- an answer that does not fit into one event ------------------------------------------------------------------------
+
+
+def end_without_text(worker: PlayedWorker, session: str, request: dict[str, Any], *, seq: int) -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 100, "total_tokens": 103, "cached_tokens": 0}
+    worker.say(
+        session, request, type="done", seq=seq, final=True, content_omitted=True, finish_reason="stop", usage=usage,
+        timings={}, dropped_messages=0,
+    )  # fmt: skip
+
+
+def in_pieces(worker: PlayedWorker, session: str, request: dict[str, Any], *, lost: int = -1) -> None:
+    for number in range(4):
+        if number != lost:
+            worker.say(session, request, type="chunk", seq=number, content=f"{number} ")
+    end_without_text(worker, session, request, seq=4)
+
+
+def test_the_chunks_before_an_end_without_text_are_the_whole_answer(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port, play=in_pieces), BusClient("127.0.0.1", broker.port) as bus:
+        answer = bus.ask("hello", stream=False)
+        done = answer.result(10)
+    assert (done.content, done.complete, answer.sends) == ("0 1 2 3 ", True, 1)
+    assert done.message == {"role": "assistant", "content": "0 1 2 3 "}
+
+
+@pytest.mark.parametrize("lost", [0, 2, 3])
+def test_an_end_without_text_is_no_end_while_a_chunk_is_missing(broker: Mosquitto, lost: int) -> None:
+    def lose_one(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        in_pieces(worker, session, request, lost=lost if len(worker.requests) == 1 else -1)
+
+    with PlayedWorker(broker.port, play=lose_one) as worker, BusClient("127.0.0.1", broker.port) as bus:
+        answer = bus.ask("hello", stream=False)
+        kinds = [event["type"] for event in answer.events()]
+        assert kinds == ["chunk", "chunk", "chunk", "chunk", "done"]
+        assert (answer.result().content, answer.sends) == ("0 1 2 3 ", 2)
+    assert len({payload for _, payload in worker.requests}) == 1
+
+
+@pytest.mark.parametrize("seq", [0, 4])
+def test_an_answer_whose_text_never_comes_is_an_error_that_says_so(broker: Mosquitto, seq: int) -> None:
+    def never(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        end_without_text(worker, session, request, seq=seq)
+
+    with (
+        PlayedWorker(broker.port, play=never),
+        BusClient("127.0.0.1", broker.port, resend_limit=1) as bus,
+    ):
+        answer = bus.ask("hello", stream=False)
+        with pytest.raises(AnswerLost, match=r"the worker has ended it.*text did not arrive"):
+            answer.result(20)
+        assert answer.sends == 2
+
+
+def test_who_asks_for_an_end_without_text_gets_one(broker: Mosquitto) -> None:
+    def silent(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        end_without_text(worker, session, request, seq=0)
+
+    with PlayedWorker(broker.port, play=silent), BusClient("127.0.0.1", broker.port) as bus:
+        answer = bus.ask("hello", stream=False, full_content=False)
+        assert (answer.result(10).content, answer.sends) == ("", 1)
+
+
 def test_silence_makes_the_client_send_again_and_a_stored_end_is_taken(broker: Mosquitto) -> None:
     def fall_silent(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
         if len(worker.requests) == 1:

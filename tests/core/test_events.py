@@ -130,11 +130,55 @@ def test_a_reader_that_loses_and_repeats_events_reads_the_same_answer(
     assert not reader.hole
 
 
-def test_a_hole_before_an_end_without_text_is_told() -> None:
+def test_an_end_without_text_is_no_end_while_its_chunks_are_missing() -> None:
     reader = EventReader("r1")
-    reader.feed({"type": "done", "request_id": "r1", "seq": 3, "final": True, "content_omitted": True})
-    assert reader.ended
-    assert reader.hole
+    done = {"type": "done", "request_id": "r1", "seq": 3, "final": True, "content_omitted": True}
+    assert reader.feed(done) is None
+    assert (reader.ended, reader.hole, reader.cut_short) == (False, True, True)
+    for seq in range(3):
+        reader.feed({"type": "chunk", "request_id": "r1", "seq": seq, "content": f"{seq}"})
+    assert not reader.hole
+    assert reader.feed(done) is not None
+    assert (reader.ended, reader.hole, reader.cut_short, reader.content) == (True, False, False, "012")
+
+
+def test_an_end_that_never_had_text_or_chunks_is_one_only_where_it_was_asked_for() -> None:
+    done = {"type": "done", "request_id": "r1", "seq": 0, "final": True, "content_omitted": True}
+    wanting = EventReader("r1")
+    wanting.feed(done)
+    assert (wanting.ended, wanting.hole) == (False, True)
+    content = EventReader("r1", expects_text=False)
+    content.feed(done)
+    assert (content.ended, content.hole) == (True, False)
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=5,
+)
+FIELDS = (
+    "seq", "content", "reasoning", "tool_calls", "next_seq", "full_content", "full_reasoning", "partial_content",
+    "content_omitted", "message", "usage", "index", "arguments",
+)  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["chunk", "snapshot", "done", "error", "start", "queued"]),
+            st.dictionaries(st.sampled_from(FIELDS), JSON),
+            st.lists(st.dictionaries(st.sampled_from(["index", "id", "name", "arguments"]), JSON), max_size=2),
+        ),
+        max_size=8,
+    )
+)
+def test_fields_of_a_wrong_type_never_end_the_reader(events: list[tuple[str, dict[str, Any], list[Any]]]) -> None:
+    reader = EventReader("r1")
+    for number, (kind, fields, deltas) in enumerate(events):
+        reader.feed({"type": kind, "request_id": "r1", "seq": number, "tool_calls": deltas} | fields)
+    assert isinstance(reader.content + reader.reasoning, str)
+    assert all(isinstance(call["function"]["arguments"], str) for call in reader.tool_calls)
 
 
 def test_a_reader_does_not_mix_in_another_answer() -> None:
