@@ -211,13 +211,9 @@ def make_engine(settings: Settings) -> Engine:
 
 def make_store(settings: Settings) -> Store:
     """The store that `sessions.store` names."""
-    if settings.sessions.store == "memory":
-        from llamacpp_mqtt_deploy.stores.memory import MemoryStore
-
-        return MemoryStore()
     from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 
-    return SqliteStore(settings.sessions.path)
+    return SqliteStore(settings.sessions.path if settings.sessions.store == "sqlite" else None)
 
 
 def make_link(settings: Settings) -> Link:

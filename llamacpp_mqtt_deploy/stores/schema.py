@@ -64,3 +64,20 @@ _V1 = (
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1,)
 """Statements that bring a file from version N to N + 1, for N = 0, 1, ...; released steps never change."""
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to the newest version, one transaction for each step."""
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    for target, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in statements:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {target}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise

@@ -70,7 +70,7 @@ def _translated_os_error(error: OSError, path: Path) -> StoreError:
 
 
 class StateFile:
-    """Owns the lock beside the file and the one connection to it."""
+    """Owns the lock beside the file and makes the connections to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,6 +79,7 @@ class StateFile:
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock_fd: int | None = None
         self._notes = b""
+        self._wal = False
 
     def open(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         """Lock, create or check, and migrate the file; raises StoreError, and StoreInUse when another worker has it.
@@ -95,6 +96,19 @@ class StateFile:
             if isinstance(error, sqlite3.Error | OSError):
                 raise translated(error, self.path) from error
             raise
+        return connection
+
+    def reader(self) -> sqlite3.Connection | None:
+        """A second connection, whose reads wait for no commit; None where only a write-ahead log would allow it."""
+        if not self._wal:
+            return None
+        try:
+            connection = sqlite3.connect(
+                self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
+            )
+            connection.execute("PRAGMA query_only = 1")
+        except sqlite3.Error as error:
+            raise translated(error, self.path) from error
         return connection
 
     def release(self) -> None:
@@ -209,7 +223,8 @@ class StateFile:
             # Only a file without tables can choose it: pages that purge freed go back to the disk, a few at a time.
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        if mode != "wal":
+        self._wal = mode == "wal"
+        if not self._wal:
             log.warning("store.without_wal", path=str(self.path), mode=mode, reason="the file system cannot")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         # Forgotten text is overwritten where that costs no further page; a promise against forensics it is not.
@@ -221,22 +236,8 @@ class StateFile:
             finding = connection.execute(f"PRAGMA {check}(1)").fetchone()[0]
             if finding != "ok":
                 raise _damaged(str(finding))
-        self._migrate(connection, version)
-
-    def _migrate(self, connection: sqlite3.Connection, version: int) -> None:
         connection.execute("PRAGMA synchronous = FULL")
-        for target, statements in enumerate(schema.MIGRATIONS[version:], start=version + 1):
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                for statement in statements:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {target}")
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+        schema.migrate(connection)
         if version == 0:
             log.info("store.created", path=str(self.path))
         elif version < len(schema.MIGRATIONS):

@@ -337,7 +337,8 @@ def test_a_closed_store_says_so_and_can_be_opened_again(member: str, tmp_path: P
     with pytest.raises(StoreError, match="closed"):
         store.history(SESSION)
     store.open()
-    assert len(store.history(SESSION)) == 2
+    assert len(store.history(SESSION)) == (0 if member == "memory" else 2)  # a memory ends with its store
+    talk(store, SESSION, at=NOW + 1)
     store.close()
 
 

@@ -445,6 +445,32 @@ def test_a_shell_that_holds_the_file_is_named_and_may_read_while_we_work(
     store.close()
 
 
+def test_reading_does_not_wait_for_a_write_that_is_held_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statefile, "BUSY_TIMEOUT_S", 0.5)
+    store = SqliteStore(path)
+    store.open()
+    talk(store, SESSION)
+    shell = sqlite3.connect(path, isolation_level=None)
+    shell.execute("BEGIN IMMEDIATE")
+
+    def write() -> None:
+        with contextlib.suppress(StoreError):
+            store.accept([entry()])
+
+    writing = threading.Thread(target=write, name="writing")
+    writing.start()
+    reads = 0
+    while writing.is_alive():
+        assert store.find(key()) is None
+        assert len(store.history(SESSION)) == 2
+        assert store.unfinished() == []
+        reads += 1
+    writing.join()
+    assert reads > 10
+    shell.close()
+    store.close()
+
+
 # --- size ------------------------------------------------------------------------------------------------------------
 
 

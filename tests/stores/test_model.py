@@ -1,4 +1,4 @@
-"""Any sequence of steps leaves the file and the memory with the same knowledge, also across a restart."""
+"""Any sequence of steps leaves the store with what the model knows, also across a restart."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange
-from llamacpp_mqtt_deploy.stores.memory import MemoryStore
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from tests.support.store_cases import NOW, entry
+from tests.support.store_model import ModelStore
 
 SESSIONS = [("default", "a/1"), ("default", "a/2"), ("default", "b"), ("maze", "a/1"), ("maze", "c")]
 sessions = st.sampled_from(SESSIONS)
@@ -24,13 +24,13 @@ texts = st.text(st.characters(codec="utf-8"), max_size=200)
 
 
 class Stores(RuleBasedStateMachine):
-    """The memory store is the model of the SQLite store."""
+    """The store in a file against the model of plain Python."""
 
     @initialize(bound=st.sampled_from([300, 4000]))
     def begin(self, bound: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="stores-"))
         self.real = SqliteStore(self.directory / "state.db", max_history_bytes=bound)
-        self.model = MemoryStore(max_history_bytes=bound)
+        self.model = ModelStore(max_history_bytes=bound)
         self.now = NOW
         self.real.open()
         self.model.open()

@@ -8,7 +8,6 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Store
-from llamacpp_mqtt_deploy.stores.memory import MemoryStore
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 
 NOW = 1_800_000_000.0
@@ -41,7 +40,7 @@ MEMBERS = ("memory", "sqlite", "sqlite-reopened")
 
 def new_store(member: str, directory: Path, **options: Any) -> Store:
     if member == "memory":
-        return MemoryStore(**options)
+        return SqliteStore(None, **options)
     store = SqliteStore(directory / "state.db", **options)
     return Reopening(store) if member == "sqlite-reopened" else store
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published, StoreError
-from llamacpp_mqtt_deploy.stores.memory import MemoryStore
+from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 KEY = EntryKey("default", "demo", "r1")
@@ -42,7 +42,7 @@ class Outbox:
             done(False)
 
 
-class FullDisk(MemoryStore):
+class FullDisk(SqliteStore):
     full = True
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
@@ -51,14 +51,14 @@ class FullDisk(MemoryStore):
         super().finish(*args, **kwargs)
 
 
-def _store(store: MemoryStore) -> MemoryStore:
+def _store(store: SqliteStore) -> SqliteStore:
     store.open()
     store.accept([Entry(key=KEY, topic="t", payload=b"{}", digest="d", reply_topic="llm/reply/demo")])
     return store
 
 
 def test_a_terminal_event_is_ticked_off_when_the_broker_took_it() -> None:
-    outbox, store = Outbox(), _store(MemoryStore())
+    outbox, store = Outbox(), _store(SqliteStore(None))
     redelivery = Redelivery(outbox=outbox, store=store)
     store.finish(KEY, b"end", now=1.0)
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
@@ -70,7 +70,7 @@ def test_a_terminal_event_is_ticked_off_when_the_broker_took_it() -> None:
 
 
 def test_a_terminal_event_waits_for_a_place_in_a_full_outbox() -> None:
-    outbox, store = Outbox(), _store(MemoryStore())
+    outbox, store = Outbox(), _store(SqliteStore(None))
     redelivery = Redelivery(outbox=outbox, store=store)
     outbox.says = "full"
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
@@ -83,7 +83,7 @@ def test_a_terminal_event_waits_for_a_place_in_a_full_outbox() -> None:
 
 
 def test_a_full_outbox_is_no_reason_to_drop_an_end() -> None:
-    outbox, store = Outbox(), _store(MemoryStore())
+    outbox, store = Outbox(), _store(SqliteStore(None))
     store.finish(KEY, b"end", now=1.0)
     redelivery = Redelivery(outbox=outbox, store=store)
     outbox.says = "full"
@@ -97,7 +97,7 @@ def test_a_full_outbox_is_no_reason_to_drop_an_end() -> None:
 
 
 def test_a_terminal_event_that_can_never_be_taken_does_not_block_the_others() -> None:
-    outbox, store = Outbox(), _store(MemoryStore())
+    outbox, store = Outbox(), _store(SqliteStore(None))
     store.finish(KEY, b"end", now=1.0)
     redelivery = Redelivery(outbox=outbox, store=store)
     outbox.says = "unfit"
@@ -108,7 +108,7 @@ def test_a_terminal_event_that_can_never_be_taken_does_not_block_the_others() ->
 
 def test_what_the_link_gives_up_as_it_closes_is_left_to_the_next_life() -> None:
     for closing in (False, True):
-        outbox, store = Outbox(), _store(MemoryStore())
+        outbox, store = Outbox(), _store(SqliteStore(None))
         store.finish(KEY, b"end", now=1.0)
         redelivery = Redelivery(outbox=outbox, store=store)
         redelivery.send(KEY, "llm/reply/demo", b"end", None)
@@ -120,7 +120,7 @@ def test_what_the_link_gives_up_as_it_closes_is_left_to_the_next_life() -> None:
 
 
 def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None:
-    store = FullDisk()
+    store = FullDisk(None)
     _store(store)
     outbox = Outbox()
     redelivery = Redelivery(outbox=outbox, store=store)
