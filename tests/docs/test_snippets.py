@@ -63,9 +63,7 @@ def test_a_configuration_is_one(block: Block, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", all_blocks("json"), ids=named)
 def test_a_message_is_one(block: Block) -> None:
     found = json.loads(block.text)
-    if isinstance(found, list):
-        assert all({"id", "type"} <= set(node) for node in found)  # a flow of Node-RED
-    elif "action" in found:
+    if "action" in found:
         parse_control(block.text.encode())
     else:
         request = parse_request(block.text.encode(), policy=RequestPolicy())
@@ -123,25 +121,6 @@ def test_the_web_page_reads_an_answer_whatever_is_lost_or_repeated_on_the_way() 
     snapshot = {"type": "snapshot", "request_id": "r1", "content": "The sea says little, ", "next_seq": 3}
     assert read_by_the_page([*whole[:3], whole[4], snapshot, *whole[5:]])["news"] == WHOLE
     assert read_by_the_page([*whole[:3], whole[4], snapshot])["missing"][-1] is False
-
-
-def test_the_nodered_flow_joins_an_answer() -> None:
-    nodes = {node["id"]: node for node in json.loads(next(b.text for b in all_blocks("json") if "mqtt in" in b.text))}
-    for node in nodes.values():
-        assert all(target in nodes for wires in node.get("wires", []) for target in wires)
-    request = in_node(
-        f"const f = new Function('msg', {json.dumps(nodes['lmd-ask']['func'])});"
-        "console.log(JSON.stringify(f({payload: 'Hello'}).payload));"
-    )
-    assert parse_request(json.dumps(request).encode(), policy=RequestPolicy()) is not None
-    outputs = in_node(
-        "const kept = {}; const context = {get: (k) => kept[k], set: (k, v) => { kept[k] = v; }};"
-        f"const f = new Function('msg', 'context', {json.dumps(nodes['lmd-read']['func'])});"
-        f"const out = {json.dumps(events())}.map((event) => f({{payload: event}}, context)).filter((sent) => sent);"
-        "console.log(JSON.stringify(out));"
-    )
-    assert "".join(first["payload"] for first, _ in outputs if first) == WHOLE
-    assert outputs[-1][1]["payload"] == WHOLE
 
 
 def test_what_the_page_on_small_devices_says_of_sizes_is_so() -> None:
