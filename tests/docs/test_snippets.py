@@ -43,6 +43,24 @@ def test_a_python_snippet_prints_an_answer(block: Block, world: World) -> None:
     assert len(result.stdout.strip()) > 10
 
 
+@pytest.mark.broker
+@pytest.mark.engine
+def test_the_least_client_opens_the_protocol_page_in_ten_lines_and_reads_an_answer(world: World) -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text("utf-8")
+    block = next(block for block in all_blocks("python") if block.page.name == "protocol.md")
+    assert page.index(block.text) < 600
+    assert len(block.text.splitlines()) == 10
+    script = world.here(block.text)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] in {"queued ", "start "}
+    text = "".join(line.removeprefix("chunk ") for line in lines if line.startswith("chunk "))
+    assert lines[-1] == f"done {text}"
+
+
 @pytest.mark.parametrize("block", all_blocks("toml"), ids=named)
 def test_a_configuration_is_one(block: Block, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
