@@ -14,7 +14,7 @@ from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import Busy, Internal, RequestError
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.core.payloads import guess_request_id
+from llamacpp_mqtt_deploy.core.guessing import guess_ids
 from llamacpp_mqtt_deploy.core.requests import Generate, RawRequest, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Outbox, Store, StoreError
 from llamacpp_mqtt_deploy.worker.completion import Completion
@@ -218,14 +218,17 @@ class Intake:
             if raw is None:
                 return None
             if address.session is None:
-                address = self._topics.with_session(address.route, raw.session_id)
+                name = policy.names.of("session_id")
+                address = self._topics.with_session(address.route, raw.session_id, field_name=name)
             if delivery.response_topic is not None and delivery.response_topic != address.reply_topic:
                 self._reject(address, raw.request_id or uuid.uuid4().hex, delivery, "reply_topic_forbidden")
                 return None
             return self._enter(delivery, address, raw, check_request(raw, policy=policy), pending)
         except RequestError as error:
-            request_id = (raw.request_id if raw else None) or guess_request_id(delivery.payload)
-            self._refuse(address, request_id, delivery, error)
+            ids = raw or guess_ids(delivery.payload, policy.names)
+            if address.session is None and ids.session_id is not None:
+                address = self._topics.find_session(address.route, ids.session_id) or address
+            self._refuse(address, ids.request_id, delivery, error)
             return None
 
     def _enter(
@@ -316,7 +319,7 @@ class Intake:
             self._reject(address, request_id, delivery, "duplicate_request")
             return
         if address.reply_topic is None or address.session is None:
-            return  # The session stood in the payload and cannot be read: there is no topic to answer on.
+            return  # The session stands in the payload and cannot be seen there: there is no topic to answer on.
         writer = EventWriter(
             request_id=request_id or uuid.uuid4().hex,
             session_id=address.session,
