@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Message
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
 # --- engines: who makes tokens ---------------------------------------------------------------------------------------
@@ -51,22 +51,27 @@ class Engine(Protocol):
     def probe(self) -> EngineInfo:
         """Ask the engine now (bounded by a few seconds) and remember the answer; never raises."""
 
-    def stream(
+    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+        """One generation, read by the caller: `Opened`, then deltas, then one `Finished`.
+
+        `on_wait(reason)` is called (`loading`, `engine_restarting`) when the engine cannot take the request yet and the call
+        waits for it. Raises a `RequestError` leaf, or `Stopped` soon after `stop` was set; the engine's slot is then free.
+        Closing the iterator early frees the slot too.
+        """
+
+    def pump(
         self,
         call: EngineCall,
         *,
         stop: StopSignal,
         on_wait: Callable[[str], None],
-        before_read: Callable[[], None] | None = None,
-    ) -> Iterator[Delta]:
-        """One generation: `Opened`, then deltas, then one `Finished`.
+        feed: Callable[[Sequence[Delta]], float],
+    ) -> Finished:
+        """One generation, given to `feed` as it comes: `stream` for whoever publishes it. Returns when it is complete.
 
-        An engine that gets several deltas at once calls `before_read` each time before it waits for more; the caller then
-        publishes what came together as one piece, and may take a moment for it (some milliseconds).
-
-        `on_wait(reason)` is called (`loading`, `engine_restarting`) when the engine cannot take the request yet and the call
-        waits for it. Raises a `RequestError` leaf, or `Stopped` soon after `stop` was set; the engine's slot is then free.
-        Closing the iterator early frees the slot too.
+        `feed` gets `Opened`, then all other deltas but `Finished`, several at once where they came together. It is called by
+        one thread at a time, not always the caller's, and must not wait. It returns the seconds for which the engine may
+        let more of them collect (0: go on); the end of the answer ends such a rest. What it raises ends the generation.
         """
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:

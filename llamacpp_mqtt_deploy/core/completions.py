@@ -96,6 +96,15 @@ class CompletionReader:
         self._timings = _section(event, "timings") or self._timings
         return deltas
 
+    @property
+    def holds_half(self) -> bool:
+        """Half of a surrogate pair waits for the other one."""
+        return bool(self._halves)
+
+    def count(self, deltas: int) -> None:
+        """Count deltas of text that were read elsewhere."""
+        self._deltas += deltas
+
     def finished(self) -> Finished:
         """The end of the stream."""
         reason = _FINISH_REASONS.get(self.finish_reason or "stop", "stop")

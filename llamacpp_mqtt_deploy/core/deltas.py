@@ -66,16 +66,18 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """New text of the answer; never empty, never part of a UTF-8 character."""
+    """New text of the answer; never empty, never part of a UTF-8 character. `pieces`: in how many deltas it came."""
 
     text: str
+    pieces: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """New text of the model's thinking; never part of the answer."""
+    """New text of the model's thinking; never part of the answer. `pieces` as in `Text`."""
 
     text: str
+    pieces: int = 1
 
 
 @dataclass(frozen=True, slots=True)

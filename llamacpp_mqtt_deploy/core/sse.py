@@ -27,6 +27,11 @@ class SseDecoder:
         self._after_cr = False  # the last byte was a CR: a LF that follows belongs to it
         self._at_start = True  # a byte order mark may still come
 
+    @property
+    def between_events(self) -> bool:
+        """Nothing of an event is held: what comes next begins a line."""
+        return not (self._line or self._data or self._after_cr)
+
     def feed(self, chunk: bytes) -> list[bytes]:
         """The data of each event that these bytes finish. Raises `EventTooLong`."""
         if not chunk:

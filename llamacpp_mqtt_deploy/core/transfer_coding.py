@@ -1,4 +1,4 @@
-"""HTTP's chunked transfer coding: raw bytes in at any cut, the body out (RFC 9112, section 7.1)."""
+"""How HTTP frames a body: raw bytes in at any cut, the body out (RFC 9112, sections 6.3 and 7.1)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,31 @@ class BadChunk(ValueError):
     """The bytes are no chunked body."""
 
 
+class PlainBody:
+    """A body of `length` bytes, or (None) one that the end of the connection ends."""
+
+    def __init__(self, length: int | None) -> None:
+        self._left = length
+        self.ended = length == 0
+
+    @property
+    def ends_with_connection(self) -> bool:
+        return self._left is None
+
+    def feed(self, raw: bytes) -> bytes:
+        """The body bytes in these raw bytes."""
+        if self._left is None:
+            return raw
+        body = raw[: self._left]
+        self._left -= len(body)
+        self.ended = not self._left
+        return body
+
+
 class ChunkedDecoder:
     """Takes the framing off. llama.cpp sends each token as a chunk of its own; reading them one by one costs a call each."""
+
+    ends_with_connection = False
 
     def __init__(self) -> None:
         self.ended = False

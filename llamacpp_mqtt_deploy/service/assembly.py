@@ -12,6 +12,7 @@ from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
 from llamacpp_mqtt_deploy.service.admin import AdminDesk, Levers
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
@@ -31,7 +32,6 @@ from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
-from llamacpp_mqtt_deploy.worker.timers import Timers
 
 
 class Parts:
@@ -55,7 +55,7 @@ class Parts:
         self.store = store = store or make_store(settings)
         self.engine = engine = engine or make_engine(settings)
         self.link = link = link or make_link(settings)
-        self.timers = Timers()
+        self.loop = IoLoop()
         self.counters = Counters()
         limits = settings.limits
         self.registry = JobRegistry(
@@ -75,7 +75,7 @@ class Parts:
         )
         maker = JobMaker(
             outbox=link,
-            timers=self.timers,
+            loop=self.loop,
             policies=in_force.policies,
             max_event_bytes=self.max_event_bytes,
             active_streams=self.registry.running,
@@ -144,7 +144,7 @@ class Parts:
                 store=store,
                 registry=self.registry,
                 completion=self.completion,
-                timers=self.timers,
+                loop=self.loop,
                 prompts=PromptBuilder(engine=engine, store=store, policies=in_force.policies),
                 policies=in_force.policies,
                 worker_id=settings.mqtt.worker_id,

@@ -89,7 +89,7 @@ class Daemon:
         )
         self._watchdog = Watchdog(
             link=parts.link,
-            timers=parts.timers,
+            loop=parts.loop,
             intake=parts.intake,
             threads=parts.threads,
             in_force=parts.in_force,
@@ -170,7 +170,7 @@ class Daemon:
             parts.engine.open()
         except ValueError as problem:  # what will never work: a model file that is not there
             raise Ending(EXIT_CONFIGURATION, str(problem)) from problem
-        parts.timers.start()
+        parts.loop.start()
         parts.intake.start()
         parts.threads.ensure(settings.engine.slots or 1)
         parts.engine_watch.start()
@@ -180,7 +180,7 @@ class Daemon:
             on_online=lambda info: self._notes.put(Note("online", info)),
             on_lost=lambda info: self._notes.put(Note("lost", info)),
         )
-        every = parts.timers.every
+        every = parts.loop.every
         every(lambda: CHECK_EVERY_S, parts.deadlines.check)
         every(lambda: _SWEEP_EVERY_S, parts.redelivery.sweep)
         every(lambda: _PURGE_EVERY_S, self._purge)
@@ -243,7 +243,7 @@ class Daemon:
         if self._startup.settled:
             self.parts.intake.let_in()
         if not self._subscribed:
-            self.parts.timers.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
+            self.parts.loop.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
         self._publish_health()
         self._announce()
 
@@ -366,7 +366,7 @@ class Daemon:
         parts.engine_watch.close(1.0)
         parts.engine.close(Deadline(max(1.0, end.remaining_s())))
         parts.threads.close(1.0)
-        parts.timers.close()
+        parts.loop.close()
         parts.store.close()
         self._notifier.status("stopped")
         log.info("worker.stopped", exit_code=code)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Link
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.policies import InForce
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
-from llamacpp_mqtt_deploy.worker.timers import Timers
 
 # A thread that has not come round for this long is dead or hung.
 _SILENT_THREAD_S = 20.0
@@ -19,10 +19,10 @@ class Watchdog:
     """Looks at the network thread, its acknowledgements, our own threads and the engine's calls."""
 
     def __init__(
-        self, *, link: Link, timers: Timers, intake: Intake, threads: GenerationThreads, in_force: InForce
+        self, *, link: Link, loop: IoLoop, intake: Intake, threads: GenerationThreads, in_force: InForce
     ) -> None:
         self._link = link
-        self._timers = timers
+        self._loop = loop
         self._intake = intake
         self._threads = threads
         self._in_force = in_force
@@ -41,7 +41,7 @@ class Watchdog:
             and now - link.last_puback_at > silent_s
         ):
             return f"the broker has acknowledged nothing for {silent_s:g} s"
-        for name, beat_at in (("timers", self._timers.beat_at), ("intake", self._intake.beat_at)):
+        for name, beat_at in (("io", self._loop.beat_at), ("intake", self._intake.beat_at)):
             if now - beat_at > _SILENT_THREAD_S:
                 return f"the {name} thread hangs"
         stuck = self._threads.stuck()

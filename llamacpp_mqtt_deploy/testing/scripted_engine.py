@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from llamacpp_mqtt_deploy.core.deltas import (
     ToolCall,
 )
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineUnavailable, IdleTimeout, RequestError, ShuttingDown
+from llamacpp_mqtt_deploy.engines.draining import drain
 from llamacpp_mqtt_deploy.engines.slots import Slots
 from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
@@ -209,7 +210,6 @@ class ScriptedEngine:
         *,
         stop: StopSignal,
         on_wait: Callable[[str], None],
-        before_read: Callable[[], None] | None = None,
     ) -> Iterator[Delta]:
         stop.raise_if_set()
         self.calls.append(call)
@@ -234,6 +234,16 @@ class ScriptedEngine:
         finally:
             for each in forget:
                 each()
+
+    def pump(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        feed: Callable[[Sequence[Delta]], float],
+    ) -> Finished:
+        return drain(self.stream(call, stop=stop, on_wait=on_wait), feed)
 
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
         return ()

@@ -30,13 +30,13 @@ class AnswerAccumulator:
     dropped_messages: int = 0
     warnings: tuple[str, ...] = ()
 
-    def add_text(self, text: str, now: float) -> None:
+    def add_text(self, text: str, now: float, pieces: int = 1) -> None:
         self.content.append(text)
-        self._count(now)
+        self._count(now, pieces)
 
-    def add_reasoning(self, text: str, now: float) -> None:
+    def add_reasoning(self, text: str, now: float, pieces: int = 1) -> None:
         self.reasoning.append(text)
-        self._count(now)
+        self._count(now, pieces)
 
     def add_call(self, delta: ToolCall, now: float) -> dict[str, Any]:
         """Merge a piece of a tool call; returns it as the `chunk` event tells it."""
@@ -53,8 +53,8 @@ class AnswerAccumulator:
         event["arguments"] = delta.arguments
         return event
 
-    def _count(self, now: float) -> None:
-        self.pieces += 1
+    def _count(self, now: float, pieces: int = 1) -> None:
+        self.pieces += pieces
         self.last_at = now
         if self.first_at is None:
             self.first_at = now

@@ -22,7 +22,7 @@ _LET_GO_S = 5.0
 
 
 class Deadlines:
-    """`check` is called every `CHECK_EVERY_S` seconds, in the timers' thread."""
+    """`check` is called every `CHECK_EVERY_S` seconds, in the I/O loop."""
 
     def __init__(self, *, registry: JobRegistry, completion: Completion, heartbeat_s: Callable[[], float]) -> None:
         self._registry = registry

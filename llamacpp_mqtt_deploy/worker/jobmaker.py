@@ -7,11 +7,11 @@ from collections.abc import Callable
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import Generate
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Entry, Outbox
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.responder import Responder
-from llamacpp_mqtt_deploy.worker.timers import Timers
 
 
 class JobMaker:
@@ -21,14 +21,14 @@ class JobMaker:
         self,
         *,
         outbox: Outbox,
-        timers: Timers,
+        loop: IoLoop,
         policies: Callable[[], Policies],
         max_event_bytes: Callable[[], int],
         active_streams: Callable[[], int],
     ) -> None:
         self._outbox = outbox
-        self._timers = timers
-        self._crowd = active_streams
+        self._loop = loop
+        self._active_streams = active_streams
         self._policies = policies
         self.max_event_bytes = max_event_bytes
 
@@ -45,9 +45,9 @@ class JobMaker:
             ),
             correlation=entry.correlation,
             silent=request.stream is False or policies.routes[address.route].mode == "off",
-            wake=self._timers.after,
+            wake=self._loop.after,
             coalesce_min_s=streaming.coalesce_min_s,
-            active_streams=self._crowd,
+            active_streams=self._active_streams,
             coalesce_max_chars=streaming.coalesce_max_chars,
         )
         job = Job(

@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.ports import Outbox, Published
 # How long a reader lets the broker keep up before it reads on: far above a round trip in a house, far below what a cancel or
 # the engine's own buffers would notice.
 _KEEP_UP_S = 0.02
+_AFTER_READER_S = 0.001
 
 
 class Responder:
@@ -52,15 +53,13 @@ class Responder:
         self._max_chars = coalesce_max_chars
         self._coalescer = Coalescer(min_interval_s=coalesce_min_s)
         self._coalesce_min_s = coalesce_min_s
-        self._crowd = active_streams
+        self._active_streams = active_streams
         self._lock = threading.Lock()
         # Two counters with one writer each instead of one that needs a lock: `_acked` belongs to the link's thread.
         self._sent = 0
         self._acked = 0
         self._published: dict[TextKind, list[str]] = {"content": [], "reasoning": []}
-        self._all_acked = threading.Event()
         self._settles = False
-        self._keeping_up = False
         self._wake_is_set = False
         self._overflowed = False
         self._closed = False
@@ -116,8 +115,8 @@ class Responder:
             if not self._settles:
                 self._let_go()
 
-    def settle(self) -> None:
-        """The engine has nothing more at hand: publish what came together, then let the broker keep up for a moment.
+    def settle(self) -> float:
+        """What came together may go out as one; gives the seconds for which reading on is of no use.
 
         What the engine says meanwhile collects in its socket, where it costs nothing: it could not be published before the
         broker has acknowledged anyway, and one read then takes all of it. Once called, `text` only collects.
@@ -126,26 +125,12 @@ class Responder:
             self._settles = True
             # Many streams at once share what one may take of processor, broker and clients: two go at full pace, eight at a
             # quarter of it (50 chunks a second each, more than anybody can see).
-            self._coalescer.min_interval_s = self._coalesce_min_s * max(1, self._crowd() // 2)
+            self._coalescer.min_interval_s = self._coalesce_min_s * max(1, self._active_streams() // 2)
             self._let_go()
-        pause_s = self._coalescer.pause_s(time.monotonic())
-        if pause_s > 0 or self._sent > self._acked:
-            self._keeping_up = True
-            self._keep_up(pause_s or self._coalescer.min_interval_s)
-            self._keeping_up = False  # from here on an acknowledgement wakes by itself, so nothing is left lying
-            if self._coalescer:
-                with self._lock:
-                    self._let_go()
-
-    def _keep_up(self, pause_s: float) -> None:
-        if pause_s > 0:
-            # The interval is longer than a round trip to the broker. To be woken by each acknowledgement instead took a
-            # third of the worker's time at thousands of tokens a second.
-            time.sleep(min(pause_s, _KEEP_UP_S))
-        elif (
-            self._sent > self._acked
-        ):  # looked at after `_keeping_up` was set: an acknowledgement since then sets the event
-            self._all_acked.wait(_KEEP_UP_S)
+            if not self._coalescer:
+                return 0.0  # a slow engine: its next token may go at once
+            due_in_s = self._coalescer.due_in_s(time.monotonic())
+            return _KEEP_UP_S if due_in_s is None else min(due_in_s, _KEEP_UP_S)
 
     def piece(self, kind: TextKind, text: str) -> None:
         """A piece that is published as it is, now (paced and sentence modes)."""
@@ -198,7 +183,8 @@ class Responder:
             due_in_s = self._coalescer.due_in_s(now)
             if due_in_s is not None and not self._wake_is_set:
                 self._wake_is_set = True
-                self._wake(due_in_s, self._let_go_later)
+                # A reader that rests for as long comes first and brings more.
+                self._wake(due_in_s + _AFTER_READER_S, self._let_go_later)
 
     def _let_go_later(self) -> None:
         with self._lock:
@@ -221,7 +207,6 @@ class Responder:
     def _publish_chunks(self, payloads: Sequence[bytes]) -> None:
         for payload in payloads:
             self._sent += 1
-            self._all_acked.clear()
             if self._publish(payload, self._chunk_done) != "queued":
                 self._acked += 1
         self.chunks = self._writer.next_seq
@@ -231,9 +216,7 @@ class Responder:
     def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
         self._acked += 1
-        if self._keeping_up and self._acked == self._sent and not self._coalescer.min_interval_s:
-            self._all_acked.set()
-        if self._coalescer and not self._keeping_up:
+        if self._coalescer:
             self._wake(0.0, self._let_go_later)
 
     def close(self) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from llamacpp_mqtt_deploy.core.chunking import SentenceCutter, pieces
 from llamacpp_mqtt_deploy.core.coalescer import TextKind
 from llamacpp_mqtt_deploy.core.deltas import FinishReason
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.worker.accumulator import AnswerAccumulator
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job
-from llamacpp_mqtt_deploy.worker.timers import Timers
 
 
 class SimulatedStream:
@@ -25,7 +25,7 @@ class SimulatedStream:
         job: Job,
         finish_reason: FinishReason,
         completion: Completion,
-        timers: Timers,
+        loop: IoLoop,
         before_first: Callable[[Job], None],
         chunk_chars: int,
         interval_s: float,
@@ -33,7 +33,7 @@ class SimulatedStream:
         self._job = job
         self._finish_reason = finish_reason
         self._completion = completion
-        self._timers = timers
+        self._loop = loop
         self._before_first = before_first
         self._interval_s = interval_s
         self._pieces = _cut(job.answer, chunk_chars, by_sentence=job.request.stream == "sentence")
@@ -41,8 +41,8 @@ class SimulatedStream:
         self._begun = False
 
     def start(self) -> None:
-        self._job.stop.on_stop(lambda: self._timers.soon(self._stopped))
-        self._timers.soon(self._step)
+        self._job.stop.on_stop(lambda: self._loop.soon(self._stopped))
+        self._loop.soon(self._step)
 
     def _stopped(self) -> None:
         self._completion.stopped(self._job, content=self._job.responder.content_published())
@@ -60,7 +60,7 @@ class SimulatedStream:
                 self._before_first(job)
             self._publish()
         if piece is not None:
-            self._timers.after(self._interval_s, self._step)
+            self._loop.after(self._interval_s, self._step)
             return
         calls = job.answer.tool_calls()
         if calls:

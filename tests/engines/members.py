@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from llamacpp_mqtt_deploy.core.deltas import EngineCall, PromptProgress
 from llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine import InprocessEngine
 from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.inside import frozen_computation, make_engine
@@ -82,6 +84,14 @@ def frozen(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+@functools.cache
+def io_loop() -> IoLoop:
+    """One loop for all engines of a test process, as in a worker."""
+    loop = IoLoop()
+    loop.start()
+    return loop
+
+
 def nobody() -> ServerEngine:
     """An engine whose server does not run."""
     engine = ServerEngine(EngineSettings(url=f"http://127.0.0.1:{free_port()}", unavailable_after_s=0.3))
@@ -123,7 +133,7 @@ def scripted_member(request: pytest.FixtureRequest) -> Iterator[Member]:
 
 
 def _server(server: LlamaServer) -> Iterator[Member]:
-    engine = ServerEngine(EngineSettings(url=server.url, unavailable_after_s=5.0))
+    engine = ServerEngine(EngineSettings(url=server.url, unavailable_after_s=5.0), loop=io_loop())
     engine.open()
     yield llamacpp_member(engine, busy=server.busy_slots, pid=lambda: server.pid)
 
@@ -185,7 +195,7 @@ def managed_member(request: pytest.FixtureRequest) -> Iterator[Member]:
 
 def openai_member(request: pytest.FixtureRequest) -> Iterator[Member]:
     server: OpenAiServer = request.getfixturevalue("openai_server")
-    engine = ServerEngine(EngineSettings(url=server.url, model=MODEL, slots=2, context_tokens=4096))
+    engine = ServerEngine(EngineSettings(url=server.url, model=MODEL, slots=2, context_tokens=4096), loop=io_loop())
     engine.open()
 
     def endless() -> EngineCall:

@@ -1,11 +1,11 @@
-"""What every engine owes the corridor."""
+"""What every engine owes the worker."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -296,3 +296,99 @@ def test_a_closed_engine_ends_what_runs_and_takes_nothing_more(member: Member) -
     assert member.engine.info().state == "closed"
     assert not member.engine.wait_ready(StopSignal(), 1)
     member.engine.close(Deadline(5))
+
+
+# --- pumped: the same generation, given to `feed` by whichever thread reads it ----------------------------------------
+
+
+class Pumped(Run):
+    """A generation whose deltas are fed; `rest_s` is what each feed answers."""
+
+    rest_s = 0.0
+    finished: Finished | None = None
+
+    def run(self) -> None:
+        try:
+            self.finished = self._engine.pump(self._call, stop=self.stop, on_wait=lambda reason: None, feed=self.feed)
+        except BaseException as error:  # noqa: BLE001 - whatever came is what the test looks at
+            self.error = error
+        self.ended_at = time.monotonic()
+
+    def feed(self, deltas: Sequence[Delta]) -> float:
+        self.deltas += deltas
+        return self.rest_s
+
+
+class Resting(Pumped):
+    rest_s = 0.02
+
+
+class Failing(Pumped):
+    def feed(self, deltas: Sequence[Delta]) -> float:
+        if any(isinstance(delta, Text) for delta in deltas):
+            raise LookupError("a defect of whoever is fed")
+        return 0.0
+
+
+@pytest.mark.parametrize("way", [Pumped, Resting])
+def test_a_pump_says_what_a_stream_says(member: Member, way: type[Pumped]) -> None:
+    call = replace(member.short, sampling={**member.short.sampling, "temperature": 0.0, "seed": 1})
+    streamed = play(member.engine, call)
+    run = way(member.engine, call)
+    run.join(30)
+    assert run.error is None, run.error
+    assert isinstance(run.deltas[0], Opened)
+    assert not run.has(Finished)
+    assert text_of(run.deltas) == text_of(streamed)
+    assert run.finished is not None
+    assert isinstance(streamed[-1], Finished)
+    assert run.finished.finish_reason == streamed[-1].finish_reason
+    assert run.finished.usage.completion_tokens == streamed[-1].usage.completion_tokens
+    assert_free(member)
+
+
+def test_a_pump_that_is_cancelled_ends_at_once_and_its_slot_is_free(member: Member) -> None:
+    run = Pumped(member.engine, member.endless())
+    eventually(lambda: run.has(Text), 10)
+    assert run.cancel() < FREE_WITHIN_S
+    assert_free(member)
+
+
+def test_a_pump_that_is_cancelled_while_it_rests_ends_at_once(member: Member) -> None:
+    run = Resting(member.engine, member.endless())
+    eventually(lambda: run.has(Text), 10)
+    assert run.cancel() < FREE_WITHIN_S
+    assert_free(member)
+
+
+def test_a_pump_gives_up_an_engine_that_keeps_silent(member: Member) -> None:
+    with member.frozen():
+        run = Pumped(member.engine, replace(member.short, chunk_timeout_s=0.5))
+        run.join(10)
+    assert isinstance(run.error, IdleTimeout | EngineUnavailable), run.error
+
+
+def test_what_a_feed_raises_ends_the_generation_and_reaches_the_caller(member: Member) -> None:
+    run = Failing(member.engine, member.endless())
+    run.join(10)
+    assert isinstance(run.error, LookupError), run.error
+    assert_free(member)
+
+
+def test_a_pump_on_an_engine_that_is_away_says_so(member: Member) -> None:
+    if "away" in member.lacks:
+        pytest.skip("this engine is in our own process and cannot be away")
+    run = Pumped(member.unreachable, member.short)
+    run.join(10)
+    assert isinstance(run.error, EngineUnavailable), run.error
+
+
+def test_two_pumps_at_once_do_not_mix(member: Member) -> None:
+    if "parallel" in member.lacks:
+        pytest.skip("this engine runs one request at a time")
+    runs = [Pumped(member.engine, member.short) for _ in range(2)]
+    for run in runs:
+        run.join(30)
+        assert run.error is None
+        assert [type(delta) for delta in run.deltas].count(Opened) == 1
+        assert text_of(run.deltas)

@@ -163,7 +163,7 @@ def test_a_change_of_place_is_told_at_most_once_a_second(bus: Bus) -> None:
     engine = ScriptedEngine(slots=1)
     engine.play(Silence())
     worker = bus.worker(engine)
-    worker.daemon.parts.timers.close()  # the deadlines go when this test says so
+    worker.daemon.parts.loop.close()  # the deadlines go when this test says so
     bus.ask("running", request_id="r0", session="s0")
     for number in range(1, 6):
         eventually(lambda: len(engine.calls) == 1)

@@ -7,14 +7,15 @@ import importlib.util
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import (
     EngineFailed,
     EngineLost,
@@ -169,16 +170,34 @@ class InprocessEngine:
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
-    def stream(
+    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+        with self._translating(stop), self._running_call(call, stop, on_wait) as run:
+            for deltas in run.receive():
+                yield from deltas
+
+    def pump(
         self,
         call: EngineCall,
         *,
         stop: StopSignal,
         on_wait: Callable[[str], None],
-        before_read: Callable[[], None] | None = None,
-    ) -> Iterator[Delta]:
+        feed: Callable[[Sequence[Delta]], float],
+    ) -> Finished:
+        with self._translating(stop), self._running_call(call, stop, on_wait) as run:
+            for deltas in run.receive():
+                finished = deltas[-1] if isinstance(deltas[-1], Finished) else None
+                pause_s = feed(deltas[:-1] if finished else deltas) if len(deltas) > 1 or not finished else 0.0
+                if finished is not None:
+                    return finished
+                if pause_s > 0:
+                    run.rest(pause_s)
+        raise EngineLost("The engine ended the answer without saying that it was complete.")
+
+    @contextmanager
+    def _translating(self, stop: StopSignal) -> Iterator[None]:
+        """A fault behind a stop is the stop's."""
         try:
-            yield from self._stream(call, stop, on_wait, before_read)
+            yield
         except (RequestError, CallInterrupted) as error:
             if stop.is_set():
                 raise Stopped(stop.reason) from error
@@ -201,13 +220,9 @@ class InprocessEngine:
         with self._using(stop) as planner:
             return None if planner is None else planner.count(call)
 
-    def _stream(
-        self,
-        call: EngineCall,
-        stop: StopSignal,
-        on_wait: Callable[[str], None],
-        before_read: Callable[[], None] | None,
-    ) -> Iterator[Delta]:
+    @contextmanager
+    def _running_call(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Run]:
+        """The call in the owner's hands; on leaving it is interrupted, should it still run."""
         stop.raise_if_set()
         self._wait_until_ready(stop, on_wait)
         plan = self._plan(call, stop)
@@ -218,7 +233,7 @@ class InprocessEngine:
         forget = [signal.on_stop(run.interrupt) for signal in (stop, self._closing)]
         try:
             self._hand_over(run)
-            yield from run.receive(before_read)
+            yield run
         finally:
             for take_back in forget:
                 take_back()

@@ -88,10 +88,8 @@ class Run:
             self.ended.set()
             self._changed.notify_all()
 
-    def receive(self, before_read: Callable[[], None] | None) -> Iterator[Delta]:
-        """For the caller: deltas until the end, then what the run ended with is raised.
-
-        `before_read` is called each time before more is waited for.
+    def receive(self) -> Iterator[list[Delta]]:
+        """For the caller: what came together, until the end; then what the run ended with is raised.
 
         Raises CallInterrupted as soon as the run was told to stop, and IdleTimeout when it got nowhere for `chunk_timeout_s`,
         whether or not the loop comes back from native code.
@@ -109,10 +107,14 @@ class Run:
                 self._deltas.clear()
                 ended = self.ended.is_set()
                 self._changed.notify_all()
-            yield from deltas
+            if deltas:
+                yield deltas
             if ended:
                 if self._error is not None:
                     raise self._error
                 return
-            if before_read is not None:
-                before_read()
+
+    def rest(self, pause_s: float) -> None:
+        """Let deltas collect for this long; the end of the run ends it at once."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.ended.is_set() or self.interrupted_at is not None, pause_s)

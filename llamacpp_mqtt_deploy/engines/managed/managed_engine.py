@@ -9,14 +9,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import structlog
 from pydantic import SecretStr
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import EngineUnavailable, ShuttingDown
 from llamacpp_mqtt_deploy.engines.managed import launching
 from llamacpp_mqtt_deploy.engines.managed.child import EXITED_LOOK_EVERY_S, Child, oom_kills
@@ -27,8 +27,9 @@ from llamacpp_mqtt_deploy.engines.managed.stalling import Vigilance
 from llamacpp_mqtt_deploy.engines.managed.verdicts import End, Verdict, Verdicts, Wish
 from llamacpp_mqtt_deploy.engines.managed.watching import Life, Watcher
 from llamacpp_mqtt_deploy.engines.server import dialects
-from llamacpp_mqtt_deploy.engines.server.http import ServerAddress
+from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
@@ -45,12 +46,15 @@ STUCK_MARGIN_S = 10.0
 class ManagedEngine:
     """See `ports.Engine`. Two threads live from `open` to `close`: one owns the process, one looks how it is."""
 
-    def __init__(self, settings: EngineSettings, *, vigilance: Vigilance | None = None) -> None:
+    def __init__(
+        self, settings: EngineSettings, *, vigilance: Vigilance | None = None, loop: IoLoop | None = None
+    ) -> None:
         key = secrets.token_urlsafe(32)
         self._settings = settings.model_copy(
             update={"dialect": "llamacpp", "api_key": SecretStr(key), "api_key_file": None, "ca_file": None}
         )
         self._key = key
+        self._loop = loop
         self._program: launching.Program | None = None
         self._directory: PrivateDir | None = None
         # Guards what follows, for arithmetic only; notified at each change of the phase.
@@ -181,11 +185,22 @@ class ManagedEngine:
         *,
         stop: StopSignal,
         on_wait: Callable[[str], None],
-        before_read: Callable[[], None] | None = None,
     ) -> Iterator[Delta]:
         stop.raise_if_set()
         inner = self._when_ready(stop, on_wait)
-        yield from inner.stream(call, stop=stop, on_wait=on_wait, before_read=before_read)
+        yield from inner.stream(call, stop=stop, on_wait=on_wait)
+
+    def pump(
+        self,
+        call: EngineCall,
+        *,
+        stop: StopSignal,
+        on_wait: Callable[[str], None],
+        feed: Callable[[Sequence[Delta]], float],
+    ) -> Finished:
+        stop.raise_if_set()
+        inner = self._when_ready(stop, on_wait)
+        return inner.pump(call, stop=stop, on_wait=on_wait, feed=feed)
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
         with self._changed:
@@ -257,7 +272,7 @@ class ManagedEngine:
         else:
             door = Door(port=port or launching.free_port(), key_file=key_file)
         made = launching.arguments(self._settings, known, door)
-        inner = ServerEngine(self._settings, url=door.url, kind="managed")
+        inner = ServerEngine(self._settings, url=door.url, kind="managed", loop=self._loop)
         inner.open()
         with self._changed:
             self._door, self._arguments, self._inner = door, made, inner

@@ -13,14 +13,9 @@ from llamacpp_mqtt_deploy.engines.managed.child import Child
 from llamacpp_mqtt_deploy.engines.managed.serverlog import ServerLog
 from llamacpp_mqtt_deploy.engines.managed.stalling import StallWatch, Vigilance
 from llamacpp_mqtt_deploy.engines.managed.verdicts import Wish
-from llamacpp_mqtt_deploy.engines.server.http import (
-    Broken,
-    ConnectFailed,
-    HttpExchange,
-    NoAnswer,
-    ServerAddress,
-    Silent,
-)
+from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
+from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
+from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.stopping import StopSignal
 

@@ -11,7 +11,8 @@ import orjson
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.completions import clean
 from llamacpp_mqtt_deploy.engines.server.dialects import Dialect, template_thinks
-from llamacpp_mqtt_deploy.engines.server.http import Broken, ConnectFailed, HttpExchange, NoAnswer, Silent
+from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
+from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
 from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
 
 ANSWER_WITHIN_S = 3.0

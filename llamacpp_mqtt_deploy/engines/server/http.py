@@ -1,17 +1,14 @@
-"""One HTTP request whose socket another thread can cut at any moment: while it connects, waits for headers or reads."""
+"""Short questions over HTTP, on a connection that another thread can cut at any moment."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 import time
 from collections.abc import Iterable
-from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
-from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -20,113 +17,13 @@ from typing_extensions import override
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from llamacpp_mqtt_deploy.core.transfer_coding import ChunkedDecoder
+from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
+from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
 """Longest answer that is read whole: a model list, an error, or a completion that was not streamed."""
 READ_BYTES = 65536
-
-
-class ConnectFailed(Exception):
-    """No connection: nothing listens, no route, no such name or socket, or it took too long."""
-
-
-class NoAnswer(Exception):
-    """The connection was made and ended before the answer began."""
-
-
-class Broken(Exception):
-    """The connection ended in the middle of the answer."""
-
-
-class Silent(Exception):
-    """Nothing came within the read timeout."""
-
-
-class ServerAddress:
-    """Where the server is: `http://host:port[/prefix]`, `https://...` or `unix:///path/to.sock`."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme == "unix":
-            self.unix_path: str | None = (parts.netloc + parts.path) or None
-            self.base = "http://localhost"
-            if self.unix_path is None:
-                raise ValueError("engine.url: unix:// needs the path of a socket, as in unix:///run/llama/llama.sock")
-        elif parts.scheme in ("http", "https") and parts.hostname:
-            self.unix_path = None
-            prefix = parts.path.rstrip("/").removesuffix("/v1")
-            self.base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{prefix}"
-        else:
-            raise ValueError("engine.url must be http://host:port, https://host or unix:///path/to/the.sock")
-        self.shown = self.unix_path or self.base
-        """The address for logs and operators."""
-
-
-class Line:
-    """The socket of one request. `cut` may be called from any thread and returns at once."""
-
-    def __init__(self, address: ServerAddress) -> None:
-        self._address = address
-        self._lock = threading.Lock()
-        self._cut = False
-        # A duplicate of the descriptor: it stays valid while TLS wraps the socket and while the pool puts it away, and
-        # shutting it down ends the connection itself.
-        self._duplicate: socket.socket | None = None
-        self.connected = False
-        self.socket: socket.socket | None = None
-        """What the answer is read from, once connected; inside TLS where there is one."""
-
-    def cut(self) -> None:
-        with self._lock:
-            self._cut = True
-            if self._duplicate is not None:
-                with contextlib.suppress(OSError):
-                    self._duplicate.shutdown(socket.SHUT_RDWR)
-
-    def release(self) -> None:
-        with self._lock:
-            if self._duplicate is not None:
-                self._duplicate.close()
-                self._duplicate = None
-
-    def connect(self, host: str, port: int | None, timeout_s: float, options: Any) -> socket.socket:
-        """A connected socket. Raises OSError."""
-        ends_at = time.monotonic() + timeout_s
-        if self._address.unix_path is not None:
-            return self._try(socket.AF_UNIX, 0, self._address.unix_path, timeout_s, ())
-        failure: OSError = OSError("the name has no address")
-        for family, _, protocol, _, target in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
-            try:
-                return self._try(family, protocol, target, max(0.001, ends_at - time.monotonic()), options or ())
-            except OSError as error:
-                failure = error
-        raise failure
-
-    def _try(self, family: int, protocol: int, target: Any, timeout_s: float, options: Any) -> socket.socket:
-        made = socket.socket(family, socket.SOCK_STREAM, protocol)
-        try:
-            self._hold(made)
-            made.settimeout(timeout_s)
-            for option in options:  # urllib3's own: TCP_NODELAY
-                made.setsockopt(*option)
-            made.connect(target)
-            with self._lock:
-                if self._cut:  # cut just before connect(), which the shutdown did not reach
-                    raise ConnectionAbortedError("cut")
-        except BaseException:
-            made.close()
-            self.release()
-            raise
-        self.connected = True
-        return made
-
-    def _hold(self, made: socket.socket) -> None:
-        with self._lock:
-            if self._cut:
-                raise ConnectionAbortedError("cut")
-            self._duplicate = made.dup()
 
 
 def _connect(connection: HTTPConnection, line: Line) -> socket.socket:
@@ -229,7 +126,6 @@ class HttpExchange:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._response: requests.Response | None = None
-        self._unframed: tuple[BufferedReader, ChunkedDecoder] | None = None
         self._forget = [stop.on_stop(self._line.cut) for stop in stops]
 
     def __enter__(self) -> Self:
@@ -268,13 +164,12 @@ class HttpExchange:
                 allow_redirects=False,
                 stream=True,
             )
-            self._unframed = _unframed(self._response)
         except requests.exceptions.ReadTimeout as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
             # AttributeError: urllib3 looks for the socket of a connection that was reset while it shook hands.
             failure = NoAnswer if self._line.connected else ConnectFailed
-            raise failure(_reason(error)) from error
+            raise failure(reason_of(error)) from error
 
     @property
     def status(self) -> int:
@@ -290,23 +185,11 @@ class HttpExchange:
         """What has arrived, waiting for at least one byte; empty at the end. Raises `Broken`, `Silent`."""
         assert self._response is not None
         try:
-            if self._unframed is not None:
-                return self._read_chunks(*self._unframed)
             return cast("bytes", self._response.raw.read1(READ_BYTES, decode_content=True) or b"")
         except (urllib3.exceptions.ReadTimeoutError, TimeoutError) as error:
             raise Silent("no byte in time") from error
         except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
-            raise Broken(_reason(error)) from error
-
-    def _read_chunks(self, raw: BufferedReader, decoder: ChunkedDecoder) -> bytes:
-        while not decoder.ended:
-            arrived = raw.read1(READ_BYTES)
-            if not arrived:
-                raise Broken("the answer ended in the middle of a chunk")
-            body = decoder.feed(arrived)
-            if body:
-                return body
-        return b""
+            raise Broken(reason_of(error)) from error
 
     def read_all(self, *, timeout_s: float) -> bytes:
         """The whole answer. Raises `Broken`, `Silent` after `timeout_s` altogether, `ValueError` when it is too long."""
@@ -331,30 +214,3 @@ class HttpExchange:
         if self._line.socket is not None:
             with contextlib.suppress(OSError):  # the answer has ended already
                 self._line.socket.settimeout(max(0.001, timeout_s))
-
-
-def _unframed(response: requests.Response) -> tuple[BufferedReader, ChunkedDecoder] | None:
-    """The bytes below the chunked framing, to take everything that has arrived with one read.
-
-    urllib3 and http.client give at most one chunk a call, with some ten Python calls around it, and llama.cpp sends each token
-    as a chunk: at thousands of tokens a second that was half of the worker's work. None for any other framing.
-    """
-    if response.headers.get("Transfer-Encoding", "").lower() != "chunked" or "Content-Encoding" in response.headers:
-        return None
-    below = getattr(response.raw, "_original_response", None)
-    raw = getattr(below, "fp", None)
-    return (raw, ChunkedDecoder()) if isinstance(raw, BufferedReader) else None
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in a few words, without addresses: `Connection refused`."""
-    seen: BaseException = error
-    for _ in range(10):
-        inner = seen.__cause__ or seen.__context__ or getattr(seen, "reason", None)
-        if not isinstance(inner, BaseException):
-            break
-        seen = inner
-    if isinstance(seen, TimeoutError):
-        return "timed out"
-    text = (seen.strerror if isinstance(seen, OSError) else None) or str(seen) or type(seen).__name__
-    return text[:200]

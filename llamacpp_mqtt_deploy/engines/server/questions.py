@@ -11,7 +11,8 @@ from typing import Any
 
 import orjson
 
-from llamacpp_mqtt_deploy.engines.server.http import Broken, ConnectFailed, HttpExchange, NoAnswer, Silent
+from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
+from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 COMPLETIONS = "/v1/chat/completions"

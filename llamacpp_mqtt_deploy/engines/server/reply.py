@@ -5,24 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from llamacpp_mqtt_deploy.core.completion_stream import CompletionStream
 from llamacpp_mqtt_deploy.core.completions import CompletionReader
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Opened
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened
 from llamacpp_mqtt_deploy.core.errors import EngineFailed, EngineLost, IdleTimeout
-from llamacpp_mqtt_deploy.core.sse import EventTooLong, SseDecoder
+from llamacpp_mqtt_deploy.core.sse import EventTooLong
 from llamacpp_mqtt_deploy.engines.server.dialects import Dialect
-from llamacpp_mqtt_deploy.engines.server.http import Broken, HttpExchange, Silent
+from llamacpp_mqtt_deploy.engines.server.failures import Broken, Silent
+from llamacpp_mqtt_deploy.engines.server.pump import Feed, Pump
+from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.stopping import Stopped, StopSignal
 
 
 class Reply:
-    """The answer behind the headers of one exchange, read once: as `events` or as a `document`, after its content type.
+    """The answer behind the headers of one exchange, read once: `pump`ed by the I/O loop, or by the caller's thread as
+    `deltas`; as a stream or as one document, as its content type says.
 
-    `refuse_when_closed` raises when the engine is being closed, which cuts the connection as a fault of the server would.
+    Both raise `Stopped` or a leaf of `RequestError`. `refuse_when_closed` raises when the engine is being closed, which cuts
+    the connection as a fault of the server would.
     """
 
     def __init__(
         self,
-        exchange: HttpExchange,
+        exchange: StreamingExchange,
         call: EngineCall,
         stop: StopSignal,
         *,
@@ -36,30 +42,41 @@ class Reply:
         self._model = model
         self._dialect = dialect
         self._refuse_when_closed = refuse_when_closed
+        self._stream = CompletionStream()
 
-    def events(self, before_read: Callable[[], None] | None) -> Iterator[Delta]:
-        """Yield the deltas of a stream; raises `Stopped` or a leaf of `RequestError`."""
-        exchange, call, stop = self._exchange, self._call, self._stop
+    def pump(self, loop: IoLoop, feed: Feed) -> Finished:
+        """Have the loop read the answer and give it to `feed`; returns when it is complete."""
+        if not self._streams():
+            return self._feed_document(feed)
+        feed([Opened(self._model)])
+        try:
+            Pump(loop, self._exchange, self._stream, feed).run(self._call.chunk_timeout_s)
+        except (Silent, Broken, EventTooLong) as error:
+            self._ended_badly(error)
+        self._stop.raise_if_set()
+        rest = self._stream.end()
+        if rest:
+            feed(rest)
+        return self._finished()
+
+    def deltas(self) -> Iterator[Delta]:
+        """Read the answer here, delta by delta."""
+        if not self._streams():
+            yield from self._document()
+            return
         yield Opened(self._model)
-        decoder, reader = SseDecoder(), CompletionReader()
+        exchange, call, stream = self._exchange, self._call, self._stream
         heard_at = time.monotonic()
         only_pings = False
-        while not reader.done:
-            if before_read is not None:
-                before_read()
-            chunk = self._read()
-            heard = False
-            for data in self._decode(decoder, chunk):
-                for delta in reader.read(data):
-                    heard = True
-                    yield delta
-            if stop.is_set():
-                raise Stopped(stop.reason)
+        while not stream.reader.done:
+            chunk, deltas = self._read()
+            yield from deltas
+            self._stop.raise_if_set()
             if not chunk:
                 break
             # The server's pings keep the socket awake; only output counts. The clock stands while our reader is busy.
             now = time.monotonic()
-            if heard:
+            if deltas:
                 heard_at = now
                 if only_pings:
                     exchange.limit_silence(call.chunk_timeout_s)
@@ -70,18 +87,60 @@ class Reply:
                     raise idle(call)
                 exchange.limit_silence(left_s)
                 only_pings = True
+        yield self._finished()
+
+    def _streams(self) -> bool:
+        content_type = self._exchange.content_type
+        if content_type not in ("text/event-stream", "application/json", ""):
+            raise EngineFailed("The engine's address answers, but not with a completion; check engine.url.")
+        return content_type != "application/json"
+
+    def _read(self) -> tuple[bytes, list[Delta]]:
+        """What arrived of the body, and its deltas."""
+        chunk = b""
+        try:
+            chunk = self._exchange.read_some()
+            return chunk, self._stream.feed(chunk) if chunk else self._stream.end()
+        except (Silent, Broken, EventTooLong) as error:
+            self._ended_badly(error)
+            return b"", self._stream.end()
+
+    def _finished(self) -> Finished:
+        reader = self._stream.reader
         if not reader.done and not (self._dialect == "openai" and reader.finish_reason):
             raise EngineLost("The engine's answer broke off in the middle.")
-        yield reader.finished()
+        return reader.finished()
 
-    def document(self) -> Iterator[Delta]:
-        """Yield the deltas of an answer that comes in one piece; raises as `events` does."""
+    def _ended_badly(self, error: Silent | Broken | EventTooLong) -> None:
+        """Raise what this end means; return where a finish reason may have come before, so that the answer is whole."""
+        self._stop.raise_if_set()
+        match error:
+            case Silent():
+                raise idle(self._call) from None
+            case EventTooLong():
+                raise EngineFailed("The engine sent an event without end.") from error
+        self._refuse_when_closed()
+        if self._dialect != "openai":
+            raise EngineLost("The connection to the engine broke in the middle of the answer.") from error
+
+    # --- an answer in one piece ----------------------------------------------------------------------------------------
+
+    def _feed_document(self, feed: Feed) -> Finished:
+        for delta in self._document():
+            if isinstance(delta, Finished):
+                return delta
+            feed([delta])
+        raise Stopped(self._stop.reason)
+
+    def _document(self) -> Iterator[Delta]:
         yield Opened(self._model, streams=False)
         try:
             document = self._exchange.read_all(timeout_s=self._call.chunk_timeout_s)
         except Silent:
+            self._stop.raise_if_set()
             raise idle(self._call) from None
         except Broken as error:
+            self._stop.raise_if_set()
             self._refuse_when_closed()
             raise EngineLost("The connection to the engine broke in the middle of the answer.") from error
         except ValueError as error:
@@ -93,28 +152,6 @@ class Reply:
             raise EngineFailed("The engine answered with JSON that is no completion.")
         yield from deltas
         yield reader.finished()
-
-    def _read(self) -> bytes:
-        try:
-            return self._exchange.read_some()
-        except Silent:
-            self._stop.raise_if_set()
-            raise idle(self._call) from None
-        except Broken as error:
-            self._stop.raise_if_set()
-            self._refuse_when_closed()
-            if self._dialect == "openai":
-                return b""  # a finish reason may have come before: then the answer is whole
-            raise EngineLost("The connection to the engine broke in the middle of the answer.") from error
-
-    def _decode(self, decoder: SseDecoder, chunk: bytes) -> list[bytes]:
-        try:
-            if chunk:
-                return decoder.feed(chunk)
-            # What a broken connection left of an event is no JSON object any more and says nothing.
-            return [data for data in decoder.end() if data == b"[DONE]" or (data[:1] == b"{" and data[-1:] == b"}")]
-        except EventTooLong as error:
-            raise EngineFailed("The engine sent an event without end.") from error
 
 
 def idle(call: EngineCall) -> IdleTimeout:

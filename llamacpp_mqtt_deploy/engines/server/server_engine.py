@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import orjson
@@ -11,28 +12,25 @@ import structlog
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.completions import error_from
-from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
-    EngineFailed,
     EngineUnavailable,
     RequestError,
     ShuttingDown,
 )
+from llamacpp_mqtt_deploy.engines.draining import drain
 from llamacpp_mqtt_deploy.engines.server import dialects
 from llamacpp_mqtt_deploy.engines.server.describing import Description, NotDescribed, describe
-from llamacpp_mqtt_deploy.engines.server.http import (
-    Broken,
-    ConnectFailed,
-    HttpExchange,
-    NoAnswer,
-    ServerAddress,
-    Silent,
-)
+from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
+from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
+from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
 from llamacpp_mqtt_deploy.engines.server.questions import COMPLETIONS, COUNT_WITHIN_S, Questions, SlotProgress
 from llamacpp_mqtt_deploy.engines.server.reply import Reply, idle
+from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
 from llamacpp_mqtt_deploy.engines.server.waiting import FIRST_PAUSE_S, LONGEST_PAUSE_S, NotReady, ReadyWait, patiently
 from llamacpp_mqtt_deploy.engines.slots import Slots
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import EngineInfo
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
@@ -44,12 +42,18 @@ __all__ = ["ServerEngine", "SlotProgress"]
 
 
 class ServerEngine:
-    """Speaks to one server. Holds no connection between calls and no thread of its own; see `ports.Engine`."""
+    """Speaks to one server. Holds no connection between calls and no thread of its own; see `ports.Engine`.
 
-    def __init__(self, settings: EngineSettings, *, url: str | None = None, kind: str = "server") -> None:
+    `loop` reads the answers of `pump`; without it the calling thread does.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, *, url: str | None = None, kind: str = "server", loop: IoLoop | None = None
+    ) -> None:
         self._settings = settings
         self._address = ServerAddress(url or settings.url)
         self._kind = kind
+        self._loop = loop
         self._api_key: str | None = settings.api_key.get_secret_value() if settings.api_key else None
         self._lock = threading.Lock()  # guards the three below; held for arithmetic only
         self._dialect: dialects.Dialect | None = None if settings.dialect == "auto" else settings.dialect
@@ -144,16 +148,28 @@ class ServerEngine:
 
     # --- generation --------------------------------------------------------------------------------------------------
 
-    def stream(
+    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+        with self._translating(stop), self._replying(call, stop, on_wait) as reply:
+            yield from reply.deltas()
+
+    def pump(
         self,
         call: EngineCall,
         *,
         stop: StopSignal,
         on_wait: Callable[[str], None],
-        before_read: Callable[[], None] | None = None,
-    ) -> Iterator[Delta]:
+        feed: Callable[[Sequence[Delta]], float],
+    ) -> Finished:
+        with self._translating(stop), self._replying(call, stop, on_wait) as reply:
+            if self._loop is not None:
+                return reply.pump(self._loop, feed)
+            return drain(reply.deltas(), feed)
+
+    @contextmanager
+    def _translating(self, stop: StopSignal) -> Iterator[None]:
+        """A fault behind a stop is the stop's; a key in a server's words goes to nobody."""
         try:
-            yield from self._stream(call, stop, on_wait, before_read)
+            yield
         except RequestError as error:
             if stop.is_set():
                 raise Stopped(stop.reason) from error
@@ -167,20 +183,16 @@ class ServerEngine:
         """Names of the request fields that this server cannot be given; they are left out, and a `start` can warn."""
         return dialects.unsupported(call, self._dialect or "llamacpp")
 
-    def _stream(
-        self,
-        call: EngineCall,
-        stop: StopSignal,
-        on_wait: Callable[[str], None],
-        before_read: Callable[[], None] | None,
-    ) -> Iterator[Delta]:
+    @contextmanager
+    def _replying(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Reply]:
+        """A slot of ours, and in it the answer to this call, from its headers on."""
         stop.raise_if_set()
         patience = ReadyWait(self._settings.unavailable_after_s)
         patiently(lambda: self._need_description(stop), patience, stop, on_wait)
         self._slots.acquire(stop)
         try:
             with patiently(lambda: self._begin(call, stop), patience, stop, on_wait) as exchange:
-                reply = Reply(
+                yield Reply(
                     exchange,
                     call,
                     stop,
@@ -188,12 +200,6 @@ class ServerEngine:
                     dialect=self._dialect,
                     refuse_when_closed=self._refuse_when_closed,
                 )
-                if exchange.content_type == "text/event-stream" or not exchange.content_type:
-                    yield from reply.events(before_read)
-                elif exchange.content_type == "application/json":
-                    yield from reply.document()
-                else:
-                    raise EngineFailed("The engine's address answers, but not with a completion; check engine.url.")
         finally:
             self._slots.release()
 
@@ -217,13 +223,19 @@ class ServerEngine:
             case _:
                 raise NotReady("engine_restarting", "The engine cannot be reached.")
 
-    def _begin(self, call: EngineCall, stop: StopSignal) -> HttpExchange:
+    def _begin(self, call: EngineCall, stop: StopSignal) -> StreamingExchange:
         """Send the request and wait for the headers, which come when the server gives it a slot."""
         content = self._content(call)
         self._refuse_when_closed()
-        exchange = self._exchange(stop)
+        exchange = StreamingExchange(
+            self._address,
+            api_key=self._api_key,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            ca_file=self._settings.ca_file,
+            stops=(stop, self._closing),
+        )
         try:
-            exchange.send("POST", COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
+            exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
             if exchange.status != 200:
                 raise self._refusal(exchange)
         except BaseException as error:
@@ -245,7 +257,7 @@ class ServerEngine:
             self._saw(replace(self._info, state="ready", detail=""))
         return exchange
 
-    def _refusal(self, exchange: HttpExchange) -> Exception:
+    def _refusal(self, exchange: StreamingExchange) -> Exception:
         """The error for an answer other than 200."""
         status = exchange.status
         try:

@@ -1,0 +1,42 @@
+"""The body of a streamed chat completion: bytes in at any cut, deltas out."""
+
+from __future__ import annotations
+
+from llamacpp_mqtt_deploy.core.completions import CompletionReader
+from llamacpp_mqtt_deploy.core.deltas import Delta
+from llamacpp_mqtt_deploy.core.sse import SseDecoder
+from llamacpp_mqtt_deploy.core.token_lines import TokenLines
+
+
+class CompletionStream:
+    """Joins the decoding of events with their reading. `reader` knows what the stream has said of itself.
+
+    Raises a `RequestError` for an error event, `EventTooLong` for an event without end.
+    """
+
+    def __init__(self) -> None:
+        self.reader = CompletionReader()
+        self._events = SseDecoder()
+        self._tokens = TokenLines()
+
+    def feed(self, body: bytes) -> list[Delta]:
+        """The deltas that these bytes bring."""
+        if self._events.between_events and not self.reader.holds_half:
+            tokens = self._tokens.read(body)
+            if tokens is not None:
+                self.reader.count(tokens.pieces)
+                return [tokens]
+        return self._read(self._events.feed(body))
+
+    def end(self) -> list[Delta]:
+        """The deltas of what a server left without the blank line that ends an event."""
+        # What a broken connection left of an event is no JSON object any more and says nothing.
+        return self._read(
+            [data for data in self._events.end() if data == b"[DONE]" or (data[:1] == b"{" and data[-1:] == b"}")]
+        )
+
+    def _read(self, events: list[bytes]) -> list[Delta]:
+        deltas: list[Delta] = []
+        for data in events:
+            deltas += self.reader.read(data)
+        return deltas

@@ -1,0 +1,68 @@
+"""The short way for what llama.cpp sends at nearly every read: events of one token each that differ in their text alone."""
+
+from __future__ import annotations
+
+import re
+
+import orjson
+
+from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text
+
+_HEADS: tuple[tuple[bytes, type[Text | Reasoning]], ...] = (
+    (b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":"', Text),
+    (b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"reasoning_content":"', Reasoning),
+)
+
+# The end of a token's event from the closing quote of its text on. No backslash and no brace inside: whatever it holds is
+# ids, names and numbers that say nothing to us. Its second quote follows a comma, so no JSON string can hold the whole.
+_TAIL = re.compile(
+    rb'"\}\}\],"created":\d{1,20},"id":"[^"\\\n{}]*","model":"[^"\\\n{}]*"'
+    rb'(?:,"system_fingerprint":"[^"\\\n{}]*")?,"object":"chat\.completion\.chunk"\}\n\n\Z'
+)
+_TAIL_START = b'"}}],"created":'
+
+
+class TokenLines:
+    """Reads bodies that consist of whole token events of one kind; leaves everything else to the general readers.
+
+    One split and one JSON string for all tokens of a read: 16 tokens cost 14.5 us instead of 52.6.
+    """
+
+    __slots__ = ("_tail",)
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def read(self, body: bytes) -> Text | Reasoning | None:
+        """The text of all events in `body`, None when the general way has to be taken. Keeps no part of the body."""
+        found = next(((head, kind) for head, kind in _HEADS if body.startswith(head)), None)
+        if found is None:
+            return None
+        head, kind = found
+        tail = self._tail
+        if not tail or not body.endswith(tail):
+            tail = self._learn(body)
+            if not tail:
+                return None
+        events = body[: -len(tail)].split(tail)
+        size = len(head)
+        for event in events:
+            if not event.startswith(head):
+                return None
+        text = b"".join([event[size:] for event in events])
+        # An escaped surrogate half belongs to its own event; joined with a neighbour's it would read as something else.
+        if not text or b"\\u" in text:
+            return None
+        try:
+            decoded: str = orjson.loads(b'"' + text + b'"')
+        except orjson.JSONDecodeError:
+            return None
+        return kind(decoded, len(events)) if decoded else None
+
+    def _learn(self, body: bytes) -> bytes:
+        """The tail of this stream's events, from the last one of the body; empty when it is none that we know."""
+        start = body.rfind(_TAIL_START)
+        if start < 0 or _TAIL.match(body, start) is None:
+            return b""
+        self._tail = body[start:]
+        return self._tail

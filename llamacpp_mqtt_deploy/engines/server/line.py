@@ -1,0 +1,95 @@
+"""Where a server is, and the socket of one request to it, which another thread can cut at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class ServerAddress:
+    """Where the server is: `http://host:port[/prefix]`, `https://...` or `unix:///path/to.sock`."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme == "unix":
+            self.unix_path: str | None = (parts.netloc + parts.path) or None
+            self.base = "http://localhost"
+            if self.unix_path is None:
+                raise ValueError("engine.url: unix:// needs the path of a socket, as in unix:///run/llama/llama.sock")
+        elif parts.scheme in ("http", "https") and parts.hostname:
+            self.unix_path = None
+            prefix = parts.path.rstrip("/").removesuffix("/v1")
+            self.base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{prefix}"
+        else:
+            raise ValueError("engine.url must be http://host:port, https://host or unix:///path/to/the.sock")
+        self.shown = self.unix_path or self.base
+        """The address for logs and operators."""
+
+
+class Line:
+    """The socket of one request. `cut` may be called from any thread and returns at once."""
+
+    def __init__(self, address: ServerAddress) -> None:
+        self._address = address
+        self._lock = threading.Lock()
+        self._cut = False
+        # A duplicate of the descriptor: it stays valid while TLS wraps the socket and while the pool puts it away, and
+        # shutting it down ends the connection itself.
+        self._duplicate: socket.socket | None = None
+        self.connected = False
+        self.socket: socket.socket | None = None
+        """What the answer is read from, once connected; inside TLS where there is one."""
+
+    def cut(self) -> None:
+        with self._lock:
+            self._cut = True
+            if self._duplicate is not None:
+                with contextlib.suppress(OSError):
+                    self._duplicate.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        with self._lock:
+            if self._duplicate is not None:
+                self._duplicate.close()
+                self._duplicate = None
+
+    def connect(self, host: str, port: int | None, timeout_s: float, options: Any) -> socket.socket:
+        """A connected socket. Raises OSError."""
+        ends_at = time.monotonic() + timeout_s
+        if self._address.unix_path is not None:
+            return self._try(socket.AF_UNIX, 0, self._address.unix_path, timeout_s, ())
+        failure: OSError = OSError("the name has no address")
+        for family, _, protocol, _, target in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+            try:
+                return self._try(family, protocol, target, max(0.001, ends_at - time.monotonic()), options or ())
+            except OSError as error:
+                failure = error
+        raise failure
+
+    def _try(self, family: int, protocol: int, target: Any, timeout_s: float, options: Any) -> socket.socket:
+        made = socket.socket(family, socket.SOCK_STREAM, protocol)
+        try:
+            self._hold(made)
+            made.settimeout(timeout_s)
+            for option in options:  # urllib3's own: TCP_NODELAY
+                made.setsockopt(*option)
+            made.connect(target)
+            with self._lock:
+                if self._cut:  # cut just before connect(), which the shutdown did not reach
+                    raise ConnectionAbortedError("cut")
+        except BaseException:
+            made.close()
+            self.release()
+            raise
+        self.connected = True
+        return made
+
+    def _hold(self, made: socket.socket) -> None:
+        with self._lock:
+            if self._cut:
+                raise ConnectionAbortedError("cut")
+            self._duplicate = made.dup()

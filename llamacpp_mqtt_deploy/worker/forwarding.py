@@ -1,0 +1,115 @@
+"""What an engine says in one generation, on its way to the events of the request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
+from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, Opened, PromptProgress, Reasoning, Text, ToolCall
+from llamacpp_mqtt_deploy.worker.jobs import Job
+
+# Protocol, section 3: `progress` at most twice a second. The first one goes at once when there is work worth telling of.
+_PROGRESS_EVERY_S = 0.5
+_PROGRESS_WORTH_TOKENS = 256
+
+
+class Forwarder:
+    """Takes the deltas of one generation: into the job's answer and, where it streams, to its responder.
+
+    `feed` is what `Engine.pump` calls. `before_first` runs before the first chunk of a stream; `opened` when the engine has
+    taken the request up.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: Job,
+        native: bool,
+        worker_id: str,
+        opened: Callable[[Job], None],
+        before_first: Callable[[Job], None],
+    ) -> None:
+        self._job = job
+        self._live = native and not job.responder.silent
+        self._worker_id = worker_id
+        self._opened = opened
+        self._before_first = before_first
+        self._begun = False
+        self._sentences = SentenceCutter() if job.request.stream == "sentence" else None
+        self._told_progress_at: float | None = None
+
+    def feed(self, deltas: Sequence[Delta]) -> float:
+        """Pass on what the engine said; gives the seconds for which more of it may collect."""
+        job, now = self._job, time.monotonic()
+        for delta in deltas:
+            # A token's way is the first branch.
+            if type(delta) is Text:
+                self._begin()
+                job.answer.add_text(delta.text, now, delta.pieces)
+                if self._live:
+                    self._tell_text(delta.text)
+            elif type(delta) is Reasoning:
+                self._begin()
+                job.answer.add_reasoning(delta.text, now, delta.pieces)
+                if self._live:
+                    job.responder.text("reasoning", delta.text)
+            elif type(delta) is ToolCall:
+                self._begin()
+                event = job.answer.add_call(delta, now)
+                if self._live:
+                    job.responder.tool_call(event)
+            elif type(delta) is PromptProgress:
+                self._progress(delta, now)
+            elif type(delta) is Opened:
+                job.answer.model = delta.model
+                job.opened = True
+                self._opened(job)
+                self._live = job.live = self._live and delta.streams
+                self._tell_start()
+        return job.responder.settle() if self._live and self._begun else 0.0
+
+    def finish(self, finished: Finished) -> None:
+        """The engine is done: what still waits goes out, or it would pass for an answer to be paced."""
+        if self._live:
+            for sentence in self._sentences.flush() if self._sentences is not None else ():
+                self._job.responder.piece("content", sentence)
+            self._job.responder.flush()
+        self._job.answer.finished = finished
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._job.prompt_done = True
+            if self._live:
+                self._before_first(self._job)
+
+    def _tell_text(self, text: str) -> None:
+        if self._sentences is None:
+            self._job.responder.text("content", text)
+            return
+        for sentence in self._sentences.feed(text):
+            self._job.responder.piece("content", sentence)
+
+    def _progress(self, progress: PromptProgress, now: float) -> None:
+        self._job.answer.progress = progress
+        told_at = self._told_progress_at
+        worth = progress.total - progress.processed >= _PROGRESS_WORTH_TOKENS
+        if worth if told_at is None else now - told_at >= _PROGRESS_EVERY_S:
+            self._told_progress_at = now
+            self._job.responder.progress(processed=progress.processed, total=progress.total, cached=progress.cached)
+
+    def _tell_start(self) -> None:
+        job = self._job
+        fields: dict[str, Any] = {
+            "model": job.answer.model or job.request.model or "",
+            "worker": self._worker_id,
+            "created": int(time.time()),
+        }
+        warnings = [*job.request.warnings, *job.answer.warnings]
+        if warnings:
+            fields["warnings"] = warnings
+        if job.request.metadata is not None:
+            fields["metadata"] = job.request.metadata
+        job.responder.start(fields)

@@ -1,0 +1,125 @@
+"""A streamed completion as deltas: the short way for tokens says the same as the general one, at any cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.completion_stream import CompletionStream
+from llamacpp_mqtt_deploy.core.deltas import Delta, Reasoning, Text
+from llamacpp_mqtt_deploy.core.token_lines import TokenLines
+
+FIELDS = {
+    "created": 1795162877,
+    "id": "chatcmpl-y5gEKDczag3DfXeOSNx9TOZHQZBYGaKq",
+    "model": "tiny.gguf",
+    "system_fingerprint": "b0-unknown",
+    "object": "chat.completion.chunk",
+}
+
+
+def event(delta: dict[str, Any], *, ascii_only: bool = False, **fields: Any) -> bytes:
+    choice = {"finish_reason": None, "index": 0, "delta": delta}
+    text = json.dumps({"choices": [choice], **FIELDS, **fields}, separators=(",", ":"), ensure_ascii=ascii_only)
+    return b"data: " + text.encode("utf-8", "surrogatepass") + b"\n\n"
+
+
+def joined(deltas: list[Delta]) -> list[tuple[type[Delta], str]]:
+    """Runs of text as one; how many events they came in does not count."""
+    runs: list[tuple[type[Delta], str]] = []
+    for delta in deltas:
+        if isinstance(delta, Text | Reasoning):
+            if runs and runs[-1][0] is type(delta):
+                runs[-1] = (type(delta), runs[-1][1] + delta.text)
+            else:
+                runs.append((type(delta), delta.text))
+        else:
+            runs.append((type(delta), repr(delta)))
+    return runs
+
+
+TRICKY = st.sampled_from(
+    [
+        '"',
+        "\\",
+        '\\"',
+        '"}}],"created":',
+        'data: {"choices":[',
+        "\n\n",
+        "\\u",
+        "é",
+        "😀",
+        "\u2028",
+        "\x00",
+        '"}}],"created":1,"id":"',
+    ]
+)
+TEXTS = st.text(max_size=6) | TRICKY | st.lists(TRICKY, max_size=4).map("".join)
+EVENTS = st.one_of(
+    st.builds(
+        lambda text, kind, plain: event({kind: text}, ascii_only=plain),
+        TEXTS,
+        st.sampled_from(["content", "reasoning_content"]),
+        st.booleans(),
+    ),
+    st.just(event({"role": "assistant", "content": None})),
+    st.just(event({}, usage={"prompt_tokens": 3, "completion_tokens": 5})),
+    st.just(b":\n\n"),
+    st.just(event({"content": "other"}, model="another model")),
+    st.just(event({"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}]})),
+    st.builds(lambda text: event({"content": text}, ascii_only=True), st.sampled_from(["\ud83d", "\ude00"])),
+)
+
+
+@given(st.lists(EVENTS, max_size=12), st.data())
+def test_the_short_way_says_what_the_general_one_says(events: list[bytes], data: st.DataObject) -> None:
+    body = b"".join(events)
+    borders = st.sampled_from([sum(map(len, events[:number])) for number in range(len(events) + 1)])
+    cuts = sorted({*data.draw(st.lists(borders | st.integers(0, len(body)), max_size=8)), 0, len(body)})
+    chunks = [body[start:end] for start, end in itertools.pairwise(cuts)]
+    with pytest.MonkeyPatch.context() as patch:
+        short = read_all(chunks)
+        patch.setattr(TokenLines, "read", lambda self, body: None)
+        general = read_all(chunks)
+    assert short == general
+
+
+def read_all(chunks: list[bytes]) -> tuple[list[tuple[type[Delta], str]], Any]:
+    stream = CompletionStream()
+    deltas: list[Delta] = []
+    for chunk in chunks:
+        deltas += stream.feed(chunk)
+    deltas += stream.end()
+    return joined(deltas), stream.reader.finished()
+
+
+def test_tokens_that_come_together_are_read_as_one_text_and_counted_each() -> None:
+    lines = TokenLines()
+    body = event({"content": " fo"}) + event({"content": 'o "bar"\n'}) + event({"content": "é"})
+    assert lines.read(body) == Text(' foo "bar"\né', 3)
+    assert lines.read(event({"reasoning_content": "hm"})) == Reasoning("hm")
+    stream = CompletionStream()
+    stream.feed(body)
+    assert stream.reader.finished().usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        event({"content": "a"})[:-1],
+        event({"content": "a"}) + event({"reasoning_content": "b"}),
+        event({"content": "a"}) + event({}, finish_reason="stop"),
+        event({"content": "\x1b"}, ascii_only=True),
+        event({"content": ""}),
+        event({"content": "a"}, id='quote"d'),
+        b"",
+        b"data: [DONE]\n\n",
+    ],
+)
+def test_everything_but_whole_tokens_of_one_kind_is_left_to_the_general_way(body: bytes) -> None:
+    assert TokenLines().read(body) is None
