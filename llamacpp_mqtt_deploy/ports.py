@@ -246,16 +246,36 @@ class HistoryChange:
     """`new: true`: the messages up to now are forgotten first."""
 
 
+class Pending(Protocol):
+    """A write that was begun. It is over when it would survive a crash, or when it failed."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until it is over; raises StoreError when it failed, or when the time passed (it may still come about)."""
+
+    def done(self) -> bool:
+        """Whether it is over, either way."""
+
+    def on_done(self, callback: Callable[[StoreError | None], None]) -> None:
+        """Call back once with the problem, or None, when it is over: in the store's thread, so it must return at once, or
+        here and now when it is over already. Callbacks of several writes run in the order of the writes."""
+
+
 class Store(Protocol):
     """Journal and sessions. Every method is atomic and may be called from any thread; each raises StoreError when the disk
     fails. A method that wrote returns only after the write would survive the death of the process (and of the machine, for
-    the durable methods `accept`, `mark_streaming` and `finish`)."""
+    the durable methods `accept`, `mark_streaming` and `finish`).
+
+    The methods that end in `_soon` only begin to write and return. Writes take effect in the order of the calls, whatever
+    thread they come from and whether they waited; a reader sees one when it is over. What waits for the disk is bounded: a
+    `_soon` for which there is no place, or whose fate is known, raises StoreError at once."""
 
     def open(self) -> None: ...
 
     def accept(self, entries: Sequence[Entry]) -> None:
         """Journal these requests in one transaction, in this order. A key that is unfinished stays as it is; an ended one is
         replaced and begins anew."""
+
+    def accept_soon(self, entries: Sequence[Entry]) -> Pending: ...
 
     def find(self, key: EntryKey) -> Entry | None: ...
 
@@ -266,10 +286,16 @@ class Store(Protocol):
         """The first chunk is about to be published: from now on the request is never started again. No error for an unknown
         or ended key."""
 
+    def mark_streaming_soon(self, key: EntryKey) -> Pending: ...
+
     def finish(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None) -> None:
         """Store the terminal event and the change of the history in one transaction, and let go of the payload (the digest
         stays). A request ends once: a second call changes nothing, its history neither. Under an unknown key only the
         history changes."""
+
+    def finish_soon(
+        self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None
+    ) -> Pending: ...
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None: ...
 

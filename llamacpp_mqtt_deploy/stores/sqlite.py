@@ -1,50 +1,42 @@
-"""The store: one SQLite database, in a file with a write-ahead log or in memory; one connection writes, one reads.
+"""The store: one SQLite database, in a file with a write-ahead log or in memory.
 
+One thread writes, and commits together what came together; reads have a connection of their own and wait for no disk.
 What a crash may not take (`accept`, `mark_streaming`, `finish`, and what a person asked to forget) is committed with
-`synchronous = FULL`, one fsync each; the rest survives the death of the process, which needs none. Switching the pragma
-costs 1.5 us. Reads have a connection of their own: none of them waits until the disk has taken somebody's write.
+`synchronous = FULL`, one fsync for all that waits; the rest survives the death of the process, which needs none.
 """
 
-# ruff: noqa: S608  every statement is joined from constants of this file; values are bound
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import orjson
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Message
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, StoreError
-from llamacpp_mqtt_deploy.stores.bounds import (
-    CLOCK_SET_S,
-    CLOCK_SLACK_S,
-    MAX_HISTORY_BYTES,
-    PURGE_ROWS,
-    UNDELIVERED_S,
-    first_level,
-    messages_to_forget,
-)
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, StoreError
+from llamacpp_mqtt_deploy.stores import entries as rows
+from llamacpp_mqtt_deploy.stores import histories, purging
+from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES
+from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
+from llamacpp_mqtt_deploy.stores.histories import SessionKey
 from llamacpp_mqtt_deploy.stores.memory import MemoryFile
 from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
 
-SessionKey = tuple[str, str]
+WRITE_TIMEOUT_S = 30.0
+"""How long the methods that wait for their write do so: an SD card that collects garbage takes seconds."""
+
+CLOSE_TIMEOUT_S = 10.0
+"""How long `close` waits for a disk that does not answer."""
 
 SPARE_PAGES = 256
 """Free pages (4 KiB each) that stay in the file for what comes next."""
 
 VACUUM_PAGES = 256
 """Most free pages beyond those that one `purge` gives back to the disk."""
-
-_SELECT = (
-    "SELECT route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at, state, starts, "
-    "terminal, reply_topic, delivered, ended_at FROM entries LEFT JOIN payloads USING (id)"
-)
-_BY_KEY = "route = ? AND session = ? AND request_id = ?"
 
 log = structlog.get_logger(__name__)
 
@@ -60,11 +52,7 @@ class SqliteStore:
         self._max_history_bytes = max_history_bytes
         self._file: StateFile | MemoryFile = MemoryFile() if path is None else StateFile(path)
         self._lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-        self._reader_lock = threading.Lock()
-        self._reader: sqlite3.Connection | None = None
-        self._durable = False
-        self._order = 0
+        self._open: _Open | None = None
 
     @property
     def path(self) -> Path:
@@ -76,331 +64,186 @@ class SqliteStore:
 
     def open(self) -> None:
         with self._lock:
-            if self._connection is not None:
-                return
-            self._connection = self._file.open(self._look)
-            try:
-                self._reader = self._file.reader()
-            except StoreError:
-                self._connection.close()
-                self._connection = None
-                self._file.release()
-                raise
+            if self._open is None:
+                self._open = _Open(self._file, self._explained)
 
     def close(self) -> None:
-        """Fold the log into the file and let go of the lock; idempotent, never raises."""
-        with self._lock, self._reader_lock:
-            connection, self._connection = self._connection, None
-            reader, self._reader = self._reader, None
-            if connection is None:
-                return
-            try:
-                if reader is not None:
-                    reader.close()
-                connection.close()
-            except sqlite3.Error as error:
-                # Nothing is lost: what was committed is in the log and is folded in at the next start.
-                log.warning("store.close_failed", path=str(self.path), reason=str(error))
-            finally:
-                self._file.release()
+        """Commit what waits, fold the log into the file and let go of the lock; idempotent, never raises."""
+        with self._lock:
+            if self._open is not None:
+                self._open.close()
+                self._open = None
 
     # --- journal -----------------------------------------------------------------------------------------------------
 
     def accept(self, entries: Sequence[Entry]) -> None:
-        with self._write(durable=True) as db:
-            for entry in entries:
-                self._insert(db, entry)
+        self.accept_soon(entries).wait(WRITE_TIMEOUT_S)
+
+    def accept_soon(self, entries: Sequence[Entry]) -> Pending:
+        opened, taken = self._opened(), tuple(entries)
+
+        def step(db: sqlite3.Connection) -> None:
+            for entry in taken:
+                rows.insert(db, entry, next(opened.places))
+
+        return opened.writer.submit(step, size=sum(len(entry.payload) for entry in taken), durable=True)
 
     def find(self, key: EntryKey) -> Entry | None:
         with self._read() as db:
-            row = db.execute(f"{_SELECT} WHERE {_BY_KEY}", _named(key)).fetchone()
-        return None if row is None else _entry(row)
+            return rows.find(db, key)
 
     def mark_started(self, key: EntryKey) -> int:
-        with self._write() as db:
-            db.execute(f"UPDATE entries SET starts = starts + 1 WHERE {_BY_KEY} AND state <> 'ended'", _named(key))
-            row = db.execute(f"SELECT starts FROM entries WHERE {_BY_KEY}", _named(key)).fetchone()
-        return 0 if row is None else int(row[0])
+        write = self._opened().writer.submit(lambda db: rows.count_start(db, key), urgent=True)
+        write.wait(WRITE_TIMEOUT_S)
+        assert isinstance(write.result, int)
+        return write.result
 
     def mark_streaming(self, key: EntryKey) -> None:
-        with self._write(durable=True) as db:
-            db.execute(f"UPDATE entries SET state = 'streaming' WHERE {_BY_KEY} AND state = 'accepted'", _named(key))
+        self.mark_streaming_soon(key).wait(WRITE_TIMEOUT_S)
+
+    def mark_streaming_soon(self, key: EntryKey) -> Pending:
+        return self._opened().writer.submit(lambda db: rows.set_streaming(db, key), durable=True, urgent=True)
 
     def finish(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None) -> None:
-        appended = [] if history is None else [(str(m.get("role", "")), orjson.dumps(m)) for m in history.append]
-        with self._write(durable=True) as db:
-            row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(key)).fetchone()
-            if row is not None:
-                if row[1] == "ended":
-                    return
-                db.execute(
-                    "UPDATE entries SET state = 'ended', terminal = ?, delivered = 0, ended_at = ?, ended_order = ? "
-                    "WHERE id = ?",
-                    (terminal, now, self._next(), row[0]),
-                )
-                db.execute("DELETE FROM payloads WHERE id = ?", (row[0],))
-            if history is not None:
-                self._change(db, history, appended, now)
+        self.finish_soon(key, terminal, now=now, history=history).wait(WRITE_TIMEOUT_S)
+
+    def finish_soon(
+        self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None
+    ) -> Pending:
+        opened = self._opened()
+        # Encoded first: what JSON cannot hold is the caller's mistake, not the disk's.
+        appended = [] if history is None else histories.encoded(history)
+
+        def step(db: sqlite3.Connection) -> None:
+            if rows.end(db, key, terminal, now=now, place=next(opened.places)) and history is not None:
+                histories.change(db, history, appended, now=now, max_bytes=self._max_history_bytes)
+
+        size = len(terminal) + sum(len(text) for _, text in appended)
+        return opened.writer.submit(step, size=size, durable=True, urgent=True)
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None:
-        with self._write() as db:
-            db.executemany(
-                f"UPDATE entries SET delivered = 1 WHERE {_BY_KEY} AND state = 'ended'", [_named(key) for key in keys]
-            )
+        taken = tuple(keys)
+        self._opened().writer.submit(lambda db: rows.set_delivered(db, taken), urgent=True).wait(WRITE_TIMEOUT_S)
 
     def unfinished(self) -> list[Entry]:
         with self._read() as db:
-            rows = db.execute(f"{_SELECT} WHERE state <> 'ended' ORDER BY entries.id").fetchall()
-        return [_entry(row) for row in rows]
+            return rows.unfinished(db)
 
     def undelivered(self) -> list[Entry]:
         with self._read() as db:
-            rows = db.execute(f"{_SELECT} WHERE state = 'ended' AND delivered = 0 ORDER BY ended_order").fetchall()
-        return [_entry(row) for row in rows]
+            return rows.undelivered(db)
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def history(self, session: SessionKey) -> tuple[Message, ...]:
         with self._read() as db:
-            rows = db.execute(
-                "SELECT message FROM messages "
-                "WHERE session_id = (SELECT id FROM sessions WHERE route = ? AND session = ?) ORDER BY id",
-                session,
-            ).fetchall()
-        return tuple(orjson.loads(row[0]) for row in rows)
+            return histories.messages(db, session)
 
     def reset(self, session: SessionKey) -> None:
-        with self._write(durable=True) as db:
-            _forget_messages(db, session)
-            db.execute("UPDATE sessions SET bytes = 0 WHERE route = ? AND session = ?", session)
+        write = self._opened().writer.submit(lambda db: histories.forget(db, session), durable=True, urgent=True)
+        write.wait(WRITE_TIMEOUT_S)
 
     def delete(self, session: SessionKey) -> None:
-        with self._write(durable=True) as db:
-            _drop_session(db, session)
+        write = self._opened().writer.submit(lambda db: histories.drop(db, session), durable=True, urgent=True)
+        write.wait(WRITE_TIMEOUT_S)
 
     def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Mapping[str, int]:
-        with self._write() as db:
-            _mend_times(db, now)
-            entries = _purge_entries(db, now, remember_s)
-        with self._write() as db:
-            sessions = _purge_sessions(db, now, ttl_s, max_sessions)
-        with self._lock, self._translating():
-            db = self._opened(self._connection)
-            spare = db.execute("PRAGMA freelist_count").fetchone()[0] - SPARE_PAGES
-            if spare > 0:
-                # Gives back one page a step, and `execute` takes a single step of what has no columns.
-                db.executescript(f"PRAGMA incremental_vacuum({min(spare, VACUUM_PAGES)})")
-        return {"entries": entries, "sessions": sessions}
+        writer = self._opened().writer
 
-    def _look(self, connection: sqlite3.Connection) -> None:
-        row = connection.execute(
-            "SELECT max(coalesce(max(id), 0), coalesce(max(ended_order), 0)) FROM entries"
-        ).fetchone()
-        self._order = int(row[0])
-        connection.execute("PRAGMA synchronous = NORMAL")
-        self._durable = False
+        def drop_entries(db: sqlite3.Connection) -> int:
+            purging.mend_times(db, now)
+            return purging.old_entries(db, now, remember_s)
 
-    # --- under the lock ----------------------------------------------------------------------------------------------
+        entries = writer.submit(drop_entries)
+        sessions = writer.submit(lambda db: purging.old_sessions(db, now, ttl_s, max_sessions))
+        entries.wait(WRITE_TIMEOUT_S)
+        sessions.wait(WRITE_TIMEOUT_S)
+        with writer.exclusive() as db, self._translating():
+            _give_back(db)
+        assert isinstance(entries.result, int)
+        assert isinstance(sessions.result, int)
+        return {"entries": entries.result, "sessions": sessions.result}
+
+    # --- connections ---------------------------------------------------------------------------------------------------
+
+    def _opened(self) -> _Open:
+        opened = self._open
+        if opened is None:
+            message = f"The store {self.path} is closed."
+            raise StoreError(message)
+        return opened
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        if self._reader is None:
-            with self._lock, self._translating():
-                yield self._opened(self._connection)
-        else:
-            with self._reader_lock, self._translating():
-                yield self._opened(self._reader)
-
-    @contextmanager
-    def _write(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._translating():
-            db = self._opened(self._connection)
-            if durable != self._durable:
-                db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._durable = durable
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                # A full disk has rolled back by itself.
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    def _opened(self, connection: sqlite3.Connection | None) -> sqlite3.Connection:
-        if connection is None:
-            message = f"The store {self.path} is closed."
-            raise StoreError(message)
-        return connection
+        with self._opened().reading() as db, self._translating():
+            yield db
 
     @contextmanager
     def _translating(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            self._file.suspect(error)
-            raise translated(error, self.path) from error
+            raise self._explained(error) from error
 
-    def _next(self) -> int:
-        self._order += 1
-        return self._order
-
-    def _insert(self, db: sqlite3.Connection, entry: Entry) -> None:
-        row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(entry.key)).fetchone()
-        if row is not None:
-            if row[1] != "ended":
-                return
-            _drop_entries(db, [(row[0],)])
-        place = self._next()
-        db.execute(
-            "INSERT INTO entries (id, route, session, request_id, topic, digest, correlation, accepted_at, expires_at, "
-            "state, starts, terminal, reply_topic, delivered, ended_at, ended_order) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-            (
-                place,
-                *_named(entry.key),
-                entry.topic,
-                entry.digest,
-                entry.correlation,
-                entry.accepted_at,
-                entry.expires_at,
-                entry.state,
-                entry.starts,
-                entry.terminal,
-                entry.reply_topic,
-                entry.delivered,
-                entry.ended_at,
-                place if entry.state == "ended" else None,
-            ),
-        )
-        db.execute("INSERT INTO payloads (id, payload) VALUES (?, ?)", (place, entry.payload))
-        db.execute(
-            "UPDATE sessions SET last_used = max(last_used, ?) WHERE route = ? AND session = ?",
-            (entry.accepted_at, entry.key.route, entry.key.session),
-        )
-
-    def _change(
-        self, db: sqlite3.Connection, history: HistoryChange, appended: Sequence[tuple[str, bytes]], now: float
-    ) -> None:
-        route, session = history.session
-        db.execute(
-            "INSERT INTO sessions (route, session, first_level, created, last_used, bytes) VALUES (?, ?, ?, ?, ?, 0) "
-            "ON CONFLICT (route, session) DO UPDATE SET last_used = max(last_used, excluded.last_used)",
-            (route, session, first_level(session), now, now),
-        )
-        session_id, size = db.execute(
-            "SELECT id, bytes FROM sessions WHERE route = ? AND session = ?", history.session
-        ).fetchone()
-        if history.forget_before:
-            _forget_messages(db, history.session)
-            size = 0
-        db.executemany(
-            "INSERT INTO messages (session_id, role, message) VALUES (?, ?, ?)",
-            [(session_id, role, text) for role, text in appended],
-        )
-        size += sum(len(text) for _, text in appended)
-        if size > self._max_history_bytes:
-            size -= _trim(db, session_id, self._max_history_bytes)
-        db.execute("UPDATE sessions SET bytes = ? WHERE id = ?", (size, session_id))
+    def _explained(self, error: Exception) -> StoreError:
+        if not isinstance(error, sqlite3.Error):
+            return StoreError(f"{self.path} cannot hold this: {type(error).__name__}: {error}.")
+        self._file.suspect(error)
+        problem = translated(error, self.path)
+        problem.__cause__ = error
+        return problem
 
 
-def _named(key: EntryKey) -> tuple[str, str, str]:
-    return key.route, key.session, key.request_id
+class _Open:
+    """What an open store has: a connection that writes, in a thread of its own, and one that reads."""
+
+    def __init__(self, file: StateFile | MemoryFile, explain: Callable[[Exception], StoreError]) -> None:
+        self._file = file
+        self._explain = explain
+        self._connection = file.open(self._look)
+        self._reader_lock = threading.Lock()
+        self._reader: sqlite3.Connection | None = None
+        try:
+            self._reader = file.reader()
+            self.writer = GroupCommit(self._connection, explain=explain)
+        except BaseException:
+            self._close_connections()
+            raise
+
+    def _look(self, connection: sqlite3.Connection) -> None:
+        self.places = itertools.count(rows.last_place(connection) + 1)
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        if self._reader is None:
+            with self.writer.exclusive() as db:
+                yield db
+        else:
+            with self._reader_lock:
+                yield self._reader
+
+    def close(self) -> None:
+        if self.writer.close(CLOSE_TIMEOUT_S):
+            with self._reader_lock:
+                self._close_connections()
+        else:
+            log.error("store.close_failed", path=str(self._file.path), reason="the disk does not answer")
+
+    def _close_connections(self) -> None:
+        try:
+            if self._reader is not None:
+                self._reader.close()
+            self._connection.close()
+        except sqlite3.Error as error:
+            # Nothing is lost: what was committed is in the log and is folded in at the next start.
+            log.warning("store.close_failed", path=str(self._file.path), reason=str(error))
+        finally:
+            self._file.release()
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
-    route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at = row[:9]
-    state, starts, terminal, reply_topic, delivered, ended_at = row[9:]
-    return Entry(
-        key=EntryKey(route, session, request_id),
-        topic=topic,
-        payload=payload or b"",
-        digest=digest,
-        correlation=correlation,
-        accepted_at=accepted_at,
-        expires_at=expires_at,
-        state=state,
-        starts=starts,
-        terminal=terminal,
-        reply_topic=reply_topic,
-        delivered=bool(delivered),
-        ended_at=ended_at,
-    )
-
-
-def _trim(db: sqlite3.Connection, session_id: int, max_bytes: int) -> int:
-    """Drop the oldest exchanges of a history over its bound; returns their bytes."""
-    rows = db.execute(
-        "SELECT id, role, length(message) FROM messages WHERE session_id = ? ORDER BY id", (session_id,)
-    ).fetchall()
-    cut = messages_to_forget([(role, size) for _, role, size in rows], max_bytes)
-    db.executemany("DELETE FROM messages WHERE id = ?", [(row[0],) for row in rows[:cut]])
-    return sum(row[2] for row in rows[:cut])
-
-
-def _forget_messages(db: sqlite3.Connection, session: SessionKey) -> None:
-    db.execute(
-        "DELETE FROM messages WHERE session_id = (SELECT id FROM sessions WHERE route = ? AND session = ?)", session
-    )
-
-
-def _drop_session(db: sqlite3.Connection, session: SessionKey) -> None:
-    _forget_messages(db, session)
-    db.execute("DELETE FROM sessions WHERE route = ? AND session = ?", session)
-
-
-def _drop_entries(db: sqlite3.Connection, ids: Sequence[tuple[int]]) -> None:
-    db.executemany("DELETE FROM payloads WHERE id = ?", ids)
-    db.executemany("DELETE FROM entries WHERE id = ?", ids)
-
-
-def _mend_times(db: sqlite3.Connection, now: float) -> None:
-    for table, column, where in (
-        # Both values are named so that the index is used: this runs with every purge.
-        ("entries", "ended_at", "state = 'ended' AND delivered IN (0, 1) AND"),
-        ("sessions", "last_used", ""),
-    ):
-        statement = f"UPDATE {table} SET {column} = ? WHERE {where} {column}"
-        db.execute(f"{statement} > ?", (now, now + CLOCK_SLACK_S))
-        if now >= CLOCK_SET_S:
-            db.execute(f"{statement} < ?", (now, CLOCK_SET_S))
-
-
-def _purge_entries(db: sqlite3.Connection, now: float, remember_s: float) -> int:
-    # Two halves, since an OR would read the whole index.
-    old = db.execute(
-        "SELECT id FROM ("
-        "SELECT id, ended_order FROM entries WHERE state = 'ended' AND delivered = 1 AND ended_at < :old UNION ALL "
-        "SELECT id, ended_order FROM entries WHERE state = 'ended' AND delivered = 0 AND ended_at < min(:old, :lost)) "
-        "ORDER BY ended_order LIMIT :most",
-        {"old": now - remember_s, "lost": now - UNDELIVERED_S, "most": PURGE_ROWS},
-    ).fetchall()
-    _drop_entries(db, old)
-    return len(old)
-
-
-def _purge_sessions(db: sqlite3.Connection, now: float, ttl_s: float, max_sessions: int) -> int:
-    idle = (
-        "NOT EXISTS (SELECT 1 FROM entries e WHERE e.route = s.route AND e.session = s.session AND e.state <> 'ended')"
-    )
-    old = db.execute(
-        f"SELECT route, session FROM sessions s WHERE last_used < ? AND {idle} "
-        "ORDER BY last_used, route, session LIMIT ?",
-        (now - ttl_s, PURGE_ROWS),
-    ).fetchall()
-    for session in old:
-        _drop_session(db, session)
-    excess = db.execute("SELECT count(*) FROM sessions").fetchone()[0] - max_sessions
-    if excess <= 0:
-        return len(old)
-    # A session's depth is its place in its level, newest first: taking the deepest, one after the other, always takes
-    # the least recently used session of whoever holds most.
-    victims = db.execute(
-        "SELECT route, session FROM (SELECT route, session, last_used, row_number() OVER (PARTITION BY first_level "
-        "ORDER BY last_used DESC, route DESC, session DESC) AS depth FROM sessions) s "
-        f"WHERE {idle} ORDER BY depth DESC, last_used, route, session LIMIT ?",
-        (min(excess, PURGE_ROWS - len(old)),),
-    ).fetchall()
-    for session in victims:
-        _drop_session(db, session)
-    return len(old) + len(victims)
+def _give_back(db: sqlite3.Connection) -> None:
+    """Some free pages to the disk."""
+    spare = db.execute("PRAGMA freelist_count").fetchone()[0] - SPARE_PAGES
+    if spare > 0:
+        # Gives back one page a step, and `execute` takes a single step of what has no columns.
+        db.executescript(f"PRAGMA incremental_vacuum({min(spare, VACUUM_PAGES)})")

@@ -16,7 +16,7 @@ import structlog
 from llamacpp_mqtt_deploy.ports import StoreError, StoreInUse
 from llamacpp_mqtt_deploy.stores import schema
 
-BUSY_TIMEOUT_S = 2.0
+BUSY_TIMEOUT_S = 1.0
 """Patience with another program on the file (an operator's `sqlite3` shell); no other worker gets past the lock."""
 
 WAL_LIMIT_BYTES = 8 * 1024 * 1024
@@ -226,6 +226,8 @@ class StateFile:
         self._wal = mode == "wal"
         if not self._wal:
             log.warning("store.without_wal", path=str(self.path), mode=mode, reason="the file system cannot")
+        # Savepoints must not need a second disk that is full or read-only.
+        connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         # Forgotten text is overwritten where that costs no further page; a promise against forensics it is not.
         connection.execute("PRAGMA secure_delete = FAST")

@@ -131,6 +131,62 @@ def test_undelivered_ends_come_in_the_order_in_which_they_ended(store: Store) ->
     store.mark_delivered([])
 
 
+# --- writes that are only begun ------------------------------------------------------------------------------------------
+
+
+def test_writes_that_were_begun_take_effect_in_the_order_of_the_calls(store: Store) -> None:
+    names = [f"r{n}" for n in range(40)]
+    pending = []
+    for name in names:
+        pending += [
+            store.accept_soon([entry(name)]),
+            store.mark_streaming_soon(key(name)),
+            store.finish_soon(key(name), name.encode(), now=NOW, history=change(name, name)),
+        ]
+    store.mark_delivered([key(names[0])])
+    assert all(write.done() for write in pending)  # what a later call has written, an earlier one has too
+    for write in pending:
+        write.wait(0)
+    assert [e.key.request_id for e in store.undelivered()] == names[1:]
+    assert [m["content"] for m in store.history(SESSION)][::2] == names
+
+
+def test_a_write_calls_back_once_when_it_is_over(store: Store) -> None:
+    told: list[object] = []
+    write = store.accept_soon([entry()])
+    write.on_done(told.append)
+    write.wait(10)
+    write.on_done(lambda problem: told.append(("late", problem)))
+    store.mark_delivered([])  # the thread that calls back has gone on
+    assert told in ([None, ("late", None)], [("late", None), None])
+    assert store.find(key()) == entry()
+
+
+def test_a_request_that_cannot_be_written_costs_its_neighbours_nothing(store: Store) -> None:
+    good = [store.accept_soon([entry(f"r{n}")]) for n in range(3)]
+    bad = store.accept_soon([entry("half"), entry("bad", topic="llm/request/\ud800")])
+    good += [store.accept_soon([entry(f"r{n}")]) for n in range(3, 6)]
+    for write in good:
+        write.wait(10)
+    with pytest.raises(StoreError, match="UnicodeEncodeError"):
+        bad.wait(10)
+    assert [e.key.request_id for e in store.unfinished()] == [f"r{n}" for n in range(6)]
+
+
+def test_closing_takes_what_was_begun_along(tmp_path: Path) -> None:
+    store = new_store("sqlite", tmp_path)
+    store.open()
+    pending = [store.accept_soon([entry(f"r{n}")]) for n in range(600)]
+    store.close()
+    for write in pending:
+        write.wait(0)
+    with pytest.raises(StoreError, match="closed"):
+        store.accept_soon([entry()])
+    store.open()
+    assert len(store.unfinished()) == 600
+    store.close()
+
+
 # --- histories -------------------------------------------------------------------------------------------------------
 
 

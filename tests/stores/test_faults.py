@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from llamacpp_mqtt_deploy.ports import StoreError, StoreInUse
 from llamacpp_mqtt_deploy.stores import schema, statefile
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from tests.support.store_cases import NOW, SESSION, change, entry, key, talk
+from tests.support.waiting import eventually
 
 ROOT = Path(llamacpp_mqtt_deploy.__file__).parents[1]
 
@@ -156,6 +158,44 @@ for n in range(100_000):
     store.close()
 
 
+def test_what_was_waited_for_survives_a_kill_among_many_that_wait(path: Path) -> None:
+    work = """
+store.open()
+import os, threading
+def tell(*words):
+    os.write(1, (" ".join(words) + "\\n").encode())
+def live(number):
+    for turn in range(100_000):
+        name = f"{number}-{turn}"
+        accepted = store.accept_soon([entry(name)])
+        streaming = store.mark_streaming_soon(key(name))
+        accepted.wait(10)
+        tell(name, "accepted")
+        ended = store.finish_soon(key(name), name.encode(), now=NOW, history=change(name, name))
+        streaming.wait(10)
+        tell(name, "streaming")
+        ended.on_done(lambda problem, name=name: tell(name, "ended"))
+        if turn % 3 == 0:
+            ended.wait(10)
+for number in range(8):
+    threading.Thread(target=live, args=(number,)).start()
+"""
+    with child(work, path) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline().split() for _ in range(1500)]
+        process.kill()
+        told += [line.split() for line in process.stdout if line.endswith("\n")]
+    store = SqliteStore(path)
+    store.open()
+    known = {e.key.request_id: e.state for e in (*store.unfinished(), *store.undelivered())}
+    allowed = {"accepted": {"accepted", "streaming", "ended"}, "streaming": {"streaming", "ended"}, "ended": {"ended"}}
+    for name, state in told:
+        assert known[name] in allowed[state]
+    ended = [e.key.request_id for e in store.undelivered()]
+    assert [m["content"] for m in store.history(SESSION)][::2] == ended[-len(store.history(SESSION)) // 2 :]
+    store.close()
+
+
 # --- full disk, no permission ----------------------------------------------------------------------------------------
 
 
@@ -183,6 +223,22 @@ def test_a_full_disk_is_named_and_the_store_goes_on_when_there_is_room_again(sma
     store.open()
     assert [e.key.request_id for e in store.unfinished()] == accepted
     assert len(store.history(SESSION)) == 4
+    store.close()
+
+
+def test_what_does_not_fit_on_the_disk_takes_no_small_write_along(small_disk: Path) -> None:
+    store = SqliteStore(small_disk / "state.db")
+    store.open()
+    store.accept([entry("running")])
+    pending = [store.accept_soon([entry("large", payload=bytes(3_000_000))]), store.accept_soon([entry("small")])]
+    pending.append(store.finish_soon(key("running"), b"end", now=NOW, history=change("q", "a")))
+    with pytest.raises(StoreError, match="full: free some space"):
+        pending[0].wait(10)
+    pending[1].wait(10)
+    pending[2].wait(10)
+    assert store.find(key("large")) is None
+    assert [e.key.request_id for e in store.unfinished()] == ["small"]
+    assert len(store.history(SESSION)) == 2
     store.close()
 
 
@@ -439,9 +495,42 @@ def test_a_shell_that_holds_the_file_is_named_and_may_read_while_we_work(
     shell.execute("ROLLBACK")
     shell.execute("BEGIN")
     assert shell.execute("SELECT count(*) FROM messages").fetchone() == (2,)
-    store.accept([entry()])
+    eventually(lambda: accepted(store))
     shell.close()
     assert store.find(key()) == entry()
+    store.close()
+
+
+def accepted(store: SqliteStore) -> bool:
+    try:
+        store.accept([entry()])
+    except StoreError:
+        return False
+    return True
+
+
+def test_while_another_program_holds_the_file_only_the_first_write_waits(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    store.accept([entry("before")])
+    shell = sqlite3.connect(path, isolation_level=None)
+    shell.execute("BEGIN EXCLUSIVE")
+    began = time.monotonic()
+    pending = [
+        store.finish_soon(key("before"), b"end", now=NOW),
+        *(store.accept_soon([entry(f"r{n}")]) for n in range(30)),
+    ]
+    for write in pending:
+        with pytest.raises(StoreError, match="Another program holds"):
+            write.wait(10)
+    for _ in range(30):
+        with pytest.raises(StoreError, match="Another program holds"):
+            store.accept([entry()])
+    assert time.monotonic() - began < 5  # each on its own: a minute
+    shell.close()
+    eventually(lambda: accepted(store))
+    store.finish(key("before"), b"end", now=NOW)
+    assert [e.key.request_id for e in store.unfinished()] == ["r1"]
     store.close()
 
 

@@ -1,0 +1,130 @@
+"""The journal's rows: requests that were accepted, as statements inside a transaction."""
+
+# ruff: noqa: S608  every statement is joined from constants of this file; values are bound
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey
+
+_SELECT = (
+    "SELECT route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at, state, starts, "
+    "terminal, reply_topic, delivered, ended_at FROM entries LEFT JOIN payloads USING (id)"
+)
+_BY_KEY = "route = ? AND session = ? AND request_id = ?"
+
+
+def last_place(db: sqlite3.Connection) -> int:
+    """The highest number that was given in the order of accepting and ending."""
+    return int(db.execute("SELECT max(coalesce(max(id), 0), coalesce(max(ended_order), 0)) FROM entries").fetchone()[0])
+
+
+def insert(db: sqlite3.Connection, entry: Entry, place: int) -> None:
+    """Journal a request under this place; nothing when it is there and unfinished."""
+    row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(entry.key)).fetchone()
+    if row is not None:
+        if row[1] != "ended":
+            return
+        drop(db, [(row[0],)])
+    db.execute(
+        "INSERT INTO entries (id, route, session, request_id, topic, digest, correlation, accepted_at, expires_at, "
+        "state, starts, terminal, reply_topic, delivered, ended_at, ended_order) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        (
+            place,
+            *_named(entry.key),
+            entry.topic,
+            entry.digest,
+            entry.correlation,
+            entry.accepted_at,
+            entry.expires_at,
+            entry.state,
+            entry.starts,
+            entry.terminal,
+            entry.reply_topic,
+            entry.delivered,
+            entry.ended_at,
+            place if entry.state == "ended" else None,
+        ),
+    )
+    db.execute("INSERT INTO payloads (id, payload) VALUES (?, ?)", (place, entry.payload))
+    db.execute(
+        "UPDATE sessions SET last_used = max(last_used, ?) WHERE route = ? AND session = ?",
+        (entry.accepted_at, entry.key.route, entry.key.session),
+    )
+
+
+def find(db: sqlite3.Connection, key: EntryKey) -> Entry | None:
+    row = db.execute(f"{_SELECT} WHERE {_BY_KEY}", _named(key)).fetchone()
+    return None if row is None else _entry(row)
+
+
+def unfinished(db: sqlite3.Connection) -> list[Entry]:
+    return [_entry(row) for row in db.execute(f"{_SELECT} WHERE state <> 'ended' ORDER BY entries.id").fetchall()]
+
+
+def undelivered(db: sqlite3.Connection) -> list[Entry]:
+    rows = db.execute(f"{_SELECT} WHERE state = 'ended' AND delivered = 0 ORDER BY ended_order").fetchall()
+    return [_entry(row) for row in rows]
+
+
+def count_start(db: sqlite3.Connection, key: EntryKey) -> int:
+    """Count one more start; returns how many there were now, 0 for an unknown key."""
+    db.execute(f"UPDATE entries SET starts = starts + 1 WHERE {_BY_KEY} AND state <> 'ended'", _named(key))
+    row = db.execute(f"SELECT starts FROM entries WHERE {_BY_KEY}", _named(key)).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def set_streaming(db: sqlite3.Connection, key: EntryKey) -> None:
+    db.execute(f"UPDATE entries SET state = 'streaming' WHERE {_BY_KEY} AND state = 'accepted'", _named(key))
+
+
+def end(db: sqlite3.Connection, key: EntryKey, terminal: bytes, *, now: float, place: int) -> bool:
+    """Store the terminal event and drop the payload; False when the request had ended before."""
+    row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(key)).fetchone()
+    if row is None:
+        return True
+    if row[1] == "ended":
+        return False
+    db.execute(
+        "UPDATE entries SET state = 'ended', terminal = ?, delivered = 0, ended_at = ?, ended_order = ? WHERE id = ?",
+        (terminal, now, place, row[0]),
+    )
+    db.execute("DELETE FROM payloads WHERE id = ?", (row[0],))
+    return True
+
+
+def set_delivered(db: sqlite3.Connection, keys: Sequence[EntryKey]) -> None:
+    db.executemany(
+        f"UPDATE entries SET delivered = 1 WHERE {_BY_KEY} AND state = 'ended'", [_named(key) for key in keys]
+    )
+
+
+def drop(db: sqlite3.Connection, ids: Sequence[tuple[int]]) -> None:
+    db.executemany("DELETE FROM payloads WHERE id = ?", ids)
+    db.executemany("DELETE FROM entries WHERE id = ?", ids)
+
+
+def _named(key: EntryKey) -> tuple[str, str, str]:
+    return key.route, key.session, key.request_id
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at = row[:9]
+    state, starts, terminal, reply_topic, delivered, ended_at = row[9:]
+    return Entry(
+        key=EntryKey(route, session, request_id),
+        topic=topic,
+        payload=payload or b"",
+        digest=digest,
+        correlation=correlation,
+        accepted_at=accepted_at,
+        expires_at=expires_at,
+        state=state,
+        starts=starts,
+        terminal=terminal,
+        reply_topic=reply_topic,
+        delivered=bool(delivered),
+        ended_at=ended_at,
+    )

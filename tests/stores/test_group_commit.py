@@ -1,0 +1,182 @@
+"""The thread that commits: what it does together, what it refuses, and whom it tells."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.stores import group_commit
+from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit, Write
+
+
+class Journal:
+    """A table of one column with a thread that commits, which a test can hold in the middle of a write."""
+
+    def __init__(self, path: Path) -> None:
+        self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.1)
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        self.connection.execute("CREATE TABLE rows (value TEXT UNIQUE)")
+        self.statements: list[str] = []
+        self.connection.set_trace_callback(self.statements.append)
+        self.writer = GroupCommit(self.connection, explain=lambda error: StoreError(f"explained: {error}"))
+
+    def add(self, value: object, *, size: int = 0, urgent: bool = False) -> Write:
+        return self.writer.submit(
+            lambda db: db.execute("INSERT INTO rows VALUES (?)", (value,)), size=size, urgent=urgent
+        )
+
+    def hold(self) -> Callable[[], None]:
+        """Keep the thread busy; what is submitted until the returned function is called waits together."""
+        go_on, there = threading.Event(), threading.Event()
+
+        def step(_: sqlite3.Connection) -> None:
+            there.set()
+            go_on.wait(20)
+
+        self.writer.submit(step)
+        assert there.wait(20)
+        self.statements.clear()
+        return go_on.set
+
+    def values(self) -> list[str]:
+        with self.writer.exclusive() as db:
+            return [row[0] for row in db.execute("SELECT value FROM rows ORDER BY rowid").fetchall()]
+
+    def commits(self) -> int:
+        return self.statements.count("COMMIT") - 1  # the held write's own
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "journal.db")
+    with closing(journal.connection):
+        yield journal
+        journal.writer.close(20)
+
+
+def test_all_that_waits_is_one_transaction_in_the_order_of_the_calls(journal: Journal) -> None:
+    go_on = journal.hold()
+    writes = [journal.add(str(n)) for n in range(100)]
+    assert not writes[0].done()
+    go_on()
+    for write in writes:
+        write.wait(10)
+    assert journal.values() == [str(n) for n in range(100)]
+    assert journal.commits() == 1
+
+
+def test_a_transaction_is_bounded_in_number_and_in_bytes(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "MAX_BATCH", 10)
+    monkeypatch.setattr(group_commit, "MAX_BATCH_BYTES", 100)
+    go_on = journal.hold()
+    writes = [journal.add(f"a{n}") for n in range(25)]
+    writes += [journal.add(f"b{n}", size=60) for n in range(3)]
+    writes += [journal.add("larger than any batch", size=1000)]
+    go_on()
+    writes[-1].wait(10)
+    assert journal.commits() == 6  # 10, 10, 5 and one of 60 bytes, then each alone
+    assert len(journal.values()) == 29
+
+
+def test_what_is_wrong_with_one_write_costs_the_others_of_its_transaction_nothing(journal: Journal) -> None:
+    go_on = journal.hold()
+
+    def half(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO rows VALUES ('half of it')")
+        raise ZeroDivisionError("a defect")
+
+    first, twice, broken, last = (
+        journal.add("first"),
+        journal.add("first"),
+        journal.writer.submit(half),
+        journal.add("last"),
+    )
+    go_on()
+    first.wait(10)
+    last.wait(10)
+    with pytest.raises(StoreError, match="explained: UNIQUE"):
+        twice.wait(10)
+    with pytest.raises(StoreError, match="explained: a defect"):
+        broken.wait(10)
+    assert journal.values() == ["first", "last"]
+    assert journal.commits() == 1
+
+
+def test_a_queue_that_is_full_refuses_at_once_and_keeps_places_for_what_is_urgent(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_commit, "MAX_QUEUED", 8)
+    go_on = journal.hold()
+    writes = [journal.add(f"request {n}") for n in range(6)]
+    with pytest.raises(StoreError, match="too slow: 6 writes"):
+        journal.add("one more request")
+    writes += [journal.add(f"end {n}", urgent=True) for n in range(2)]
+    with pytest.raises(StoreError, match="too slow"):
+        journal.add("one more end", urgent=True)
+    go_on()
+    for write in writes:
+        write.wait(10)
+    journal.add("there is room again").wait(10)
+    assert len(journal.values()) == 9
+
+
+def test_a_queue_is_full_of_bytes_too(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "MAX_QUEUED_BYTES", 1000)
+    go_on = journal.hold()
+    large = journal.add("larger than all that is allowed finds a place in an empty queue", size=5000)
+    with pytest.raises(StoreError, match="5000 bytes"):
+        journal.add("next", size=1)
+    go_on()
+    large.wait(10)
+    journal.add("next", size=700).wait(10)
+
+
+def test_waiting_has_an_end_when_the_disk_does_not_answer(journal: Journal) -> None:
+    go_on = journal.hold()
+    write = journal.add("late")
+    with pytest.raises(StoreError, match=r"has not taken a write for 0\.05 s"):
+        write.wait(0.05)
+    assert not write.done()
+    go_on()
+    write.wait(10)
+    assert journal.values() == ["late"]
+
+
+def test_callbacks_come_in_the_order_of_the_writes_and_one_that_fails_costs_nothing(journal: Journal) -> None:
+    told: list[tuple[str, str | None]] = []
+    go_on = journal.hold()
+
+    def broken(_: StoreError | None) -> None:
+        raise ZeroDivisionError
+
+    for value in ("a", "b", "b", "c"):
+        write = journal.add(value)
+        write.on_done(broken)
+        write.on_done(lambda problem, value=value: told.append((value, problem and str(problem))))  # type: ignore[misc]
+    go_on()
+    journal.add("d").wait(10)
+    assert told == [("a", None), ("b", None), ("b", "explained: UNIQUE constraint failed: rows.value"), ("c", None)]
+
+
+def test_closing_commits_what_waits_and_takes_no_more(journal: Journal) -> None:
+    go_on = journal.hold()
+    writes = [journal.add(str(n)) for n in range(600)]
+    go_on()
+    assert journal.writer.close(20)
+    assert all(write.done() for write in writes)
+    with pytest.raises(StoreError, match="closed"):
+        journal.add("late")
+    assert len(journal.values()) == 600
+
+
+def test_closing_does_not_wait_for_ever(journal: Journal) -> None:
+    go_on = journal.hold()
+    assert not journal.writer.close(0.05)
+    go_on()
+    assert journal.writer.close(20)
