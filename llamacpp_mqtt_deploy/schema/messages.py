@@ -150,7 +150,9 @@ class Status(Emitted):
     engine: EngineStatus | None = None
     """The engine's condition."""
     reason: str | None = None
-    """Why it is offline or draining, where that is known."""
+    """Why it is offline or draining, where that is known: `lost`, `stopped`, `not_subscribed` and others."""
+    problem: str | None = None
+    """What the broker does not let the worker read, and what to do; for the operator."""
 
 
 class SlotsHealth(Emitted):

@@ -210,6 +210,7 @@ class Daemon:
                 self._start_up()
             case "lost":
                 self._online = self._subscribed = False
+                self.parts.presence.disconnected()
                 self._lost(note.value)
             case "engine":
                 self._engine_changed(note.value)
@@ -298,7 +299,11 @@ class Daemon:
         parts = self.parts
         self._notifier.status(
             status_line(
-                state=parts.presence.state, engine=parts.engine.info(), link=parts.link.info(), registry=parts.registry
+                state=parts.presence.state,
+                problem=parts.presence.problem,
+                engine=parts.engine.info(),
+                link=parts.link.info(),
+                registry=parts.registry,
             )
         )
 
@@ -310,7 +315,7 @@ class Daemon:
             return
         link, engine = self.parts.link.info(), self.parts.engine.info()
         missing = [
-            *([] if self._subscribed else [f"the broker: {link.detail or link.state}"]),
+            *([] if self._subscribed else [f"the broker: {link.detail or self.parts.presence.problem or link.state}"]),
             *([] if engine.state == "ready" else [f"the engine: {engine.detail or engine.state}"]),
         ]
         raise Ending(EXIT_UNREACHABLE, f"not ready after {limit_s:g} s, out of reach: {'; '.join(missing)}")

@@ -31,7 +31,7 @@ class Seen:
 
     worker: str
     instance: str
-    state: str
+    gone: bool
     ts: float
     every_s: float
     host: str
@@ -60,9 +60,13 @@ class Presence:
         details: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.instance = uuid.uuid4().hex
-        self.state: WorkerState = "online"
         self.announced = False
-        """Whether we have said `online` in this connection; before that nothing is said at all."""
+        """Whether we have said anything since the start; before that nobody needs to be told that we go."""
+        self.problem = ""
+        """What the broker does not let us read and what to do, for the operator; empty when it lets us read everything."""
+        self._wanted: WorkerState = "online"
+        self._subscribed: bool | None = None
+        """Whether any request can arrive on this connection; None while that is not known, and then nothing is said."""
         self._topics = topics
         self._outbox = outbox
         self._every_s = every_s
@@ -81,21 +85,40 @@ class Presence:
         """What we say when we go."""
         return Retained(topic=self._topics.status_topic, payload=encode(self._core("offline") | {"reason": "stopped"}))
 
+    @property
+    def state(self) -> WorkerState:
+        """What we say of ourselves: whatever we would like to be, a worker that no request can reach is `offline`."""
+        return "offline" if self._subscribed is False else self._wanted
+
     def become(self, state: WorkerState) -> None:
-        self.state = state
+        self._wanted = state
         self.renew()
 
-    def renew(self) -> None:
-        """Say again how we are, if we have said it at all."""
-        if self.announced:
-            self.publish()
+    def disconnected(self) -> None:
+        """The will speaks for us from now on, until it is known whether requests arrive on the next connection."""
+        self._subscribed = None
 
-    def publish(self) -> None:
-        """Say (again) how we are; on MQTT 5 it expires, so that a power cut leaves no `online` behind."""
+    def connected(self, *, subscribed: bool, problem: str = "") -> None:
+        """Say how we are on this connection; `subscribed` tells whether any request can arrive."""
+        self._subscribed, self.problem = subscribed, problem
+        self._publish()
+
+    def renew(self) -> None:
+        """Say again how we are, if we have said it at all on this connection."""
+        if self._subscribed is not None:
+            self._publish()
+
+    def _publish(self) -> None:
+        # On MQTT 5 it expires, so that a power cut leaves no `online` behind.
         self.announced = True
+        status = self._core(self.state) | dict(self._details())
+        if self.state == "offline":
+            status["reason"] = "not_subscribed"
+        if self.problem:
+            status["problem"] = self.problem
         self._outbox.publish(
             self._topics.status_topic,
-            encode(self._core(self.state) | dict(self._details())),
+            encode(status),
             retain=True,
             expiry_s=int(LIVE_RENEWALS * self._every_s()) + 1,
         )
@@ -128,7 +151,7 @@ class Presence:
         """Other instances under our root that are not known to be gone."""
         now, wall = time.monotonic(), time.time()
         with self._lock:
-            return [seen for seen in self._seen.values() if seen.state != "offline" and seen.stale_in_s(now, wall) > 0]
+            return [seen for seen in self._seen.values() if not seen.gone and seen.stale_in_s(now, wall) > 0]
 
     def twin(self) -> Seen | None:
         """Another instance that speaks under our own worker id, just now."""
@@ -147,7 +170,8 @@ def _read(worker: str, delivery: Delivery) -> Seen | None:
         return Seen(
             worker=worker[:64],
             instance=str(told["instance"])[:64],
-            state=str(told["state"])[:16],
+            # One that may read nothing for the moment lives, and reads again as soon as it may.
+            gone=told["state"] == "offline" and told.get("reason") != "not_subscribed",
             ts=float(told["ts"]),
             every_s=min(3600.0, max(0.1, float(told["every_s"]))),
             host=str(told.get("host") or "")[:64],

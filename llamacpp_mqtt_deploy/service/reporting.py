@@ -99,10 +99,10 @@ def rss_bytes() -> int | None:
         return None
 
 
-def status_line(*, state: str, engine: EngineInfo, link: LinkInfo, registry: JobRegistry) -> str:
+def status_line(*, state: str, problem: str, engine: EngineInfo, link: LinkInfo, registry: JobRegistry) -> str:
     """One line for `systemctl status`."""
     load = registry.load()
     broker = f"broker {link.state}" + (f" (MQTT {link.protocol})" if link.protocol else "")
     line = f"{state}; {broker}; engine {engine.state}; {load.busy}/{load.slots} slots, {load.queued} waiting"
-    trouble = (link.detail if link.state != "online" else "") or (engine.detail if engine.state != "ready" else "")
+    trouble = (link.detail if link.state != "online" else problem) or (engine.detail if engine.state != "ready" else "")
     return f"{line}; {trouble}" if trouble else line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -19,6 +19,8 @@ _SUBSCRIBE_TIMEOUT_S = 10.0
 # With another instance under our own worker id: whoever holds the client id pushes the other off within its first,
 # shortest reconnect pause.
 _TWIN_SETTLES_S = 3.0
+# So many refused topics are named in the status; a worker may have hundreds of routes.
+_MOST_NAMED = 4
 
 
 class AnotherWorkerError(Exception):
@@ -89,6 +91,7 @@ class Startup:
     def _subscribe(self) -> bool:
         filters = [*self._topics.request_filters(), *self._topics.control_filters(), self._topics.admin_topic]
         refused = self._link.subscribe([(name, 1) for name in filters], timeout_s=_SUBSCRIBE_TIMEOUT_S)
+        problem = _problem(refused)
         for name, reason in refused.items():
             log.error(
                 "subscription.refused",
@@ -96,6 +99,17 @@ class Startup:
                 reason=reason,
                 message=f"the broker's access list must let this worker read {name}",
             )
-        if len(refused) < len(filters):
-            self._presence.publish()
+        self._presence.connected(subscribed=len(refused) < len(filters), problem=problem)
         return not refused
+
+
+def _problem(refused: Mapping[str, str]) -> str:
+    """One sentence for whoever reads the status, which may be all that they can see of this worker."""
+    if not refused:
+        return ""
+    named = ", ".join(f"{name} ({reason})" for name, reason in [*refused.items()][:_MOST_NAMED])
+    more = f" and {len(refused) - _MOST_NAMED} more" if len(refused) > _MOST_NAMED else ""
+    return (
+        f"The broker does not let this worker read {named}{more}. Let the worker's user read them in the broker's access list; "
+        "the worker tries again every 30 s."
+    )

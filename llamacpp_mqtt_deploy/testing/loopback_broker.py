@@ -98,6 +98,11 @@ class LoopbackBroker:
         with self._lock:
             self._refused_filters[topic_filter] = reason
 
+    def allow(self, topic_filter: str) -> None:
+        """Grant subscriptions to this filter again."""
+        with self._lock:
+            self._refused_filters.pop(topic_filter, None)
+
     def refuse_publish(self, topic_filter: str, reason: str = "Not authorized") -> None:
         """Refuse publishes to topics that match this filter from now on."""
         with self._lock:
