@@ -76,9 +76,10 @@ broker: ## the mosquitto program, from apt where it is missing
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
-# What documentation and units are tried with: jq for one-liners, node for the web page, systemd-analyze for the sandboxes.
+# What documentation and units are tried with: jq for one-liners, node for the web page and Node-RED, g++ for the ESP32 sketch,
+# systemd-analyze for the sandboxes.
 tools:
-	@for tool in jq:jq node:nodejs systemd-analyze:systemd; do \
+	@for tool in jq:jq node:nodejs g++:g++ systemd-analyze:systemd; do \
 		if ! command -v "$${tool%%:*}" >/dev/null; then \
 			if $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y "$${tool#*:}"; \
 			else echo "Without $${tool%%:*} some examples and units are not tried." >&2; fi; \

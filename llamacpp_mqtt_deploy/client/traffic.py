@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from llamacpp_mqtt_deploy.client.acks import PendingAcks
+from llamacpp_mqtt_deploy.client.acks import AckDesk
 from llamacpp_mqtt_deploy.client.address import BrokerAddress, not_permitted
 from llamacpp_mqtt_deploy.client.answer import Answer
 from llamacpp_mqtt_deploy.client.connection import (
@@ -22,7 +22,7 @@ from llamacpp_mqtt_deploy.client.connection import (
     Connection,
 )
 from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
-from llamacpp_mqtt_deploy.client.explain_end import nobody, silent
+from llamacpp_mqtt_deploy.client.explain_end import nobody
 from llamacpp_mqtt_deploy.client.retry import RetryRules
 from llamacpp_mqtt_deploy.client.workers import StatusBoard
 
@@ -45,9 +45,8 @@ class Traffic:
             on_lost=self._lost,
             on_refused=self._refused,
         )
-        self.acks = PendingAcks()
+        self.acks = AckDesk()
         self.board = StatusBoard()
-        self.health = StatusBoard()
         self.changed = threading.Event()
         self._lock = threading.Lock()
         self._live: dict[tuple[str, str], Answer] = {}
@@ -167,11 +166,6 @@ class Traffic:
         """The sentence for an answer that did not come, with what is known of the workers."""
         return nobody(what, status=self.topic("status", "#"), broker=str(self.address), known=self.board.summary())
 
-    def unanswered(self, what: str) -> str:
-        """The sentence for a control or admin message without an ack."""
-        online = self.board.online()
-        return silent(what, online) if online else self.nobody(what)
-
     # --- in: paho's thread only looks up and hands over --------------------------------------------------------------
 
     def _received(self, topic: str, payload: bytes, retain: bool) -> None:
@@ -179,10 +173,7 @@ class Traffic:
         if kind == "status":
             self.board.note(rest, payload)
             return
-        if kind == "health":
-            self.health.note(rest, payload)
-            return
-        if kind not in ("reply", "admin-reply") or retain:
+        if kind != "reply" or retain:
             return
         try:
             event = orjson.loads(payload)
@@ -190,9 +181,6 @@ class Traffic:
             log.warning("event.unreadable topic=%s bytes=%d", topic, len(payload))
             return
         if not isinstance(event, dict):
-            return
-        if kind == "admin-reply":
-            self.acks.note(event)
             return
         if event.get("type") == "ack":
             self._note_ack(rest, event)

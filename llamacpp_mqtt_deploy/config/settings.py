@@ -262,7 +262,8 @@ class RouteSettings(SamplingSettings):
     control: str | None = None
     """Topic of control messages, with `{session}`; none when the session comes from the payload."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """Names of existing clients for our request fields: `{prompt = "message", session_id = "sessionId"}`."""
+    """Names of existing clients for our request fields: `{prompt = "message", session_id = "sessionId"}`; a name with dots leads
+    into objects of the payload: `{prompt = "message.text"}`."""
     system_prompt: str | None = None
     """System prompt of this route's sessions."""
     allow_system_prompt: bool = True

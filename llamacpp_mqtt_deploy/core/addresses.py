@@ -118,20 +118,23 @@ class TopicMap:
                 return _complete("control", route, session)
         return None
 
-    def with_session(self, route: str, session: str | None) -> Address:
-        """The address of a request of `route` whose session stands in its payload.
+    def with_session(self, route: str, session: str | None, *, field_name: str = "session_id") -> Address:
+        """The address of a request of `route` whose session stands in its payload, in the field of this name.
 
         Raises BadRequest when it is no session path, or too long for the route's reply topic.
         """
-        compiled = self._compiled[route]
         if session is None or not is_session(session):
             expected = "one or two levels of letters, digits, _ . and -, each at most 64 characters, joined by /"
-            raise BadRequest(f"session_id: expected {expected}", fields={"session_id": expected})
-        address = _complete("request", compiled, session)
+            raise BadRequest(f"{field_name}: expected {expected}", fields={field_name: expected})
+        address = self.find_session(route, session)
         if address is None:
             expected = f"shorter: the reply topic must not be longer than {MAX_TOPIC_BYTES} bytes"
-            raise BadRequest(f"session_id: expected {expected}", fields={"session_id": expected})
+            raise BadRequest(f"{field_name}: expected {expected}", fields={field_name: expected})
         return address
+
+    def find_session(self, route: str, session: str) -> Address | None:
+        """The same for an answer to a request that is refused anyway; None when there is no such address."""
+        return _complete("request", self._compiled[route], session) if is_session(session) else None
 
     def _request_address(self, route: _Compiled, session: str) -> Address | None:
         if session:

@@ -49,12 +49,10 @@ SAMPLING_FIELDS: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The request has its slot. `streams` is false when the whole answer will come in one piece; `warnings` say what the
-    engine changed in the request."""
+    """The request has its slot. `streams` is false when the whole answer will come in one piece."""
 
     model: str | None = None
     streams: bool = True
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 
 from llamacpp_mqtt_deploy.core.conversation import (
     MAX_TOOLS,
@@ -27,6 +27,10 @@ MAX_METADATA_BYTES = 4096
 
 Lane = Literal["interactive", "normal", "batch"]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+# Made a text before it is checked: `FieldNames.id_text`.
+_SESSION_NUMBER = {"minimum": 0, "maximum": 2**64 - 1, "type": "integer"}
 
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
@@ -54,9 +58,10 @@ class RequestFields(WireModel):
     """Idempotency key and name of the stream; random. Made by the worker when absent: sent again, it runs again."""
     session_id: Annotated[
         Annotated[str, StringConstraints(pattern=f"^{SESSION}$")] | None,
-        Expect("one or two levels of 1 to 64 letters, digits, _ . or -, joined by /"),
+        Expect("one or two levels of 1 to 64 letters, digits, _ . or -, joined by /, or a whole number"),
+        WithJsonSchema({"anyOf": [{"pattern": f"^{SESSION}$", "type": "string"}, _SESSION_NUMBER, {"type": "null"}]}),
     ] = None
-    """The session, only on routes that take it from the payload."""
+    """The session, only on routes that take it from the payload; 42 is the session "42"."""
     prompt: Annotated[Annotated[str, StringConstraints(min_length=1)] | None, Expect("a text that is not empty")] = None
     """One user message, added to the history of the session."""
     new: Annotated[bool | None, Expect("true or false")] = None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest
 from llamacpp_mqtt_deploy.core.fields import RequestFields
-from llamacpp_mqtt_deploy.core.payloads import shown
+from llamacpp_mqtt_deploy.core.payloads import MAX_DEPTH, shown
 
 REQUEST_FIELDS: frozenset[str] = frozenset(RequestFields.model_fields)
 
@@ -45,11 +45,22 @@ _SYNONYMS: Mapping[str, str] = {
 _BY_PLAIN_NAME: Mapping[str, str] = {name.replace("_", ""): name for name in sorted(REQUEST_FIELDS)}
 
 
+_Tree = dict[str, "str | _Tree"]
+"""The clients' names: what leads to a field of ours, or to an object with more names."""
+
+
 @dataclass(frozen=True, slots=True)
 class FieldNames:
-    """The names that the clients of one route use; `fields` maps ours to theirs, all others are as in the protocol."""
+    """The names that the clients of one route use; `fields` maps ours to theirs, all others are as in the protocol.
+
+    A name with dots is a path into objects of the payload: `message.text`.
+    """
 
     fields: Mapping[str, str] = field(default_factory=dict)
+    _tree: _Tree = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_tree", _tree(self.fields))
 
     def of(self, name: str) -> str:
         """A field of ours as these clients know it."""
@@ -60,27 +71,42 @@ class FieldNames:
         first = re.split(r"[.\[]", path, maxsplit=1)[0]
         return self.of(first) + path[len(first) :]
 
+    def at(self, path: Sequence[str]) -> str | None:
+        """The field of ours that clients write at this path of keys; None when there is none."""
+        node: str | _Tree | None = self._tree
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node if isinstance(node, str) else None
+
     def read(self, content: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The known fields under our names, and the names that are not known. A null is as good as absent.
 
-        Our own name of a renamed field is understood too. Raises BadRequest when both are there.
+        Our own name of a renamed field is understood too. Raises BadRequest when both are there, and when the object that
+        a field lies in is something else.
         """
-        ours = {theirs: name for name, theirs in self.fields.items()}
         body: dict[str, Any] = {}
         origin: dict[str, str] = {}
         unknown = []
-        for key, value in content.items():
-            name = ours.get(key, key)
-            if name not in REQUEST_FIELDS:
-                unknown.append(key)
+        for path, name, value in _found(content, self._tree, ""):
+            if name is None:
+                unknown.append(path)
             elif value is None:
                 continue
             elif name in origin:
-                words = f"only one of {origin[name]} and {key}"
-                raise BadRequest(f"{key}: expected {words}, they mean the same field", fields={key: words})
+                words = f"only one of {origin[name]} and {path}"
+                raise BadRequest(f"{path}: expected {words}, they mean the same field", fields={path: words})
             else:
-                origin[name], body[name] = key, value
+                origin[name], body[name] = path, self.id_text(name, value)
         return body, tuple(unknown)
+
+    def id_text(self, name: str, value: Any) -> Any:
+        """A whole number that stands for an id as text; every other value as it is.
+
+        Session ids are often keys of a database. A request id must be random, so a number (rather a counter) is taken only
+        from clients that have a name of their own for it, and were not written for this protocol.
+        """
+        is_id = name == "session_id" or (name == "request_id" and name in self.fields)
+        return str(value) if is_id and type(value) is int and value >= 0 else value
 
     def warnings(self, unknown: Sequence[str]) -> list[str]:
         """One sentence for each of the first 8 unknown names."""
@@ -93,8 +119,37 @@ class FieldNames:
         return said
 
     def _hint(self, name: str) -> str:
-        known = nearest(name)
+        known = nearest(name.rpartition(".")[2])
         return f"; did you mean {shown(self.of(known))}?" if known else ""
+
+
+def _tree(fields: Mapping[str, str]) -> _Tree:
+    tree: _Tree = {name: name for name in REQUEST_FIELDS}
+    for ours, theirs in fields.items():
+        *above, last = theirs.split(".")
+        node = tree
+        for key in above:
+            below = node.get(key)
+            if not isinstance(below, dict):
+                below = node[key] = {}
+            node = below
+        node[last] = ours
+        # A flat key that happens to hold a dot is the same field.
+        tree[theirs] = ours
+    return tree
+
+
+def _found(content: Mapping[str, Any], tree: _Tree, above: str) -> Iterator[tuple[str, str | None, Any]]:
+    """Path in the payload, field of ours (None for an unknown name) and value."""
+    for key, value in content.items():
+        known = tree.get(key)
+        if not isinstance(known, dict):
+            yield above + key, known, value
+        elif isinstance(value, dict):
+            yield from _found(value, known, f"{above}{key}.")
+        elif value is not None:
+            words = f"an object with {', '.join(known)}"
+            raise BadRequest(f"{above}{key}: expected {words}", fields={above + key: words})
 
 
 def nearest(name: str) -> str | None:
@@ -116,7 +171,31 @@ def check_fields(fields: Mapping[str, str]) -> list[str]:
             known = nearest(name)
             hint = f"; did you mean {shown(known)}?" if known else ""
             found.append(f"{shown(name)} is not a field of a request{hint}")
-    found += [f"the name for {ours} is empty" for ours, theirs in fields.items() if not theirs]
+    found += [
+        f"{ours} is called {shown(theirs)}: {fault}" for ours, theirs in fields.items() if (fault := _fault(theirs))
+    ]
     theirs = list(fields.values())
     found += [f"two fields are called {shown(name)}" for name in sorted({n for n in theirs if theirs.count(n) > 1})]
-    return found
+    return found or list(_overlaps(fields))
+
+
+def _fault(theirs: str) -> str | None:
+    if not theirs:
+        return "the name is empty"
+    levels = theirs.split(".")
+    if "" in levels:
+        return "a path needs a name before and after each dot"
+    if len(levels) >= MAX_DEPTH:
+        return f"a payload is nested at most {MAX_DEPTH} levels deep"
+    if "[" in theirs:
+        return "a path leads through objects only, it cannot name an item of a list"
+    return None
+
+
+def _overlaps(fields: Mapping[str, str]) -> Iterator[str]:
+    """One field inside another: whatever the payload holds there, one of the two could not be read."""
+    paths = {name: name for name in REQUEST_FIELDS if name not in fields and name not in fields.values()} | dict(fields)
+    for outer, theirs in paths.items():
+        inner = sorted(name for name, path in paths.items() if path.startswith(f"{theirs}."))
+        for name in inner:
+            yield f"{outer} ({theirs}) and {name} ({paths[name]}) overlap: the first would have to be an object and a value"

@@ -30,10 +30,6 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 _MAX_INT_CHARS = 21
 
-# For an answer to a message that cannot be read as a whole.
-_REQUEST_ID = re.compile(rb'"request_id"\s{0,8}:\s{0,8}"([A-Za-z0-9_.-]{1,64})"')
-_GUESS_BYTES = 65536
-
 
 def decode_payload(payload: bytes, *, max_bytes: int) -> str | dict[str, Any] | None:
     """The content of a message: a text, a JSON object when its first non-blank byte is `{`, None when it is blank.
@@ -51,12 +47,6 @@ def decode_payload(payload: bytes, *, max_bytes: int) -> str | dict[str, Any] | 
         return None
     text = _decoded(payload)
     return _object(payload, text) if payload.lstrip(_BLANK).startswith(b"{") else text
-
-
-def guess_request_id(payload: bytes) -> str | None:
-    """The request id of a message that `decode_payload` refused, as far as it can be seen without reading the whole."""
-    found = _REQUEST_ID.search(payload[:_GUESS_BYTES])
-    return found.group(1).decode("ascii") if found else None
 
 
 def shown(word: str) -> str:
@@ -81,9 +71,14 @@ def _decoded(payload: bytes) -> str:
 def _object(payload: bytes, text: str) -> dict[str, Any]:
     if nesting(payload) > MAX_DEPTH:
         raise _refused(f"nested more than {MAX_DEPTH} levels deep", f"at most {MAX_DEPTH} levels of objects and lists")
+    reader = _JsonReader()
     try:
         body = json.loads(
-            text, object_pairs_hook=_pairs, parse_int=_integer, parse_float=_float, parse_constant=_constant
+            text,
+            object_pairs_hook=reader.pairs,
+            parse_int=reader.integer,
+            parse_float=_float,
+            parse_constant=_constant,
         )
     except json.JSONDecodeError as error:
         reason = f'begins with "{{" but is not valid JSON ({error.msg}, line {error.lineno} column {error.colno})'
@@ -107,22 +102,37 @@ def _check_surrogates(body: dict[str, Any]) -> None:
             ) from None
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise _refused(f"the key {shown(name)} stands twice in one object", "each key once", name=name)
-            seen.add(name)
-    return found
+_MISFIT = object()
+"""Stands for a number that is too large, until the object around it refuses it."""
 
 
-def _integer(digits: str) -> int:
-    # Python raises ValueError of its own for more than 4300 digits, and takes quadratic time before.
-    if len(digits) <= _MAX_INT_CHARS and _MIN_INT <= (number := int(digits)) <= _MAX_INT:
-        return number
-    raise _refused(f"the number {digits[:24]}... is too large", "whole numbers of at most 64 bits")
+class _JsonReader:
+    """The hooks of one reading: a number that is too large waits for the object around it, which knows its key."""
+
+    def __init__(self) -> None:
+        self._too_large: str | None = None
+
+    def integer(self, digits: str) -> object:
+        # Python raises ValueError of its own for more than 4300 digits, and takes quadratic time before.
+        if len(digits) <= _MAX_INT_CHARS and _MIN_INT <= (number := int(digits)) <= _MAX_INT:
+            return number
+        self._too_large = self._too_large or digits
+        return _MISFIT
+
+    def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if self._too_large is not None:
+            name = next((name for name, value in pairs if value is _MISFIT), None)
+            where = f" in {shown(name)}" if name else ""
+            reason = f"the number {self._too_large[:24]}...{where} is too large"
+            raise _refused(reason, "whole numbers of at most 64 bits", name=name or "payload")
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    raise _refused(f"the key {shown(name)} stands twice in one object", "each key once", name=name)
+                seen.add(name)
+        return found
 
 
 def _float(digits: str) -> float:

@@ -40,7 +40,7 @@ _MODES: tuple[Mode, ...] = ("prompt", "messages", "tool_results")
 class RequestPolicy:
     """What a route and the worker allow.
 
-    `fields` maps our names to those of existing clients (`{"prompt": "message"}`). `models` are the names that a request
+    `fields` maps our names to those of existing clients (`{"prompt": "message"}`, with dots for paths); `names` reads them. `models` are the names that a request
     may choose: an empty tuple refuses every name, None leaves names to the engine. `tool_names` are the route's own tools,
     offered when a request brings none. Times are seconds.
     """
@@ -58,6 +58,10 @@ class RequestPolicy:
     tool_names: tuple[str, ...] = ()
     default_priority: Lane = "normal"
     max_priority: Lane = "interactive"
+    names: FieldNames = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", FieldNames(self.fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +149,14 @@ def parse_request(payload: bytes, *, policy: RequestPolicy) -> Generate | None:
 def read_request(payload: bytes, *, policy: RequestPolicy) -> RawRequest | None:
     """The first half of `parse_request`: bytes to named values, still unchecked. Raises BadRequest, PayloadTooLarge.
 
-    A message that even this refuses has no certain id; `payloads.guess_request_id` finds a likely one.
+    A message that even this refuses has no certain id; `guessing.guess_ids` finds a likely one.
     """
     content = decode_payload(payload, max_bytes=policy.max_request_bytes)
     if content is None:
         return None
     if isinstance(content, str):
         return RawRequest(content, {}, None, None, (), _digest({"prompt": content}))
-    body, unknown = FieldNames(policy.fields).read(content)
+    body, unknown = policy.names.read(content)
     request_id, session_id = body.get("request_id"), body.get("session_id")
     return RawRequest(
         text=None,
@@ -166,7 +170,7 @@ def read_request(payload: bytes, *, policy: RequestPolicy) -> RawRequest | None:
 
 def check_request(raw: RawRequest, *, policy: RequestPolicy) -> Generate:
     """The second half of `parse_request`. Raises BadRequest, ModelNotFound, Unsupported."""
-    names = FieldNames(policy.fields)
+    names = policy.names
     hints = names.warnings(raw.unknown)
     given = {"prompt": raw.text} if raw.text is not None else raw.body
     request = _validated(RequestFields, given, _REQUEST, names)

@@ -8,13 +8,15 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
-from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
+from llamacpp_mqtt_deploy.service.admin import AdminDesk, Levers
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
+from llamacpp_mqtt_deploy.service.operations import Operations
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.worker.completion import Completion
@@ -101,7 +103,18 @@ class Parts:
             presence=self.presence,
             engine=engine,
         )
-        admin = AdminReplies(outbox=link, topics=topics, operations=self.operations)
+        desk = AdminDesk(
+            outbox=link,
+            topics=topics,
+            levers=Levers(
+                cancel_all=self.operations.cancel_all,
+                drain=self.operations.drain,
+                resume=self.operations.resume,
+                reload=self.operations.reload,
+                restart_engine=engine.restart,
+                log_level=logs.set_level,
+            ),
+        )
         self.intake = Intake(
             topics=topics,
             outbox=link,
@@ -109,7 +122,7 @@ class Parts:
             registry=self.registry,
             maker=maker,
             controls=controls,
-            admin=admin.handle,
+            admin=desk.handle,
             completion=self.completion,
             counters=self.counters,
             policies=in_force.policies,

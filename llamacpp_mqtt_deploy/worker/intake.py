@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 import uuid
@@ -15,12 +14,13 @@ from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import Busy, Internal, RequestError
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.core.payloads import guess_request_id
+from llamacpp_mqtt_deploy.core.guessing import guess_ids
 from llamacpp_mqtt_deploy.core.requests import Generate, RawRequest, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Outbox, Store, StoreError
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.control import Controls
 from llamacpp_mqtt_deploy.worker.counters import Counters
+from llamacpp_mqtt_deploy.worker.inbox import Inbox
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.policies import Policies
@@ -32,10 +32,6 @@ log = structlog.get_logger(__name__)
 _MAX_CORRELATION_BYTES = 64
 # One commit for a burst: as many messages as are there, at most this many, so that the first need not wait for the last.
 _BURST = 64
-# What the inbox holds at most, whatever the number of messages: a thousand megabyte requests would fill a small device.
-_INBOX_BYTES = 32 * 1024 * 1024
-# How long the link's thread may wait for a place in the inbox before the message is left to the broker.
-_OFFER_WAIT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -76,30 +72,14 @@ class Intake:
         self._counters = counters
         self._policies = policies
         self._redelivery = redelivery
-        self._inbox: queue.Queue[Delivery | None] = queue.Queue(maxsize=inbox_messages)
-        self._inbox_bytes = 0
-        self._bytes_lock = threading.Lock()
+        self._inbox = Inbox(max_messages=inbox_messages)
+        self.offer = self._inbox.offer
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
         self._let_in = threading.Event()
         self._shut = False
         self.beat_at = time.monotonic()
 
-    # --- the inbox -----------------------------------------------------------------------------------------------------
-
-    def offer(self, delivery: Delivery) -> bool:
-        """From the link's thread: take the message, or say that the inbox is full. Waits a moment for a place."""
-        with self._bytes_lock:
-            if self._inbox_bytes and self._inbox_bytes + len(delivery.payload) > _INBOX_BYTES:
-                return False
-            self._inbox_bytes += len(delivery.payload)
-        try:
-            self._inbox.put(delivery, timeout=_OFFER_WAIT_S)
-        except queue.Full:
-            with self._bytes_lock:
-                self._inbox_bytes -= len(delivery.payload)
-            self._counters.add("inbox_full")
-            return False
-        return True
+    # --- the thread ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the thread; nothing is read before `let_in`."""
@@ -118,42 +98,29 @@ class Intake:
         if not self._let_in.is_set():
             self._shut = True
             self._let_in.set()
+        self._inbox.close()
         if self._thread.is_alive():
-            try:
-                self._inbox.put(None, timeout=timeout_s)
-            except queue.Full:
-                return
             self._thread.join(timeout_s)
 
     def _loop(self) -> None:
-        closing = False
-        while not closing:
+        while True:
             self.beat_at = time.monotonic()
             if not self._let_in.wait(1.0):
                 continue
             if self._shut:
                 return
-            try:
-                burst = [self._inbox.get(timeout=1.0)]
-            except queue.Empty:
-                continue
-            while len(burst) < _BURST and burst[-1] is not None:
-                try:
-                    burst.append(self._inbox.get_nowait())
-                except queue.Empty:
-                    break
-            closing = burst[-1] is None
-            redelivery = [delivery for delivery in burst if delivery is not None]
-            with self._bytes_lock:
-                self._inbox_bytes -= sum(len(delivery.payload) for delivery in redelivery)
-            self._take_in(redelivery)
+            burst = self._inbox.take(_BURST, timeout_s=1.0)
+            if burst is None:
+                return
+            if burst:
+                self._take_in(burst)
 
     # --- a burst -------------------------------------------------------------------------------------------------------
 
-    def _take_in(self, redelivery: list[Delivery]) -> None:
+    def _take_in(self, burst: list[Delivery]) -> None:
         """Requests that come in a burst share one commit. A control message sees all requests before it accepted."""
         pending: list[tuple[Delivery, _Accepted | None]] = []
-        for delivery in redelivery:
+        for delivery in burst:
             accepted = None
             try:
                 if self._is_request(delivery):
@@ -251,14 +218,17 @@ class Intake:
             if raw is None:
                 return None
             if address.session is None:
-                address = self._topics.with_session(address.route, raw.session_id)
+                name = policy.names.of("session_id")
+                address = self._topics.with_session(address.route, raw.session_id, field_name=name)
             if delivery.response_topic is not None and delivery.response_topic != address.reply_topic:
                 self._reject(address, raw.request_id or uuid.uuid4().hex, delivery, "reply_topic_forbidden")
                 return None
             return self._enter(delivery, address, raw, check_request(raw, policy=policy), pending)
         except RequestError as error:
-            request_id = (raw.request_id if raw else None) or guess_request_id(delivery.payload)
-            self._refuse(address, request_id, delivery, error)
+            ids = raw or guess_ids(delivery.payload, policy.names)
+            if address.session is None and ids.session_id is not None:
+                address = self._topics.find_session(address.route, ids.session_id) or address
+            self._refuse(address, ids.request_id, delivery, error)
             return None
 
     def _enter(
@@ -349,7 +319,7 @@ class Intake:
             self._reject(address, request_id, delivery, "duplicate_request")
             return
         if address.reply_topic is None or address.session is None:
-            return  # The session stood in the payload and cannot be read: there is no topic to answer on.
+            return  # The session stands in the payload and cannot be seen there: there is no topic to answer on.
         writer = EventWriter(
             request_id=request_id or uuid.uuid4().hex,
             session_id=address.session,

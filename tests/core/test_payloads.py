@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
-from llamacpp_mqtt_deploy.core.payloads import MAX_DEPTH, decode_payload, guess_request_id, nesting, shown
+from llamacpp_mqtt_deploy.core.payloads import MAX_DEPTH, decode_payload, nesting, shown
 
 MIB = 1024 * 1024
 SCALARS = st.one_of(
@@ -157,20 +157,6 @@ def test_a_payload_over_the_limit_is_too_large() -> None:
     with pytest.raises(PayloadTooLarge, match="257 bytes, this worker takes at most 256") as caught:
         read(b"x" * 257, max_bytes=256)
     assert caught.value.details["fields"] == {"payload": "at most 256 bytes"}
-
-
-@pytest.mark.parametrize(
-    "payload, found",
-    [
-        (b'{"request_id":"a-1.b_2","prompt":"x', "a-1.b_2"),
-        (b'{"prompt":"x", "request_id" : "q"', "q"),
-        (b'{"request_id":"two words"}', None),
-        (b'{"request_id":7}', None),
-        (b"hello", None),
-    ],
-)
-def test_a_likely_request_id_is_found_in_what_cannot_be_read(payload: bytes, found: str | None) -> None:
-    assert guess_request_id(payload) == found
 
 
 def test_a_clients_word_is_shown_short_and_printable() -> None:

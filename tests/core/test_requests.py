@@ -221,7 +221,7 @@ def test_a_session_id_counts_only_where_the_route_trusts_it() -> None:
     assert found.session_id is None
     assert "session_id was ignored" in found.warnings[0]
     assert parse({"prompt": "x", "session_id": "u/s1"}, PORTAL).session_id == "u/s1"
-    for bad in ({}, {"session_id": 7}, {"session_id": "a b"}, {"session_id": "a\n"}, {"session_id": "a/b/c"}):
+    for bad in ({}, {"session_id": 7.5}, {"session_id": "a b"}, {"session_id": "a\n"}, {"session_id": "a/b/c"}):
         assert "session_id" in refused({"prompt": "x", **bad}, PORTAL)
 
 
@@ -242,7 +242,7 @@ def test_a_web_portal_is_served_as_it_is() -> None:
 
 
 def test_refusals_speak_of_the_clients_own_names() -> None:
-    assert set(refused({"sessionId": 7, "message": 8}, MAZE)) == {"sessionId", "message"}
+    assert set(refused({"sessionId": [7], "message": 8}, MAZE)) == {"sessionId", "message"}
     with pytest.raises(BadRequest, match="exactly one of message, messages and tool_results"):
         parse({"sessionId": "s"}, MAZE)
 

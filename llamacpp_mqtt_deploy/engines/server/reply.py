@@ -34,7 +34,6 @@ class Reply:
         *,
         model: str | None,
         dialect: Dialect | None,
-        warnings: tuple[str, ...],
         refuse_when_closed: Callable[[], None],
     ) -> None:
         self._exchange = exchange
@@ -42,7 +41,6 @@ class Reply:
         self._stop = stop
         self._model = model
         self._dialect = dialect
-        self._warnings = warnings
         self._refuse_when_closed = refuse_when_closed
         self._stream = CompletionStream()
 
@@ -50,7 +48,7 @@ class Reply:
         """Have the loop read the answer and give it to `feed`; returns when it is complete."""
         if not self._streams():
             return self._feed_document(feed)
-        feed([Opened(self._model, warnings=self._warnings)])
+        feed([Opened(self._model)])
         try:
             Pump(loop, self._exchange, self._stream, feed).run(self._call.chunk_timeout_s)
         except (Silent, Broken, EventTooLong) as error:
@@ -66,7 +64,7 @@ class Reply:
         if not self._streams():
             yield from self._document()
             return
-        yield Opened(self._model, warnings=self._warnings)
+        yield Opened(self._model)
         exchange, call, stream = self._exchange, self._call, self._stream
         heard_at = time.monotonic()
         only_pings = False
@@ -135,7 +133,7 @@ class Reply:
         raise Stopped(self._stop.reason)
 
     def _document(self) -> Iterator[Delta]:
-        yield Opened(self._model, streams=False, warnings=self._warnings)
+        yield Opened(self._model, streams=False)
         try:
             document = self._exchange.read_all(timeout_s=self._call.chunk_timeout_s)
         except Silent:
