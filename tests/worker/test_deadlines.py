@@ -1,0 +1,172 @@
+"""What jobs are told and how they are ended as time passes, by a clock that the test moves."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, cast
+
+import pytest
+
+from llamacpp_mqtt_deploy.core.addresses import Address
+from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey
+from llamacpp_mqtt_deploy.worker.completion import Completion
+from llamacpp_mqtt_deploy.worker.deadlines import Deadlines
+from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.responder import Responder
+
+HEARTBEAT_S = 10.0
+
+
+class Bench:
+    """A registry of one slot, its deadlines, what they publish and what they end."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.events: list[dict[str, Any]] = []
+        self.ended: list[Job] = []
+        self.registry = JobRegistry(queue_size=9, session_queue=9, aging_s=60.0, max_requests_per_minute=60, slots=1)
+        self.deadlines = Deadlines(
+            registry=self.registry, completion=cast("Completion", self), heartbeat_s=lambda: HEARTBEAT_S
+        )
+
+    def stopped(self, job: Job) -> None:
+        """Stands for `Completion.stopped`."""
+        self.ended.append(job)
+
+    def publish(self, topic: str, payload: bytes, **_: Any) -> bool:
+        self.events.append(json.loads(payload))
+        return True
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        raise NotImplementedError
+
+    def after(self, seconds: float) -> list[dict[str, Any]]:
+        """Let time pass and check; returns the events that this brought."""
+        self.now += seconds
+        before = len(self.events)
+        self.deadlines.check()
+        return self.events[before:]
+
+    def job(self, name: str, *, limit_s: float = 600.0) -> Job:
+        raw = read_request(b'{"prompt": "x"}', policy=RequestPolicy())
+        assert raw is not None
+        writer = EventWriter(request_id=name, session_id=name, max_bytes=4096)
+        key = EntryKey("default", name, name)
+        job = Job(
+            key=key,
+            entry=Entry(key=key, topic="t", payload=b"", digest="d"),
+            address=Address(kind="request", route="default", session=name, reply_topic="r", first_level=name),
+            request=check_request(raw, policy=RequestPolicy()),
+            responder=Responder(
+                outbox=self, topic="r", writer=writer, correlation=None, silent=False, wake=lambda _s, _call: None
+            ),
+            session=("default", name),
+            received_at=self.now,
+            deadline=self.now + limit_s,
+        )
+        self.registry.enter(job)
+        self.registry.commit([job])
+        return job
+
+    def waiting(self, name: str, *, position: int, limit_s: float = 600.0) -> Job:
+        """A job in the queue that has been told its place."""
+        job = self.job(name, limit_s=limit_s)
+        job.position = position
+        job.responder.queued(position=position, reason="waiting")
+        return job
+
+    def running(self, name: str, *, limit_s: float = 600.0) -> Job:
+        job = self.job(name, limit_s=limit_s)
+        assert self.registry.take(0.0) is job
+        job.responder.start({"worker": "w", "created": 1})
+        return job
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    bench = Bench()
+    monkeypatch.setattr(time, "monotonic", lambda: bench.now)
+    return bench
+
+
+def test_a_new_place_in_the_queue_is_told_a_second_after_the_last_and_not_before(bench: Bench) -> None:
+    bench.running("running")
+    first, second = bench.waiting("first", position=1), bench.waiting("second", position=2)
+    bench.waiting("third", position=3)
+    assert bench.after(0.0) == []  # all places are as they were told
+    bench.registry.leave(first)
+    assert bench.after(0.99) == []
+    told = bench.after(0.01)
+    assert [(event["request_id"], event["position"]) for event in told] == [("second", 1), ("third", 2)]
+    bench.registry.leave(second)
+    assert bench.after(0.99) == []
+    assert [(event["request_id"], event["position"]) for event in bench.after(0.01)] == [("third", 1)]
+
+
+def test_a_place_that_did_not_change_is_not_told_again(bench: Bench) -> None:
+    bench.running("running")
+    bench.waiting("waiting", position=1)
+    assert [bench.after(1.0) for _ in range(3)] == [[], [], []]
+
+
+def test_what_the_queue_waits_for_is_told_when_it_changes(bench: Bench) -> None:
+    bench.running("running")
+    bench.waiting("waiting", position=1)
+    bench.registry.wait_reason = "engine_restarting"
+    (told,) = bench.after(1.0)
+    assert (told["type"], told["request_id"], told["reason"]) == ("queued", "waiting", "engine_restarting")
+    assert bench.after(1.0) == []
+
+
+def test_a_request_without_any_event_is_told_its_place_after_half_a_second(bench: Bench) -> None:
+    bench.running("running")
+    bench.after(0.0)
+    waiting = bench.job("waiting")
+    waiting.position = 1
+    assert bench.after(0.49) == []
+    (told,) = bench.after(0.01)
+    assert (told["type"], told["request_id"], told["position"]) == ("queued", "waiting", 1)
+    assert bench.after(0.25) == []
+
+
+def test_a_ping_follows_a_silence_of_one_heartbeat_and_says_what_the_worker_does(bench: Bench) -> None:
+    running = bench.running("running")
+    bench.waiting("waiting", position=1)
+    assert bench.after(HEARTBEAT_S - 0.01) == []
+    states = {event["request_id"]: (event["type"], event["state"]) for event in bench.after(0.01)}
+    assert states == {"running": ("ping", "prompt"), "waiting": ("ping", "queued")}
+    assert bench.after(HEARTBEAT_S - 0.01) == []
+    running.prompt_done = True
+    assert {event["request_id"]: event["state"] for event in bench.after(0.01)}["running"] == "generating"
+
+
+def test_a_queued_request_ends_at_its_time_limit_and_not_before(bench: Bench) -> None:
+    bench.running("running")
+    waiting = bench.waiting("waiting", position=1, limit_s=5.0)
+    bench.after(4.99)
+    assert (bench.ended, waiting.stop.is_set()) == ([], False)
+    bench.after(0.01)
+    assert (bench.ended, waiting.stop.reason) == ([waiting], "timeout")
+
+
+def test_a_running_request_over_its_limit_is_stopped_and_ended_from_outside_when_its_engine_is_stuck(
+    bench: Bench,
+) -> None:
+    running = bench.running("running", limit_s=5.0)
+    bench.after(5.0)
+    assert (bench.ended, running.stop.reason) == ([], "timeout")
+    bench.after(5.0)
+    assert bench.ended == []  # its own thread has until here to end it
+    bench.after(0.25)
+    assert bench.ended == [running]
+
+
+@pytest.mark.parametrize("phase", ["ending", "ended"])
+def test_a_request_that_is_ending_is_not_ended_a_second_time(bench: Bench, phase: Any) -> None:
+    running = bench.running("running", limit_s=5.0)
+    running.phase = phase
+    bench.after(60.0)
+    assert bench.ended == []
