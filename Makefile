@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools test test-fast check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools test test-fast mutants check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -91,6 +91,13 @@ test: install inprocess broker tools ## the whole suite, with everything that it
 
 test-fast: install broker ## the suite without the in-process engine, until the first failure
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not inprocess" -x $(PYTEST_ARGS)
+
+# Takes 5 to 20 minutes. SEED chooses the changes, ONLY the files (ONLY=core/history.py).
+SEED ?= 1
+COUNT ?= 40
+ONLY ?=
+mutants: install broker ## break the code in COUNT small ways, one at a time, and count those that the tests notice
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.support.mutations --seed $(SEED) --count $(COUNT) --only "$(ONLY)"
 
 check: install ## lint, format and types
 	$(BIN)/ruff check $(PROJECT)

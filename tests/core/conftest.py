@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
+import os
+
+from hypothesis import Phase, settings
 
 settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
+# For tests/support/mutations.py, which asks only whether a test fails: the smallest example is not looked for.
+settings.register_profile("unshrunk", deadline=None, phases=(Phase.explicit, Phase.generate))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unhurried"))

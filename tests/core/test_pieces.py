@@ -43,12 +43,36 @@ def test_the_first_piece_goes_at_once_and_the_next_when_it_is_acknowledged() -> 
 
 def test_a_minimum_interval_holds_pieces_back_and_says_for_how_long() -> None:
     coalescer = Coalescer(min_interval_s=1.0)
+    assert coalescer.pause_s(99.0) == 0.0
     coalescer.feed("content", "a")
-    coalescer.take(0.0)
+    coalescer.take(100.0)
+    assert coalescer.due_in_s(100.25) is None  # nothing waits
+    assert coalescer.pause_s(100.25) == 0.75
     coalescer.feed("content", "b")
-    assert not coalescer.ready(0.5)
-    assert coalescer.due_in_s(0.5) == 0.5
-    assert coalescer.ready(1.0)
+    assert not coalescer.ready(100.5)
+    assert coalescer.due_in_s(100.5) == 0.5
+    assert coalescer.ready(101.0)
+    assert (coalescer.due_in_s(103.0), coalescer.pause_s(103.0)) == (0.0, 0.0)
+
+
+def test_no_time_is_named_while_an_acknowledgement_holds_the_text_back() -> None:
+    coalescer = Coalescer(min_interval_s=1.0)
+    coalescer.feed("content", "a")
+    assert coalescer.due_in_s(100.0) is None  # it may go at once
+    coalescer.take(100.0)
+    coalescer.in_flight = 1
+    coalescer.feed("content", "b")
+    assert coalescer.due_in_s(100.5) is None
+    assert not coalescer.ready(102.0)
+
+
+def test_taking_nothing_does_not_begin_the_interval_anew() -> None:
+    coalescer = Coalescer(min_interval_s=1.0)
+    coalescer.feed("content", "a")
+    coalescer.take(100.0)
+    assert coalescer.take(100.9) == []
+    coalescer.feed("content", "b")
+    assert coalescer.ready(101.0)
 
 
 GRAPHEMES = st.text(alphabet=st.sampled_from("ab \n\u0301\u200d👩👨👧🏽🇩🇪\U0001f3fbक्षि"))

@@ -233,7 +233,7 @@ class Tree:
         process = subprocess.Popen(
             [*command, *options, *tests],
             cwd=self.root,
-            env=os.environ | {"PYTHONPATH": str(self.root)},
+            env=os.environ | {"PYTHONPATH": str(self.root), "HYPOTHESIS_PROFILE": "unshrunk"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -139,3 +139,34 @@ def test_an_acknowledgement_only_wakes_and_never_publishes_in_the_links_thread()
     assert broker.chunks() == ["one "]
     woken.pop()()
     assert broker.chunks() == ["one ", "two "]
+
+
+def test_a_snapshot_tells_the_reasoning_and_the_content_that_were_published_so_far() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker)
+    assert responder.snapshot()
+    responder.text("reasoning", "hm, ")
+    broker.acknowledge_next()
+    responder.text("content", "Hello")
+    responder.text("content", " (waits)")
+    assert responder.snapshot()
+    empty, full = (event for event in broker.events if event["type"] == "snapshot")
+    assert (empty["content"], empty.get("reasoning", ""), empty["next_seq"]) == ("", "", 0)
+    assert (full["content"], full["reasoning"], full["next_seq"]) == ("Hello", "hm, ", 2)
+    responder.close()
+    assert not responder.snapshot()
+
+
+def test_a_stream_that_tells_only_its_end_has_no_snapshot() -> None:
+    broker = SlowBroker()
+    responder = Responder(
+        outbox=broker,
+        topic="llm/reply/demo",
+        writer=EventWriter(request_id="r", session_id="demo", max_bytes=4096),
+        correlation=None,
+        silent=True,
+        wake=lambda _s, _call: None,
+    )
+    responder.start({"worker": "w", "created": 1})
+    assert not responder.snapshot()
+    assert broker.events == []
