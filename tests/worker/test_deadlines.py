@@ -11,7 +11,7 @@ import pytest
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.deadlines import Deadlines
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
@@ -36,9 +36,9 @@ class Bench:
         """Stands for `Completion.stopped`."""
         self.ended.append(job)
 
-    def publish(self, topic: str, payload: bytes, **_: Any) -> bool:
+    def publish(self, topic: str, payload: bytes, **_: Any) -> Published:
         self.events.append(json.loads(payload))
-        return True
+        return "queued"
 
     def acknowledge(self, delivery: Delivery) -> None:
         raise NotImplementedError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.config.loading import load
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
@@ -52,12 +52,12 @@ class NextLife:
             ),
             topics=topic_map(settings),
             policies=lambda: policies,
-            redelivery=Redelivery(outbox=self, store=self.store, has_room=lambda: True),
+            redelivery=Redelivery(outbox=self, store=self.store),
         )
 
-    def publish(self, topic: str, payload: bytes, **_: Any) -> bool:
+    def publish(self, topic: str, payload: bytes, **_: Any) -> Published:
         self.events.append(json.loads(payload) | {"_topic": topic})
-        return True
+        return "queued"
 
     def acknowledge(self, delivery: Delivery) -> None:
         raise NotImplementedError
