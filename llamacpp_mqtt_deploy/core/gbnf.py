@@ -117,8 +117,6 @@ class _Writer:
         self._refs: dict[tuple[str, str], str] = {}
 
     def text(self) -> str:
-        if len(self.rules) > MAX_RULES:
-            raise NotConvertible("the schema is too large")
         used = {**_BASE, **self.rules}
         text = "\n".join(f"{name} ::= {rule}" for name, rule in used.items()) + "\n"
         if len(text) > MAX_CHARS:
