@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.config.loading import load
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
@@ -18,7 +19,6 @@ from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.policies import Policies, topic_map
 from llamacpp_mqtt_deploy.worker.recovery import Recovered, Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
-from llamacpp_mqtt_deploy.worker.timers import Timers
 
 WALL = 1_700_000_000.0
 NOW = 5000.0
@@ -31,6 +31,8 @@ class NextLife:
 
     def __init__(self, path: Path) -> None:
         self.events: list[dict[str, Any]] = []
+        self.loop = IoLoop()
+        self.loop.start()
         self.store = SqliteStore(path / "state.db")
         self.store.open()
         settings = load(
@@ -45,7 +47,7 @@ class NextLife:
             registry=self.registry,
             maker=JobMaker(
                 outbox=self,
-                timers=Timers(),
+                loop=self.loop,
                 policies=lambda: policies,
                 max_event_bytes=lambda: 4096,
                 active_streams=lambda: 1,
@@ -92,6 +94,7 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NextLife]:
     yield life
     monkeypatch.undo()
     life.store.close()
+    life.loop.close()
 
 
 def test_a_request_that_was_started_as_often_as_allowed_ends_without_another_start(life: NextLife) -> None:
