@@ -172,3 +172,34 @@ def test_every_error_of_an_engine_becomes_one_short_line(error: Any, status: int
 )
 def test_an_engines_text_loses_paths_addresses_and_line_ends(raw: str, shown: str) -> None:
     assert clean(raw) == shown
+
+
+CALL = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "told,called,meant",
+    [
+        ("stop", False, "stop"),
+        ("stop", True, "tool_calls"),  # Ollama and others
+        ("length", False, "length"),
+        ("length", True, "length"),  # the call was cut off
+        ("tool_calls", True, "tool_calls"),
+    ],
+)
+def test_an_answer_with_calls_ends_in_tool_calls_unless_it_was_cut_off(told: str, called: bool, meant: str) -> None:
+    _, finished = read(*([chunk(tool_calls=[CALL])] if called else []), chunk(told))
+    assert finished.finish_reason == meant
+
+
+def test_deltas_are_counted_as_tokens_where_the_engine_tells_no_number() -> None:
+    call = {"index": 0, "function": {"arguments": " "}}
+    _, finished = read(
+        chunk(reasoning_content="hm"),
+        chunk(content="one"),
+        chunk(content="two"),
+        chunk(tool_calls=[CALL]),
+        chunk(tool_calls=[call]),
+        chunk("tool_calls"),
+    )
+    assert (finished.usage.completion_tokens, finished.usage.prompt_tokens) == (5, 0)

@@ -3,9 +3,10 @@
     python -m tests.support.mutations --seed 7 --count 40 [--only worker/deadlines.py] [--list]
 
 Of all small changes to core/, worker/ and stores/ (another comparison, another operator, a number more, a statement less)
-a random sample with a seed is tried: each in a copy of the tree, with first the test files that import the changed module and
-then, if it survives those, the others of tests/core, tests/worker and tests/stores. What survives is printed as a diff. A survivor
-is a missing test, or a change that nobody can see (an equivalent mutant).
+a random sample with a seed is tried, each in a copy of the tree. One run under coverage.py first says which tests of tests/core,
+tests/worker and tests/stores come past each line; a change is tried with those that come past it, and one that is made outside of all
+tests (a table, a limit) with all, those that import its module first. What survives is printed as a diff: a missing test, or a
+change that nobody can see (an equivalent mutant).
 
 Why not a library: mutmut goes through all mutants of a file (some thousand here, hours) and leaves out code outside of functions,
 where our tables and limits stand; Cosmic Ray edits the working tree itself; neither draws a sample by seed.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import os
 import random
 import shutil
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,7 @@ class Mutation:
 
     path: str
     line: int
+    last_line: int
     start: int
     end: int
     text: str
@@ -87,7 +90,7 @@ def mutations(path: str, source: bytes) -> list[Mutation]:
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         if text != source[start:end].decode():
-            found[Mutation(path, node.lineno, start, end, text)] = None
+            found[Mutation(path, node.lineno, node.end_lineno, start, end, text)] = None
     return list(found)
 
 
@@ -194,23 +197,54 @@ class Tree:
         for name in (PACKAGE, "tests", "docs", "config"):
             shutil.copytree(ROOT / name, root / name, ignore=skip)
         shutil.copy(ROOT / "pyproject.toml", root)
+        self.passed: dict[str, dict[int, set[str]]] = {}
+        """By path and line: the tests that come past it, and "" for what runs outside of tests."""
         self.tests = sorted(
             str(path.relative_to(root)) for folder in FOLDERS for path in (root / "tests" / folder).glob("test_*.py")
         )
+
+    def watch(self, limit_s: float) -> str | None:
+        """Run all tests without a change and note which ones come past which line; returns the first failure."""
+        (self.root / ".coveragerc").write_text(
+            "[run]\ndynamic_context = test_function\nrelative_files = true\n"
+            f"source = {PACKAGE}\n[json]\nshow_contexts = true\n"
+        )
+        if (failure := self.failure(self.tests, limit_s, runner=["coverage", "run", "-m"])) is not None:
+            return failure
+        told = self.root / "coverage.json"
+        subprocess.run([sys.executable, "-m", "coverage", "json", "-q", "-o", str(told)], cwd=self.root, check=True)
+        for path, found in json.loads(told.read_text())["files"].items():
+            self.passed[path] = {int(line): set(names) for line, names in found["contexts"].items()}
+        return None
 
     def killer(self, mutation: Mutation, limit_s: float) -> str | None:
         """The test that notices this change; None when all pass."""
         path = self.root / mutation.path
         source = path.read_bytes()
-        near = self._near(mutation.path)
         try:
             path.write_bytes(mutation.applied(source))
             self._forget(path)
-            rest = [test for test in self.tests if test not in near]
-            return (near and self.failure(near, limit_s)) or self.failure(rest, limit_s)
+            return self.failure(self._fitting(mutation), limit_s)
         finally:
             path.write_bytes(source)
             self._forget(path)
+
+    def _fitting(self, mutation: Mutation) -> list[str]:
+        """The tests that may notice this change, the likeliest first."""
+        near = self._near(mutation.path)
+        lines = self.passed[mutation.path]
+        names = {name for at in range(mutation.line, mutation.last_line + 1) for name in lines.get(at, ())}
+        if names <= {""}:
+            return near + [test for test in self.tests if test not in near]
+        # A test is told as `tests.core.test_topics.test_name`, with its class where it has one.
+        found = [tuple(name.split(".", 3)) for name in names if name.startswith("tests.")]
+        tests: dict[str, list[str]] = {f"tests/{folder}/{file}.py": [] for _, folder, file, _ in found}
+        for _, folder, file, test in sorted(found):
+            tests[f"tests/{folder}/{file}.py"].append(test.replace(".", "::"))
+        order = sorted(tests, key=lambda file: (file not in near, near.index(file) if file in near else 0))
+        # hypothesis runs its state machines under names of its own: then whole files.
+        others = near if any(name and not name.startswith("tests.") for name in names) else []
+        return [f"{file}::{test}" for file in order for test in tests[file] if file in self.tests] + others
 
     def _near(self, path: str) -> list[str]:
         """The test files that import this module, those about little else first."""
@@ -223,17 +257,18 @@ class Tree:
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
             compiled.unlink()
 
-    def failure(self, tests: list[str], limit_s: float) -> str | None:
+    def failure(self, tests: list[str], limit_s: float, runner: Sequence[str] = ()) -> str | None:
         """The first failure of these tests; None when all pass."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
+        command = [sys.executable, "-m", *runner, "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
         options = ["-o", "timeout=60", "--hypothesis-seed=1", f"--basetemp={self.root / 'tmp'}"]
         shutil.rmtree(
             self.root / ".hypothesis", ignore_errors=True
         )  # what failed for one change is not tried on the next
+        search = os.pathsep.join([str(self.root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         process = subprocess.Popen(
             [*command, *options, *tests],
             cwd=self.root,
-            env=os.environ | {"PYTHONPATH": str(self.root), "HYPOTHESIS_PROFILE": "unshrunk"},
+            env=os.environ | {"PYTHONPATH": search, "HYPOTHESIS_PROFILE": "unshrunk"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -292,7 +327,7 @@ def main() -> int:
     survivors: list[Mutation] = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         tree = Tree(Path(folder))
-        if (failure := tree.failure(tree.tests, wishes.limit_s)) is not None:
+        if (failure := tree.watch(2 * wishes.limit_s)) is not None:
             print(f"The tests fail without any change: {failure}", file=sys.stderr)
             return 2
         for number, mutation in enumerate(chosen, start=1):

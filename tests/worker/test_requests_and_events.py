@@ -540,3 +540,13 @@ def test_a_topic_outside_the_protocol_is_ignored_and_the_worker_lives(bus: Bus, 
     bus.sender.publish(topic, b"hi")
     bus.ask("hi", request_id="r1")
     bus.listener.terminal("r1")
+
+
+def test_a_clients_metadata_comes_back_with_the_start_and_with_the_end(bus: Bus) -> None:
+    bus.worker()
+    bus.ask("one", request_id="r1", metadata={"room": "kitchen"})
+    bus.ask("one", request_id="r2")
+    assert bus.listener.terminal("r1")["metadata"] == {"room": "kitchen"}
+    assert bus.listener.until(type="start", request_id="r1")["metadata"] == {"room": "kitchen"}
+    assert "metadata" not in bus.listener.terminal("r2")
+    assert "metadata" not in bus.listener.until(type="start", request_id="r2")

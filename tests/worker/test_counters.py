@@ -1,0 +1,31 @@
+"""What the health message counts."""
+
+from __future__ import annotations
+
+from llamacpp_mqtt_deploy.core.deltas import TokenUsage
+from llamacpp_mqtt_deploy.worker.counters import Counters
+
+
+def test_each_request_is_counted_once_by_how_it_ended() -> None:
+    counters = Counters()
+    counters.add("accepted")
+    counters.add("accepted", 3)
+    usage = TokenUsage(prompt_tokens=10, completion_tokens=7, cached_tokens=4)
+    counters.ended("stop", error=False, usage=usage)
+    counters.ended("cancelled", error=False, usage=usage)
+    counters.ended("timeout", error=True, usage=usage)
+    counters.refused("busy")
+    counters.refused("busy")
+    told = counters.snapshot(period_s=1.0)
+    assert told["requests"] == {"accepted": 4, "done": 2, "cancelled": 1, "failed": 1}
+    assert told["errors"] == {"timeout": 1, "busy": 2}
+    assert told["tokens"] == {"prompt": 30, "cached": 12, "completion": 21}
+
+
+def test_tokens_per_second_are_those_since_the_last_look() -> None:
+    counters = Counters()
+    counters.ended("stop", error=False, usage=TokenUsage(prompt_tokens=0, completion_tokens=10))
+    assert counters.snapshot(period_s=3.0)["tokens_per_second"] == 3.33
+    assert counters.snapshot(period_s=3.0)["tokens_per_second"] == 0.0
+    counters.ended("stop", error=False, usage=TokenUsage(prompt_tokens=0, completion_tokens=4))
+    assert counters.snapshot(period_s=0.0)["tokens_per_second"] == 4000.0  # no time at all is taken for a millisecond
