@@ -88,7 +88,7 @@ def test_surrogate_pairs_cut_by_the_server_come_out_whole(text: str, data: st.Da
 
 
 def test_half_a_pair_becomes_a_replacement_character() -> None:
-    assert joined(read(chunk(content="\ud83d"), chunk(content="a\ude00"))[0]).encode()
+    assert joined(read(chunk(content="\ud83d"), chunk(content="a\ude00"))[0]) == "\ufffda\ufffd"
 
 
 def test_broken_utf8_is_read_with_replacement_characters() -> None:
@@ -203,3 +203,11 @@ def test_deltas_are_counted_as_tokens_where_the_engine_tells_no_number() -> None
         chunk("tool_calls"),
     )
     assert (finished.usage.completion_tokens, finished.usage.prompt_tokens) == (5, 0)
+
+
+@pytest.mark.parametrize("letter", ["\U00010000", "\U0010ffff", "\U0001f600"])
+def test_the_first_and_the_last_of_all_pairs_come_out_whole(letter: str) -> None:
+    high, low = json.dumps(letter)[1:7], json.dumps(letter)[7:13]
+    events = [b'{"choices":[{"delta":{"content":"' + half.encode() + b'"}}]}' for half in (high, low)]
+    deltas, _ = read(*events, chunk("stop"))
+    assert joined(deltas) == letter

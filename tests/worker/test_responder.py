@@ -170,3 +170,22 @@ def test_a_stream_that_tells_only_its_end_has_no_snapshot() -> None:
     responder.start({"worker": "w", "created": 1})
     assert not responder.snapshot()
     assert broker.events == []
+
+
+def test_text_that_waits_goes_out_before_the_end_and_nothing_after_it() -> None:
+    for fields in ({"finish_reason": "stop"}, None):
+        broker = SlowBroker()
+        responder = _responder(broker)
+        responder.text("content", "one ")
+        responder.text("content", "two")
+        if fields is not None:
+            end = responder.done(fields)
+        else:
+            end = responder.error(code="timeout", message="late", retryable=True, details={})
+        assert broker.chunks() == ["one ", "two"]
+        assert json.loads(end)["seq"] == 2
+        before = len(broker.events)
+        responder.text("content", "too late")
+        responder.ping(state="generating")
+        responder.flush()
+        assert len(broker.events) == before
