@@ -40,7 +40,7 @@ class PendingAck:
         return self._event
 
 
-class AckDesk:
+class PendingAcks:
     """Finds the waiting place of an ack by its transaction."""
 
     def __init__(self) -> None:

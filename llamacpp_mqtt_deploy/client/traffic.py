@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from llamacpp_mqtt_deploy.client.acks import AckDesk
+from llamacpp_mqtt_deploy.client.acks import PendingAcks
 from llamacpp_mqtt_deploy.client.address import BrokerAddress, not_permitted
 from llamacpp_mqtt_deploy.client.answer import Answer
 from llamacpp_mqtt_deploy.client.connection import (
@@ -45,7 +45,7 @@ class Traffic:
             on_lost=self._lost,
             on_refused=self._refused,
         )
-        self.acks = AckDesk()
+        self.acks = PendingAcks()
         self.board = StatusBoard()
         self.changed = threading.Event()
         self._lock = threading.Lock()

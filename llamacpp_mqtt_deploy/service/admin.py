@@ -1,41 +1,101 @@
-"""What an operator may do to the worker: cancel_all, drain, resume, reload, restart_engine, log_level."""
+"""What an operator does to a running worker (cancel everything, drain, resume, reload ...), and the acks of the admin topic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
 
+from llamacpp_mqtt_deploy import logs
+from llamacpp_mqtt_deploy.config.loading import ConfigurationError, Loaded, load
+from llamacpp_mqtt_deploy.config.reloading import reload
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.requests import AdminCommand, parse_admin
-from llamacpp_mqtt_deploy.ports import Delivery, Outbox
+from llamacpp_mqtt_deploy.ports import Delivery, Engine, Outbox
+from llamacpp_mqtt_deploy.service.presence import Presence
+from llamacpp_mqtt_deploy.worker.control import Controls
+from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
+from llamacpp_mqtt_deploy.worker.policies import InForce
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Levers:
-    """What the daemon lets an operator move; each returns at once. `reload` gives the fields of its ack."""
+class Operations:
+    """What the admin topic and SIGHUP do; each returns at once."""
 
-    cancel_all: Callable[[], int]
-    drain: Callable[[], None]
-    resume: Callable[[], bool]
-    reload: Callable[[], Mapping[str, Any]]
-    restart_engine: Callable[[], bool]
-    log_level: Callable[[str], None]
+    def __init__(
+        self,
+        *,
+        loaded: Loaded,
+        in_force: InForce,
+        registry: JobRegistry,
+        controls: Controls,
+        presence: Presence,
+        engine: Engine,
+    ) -> None:
+        self._loaded = loaded
+        self._in_force = in_force
+        self._registry = registry
+        self._controls = controls
+        self._presence = presence
+        self._engine = engine
+
+    def cancel_all(self) -> int:
+        """Cancel every request; returns how many were told to stop."""
+        return sum(map(self._controls.cancel, self._registry.all()))
+
+    def drain(self) -> None:
+        """Refuse new requests from now on, until `resume`; what is inside goes on."""
+        self._registry.drain()
+        self._presence.become("draining")
+
+    def resume(self) -> bool:
+        """Take requests again; False when the worker is stopping."""
+        if not self._registry.resume():
+            return False
+        self._presence.become("online")
+        return True
+
+    def restart_engine(self) -> bool:
+        """Restart the engine; False when this kind of engine is not ours."""
+        return self._engine.restart()
+
+    def log_level(self, level: str) -> None:
+        logs.set_level(level)
+
+    def reload(self) -> Mapping[str, Any]:
+        """Read the configuration again; returns the fields of the ack. A wrong one changes nothing."""
+        try:
+            loaded = load(self._loaded.file, self._loaded.overrides)
+        except ConfigurationError as problem:
+            log.error("configuration.refused", problems=list(problem.problems))
+            return {"status": "error", "code": "bad_request", "message": "; ".join(problem.problems)[:2000]}
+        found = reload(self._in_force.settings, loaded.settings)
+        self._in_force.change(settings=found.settings, engine_models=self._engine.info().models)
+        limits = found.settings.limits
+        self._registry.set_limits(
+            queue_size=limits.queue_size,
+            session_queue=limits.session_queue,
+            aging_s=limits.aging_s,
+            max_requests_per_minute=limits.max_requests_per_minute,
+        )
+        if "logging.level" in found.changed:
+            logs.set_level(found.settings.logging.level)
+        log.warning("configuration.reloaded", changed=list(found.changed), needs_restart=list(found.needs_restart))
+        self._presence.renew()
+        return {"changed": list(found.changed), "needs_restart": list(found.needs_restart)}
 
 
-class AdminDesk:
+class AdminReplies:
     """Answers admin messages, in the intake's thread."""
 
-    def __init__(self, *, outbox: Outbox, topics: TopicMap, levers: Levers) -> None:
+    def __init__(self, *, outbox: Outbox, topics: TopicMap, operations: Operations) -> None:
         self._outbox = outbox
         self._topics = topics
-        self._levers = levers
+        self._operations = operations
 
     def handle(self, delivery: Delivery, correlation: bytes | None) -> None:
         """Do what the message asks and publish its `ack`, with the Correlation Data that it may have."""
@@ -54,18 +114,18 @@ class AdminDesk:
     def _do(self, admin: AdminCommand) -> Mapping[str, Any]:
         match admin.action:
             case "cancel_all":
-                return {"cancelled": self._levers.cancel_all()}
+                return {"cancelled": self._operations.cancel_all()}
             case "drain":
-                self._levers.drain()
+                self._operations.drain()
                 return {"state": "draining"}
             case "resume":
-                if self._levers.resume():
+                if self._operations.resume():
                     return {"state": "online"}
                 return {"status": "error", "code": "shutting_down", "message": "the worker is stopping; start it again"}
             case "reload":
-                return self._levers.reload()
+                return self._operations.reload()
             case "restart_engine":
-                if self._levers.restart_engine():
+                if self._operations.restart_engine():
                     return {}
                 return {
                     "status": "error",
@@ -74,5 +134,5 @@ class AdminDesk:
                 }
             case "log_level":
                 assert admin.level is not None
-                self._levers.log_level(admin.level)
+                self._operations.log_level(admin.level)
                 return {"level": admin.level}

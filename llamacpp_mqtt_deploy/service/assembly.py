@@ -8,15 +8,13 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
-from llamacpp_mqtt_deploy.service.admin import AdminDesk, Levers
+from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
-from llamacpp_mqtt_deploy.service.operations import Operations
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.worker.completion import Completion
@@ -103,18 +101,7 @@ class Parts:
             presence=self.presence,
             engine=engine,
         )
-        desk = AdminDesk(
-            outbox=link,
-            topics=topics,
-            levers=Levers(
-                cancel_all=self.operations.cancel_all,
-                drain=self.operations.drain,
-                resume=self.operations.resume,
-                reload=self.operations.reload,
-                restart_engine=engine.restart,
-                log_level=logs.set_level,
-            ),
-        )
+        admin = AdminReplies(outbox=link, topics=topics, operations=self.operations)
         self.intake = Intake(
             topics=topics,
             outbox=link,
@@ -122,7 +109,7 @@ class Parts:
             registry=self.registry,
             maker=maker,
             controls=controls,
-            admin=desk.handle,
+            admin=admin.handle,
             completion=self.completion,
             counters=self.counters,
             policies=in_force.policies,
