@@ -15,6 +15,8 @@ COMMANDS: Mapping[str, str] = {
     "run": "Run the daemon: connect the engine to the broker.",
     "ask": "Ask one question and stream the answer.",
     "chat": "Talk to the model.",
+    "status": "Show the workers on the bus and how they are.",
+    "admin": "Drain a worker, resume it, reload it and the like.",
     "check": "Try configuration, broker, permissions and engine, and say what to do.",
     "config": "Show the effective configuration and where each value comes from.",
     "demo": "A broker, a small model and a daemon on this machine, to play with.",

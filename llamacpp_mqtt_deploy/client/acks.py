@@ -1,4 +1,4 @@
-"""Control messages that wait for their `ack`."""
+"""Control and admin messages that wait for their `ack`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.exceptions import BusError
 
 WAITING_ACKS = 1000
 
 
 class PendingAck:
-    """A place for the answer to one control message."""
+    """A place for the answer to one control or admin message."""
 
     def __init__(self) -> None:
         self.transaction = secrets.token_hex(8)
         self._arrived = threading.Event()
         self._event: Mapping[str, Any] = {}
-        self._refusal: str | None = None
+        self._refusal: BusError | None = None
 
     def give(self, event: Mapping[str, Any]) -> None:
         self._event = event
         self._arrived.set()
 
-    def refuse(self, sentence: str) -> None:
-        """The broker forbids the control topic."""
-        self._refusal = sentence
+    def refuse(self, error: BusError) -> None:
+        """The broker does not deliver the message."""
+        self._refusal = error
         self._arrived.set()
 
     def wait(self, timeout_s: float) -> Mapping[str, Any] | None:
-        """The ack, None when it does not come in time; raises `NotPermitted`."""
+        """The ack, None when it does not come in time; raises what `refuse` was told."""
         if not self._arrived.wait(timeout_s):
             return None
         if self._refusal is not None:
-            raise NotPermitted(self._refusal)
+            raise self._refusal
         return self._event
 
 

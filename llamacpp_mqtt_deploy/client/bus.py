@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import ssl
 import threading
@@ -77,7 +78,7 @@ class BusClient:
         self._traffic = Traffic(self.address, root=root)
         self._connection = self._traffic.connection
         self._watch = Watch(self._traffic, offline_limit_s=offline_limit_s)
-        self._status_refused = False
+        self._status_refused: NotPermitted | None = None
         self._closing = False
         self._own_session: str | None = None
 
@@ -88,8 +89,8 @@ class BusClient:
         self._connection.open()
         try:
             self._connection.subscribe(self._traffic.topic("status", "+"))
-        except NotPermitted:
-            self._status_refused = True  # allowed by the recommended access list, but no condition for an answer
+        except NotPermitted as error:
+            self._status_refused = error  # allowed by the recommended access list, but no condition for an answer
         except BusError:
             self._connection.close()
             raise
@@ -211,23 +212,37 @@ class BusClient:
         _check(session, request_id)
         self._traffic.listen(session)
         topic = self._traffic.topic("control", session)
+        return self._order(topic, action, timeout_s=timeout_s, request_id=request_id, **fields)
+
+    def admin(self, worker: str, action: str, *, timeout_s: float = 10.0, **fields: Any) -> Mapping[str, Any]:
+        """Send an admin message (`drain`, `resume`, `cancel_all`, ...) to one worker and return its `ack`.
+
+        The ack's `status` is `ok` or `error` (with a `code`). Raises `NoWorker` when none comes in time, `NotPermitted`.
+        """
+        if not is_level(worker):
+            raise ValueError(f"worker {worker!r}: letters, digits, _ . and -, at most 64")
+        self._connection.subscribe(self._traffic.topic("admin-reply", worker))
+        return self._order(self._traffic.topic("admin", worker), action, timeout_s=timeout_s, **fields)
+
+    def _order(self, topic: str, action: str, *, timeout_s: float, **fields: Any) -> Mapping[str, Any]:
+        """Publish a control or admin message and wait for its ack."""
+        unanswered = f"On {topic} {action} was not answered within {timeout_s:g} s"
         with self._traffic.acks.awaiting() as ack:
-            message = {"action": action, "request_id": request_id, "transaction": ack.transaction, **fields}
+            message = {"action": action, "transaction": ack.transaction, **fields}
             payload = orjson.dumps({name: value for name, value in message.items() if value is not None})
 
             def acknowledged(value: int, reason: str) -> None:
                 if value >= REFUSED:
-                    ack.refuse(not_permitted("publish to", topic, self.address, reason))
+                    ack.refuse(NotPermitted(not_permitted("publish to", topic, self.address, reason)))
 
-            if not self._connection.publish(topic, payload, on_ack=acknowledged):
+            # Expires with our patience: a worker that comes back later must not do what nobody waits for any more.
+            if not self._connection.publish(topic, payload, expiry_s=max(1, math.ceil(timeout_s)), on_ack=acknowledged):
                 raise BrokerUnreachable(
                     f"The connection to the broker at {self.address} is lost; it is being restored."
                 )
             event = ack.wait(timeout_s)
         if event is None:
-            raise NoWorker(
-                self._traffic.nobody(f"The control message {action} was not answered within {timeout_s:g} s")
-            )
+            raise NoWorker(self._traffic.unanswered(unanswered))
         return event
 
     def tell(self, session: str, action: str, *, timeout_s: float = 1.0) -> bool:
@@ -252,11 +267,22 @@ class BusClient:
         messages = ack.get("messages")
         return list(messages) if isinstance(messages, list) else []
 
-    def status(self, *, wait_s: float = 1.0) -> dict[str, Mapping[str, Any]]:
-        """The retained status of every worker by its id; waits at most this long for the first one."""
-        if not self._status_refused:
+    def status(self, *, wait_s: float = 1.0, required: bool = False) -> dict[str, Mapping[str, Any]]:
+        """The retained status of every worker by its id; waits at most this long for the first one.
+
+        Where the broker does not allow it there is none; `required` raises `NotPermitted` then.
+        """
+        if self._status_refused is None:
             self._traffic.board.wait(wait_s)
+        elif required:
+            raise self._status_refused
         return self._traffic.board.all()
+
+    def health(self, *, wait_s: float = 1.0) -> dict[str, Mapping[str, Any]]:
+        """The retained health of every worker by its id; waits at most this long for the first one. Raises `NotPermitted`."""
+        self._connection.subscribe(self._traffic.topic("health", "+"))
+        self._traffic.health.wait(wait_s)
+        return self._traffic.health.all()
 
     def workers_online(self) -> list[str]:
         """The workers whose status says that they take or finish requests, as far as it has arrived."""

@@ -17,6 +17,14 @@ def nobody(what: str, *, status: str, broker: str, known: str) -> str:
     )
 
 
+def silent(what: str, workers: Sequence[str]) -> str:
+    """`what` went unanswered although workers are online."""
+    return (
+        f"{what}, though online: {', '.join(workers[:5])}."
+        " Over MQTT 3.1.1 a publish that the access list forbids looks like success; `lmd check` tells."
+    )
+
+
 def given_up(
     why: Why, *, broker: str, sends: int, workers: Sequence[str], offline_limit_s: float, nobody: str
 ) -> BusError:

@@ -22,7 +22,7 @@ from llamacpp_mqtt_deploy.client.connection import (
     Connection,
 )
 from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
-from llamacpp_mqtt_deploy.client.explain_end import nobody
+from llamacpp_mqtt_deploy.client.explain_end import nobody, silent
 from llamacpp_mqtt_deploy.client.retry import RetryRules
 from llamacpp_mqtt_deploy.client.workers import StatusBoard
 
@@ -47,6 +47,7 @@ class Traffic:
         )
         self.acks = PendingAcks()
         self.board = StatusBoard()
+        self.health = StatusBoard()
         self.changed = threading.Event()
         self._lock = threading.Lock()
         self._live: dict[tuple[str, str], Answer] = {}
@@ -166,6 +167,11 @@ class Traffic:
         """The sentence for an answer that did not come, with what is known of the workers."""
         return nobody(what, status=self.topic("status", "#"), broker=str(self.address), known=self.board.summary())
 
+    def unanswered(self, what: str) -> str:
+        """The sentence for a control or admin message without an ack."""
+        online = self.board.online()
+        return silent(what, online) if online else self.nobody(what)
+
     # --- in: paho's thread only looks up and hands over --------------------------------------------------------------
 
     def _received(self, topic: str, payload: bytes, retain: bool) -> None:
@@ -173,7 +179,10 @@ class Traffic:
         if kind == "status":
             self.board.note(rest, payload)
             return
-        if kind != "reply" or retain:
+        if kind == "health":
+            self.health.note(rest, payload)
+            return
+        if kind not in ("reply", "admin-reply") or retain:
             return
         try:
             event = orjson.loads(payload)
@@ -181,6 +190,9 @@ class Traffic:
             log.warning("event.unreadable topic=%s bytes=%d", topic, len(payload))
             return
         if not isinstance(event, dict):
+            return
+        if kind == "admin-reply":
+            self.acks.note(event)
             return
         if event.get("type") == "ack":
             self._note_ack(rest, event)

@@ -1,8 +1,9 @@
-"""What a client knows of the workers: their retained status messages."""
+"""What a client knows of the workers: their retained status and health messages."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +11,17 @@ import orjson
 
 KNOWN_WORKERS = 100
 DEFAULT_HEARTBEAT_S = 15.0
+QUIET_S = 0.05
+"""Retained messages come in one go; this long after the last of them there are no more."""
 
 
 class StatusBoard:
-    """The latest status of each worker; written by the network thread, read by any."""
+    """The latest status (or health) of each worker; written by the network thread, read by any."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._workers: dict[str, Mapping[str, Any]] = {}
-        self._something = threading.Event()
+        self._messages = 0
 
     def note(self, worker: str, payload: bytes) -> None:
         """Take a status message; an empty one clears the worker's place."""
@@ -26,20 +29,26 @@ class StatusBoard:
             status = orjson.loads(payload) if payload else None
         except orjson.JSONDecodeError:
             return
-        with self._lock:
+        with self._changed:
             if not payload:
                 self._workers.pop(worker, None)
             elif isinstance(status, dict) and (worker in self._workers or len(self._workers) < KNOWN_WORKERS):
                 self._workers[worker] = status
-        self._something.set()
+            self._messages += 1
+            self._changed.notify_all()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until something has arrived, and a moment longer for what the broker sends right behind it."""
-        if self._something.wait(timeout_s):
-            threading.Event().wait(min(0.05, timeout_s))
+        """Wait until something has arrived, and until nothing more comes right behind it; at most this long."""
+        ends_at = time.monotonic() + timeout_s
+        with self._changed:
+            self._changed.wait_for(lambda: self._messages, timeout_s)
+            while (remaining_s := ends_at - time.monotonic()) > 0:
+                known = self._messages
+                if not self._changed.wait_for(lambda: self._messages != known, min(QUIET_S, remaining_s)):  # noqa: B023
+                    return
 
     def all(self) -> dict[str, Mapping[str, Any]]:
-        with self._lock:
+        with self._changed:
             return dict(self._workers)
 
     def online(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
     broker_options,
     closing_pipe,
+    colourful,
     flag_overrides,
     harmless,
     leave,
@@ -104,7 +104,7 @@ def _print_json(findings: Iterable[Finding]) -> int:
 
 
 def _print_lines(findings: Iterable[Finding]) -> int:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+    colour = colourful()
     counts = {"ok": 0, "warn": 0, "FAIL": 0, "skip": 0}
     for found in findings:
         counts[found.verdict] += 1

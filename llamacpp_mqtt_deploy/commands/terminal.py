@@ -155,6 +155,11 @@ def exit_code(error: BusError) -> int:
             return FAILED
 
 
+def colourful() -> bool:
+    """Whether stdout is a terminal that shows colours, and its owner wants them."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+
+
 @contextlib.contextmanager
 def told(name: str, outcome: list[int]) -> Iterator[None]:
     """Errors of the bus as one line on stderr and an exit code in `outcome`."""
@@ -206,13 +211,19 @@ class Interrupts:
 
 # --- the answer ----------------------------------------------------------------------------------------------------------
 
-# C0 but newline and tab, DEL, and C1: with them a model could move the cursor, set the title or fake a prompt.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 but newline and tab, DEL, and C1: with them a model could move the cursor, set the title or fake a prompt. The marks for
+# the direction of writing could show a command or a name in another order than the one in which it is copied.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """The text without control characters, newline and tab excepted."""
+    """The text without control characters and marks of direction, newline and tab excepted."""
     return _CONTROL.sub("", text)
+
+
+def one_line(value: object) -> str:
+    """Something that came over the wire as one harmless line."""
+    return " ".join(harmless(str(value)).split())
 
 
 @dataclass(slots=True)

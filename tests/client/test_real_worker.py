@@ -66,6 +66,25 @@ def test_an_answer_that_arrives_in_one_read_is_told_once(
             assert "".join(answer) == "a fast engine is done at once" == answer.result().content
 
 
+def test_an_operator_sees_a_worker_drains_it_and_resumes_it(
+    guarded: Mosquitto, environment: dict[str, str], tmp_path: Path
+) -> None:
+    password_file = tmp_path / "operator"
+    password_file.write_text(PASSWORDS["operator"])
+    password_file.chmod(0o600)
+    flags = ["--port", str(guarded.port), "--username", "operator", "--password-file", str(password_file)]
+    with ShamServer() as engine, working(engine.url, guarded, environment, tmp_path):
+        for words, state in ((["drain"], "draining"), (["resume"], "online"), (["log-level", "debug"], "online")):
+            result = lmd("admin", *words, *flags, environment=environment)
+            assert (result.returncode, result.stderr) == (0, b"")
+            shown = lmd("status", *flags, environment=environment)
+            assert shown.returncode == 0
+            assert shown.stdout.decode().splitlines()[1].split()[:2] == ["real", state]
+        foreign = lmd("admin", "restart-engine", *flags, environment=environment)
+        assert foreign.returncode == 1
+        assert b"unsupported" in foreign.stderr
+
+
 def test_the_pieces_of_short_answers_join_to_the_whole(bus: BusClient) -> None:
     for number in range(30):
         answer = bus.ask("hello there", session=f"alice/s{number}", max_tokens=1 + number % 5)

@@ -25,9 +25,13 @@ topic write llm/reply/#
 topic write llm/admin-reply/#
 topic readwrite llm/status/#
 topic readwrite llm/health/#
+
+user operator
+topic write llm/admin/#
+topic read llm/admin-reply/#
 """
 
-PASSWORDS = {name: f"{name}-secret" for name in ("worker", "alice", "bob")}
+PASSWORDS = {name: f"{name}-secret" for name in ("worker", "operator", "alice", "bob")}
 
 Play = Callable[["PlayedWorker", str, dict[str, Any]], None]
 
@@ -43,7 +47,8 @@ def answer_in_words(worker: PlayedWorker, session: str, request: dict[str, Any])
 
 
 class PlayedWorker:
-    """Answers each request with `play`; `requests` holds (session, payload) and `controls` (session, message)."""
+    """Answers each request with `play`; `requests` holds (session, payload), `controls` (session, message), `orders` what an
+    operator said, which is answered with the fields of `admin_ack`."""
 
     def __init__(
         self,
@@ -53,8 +58,12 @@ class PlayedWorker:
         username: str | None = None,
         online: bool = True,
         protocol: str = "5",
+        name: str = "played",
     ) -> None:
         self.play = play
+        self.name = name
+        self.orders: list[dict[str, Any]] = []
+        self.admin_ack: dict[str, Any] | None = {}
         self.requests: list[tuple[str, bytes]] = []
         self.controls: list[tuple[str, dict[str, Any]]] = []
         self.history: dict[str, list[dict[str, str]]] = {}
@@ -83,7 +92,8 @@ class PlayedWorker:
 
     def __exit__(self, *_: object) -> None:
         if self._client.is_connected():
-            self._publish("llm/status/played", b"", retain=True).wait_for_publish(5)
+            for kind in ("status", "health"):
+                self._publish(f"llm/{kind}/{self.name}", b"", retain=True).wait_for_publish(5)
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -108,7 +118,10 @@ class PlayedWorker:
 
     def status(self, **fields: Any) -> None:
         status = {"state": "online", "protocol": 1, "heartbeat_s": 15, **fields}
-        self._publish("llm/status/played", json.dumps(status).encode(), retain=True).wait_for_publish(5)
+        self._publish(f"llm/status/{self.name}", json.dumps(status).encode(), retain=True).wait_for_publish(5)
+
+    def health(self, **fields: Any) -> None:
+        self._publish(f"llm/health/{self.name}", json.dumps(fields).encode(), retain=True).wait_for_publish(5)
 
     def raw(self, topic: str, payload: bytes) -> None:
         self._publish(topic, payload)
@@ -118,8 +131,8 @@ class PlayedWorker:
 
     def _connected(self, client: paho.Client, *_: object) -> None:
         if self._online:
-            self._publish("llm/status/played", b'{"state":"online","protocol":1,"heartbeat_s":15}', retain=True)
-        client.subscribe([("llm/request/#", 1), ("llm/control/#", 1)])
+            self._publish(f"llm/status/{self.name}", b'{"state":"online","protocol":1,"heartbeat_s":15}', retain=True)
+        client.subscribe([("llm/request/#", 1), ("llm/control/#", 1), (f"llm/admin/{self.name}", 1)])
 
     def _received(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         _, kind, session = message.topic.split("/", 2)
@@ -129,6 +142,9 @@ class PlayedWorker:
                 self.play(self, session, json.loads(message.payload))
             return
         control = json.loads(message.payload)
+        if kind == "admin":
+            self._obey(control)
+            return
         self.controls.append((session, control))
         if self.answers_control:
             extra: dict[str, Any] = (
@@ -139,3 +155,10 @@ class PlayedWorker:
             ack = {"type": "ack", "action": control["action"], "status": "ok", **extra}
             ack |= {name: control[name] for name in ("transaction", "request_id") if name in control}
             self._publish(f"llm/reply/{session}", json.dumps(ack).encode())
+
+    def _obey(self, order: dict[str, Any]) -> None:
+        self.orders.append(order)
+        if self.admin_ack is not None:
+            ack = {"type": "ack", "worker": self.name, "action": order["action"], "status": "ok", **self.admin_ack}
+            for transaction in ("somebody-else", order["transaction"]):
+                self._publish(f"llm/admin-reply/{self.name}", json.dumps(ack | {"transaction": transaction}).encode())
