@@ -68,7 +68,7 @@ class LlamaCppClient:
         """Yield the answer to these OpenAI messages as the server generates it.
 
         `debug_info`, when given, is filled on the way: `model`, `reasoning`, `tool_calls`, `finish_reason`, `usage` (tokens)
-        and `timings` (milliseconds, tokens per second). Leaving the iteration early stops the generation on the server.
+        `timings` (milliseconds, tokens per second) and, if there are any, `warnings`. Leaving the iteration early stops the generation on the server.
         """
         sampling = {
             "temperature": self.config.temperature if temperature is None else temperature,
@@ -158,8 +158,10 @@ class _Notes:
         if self._first_at is None and isinstance(delta, Text | Reasoning | ToolCall):
             self._first_at = time.monotonic()
         match delta:
-            case Opened(model, streams):
+            case Opened(model, streams, warnings):
                 self._info.update(model=model, streams=streams)
+                if warnings:
+                    self._info["warnings"] = list(warnings)
             case Reasoning(text):
                 self._info["reasoning"] = self._info.get("reasoning", "") + text
             case ToolCall():

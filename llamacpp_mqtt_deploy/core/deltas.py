@@ -49,10 +49,12 @@ SAMPLING_FIELDS: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The request has its slot. `streams` is false when the whole answer will come in one piece."""
+    """The request has its slot. `streams` is false when the whole answer will come in one piece; `warnings` say what the
+    engine changed in the request."""
 
     model: str | None = None
     streams: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,8 @@ class Forwarder:
                 self._progress(delta, now)
             elif type(delta) is Opened:
                 job.answer.model = delta.model
+                # A request that is started again opens again and is warned once.
+                job.answer.warnings += tuple(each for each in delta.warnings if each not in job.answer.warnings)
                 job.opened = True
                 self._opened(job)
                 self._live = job.live = self._live and delta.streams

@@ -47,7 +47,7 @@ class GenerationLoop:
         except ValueError as error:
             raise BadRequest("The schema cannot be turned into a grammar that llama.cpp accepts.") from error
         try:
-            self._run.give([Opened(plan.model_name)])
+            self._run.give([Opened(plan.model_name, warnings=plan.warnings)])
             cached = self._read_prompt()
             begun_at = time.monotonic()
             reason = self._speak(sampler)

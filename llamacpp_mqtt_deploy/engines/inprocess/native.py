@@ -25,6 +25,7 @@ _NEEDED = (
     "llama_model_load_from_file", "llama_init_from_model", "llama_memory_seq_rm", "llama_state_seq_get_data",
     "llama_sampler_init_penalties", "llama_set_abort_callback", "llama_model_is_recurrent", "llama_model_is_hybrid",
 )  # fmt: skip
+_UNKNOWN, _CONTROL = 1 << 0, 1 << 3  # enum llama_token_attr
 _DECODED, _NO_ROOM, _ABORTED = 0, 1, 2  # llama_decode
 
 ProgressCallback = Callable[[float], bool]
@@ -172,6 +173,12 @@ class Model:
         self.keeps_whole_states = bool(c.llama_model_is_recurrent(handle) or c.llama_model_is_hybrid(handle))
         """Parts of a state cannot be removed: a saved one serves only prompts that begin with all of it."""
         self._ends = [bool(c.llama_vocab_is_eog(self._vocab, token)) for token in range(self.n_vocab)]
+        self.control_texts = frozenset(
+            self._text(token)
+            for token in range(self.n_vocab)
+            if c.llama_vocab_get_attr(self._vocab, token) & (_UNKNOWN | _CONTROL)
+        )
+        """What `tokenize` takes for one token and not for text, for whoever must keep it out of a prompt."""
         self._pieces: dict[int, bytes] = {}
         self._shown: set[int] = set()
 
@@ -193,7 +200,11 @@ class Model:
     def token_text(self, which: str) -> str:
         """The text of `bos` or `eos`; empty when the vocabulary has none."""
         token = int(getattr(self._c, f"llama_vocab_{which}")(self._vocab))
-        return self._c.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace") if token >= 0 else ""
+        return self._text(token) if token >= 0 else ""
+
+    def _text(self, token: int) -> str:
+        text: bytes = self._c.llama_vocab_get_text(self._vocab, token)
+        return text.decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """The tokens of a rendered prompt, marks of the template included."""

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llamacpp_mqtt_deploy.core.control_tokens import WARNING, WELL_KNOWN, ControlStrings, clean_call
 from llamacpp_mqtt_deploy.core.deltas import EngineCall
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ContextOverflow, Unsupported
 from llamacpp_mqtt_deploy.core.gbnf import NotConvertible, grammar_of, tool_grammar
@@ -39,15 +40,20 @@ class Planner:
             marks += MARKS[self.template.tool_style]
         model.show(marks)
         tags = self.template.thinking_tags
+        # Some models mark turns by what is no token: what the template writes counts too, if it is known for that.
+        written = {string for string in WELL_KNOWN if string in self.template.source}
+        self._controls = ControlStrings(model.control_texts | written)
         self._thinking_open = model.single_token(tags[0]) if tags else None
         self._thinking_end = model.tokenize(f"\n{tags[1]}\n\n", add_special=False) if tags else []
 
     def count(self, call: EngineCall) -> int:
         """Tokens of the prompt."""
+        call, _ = clean_call(call, self._controls)
         return len(self._tokenize(self._render(call)))
 
     def plan(self, call: EngineCall) -> Plan:
         """Raises BadRequest, Unsupported and ContextOverflow."""
+        call, cleaned = clean_call(call, self._controls)
         sampling = call.sampling
         style, tools = self._tools(call)
         grammar = self._grammar(call, style, tools)
@@ -85,6 +91,7 @@ class Planner:
             one_call=call.parallel_tool_calls is False or isinstance(call.tool_choice, Mapping),
             new_id=_mistral_id if style in ("mistral", "mistral_args") else _id,
             chunk_timeout_s=call.chunk_timeout_s,
+            warnings=(WARNING,) if cleaned else (),
         )
 
     def left_out(self, call: EngineCall) -> tuple[str, ...]:

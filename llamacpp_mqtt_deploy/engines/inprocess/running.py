@@ -46,6 +46,7 @@ class Plan:
     one_call: bool
     new_id: Callable[[], str]
     chunk_timeout_s: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)

@@ -31,10 +31,23 @@ class NotDescribed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a server is: its dialect and what goes into the status."""
+    """What a server is: its dialect, what goes into the status, and how its model marks a prompt."""
 
     dialect: Dialect
     info: EngineInfo
+    marks: PromptMarks | None = None
+    """None when the server does not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptMarks:
+    """What a loaded model's prompts are made with; another one, or another process, has others."""
+
+    templates: str
+    strings: frozenset[str]
+    """Texts of tokens that the server names by itself."""
+    load: tuple[str, ...]
+    """Tells one load of a model from another."""
 
 
 def describe(settings: EngineSettings, *, kind: str, shown: str, exchange: Callable[[], HttpExchange]) -> Description:
@@ -46,7 +59,7 @@ def describe(settings: EngineSettings, *, kind: str, shown: str, exchange: Calla
             if _loading(status, props):
                 raise NotDescribed("loading", f"The server at {shown} loads its model.")
             if status == 200 and ("default_generation_settings" in props or "total_slots" in props):
-                return Description("llamacpp", _llamacpp_info(settings, kind, props))
+                return Description("llamacpp", _llamacpp_info(settings, kind, props), _marks(props))
             if status >= 500:
                 raise NotDescribed("unreachable", f"The server at {shown} answers HTTP {status}. Look into its log.")
             if settings.dialect == "llamacpp":
@@ -111,6 +124,20 @@ def _llamacpp_info(settings: EngineSettings, kind: str, props: Mapping[str, Any]
         vision=_section(props, "modalities").get("vision") is True,
         thinking=template_thinks(template),
         json_schema=True,
+    )
+
+
+def _marks(props: Mapping[str, Any]) -> PromptMarks:
+    def told(name: str) -> str:
+        return str(props.get(name) or "")
+
+    # `media_marker` is where the server puts an image into a prompt, and differs from process to process.
+    names = ("bos_token", "eos_token", "media_marker")
+    templates = told("chat_template") + told("chat_template_tool_use")
+    return PromptMarks(
+        templates=templates,
+        strings=frozenset(filter(None, map(told, names))),
+        load=(templates, *map(told, (*names, "model_path", "build_info"))),
     )
 
 

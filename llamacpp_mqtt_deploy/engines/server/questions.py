@@ -49,18 +49,18 @@ class Questions:
 
     def _count(self, content: bytes, stop: StopSignal) -> int | None:
         """Ask the server to count; servers older than that endpoint render the template and tokenize it."""
-        status, answer = self._question(f"{COMPLETIONS}/input_tokens", content, stop)
+        status, answer = self.ask(f"{COMPLETIONS}/input_tokens", content, stop)
         if status == 200:
             return _whole(answer.get("input_tokens"))
         if status not in (404, 405, 501):
             return None
-        status, answer = self._question("/apply-template", content, stop)
+        status, answer = self.ask("/apply-template", content, stop)
         prompt = answer.get("prompt")
         if status != 200 or not isinstance(prompt, str):
             self.can_count = status not in (404, 405, 501)  # until the next probe finds a server
             return None
         asked = orjson.dumps({"content": prompt, "add_special": True, "parse_special": True})
-        status, answer = self._question("/tokenize", asked, stop)
+        status, answer = self.ask("/tokenize", asked, stop)
         tokens = answer.get("tokens")
         return len(tokens) if status == 200 and isinstance(tokens, list) else None
 
@@ -69,19 +69,23 @@ class Questions:
 
         Not more than once in a few seconds: each answer puts off what the server does about a client that has gone.
         """
-        status, answer = self._question("/slots", None, None)
+        status, answer = self.ask("/slots", None, None)
         slots = answer.get("")
         if status != 200 or not isinstance(slots, list):
             return None
         return tuple(_slot_progress(slot) for slot in slots if isinstance(slot, dict))
 
-    def _question(self, path: str, content: bytes | None, stop: StopSignal | None) -> tuple[int, dict[str, Any]]:
+    def ask(self, path: str, content: bytes | None, stop: StopSignal | None) -> tuple[int, dict[str, Any]]:
         """Status and JSON object of a short request, a list under the key ""; status 0 when there is none."""
         stops = () if stop is None else (stop,)
         try:
             with self._exchange(*stops) as exchange:
                 exchange.send("GET" if content is None else "POST", path, content, timeout_s=COUNT_WITHIN_S)
-                document = orjson.loads(exchange.read_all(timeout_s=COUNT_WITHIN_S))
+                content = exchange.read_all(timeout_s=COUNT_WITHIN_S)
+                try:
+                    document = orjson.loads(content)
+                except orjson.JSONDecodeError:
+                    return exchange.status, {}  # a proxy's page
                 return exchange.status, document if isinstance(document, dict) else {"": document}
         except (ConnectFailed, NoAnswer, Broken, Silent, ValueError):
             return 0, {}

@@ -34,6 +34,7 @@ class Reply:
         *,
         model: str | None,
         dialect: Dialect | None,
+        warnings: tuple[str, ...],
         refuse_when_closed: Callable[[], None],
     ) -> None:
         self._exchange = exchange
@@ -41,6 +42,7 @@ class Reply:
         self._stop = stop
         self._model = model
         self._dialect = dialect
+        self._warnings = warnings
         self._refuse_when_closed = refuse_when_closed
         self._stream = CompletionStream()
 
@@ -48,7 +50,7 @@ class Reply:
         """Have the loop read the answer and give it to `feed`; returns when it is complete."""
         if not self._streams():
             return self._feed_document(feed)
-        feed([Opened(self._model)])
+        feed([Opened(self._model, warnings=self._warnings)])
         try:
             Pump(loop, self._exchange, self._stream, feed).run(self._call.chunk_timeout_s)
         except (Silent, Broken, EventTooLong) as error:
@@ -64,7 +66,7 @@ class Reply:
         if not self._streams():
             yield from self._document()
             return
-        yield Opened(self._model)
+        yield Opened(self._model, warnings=self._warnings)
         exchange, call, stream = self._exchange, self._call, self._stream
         heard_at = time.monotonic()
         only_pings = False
@@ -133,7 +135,7 @@ class Reply:
         raise Stopped(self._stop.reason)
 
     def _document(self) -> Iterator[Delta]:
-        yield Opened(self._model, streams=False)
+        yield Opened(self._model, streams=False, warnings=self._warnings)
         try:
             document = self._exchange.read_all(timeout_s=self._call.chunk_timeout_s)
         except Silent:

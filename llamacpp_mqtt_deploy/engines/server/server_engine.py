@@ -12,6 +12,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.completions import error_from
+from llamacpp_mqtt_deploy.core.control_tokens import WARNING, clean_call
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
@@ -21,6 +22,7 @@ from llamacpp_mqtt_deploy.core.errors import (
 )
 from llamacpp_mqtt_deploy.engines.draining import drain
 from llamacpp_mqtt_deploy.engines.server import dialects
+from llamacpp_mqtt_deploy.engines.server.controls import LearnedControls, unproven
 from llamacpp_mqtt_deploy.engines.server.describing import Description, NotDescribed, describe
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
 from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
@@ -65,6 +67,7 @@ class ServerEngine:
         self._closing = StopSignal()
         self._slots = Slots(settings.slots or 1)
         self._questions = Questions(lambda *stops: self._exchange(*stops, connect_timeout_s=ASKING_CONNECT_S))
+        self._controls = LearnedControls(self._questions.ask)
 
     # --- condition ---------------------------------------------------------------------------------------------------
 
@@ -130,6 +133,7 @@ class ServerEngine:
 
     def _learn(self, description: Description) -> EngineInfo:
         self._slots.resize(description.info.slots)
+        self._controls.described(description.marks)
         with self._lock:
             self._dialect = description.dialect
             self._described = True
@@ -191,13 +195,15 @@ class ServerEngine:
         patiently(lambda: self._need_description(stop), patience, stop, on_wait)
         self._slots.acquire(stop)
         try:
-            with patiently(lambda: self._begin(call, stop), patience, stop, on_wait) as exchange:
+            exchange, warnings = patiently(lambda: self._begin(call, stop), patience, stop, on_wait)
+            with exchange:
                 yield Reply(
                     exchange,
                     call,
                     stop,
                     model=self._model_of(call),
                     dialect=self._dialect,
+                    warnings=warnings,
                     refuse_when_closed=self._refuse_when_closed,
                 )
         finally:
@@ -223,8 +229,9 @@ class ServerEngine:
             case _:
                 raise NotReady("engine_restarting", "The engine cannot be reached.")
 
-    def _begin(self, call: EngineCall, stop: StopSignal) -> StreamingExchange:
-        """Send the request and wait for the headers, which come when the server gives it a slot."""
+    def _begin(self, call: EngineCall, stop: StopSignal) -> tuple[StreamingExchange, tuple[str, ...]]:
+        """Send the request and wait for the headers, which come when the server gives it a slot; with warnings for the client."""
+        call, cleaned = self._clean(call, stop)
         content = self._content(call)
         self._refuse_when_closed()
         exchange = StreamingExchange(
@@ -255,7 +262,17 @@ class ServerEngine:
                     raise
         if self._info.state != "ready":
             self._saw(replace(self._info, state="ready", detail=""))
-        return exchange
+        return exchange, (WARNING,) if cleaned else ()
+
+    def _clean(self, call: EngineCall, stop: StopSignal) -> tuple[EngineCall, bool]:
+        """The call without control strings of the model; a server that is not llama.cpp's cannot be asked for them."""
+        if self._dialect != "llamacpp":
+            return clean_call(call, unproven(call))
+        try:
+            controls = self._controls.of(call, call.model or self._settings.model, stop)
+        except TypeError as error:
+            raise BadRequest(f"The request cannot be written as JSON: {error}.") from error
+        return clean_call(call, controls)
 
     def _refusal(self, exchange: StreamingExchange) -> Exception:
         """The error for an answer other than 200."""
@@ -317,6 +334,7 @@ class ServerEngine:
         stop.raise_if_set()
         if self._dialect != "llamacpp" or not self._questions.can_count:
             return None
+        call, _ = self._clean(call, stop)
         return self._questions.count_tokens(self._content(call), stop)
 
     def slots_progress(self) -> tuple[SlotProgress, ...] | None:
