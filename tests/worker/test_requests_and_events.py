@@ -15,6 +15,7 @@ from llamacpp_mqtt_deploy.core.deltas import (
     Delta,
     EngineCall,
     Finished,
+    Opened,
     PromptProgress,
     Reasoning,
     Text,
@@ -226,6 +227,17 @@ def test_near_misses_are_named_in_warnings_of_start_and_done(bus: Bus) -> None:
     start = bus.listener.until(type="start", request_id="r1")
     assert "max_tokens" in done["warnings"][0]
     assert start["warnings"] == done["warnings"]
+
+
+def test_what_the_engine_changed_in_a_request_is_told_once_in_start_and_done(bus: Bus) -> None:
+    worker = bus.worker()
+    worker.engine.play(Opened("m", warnings=("control strings were broken up",)), EngineLost("the engine crashed"))
+    worker.engine.play(Opened("m", warnings=("control strings were broken up",)), "hello")
+    bus.ask("hi", request_id="r1")
+    done = bus.listener.terminal("r1")
+    start = bus.listener.until(type="start", request_id="r1")
+    assert done["full_content"] == "hello"
+    assert done["warnings"] == start["warnings"] == ["control strings were broken up"]
 
 
 def test_an_empty_message_is_ignored(bus: Bus) -> None:
