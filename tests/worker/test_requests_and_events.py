@@ -230,9 +230,10 @@ def test_near_misses_are_named_in_warnings_of_start_and_done(bus: Bus) -> None:
 
 
 def test_what_the_engine_changed_in_a_request_is_told_once_in_start_and_done(bus: Bus) -> None:
-    worker = bus.worker()
-    worker.engine.play(Opened("m", warnings=("control strings were broken up",)), EngineLost("the engine crashed"))
-    worker.engine.play(Opened("m", warnings=("control strings were broken up",)), "hello")
+    engine = ScriptedEngine()
+    bus.worker(engine=engine)
+    engine.play(Opened("m", warnings=("control strings were broken up",)), EngineLost("the engine crashed"))
+    engine.play(Opened("m", warnings=("control strings were broken up",)), "hello")
     bus.ask("hi", request_id="r1")
     done = bus.listener.terminal("r1")
     start = bus.listener.until(type="start", request_id="r1")
