@@ -237,10 +237,15 @@ class PahoWire:
             self._client.loop_write()
 
     def publish(self, publish: Publish, *, retain: bool, expiry_s: int | None) -> int | None:
-        """Queue a PUBLISH; its packet id, None when paho has no free id at the moment."""
+        """Queue a PUBLISH; its packet id, None when paho has no free id at the moment, or no connection for QoS 0.
+
+        Raises ValueError when paho could never take it.
+        """
         properties = publish_properties(publish.correlation, expiry_s) if self.version == "5" else None
         info = self._client.publish(publish.topic, publish.payload, min(publish.qos, 1), retain, properties)
-        return None if info.rc == paho.MQTT_ERR_QUEUE_SIZE else info.mid
+        if info.rc == paho.MQTT_ERR_QUEUE_SIZE or (info.rc == paho.MQTT_ERR_NO_CONN and publish.qos == 0):
+            return None
+        return info.mid
 
     def acknowledge(self, mid: int) -> None:
         self._client.ack(mid, 1)

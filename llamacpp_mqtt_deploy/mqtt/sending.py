@@ -13,7 +13,7 @@ from llamacpp_mqtt_deploy.mqtt import explain
 from llamacpp_mqtt_deploy.mqtt.backoff import Reminder
 from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
-from llamacpp_mqtt_deploy.mqtt.session import Outgoing, Publish
+from llamacpp_mqtt_deploy.mqtt.session import FAULTS, Outgoing, Publish
 
 log = structlog.get_logger(__name__)
 
@@ -43,41 +43,59 @@ class Sending:
         return len(outgoing.flying) < (1 if outgoing.on_probation else outgoing.window)
 
     def pump(self, wire: PahoWire) -> None:
-        """Give the wire what may be sent now; the link's thread alone, as all that follows."""
-        outgoing = self.outgoing
-        if not outgoing.waiting:
+        """Give the wire what may be sent now; the link's thread alone, as all that follows.
+
+        Whatever the wire raises but ValueError passes through, with the publish back in its place: the wire is in doubt then, the
+        caller drops it and connects anew. A publish that brings this about each time is given up.
+        """
+        if not self.outgoing.waiting:
             return
         now = time.monotonic()
         while (publish := self._take(now)) is not None:
-            expiry_s = None
-            if publish.expires_at is not None:
-                # What waited here has grown older; 0 would mean "at once", so what is over is dropped.
-                expiry_s = round(publish.expires_at - now)
-                if expiry_s < 1:
-                    outgoing.dropped()
-                    self.done(publish, well=False)
-                    continue
-            limit = self.max_packet_bytes
-            if limit is not None and packet_bytes(publish, wire.version) > limit:
-                outgoing.dropped()
-                self.give_up(publish, f"larger than the {limit} bytes that the broker takes")
-                continue
             try:
-                mid = wire.publish(publish, retain=publish.retain and self.retain_available, expiry_s=expiry_s)
-            except ValueError as error:
-                outgoing.dropped()
-                self.give_up(publish, str(error))
-                continue
-            if mid is None:
+                went = self._send(wire, publish, now)
+            except Exception as error:
                 with self._changed:
-                    outgoing.put_back(publish)
+                    given_up = self.outgoing.failed()
+                if given_up is not None:
+                    self.give_up(given_up, f"the MQTT client failed on it {FAULTS} times in a row: {error!r}")
+                raise
+            if not went:
                 return
-            if publish.qos == 0:
+
+    def _send(self, wire: PahoWire, publish: Publish, now: float) -> bool:
+        """Send one, or end it; False when the wire takes nothing more for now."""
+        outgoing = self.outgoing
+        expiry_s = None
+        if publish.expires_at is not None:
+            # What waited here has grown older; 0 would mean "at once", so what is over is dropped.
+            expiry_s = round(publish.expires_at - now)
+            if expiry_s < 1:
                 outgoing.dropped()
-                self.done(publish, well=True)
-            else:
-                with self._changed:
-                    outgoing.sent(mid, publish)
+                self.done(publish, well=False)
+                return True
+        limit = self.max_packet_bytes
+        if limit is not None and packet_bytes(publish, wire.version) > limit:
+            outgoing.dropped()
+            self.give_up(publish, f"larger than the {limit} bytes that the broker takes")
+            return True
+        try:
+            mid = wire.publish(publish, retain=publish.retain and self.retain_available, expiry_s=expiry_s)
+        except ValueError as error:
+            outgoing.dropped()
+            self.give_up(publish, str(error))
+            return True
+        if mid is None:
+            with self._changed:
+                outgoing.put_back()
+            return False
+        if publish.qos == 0:
+            outgoing.dropped()
+            self.done(publish, well=True)
+        else:
+            with self._changed:
+                outgoing.sent(mid, publish)
+        return True
 
     def _take(self, now: float) -> Publish | None:
         # Under the lock of those who count: a publish between queue and flight would be in neither, the outbox would take one

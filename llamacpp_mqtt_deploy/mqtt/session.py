@@ -9,6 +9,9 @@ from dataclasses import dataclass
 STRIKES = 3
 """So many connections in a row must end on one and the same unacknowledged publish before it is given up."""
 
+FAULTS = 3
+"""So often in a row may the client raise on one and the same publish before it is given up."""
+
 QUIET_S = 0.3
 """A connection on probation must live this long before the suspect is sent, so that the suspect's death is its own."""
 
@@ -40,7 +43,9 @@ class Outgoing:
     def __init__(self) -> None:
         self.waiting: deque[Publish] = deque()
         self.flying: dict[int, Publish] = {}
-        self._moving = 0
+        self._taken: Publish | None = None
+        self._faulty: Publish | None = None
+        self._faults = 0
         self.window = 1
         self._suspects = 0
         self._oldest: Publish | None = None
@@ -48,7 +53,7 @@ class Outgoing:
         self._quiet_until = 0.0
 
     def __len__(self) -> int:
-        return len(self.waiting) + self._moving + len(self.flying)
+        return len(self.waiting) + (self._taken is not None) + len(self.flying)
 
     @property
     def on_probation(self) -> bool:
@@ -56,7 +61,6 @@ class Outgoing:
 
     def connected(self, *, window: int, now: float) -> None:
         self.window = window
-        self._moving = 0
         self._quiet_until = now + QUIET_S if self._suspects else 0.0
 
     def quiet_s(self, now: float) -> float:
@@ -64,25 +68,40 @@ class Outgoing:
         return max(0.0, self._quiet_until - now) if self._suspects else 0.0
 
     def next(self, now: float) -> Publish | None:
-        """Take the next publish that may be sent now; it counts as ours until `sent`, `put_back` or `dropped`."""
+        """Take the next publish that may be sent now; it counts as ours until `sent`, `put_back`, `failed` or `dropped`."""
         if not self.waiting or len(self.flying) >= (1 if self._suspects else self.window):
             return None
         if self._suspects and now < self._quiet_until:
             return None
-        self._moving = 1
-        return self.waiting.popleft()
+        self._taken = self.waiting.popleft()
+        return self._taken
 
     def sent(self, mid: int, publish: Publish) -> None:
         self.flying[mid] = publish
-        self._moving = 0
+        self._taken = None
 
-    def put_back(self, publish: Publish) -> None:
-        self.waiting.appendleft(publish)
-        self._moving = 0
+    def put_back(self) -> None:
+        """What was taken cannot go now; it keeps its place."""
+        if self._taken is not None:
+            self.waiting.appendleft(self._taken)
+            self._taken = None
+
+    def failed(self) -> Publish | None:
+        """The client raised on what was taken: it keeps its place, or is returned to be given up when that came too often."""
+        publish = self._taken
+        if publish is None:
+            return None
+        self._faults = self._faults + 1 if publish is self._faulty else 1
+        self._faulty = publish
+        if self._faults < FAULTS:
+            self.put_back()
+            return None
+        self._taken, self._faulty, self._faults = None, None, 0
+        return publish
 
     def dropped(self) -> None:
         """What was taken is done with without having flown."""
-        self._moving = 0
+        self._taken = None
 
     def acknowledged(self, mid: int) -> Publish | None:
         """Take out what this PUBACK is for."""
@@ -93,6 +112,8 @@ class Outgoing:
 
     def requeue(self) -> None:
         """Put everything in flight back in front, in order: the next connection sends it anew."""
+        # What was taken, when the link's thread died with it in its hands.
+        self.put_back()
         self.waiting.extendleft(reversed(self.flying.values()))
         self.flying.clear()
 

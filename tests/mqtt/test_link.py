@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
+from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
 from llamacpp_mqtt_deploy.mqtt.sending import Sending
+from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery
 from llamacpp_mqtt_deploy.stopping import Deadline
 from tests.support.amqtt_broker import AmqttBroker
@@ -434,6 +437,28 @@ def test_a_defect_inside_the_link_does_not_end_it(
     assert case.publish("x", b"1")
     assert hits
     assert case.lost().state == "lost"
+
+
+def test_a_publish_survives_a_client_that_raises_on_it(
+    mosquitto: Mosquitto, new_case: NewCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = new_case(port=mosquitto.port, client_id="raises")
+    original, faults = PahoWire.publish, [struct.error("a defect"), RuntimeError("another")]
+
+    def broken(self: PahoWire, publish: Publish, **more: Any) -> int | None:
+        if publish.payload == b"2" and faults:
+            raise faults.pop(0)
+        return original(self, publish, **more)
+
+    monkeypatch.setattr(PahoWire, "publish", broken)
+    done: dict[int, bool] = {}
+    for number in range(5):
+        on_done = functools.partial(done.__setitem__, number)
+        assert case.link.publish("x", str(number).encode(), on_done=on_done) == "queued"
+    assert case.link.flush(Deadline(15))
+    eventually(lambda: done == dict.fromkeys(range(5), True))
+    assert not faults
+    assert case.until("online").reconnects == 2
 
 
 # --- poison ---
