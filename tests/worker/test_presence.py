@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.service import daemon
 from llamacpp_mqtt_deploy.stopping import Deadline
@@ -59,19 +60,22 @@ def test_a_renewal_says_nothing_between_a_reconnect_and_its_subscriptions(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = bus.worker()
-    eventually(lambda: worker.daemon._subscribed)
+    eventually(lambda: worker.daemon.ready)
+    link, presence = worker.daemon.parts.link, worker.daemon.parts.presence
 
     def unanswered(*_: Any, **__: Any) -> dict[str, str]:
         raise TimeoutError("no SUBACK")
 
-    monkeypatch.setattr(worker.daemon.parts.link, "subscribe", unanswered)
-    bus.broker.drop_connection(worker.client_id)
-    eventually(lambda: worker.daemon.parts.link.info().reconnects == 1)
-    eventually(lambda: worker.daemon._online and not worker.daemon._subscribed)
-    assert _status(bus)["state"] == "offline", "the will"
+    monkeypatch.setattr(link, "subscribe", unanswered)
+    with capture_logs() as lines:
+        bus.broker.drop_connection(worker.client_id)
+        eventually(lambda: any(line["event"] == "link.greeting_failed" for line in lines))
+    told: list[str] = []
+    monkeypatch.setattr(link, "publish", lambda topic, *_, **__: told.append(topic))
     worker.daemon._renew()
-    assert worker.daemon.parts.link.flush(Deadline(5))
-    assert _status(bus)["state"] == "offline"
+    presence.become("draining")
+    presence.become("online")
+    assert "llm/status/w1" not in told, "the will speaks until it is known whether requests arrive"
 
 
 def test_a_worker_that_may_read_only_a_part_is_online_and_says_what_is_missing(bus: Bus) -> None:
