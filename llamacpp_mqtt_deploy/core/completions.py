@@ -18,7 +18,6 @@ from llamacpp_mqtt_deploy.core.deltas import (
     Reasoning,
     Text,
     TokenUsage,
-    ToolCall,
 )
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
@@ -30,6 +29,7 @@ from llamacpp_mqtt_deploy.core.errors import (
     RequestError,
     Unsupported,
 )
+from llamacpp_mqtt_deploy.core.toolcalls import checked_call
 
 MAX_MESSAGE_CHARS = 500
 """Longest text of an engine that is passed on to a client."""
@@ -128,10 +128,10 @@ class CompletionReader:
             self._deltas += 1
         if calls := delta.get("tool_calls"):
             for call in calls:
-                self._read_call(call, deltas)
+                self._read_call(call, deltas, halves=halves)
             self._deltas += 1
 
-    def _read_call(self, call: Mapping[str, Any], deltas: list[Delta]) -> None:
+    def _read_call(self, call: Mapping[str, Any], deltas: list[Delta], *, halves: bool) -> None:
         """One piece of a tool call.
 
         llama.cpp sends id, name and the first bytes of the arguments together; llama-cpp-python repeats id and name in each
@@ -147,14 +147,17 @@ class CompletionReader:
         known = self._find_call(wire_index, call_id, name)
         if known is None:
             self._calls.append(_Call(wire_index, call_id, name))
-            deltas.append(ToolCall(len(self._calls) - 1, call_id, name, arguments))
+        index, opened = known or (len(self._calls) - 1, self._calls[-1])
+        if halves:
+            arguments = self._whole(f"arguments of {index}", arguments)
+        if known is None:
+            deltas.append(checked_call(index, call_id, name, arguments))
             return
-        index, opened = known
         news_id = call_id if opened.id is None else None
         news_name = name if opened.name is None else None
         opened.id, opened.name = opened.id or call_id, opened.name or name
         if news_id or news_name or arguments:
-            deltas.append(ToolCall(index, news_id, news_name, arguments))
+            deltas.append(checked_call(index, news_id, news_name, arguments))
 
     def _find_call(self, wire_index: object, call_id: str | None, name: str | None) -> tuple[int, _Call] | None:
         for index in range(len(self._calls) - 1, -1, -1):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from llamacpp_mqtt_deploy.core.deltas import Text, ToolCall
 from llamacpp_mqtt_deploy.core.stopwords import held_back
+from llamacpp_mqtt_deploy.core.toolcalls import whole
 
 ToolStyle = Literal["hermes", "llama3", "mistral", "mistral_args"]
 """`<tool_call>{json}</tool_call>` (Hermes, Qwen); `{"name", "parameters"}` as the whole answer (Llama 3);
@@ -226,7 +227,7 @@ class ToolCallReader:
             return self._no_call(out)
         arguments = call.get("arguments", call.get("parameters"))
         given = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
-        out.append(ToolCall(self.begun, self._new_id(), name, given))
+        out.append(ToolCall(self.begun, self._new_id(), name, whole(given)))
         self.begun += 1
         self._finish(rest)
         return True
@@ -251,7 +252,7 @@ class ToolCallReader:
         else:
             given = self._held if end is None else self._held[:end]
         if given:
-            out.append(ToolCall(self.begun - 1, None, None, given))
+            out.append(ToolCall(self.begun - 1, None, None, whole(given)))
         self._held = "" if end is None else self._held[end:]
         if end is None:
             return False

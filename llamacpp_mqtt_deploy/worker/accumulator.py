@@ -9,6 +9,8 @@ from typing import Any
 import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Finished, FinishReason, Message, PromptProgress, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.core.errors import EngineFailed
+from llamacpp_mqtt_deploy.core.toolcalls import MAX_ARGUMENTS_CHARS, MAX_CALLS, checked_call
 
 # An answer that came in less than this came in one piece: its speed cannot be told from outside the engine.
 _MEASURABLE_S = 0.001
@@ -29,6 +31,7 @@ class AnswerAccumulator:
     finished: Finished | None = None
     dropped_messages: int = 0
     warnings: tuple[str, ...] = ()
+    _arguments_chars: int = 0
 
     def add_text(self, text: str, now: float, pieces: int = 1) -> None:
         self.content.append(text)
@@ -39,7 +42,13 @@ class AnswerAccumulator:
         self._count(now, pieces)
 
     def add_call(self, delta: ToolCall, now: float) -> dict[str, Any]:
-        """Merge a piece of a tool call; returns it as the `chunk` event tells it."""
+        """Merge a piece of a tool call; returns it as the `chunk` event tells it. Raises EngineFailed for what is no call."""
+        delta = checked_call(delta.index, delta.id, delta.name, delta.arguments)
+        self._arguments_chars += len(delta.arguments)
+        if self._arguments_chars > MAX_ARGUMENTS_CHARS:
+            raise EngineFailed(f"The engine called tools with more than {MAX_ARGUMENTS_CHARS} characters of arguments.")
+        if delta.index not in self.calls and len(self.calls) >= MAX_CALLS:
+            raise EngineFailed(f"The engine called more than {MAX_CALLS} tools in one answer.")
         call = self.calls.setdefault(delta.index, {"id": None, "name": None, "arguments": []})
         call["id"] = call["id"] or delta.id
         call["name"] = call["name"] or delta.name

@@ -156,6 +156,17 @@ class Completion:
         outcome: str,
         error: RequestError | None = None,
     ) -> None:
+        """Whatever fails here, the end is sent and the job leaves: else its session and its client wait until a restart."""
+        try:
+            self._write(job, terminal, history)
+            self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation)
+        except Exception:
+            log.exception("ending.failed", request_id=job.key.request_id)
+        finally:
+            self._registry.leave(job)
+        self._record(job, outcome, error)
+
+    def _write(self, job: Job, terminal: bytes, history: HistoryChange | None) -> None:
         try:
             self._store.finish(job.key, terminal, now=time.time(), history=history)
             if job.forgotten and history is not None:  # a reset came while we wrote
@@ -164,11 +175,13 @@ class Completion:
             # The client gets its answer all the same; the memory of it follows when the disk takes it.
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
             self._redelivery.store_later(job.key, terminal, now=time.time(), history=history)
-        try:
-            self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation)
-        finally:
-            self._registry.leave(job)
-        self._record(job, outcome, error)
+        except Exception:
+            # A defect, perhaps of these messages: without them the end may still be written.
+            log.exception("ending.failed", step="finish", request_id=job.key.request_id)
+            if history is not None:
+                self._write(job, terminal, None)
+            else:
+                self._redelivery.store_later(job.key, terminal, now=time.time(), history=None)
 
     def _record(self, job: Job, outcome: str, error: RequestError | None) -> None:
         """The one line of the log for each request, and its counts."""

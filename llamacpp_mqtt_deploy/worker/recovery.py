@@ -10,9 +10,9 @@ import structlog
 
 from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
-from llamacpp_mqtt_deploy.core.errors import Interrupted, RequestError, TimedOut
+from llamacpp_mqtt_deploy.core.errors import Internal, Interrupted, RequestError, TimedOut
 from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
-from llamacpp_mqtt_deploy.ports import Entry, Store
+from llamacpp_mqtt_deploy.ports import Entry, Store, StoreError
 from llamacpp_mqtt_deploy.worker.completion import often_lost
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
@@ -54,14 +54,9 @@ class Recovery:
     def run(self) -> Recovered:
         found = Recovered()
         for entry in self._store.undelivered():
-            found.delivered_again += 1
-            if entry.terminal is not None:
-                self._publish(entry, entry.terminal)
+            found.delivered_again += self._guarded(self._deliver, entry)
         for entry in self._store.unfinished():
-            if entry.state == "streaming":
-                self._end(entry, Interrupted("the worker died in the middle of this answer; send a new request for it"))
-                found.ended += 1
-            elif self._take_up(entry):
+            if self._guarded(self._take_up, entry):
                 found.run_again += 1
             else:
                 found.ended += 1
@@ -74,11 +69,49 @@ class Recovery:
             )
         return found
 
+    def _guarded(self, step: Callable[[Entry], bool], entry: Entry) -> bool:
+        """One entry that cannot be read or ended costs nobody but itself: else the worker would never start again."""
+        try:
+            return step(entry)
+        except Exception:
+            log.exception("recovery.entry_failed", request_id=entry.key.request_id, session=entry.key.session)
+            self._put_aside(entry)
+            return False
+
+    def _put_aside(self, entry: Entry) -> None:
+        """End the entry, at the least in the journal, so that it does not come again at each start."""
+        error = Internal("the worker failed on this request after a restart; its log says why")
+        try:
+            if entry.terminal is None:
+                self._finish(entry, _terminal(entry, error, metadata=None))
+                return
+        except Exception:
+            log.exception("recovery.end_failed", request_id=entry.key.request_id, session=entry.key.session)
+        try:
+            self._store.mark_delivered([entry.key])
+        except Exception:
+            log.exception("recovery.end_failed", request_id=entry.key.request_id, session=entry.key.session)
+        else:
+            log.error(
+                "recovery.entry_put_aside",
+                request_id=entry.key.request_id,
+                session=entry.key.session,
+                message="no end could be sent for this request; it is not tried again",
+            )
+
+    def _deliver(self, entry: Entry) -> bool:
+        """Publish an end that no broker has acknowledged."""
+        if entry.terminal is not None:
+            self._publish(entry, entry.terminal)
+        return True
+
     def _take_up(self, entry: Entry) -> bool:
         """Put an accepted request back into the line; False when it ended instead."""
         policies = self._policies()
         now, wall = time.monotonic(), time.time()
         try:
+            if entry.state == "streaming":
+                raise Interrupted("the worker died in the middle of this answer; send a new request for it")
             if entry.starts >= policies.settings.limits.max_starts:
                 raise often_lost(entry.starts)
             if entry.expires_at is not None and entry.expires_at <= wall:
@@ -93,10 +126,15 @@ class Recovery:
             entry=entry, address=address, request=request, received_at=now - waited_s, deadline=now + left_s
         )
         job.starts = entry.starts
-        self._registry.enter(job, recovered=True)
-        job.position = self._registry.positions().get(entry.key, 1)
-        job.responder.queued(position=job.position, reason=job.wait_reason)
-        self._registry.commit([job])
+        try:
+            self._registry.enter(job, recovered=True)
+            job.position = self._registry.positions().get(entry.key, 1)
+            job.responder.queued(position=job.position, reason=job.wait_reason)
+            self._registry.commit([job])
+        except Exception:
+            self._registry.claim_end(job)
+            self._registry.leave(job)
+            raise
         return True
 
     def _read(self, entry: Entry, policies: Policies) -> tuple[Address, Generate]:
@@ -113,16 +151,7 @@ class Recovery:
         return address, check_request(raw, policy=route.parse)
 
     def _end(self, entry: Entry, error: RequestError) -> None:
-        terminal = events.interrupted(
-            request_id=entry.key.request_id,
-            session_id=entry.key.session,
-            code=error.code,
-            message=error.message,
-            retryable=error.retryable,
-            metadata=_metadata(entry),
-        )
-        self._store.finish(entry.key, terminal, now=time.time())
-        self._publish(entry, terminal)
+        self._finish(entry, _terminal(entry, error, metadata=_metadata(entry)))
         log.warning(
             "request.finished",
             route=entry.key.route,
@@ -133,8 +162,28 @@ class Recovery:
             message=error.message,
         )
 
+    def _finish(self, entry: Entry, terminal: bytes) -> None:
+        now = time.time()
+        try:
+            self._store.finish(entry.key, terminal, now=now)
+        except StoreError as problem:
+            log.error("journal.failed", step="finish", problem=str(problem), request_id=entry.key.request_id)
+            self._redelivery.store_later(entry.key, terminal, now=now, history=None)
+        self._publish(entry, terminal)
+
     def _publish(self, entry: Entry, terminal: bytes) -> None:
         self._redelivery.send(entry.key, entry.reply_topic, terminal, entry.correlation)
+
+
+def _terminal(entry: Entry, error: RequestError, *, metadata: dict[str, object] | None) -> bytes:
+    return events.interrupted(
+        request_id=entry.key.request_id,
+        session_id=entry.key.session,
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        metadata=metadata,
+    )
 
 
 def _metadata(entry: Entry) -> dict[str, object] | None:

@@ -42,7 +42,13 @@ class Redelivery:
         return found[0] if found is not None else None
 
     def send(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> None:
-        if self._publish(key, topic, terminal, correlation) == "full":
+        """Publish a terminal event; what finds no place, or a defect of the link, is tried again by `sweep`."""
+        try:
+            published = self._publish(key, topic, terminal, correlation)
+        except Exception:
+            log.exception("terminal.failed", topic=topic, request_id=key.request_id)
+            published = "full"
+        if published == "full":
             with self._lock:
                 self._waiting[key] = (topic, terminal, correlation)
                 if len(self._waiting) > _MAX_WAITING:
@@ -95,6 +101,9 @@ class Redelivery:
                 self._store.finish(key, terminal, now=now, history=history)
             except StoreError:
                 return
-            log.info("journal.caught_up", request_id=key.request_id)
+            except Exception:
+                log.exception("journal.failed", step="finish", request_id=key.request_id)
+            else:
+                log.info("journal.caught_up", request_id=key.request_id)
             with self._lock:
                 self._unstored.pop(key, None)

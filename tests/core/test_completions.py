@@ -95,6 +95,30 @@ def test_broken_utf8_is_read_with_replacement_characters() -> None:
     assert joined(read(b'{"choices":[{"delta":{"content":"a\xff\xfeb"}}]}')[0]) == "a\ufffd\ufffdb"
 
 
+def test_a_pair_that_the_server_cut_in_the_arguments_of_a_call_comes_out_whole() -> None:
+    first = chunk(tool_calls=[{"index": 0, "id": "x", "function": {"name": "f", "arguments": '"\ud83d'}}])
+    second = chunk(tool_calls=[{"index": 0, "function": {"arguments": '\ude00"'}}])
+    deltas, _ = read(first, second)
+    assert "".join(delta.arguments for delta in deltas if isinstance(delta, ToolCall)) == '"\U0001f600"'
+
+
+@pytest.mark.parametrize("unfit", ["\ud83d", "a\x00b", "i" * 200, ["x"], 1.5])
+def test_an_id_that_no_client_could_send_back_is_replaced(unfit: object) -> None:
+    deltas, _ = read(chunk(tool_calls=[{"index": 0, "id": unfit, "function": {"name": "f", "arguments": "{}"}}]))
+    assert deltas == [ToolCall(0, "call_0", "f", "{}")]
+
+
+def test_a_number_as_the_id_of_a_call_is_taken_as_text() -> None:
+    deltas, _ = read(chunk(tool_calls=[{"index": 0, "id": 7, "function": {"name": "f", "arguments": "{}"}}]))
+    assert deltas == [ToolCall(0, "7", "f", "{}")]
+
+
+@pytest.mark.parametrize("unfit", ["\ud83d", "a\x1bb", "n" * 65, ["x"], 7])
+def test_a_name_that_no_tool_can_have_is_an_engine_error(unfit: object) -> None:
+    with pytest.raises(EngineFailed):
+        read(chunk(tool_calls=[{"index": 0, "id": "x", "function": {"name": unfit, "arguments": "{}"}}]))
+
+
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=6), st.booleans())
 def test_arguments_of_a_call_are_joined_whether_or_not_its_name_is_repeated(pieces: list[str], again: bool) -> None:
     named = {"id": "x", "index": 0, "type": "function"}

@@ -1,0 +1,79 @@
+"""Every accepted request ends with exactly one terminal event, whatever goes wrong while it ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamacpp_mqtt_deploy.core.deltas import Finished, Text, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
+from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
+from tests.support.waiting import eventually
+from tests.support.whole_worker import Bus
+
+
+def test_text_that_no_journal_can_hold_costs_its_memory_and_neither_the_end_nor_the_session(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play(Text("half a pair: \ud83d"))
+    bus.worker(engine)
+    bus.ask("one", request_id="r1")
+    assert bus.listener.terminal("r1")["full_content"] == "half a pair: \ufffd"
+    bus.ask("two", request_id="r2")
+    assert bus.listener.terminal("r2")["full_content"] == "two"
+
+
+@pytest.mark.parametrize("step", ["finish", "send"])
+def test_a_defect_while_an_end_is_written_or_sent_still_brings_the_end_and_frees_the_session(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    worker = bus.worker()
+    with monkeypatch.context() as patch:
+        if step == "finish":
+            patch.setattr(worker.daemon.parts.store, "finish", broken)
+        else:
+            patch.setattr(Redelivery, "_publish", broken)
+        bus.ask("one", request_id="r1")
+        eventually(lambda: worker.daemon.parts.counters.snapshot(period_s=1.0)["requests"]["done"] == 1)  # type: ignore[index]
+        assert len(worker.daemon.parts.registry) == 0
+    assert bus.listener.terminal("r1")["full_content"] == "one"
+    bus.ask("two", request_id="r2")
+    assert bus.listener.terminal("r2")["type"] == "done"
+
+
+@pytest.mark.parametrize("unfit", ["\ud83d", "a\nb", "i" * 1000, "é"])
+def test_a_tool_call_whose_id_is_unfit_gets_one_of_ours(bus: Bus, unfit: str) -> None:
+    engine = ScriptedEngine()
+    engine.play(ToolCall(0, unfit, "look", '{"at": "\ud83d"}'), Finished("tool_calls", TokenUsage()))
+    bus.worker(engine)
+    bus.ask("one", request_id="r1")
+    done = bus.listener.terminal("r1")
+    call = {"id": "call_0", "type": "function", "function": {"name": "look", "arguments": '{"at": "\ufffd"}'}}
+    assert done["message"]["tool_calls"] == [call]
+    assert bus.listener.read("r1").tool_calls == [call]
+    bus.ask(request_id="r2", tool_results=[{"tool_call_id": "call_0", "content": "dark"}])
+    assert bus.listener.terminal("r2")["type"] == "done"
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [ToolCall(0, "c", "l\ud83d", "{}")],
+        [ToolCall(0, "c", "look\x1b[2J", "{}")],
+        [ToolCall(0, "c", "n" * 65, "{}")],
+        [ToolCall(number, f"c{number}", "look", "{}") for number in range(129)],
+        [ToolCall(0, "c", "look", '"'), *[ToolCall(0, None, None, "x" * 100_000)] * 11],
+    ],
+    ids=["half a pair", "control characters", "a name too long", "too many calls", "arguments without an end"],
+)
+def test_a_tool_call_that_is_none_ends_the_request_with_an_engine_error(bus: Bus, calls: list[ToolCall]) -> None:
+    engine = ScriptedEngine()
+    engine.play(*calls)
+    bus.worker(engine)
+    bus.ask("one", request_id="r1")
+    end = bus.listener.terminal("r1")
+    assert end["code"] == "engine_error"
+    assert "tool" in end["message"]
+    bus.ask("two", request_id="r2")
+    assert bus.listener.terminal("r2")["type"] == "done"
