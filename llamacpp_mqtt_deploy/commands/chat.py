@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     follow,
     harmless,
     leave,
+    one_line,
+    same_broker,
     session_path,
     tell,
     told,
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.client import BusClient
 
 REMEMBERED_LINES = 1000
+RECALLED_MESSAGES = 10
+RECALL_S = 3.0
+PASTE_S = 0.02
 
 HELP = """\
 /new            forget the conversation so far
@@ -45,7 +51,7 @@ HELP = """\
 /history        show what the worker remembers
 /help           this text
 /quit           leave (or Ctrl-D); the conversation stays on the worker
-A line that ends with \\ goes on in the next one; a prompt that begins with / is written with //."""
+Pasted lines are one prompt. A line that ends with \\ goes on in the next one; a prompt that begins with / is written with //."""
 
 
 @click.command(
@@ -87,7 +93,9 @@ def command(
         if new:
             chat.control("reset")
         if interactive:
-            _greet(chat)
+            _greet(chat, f"lmd chat{same_broker(settings, config_file)} --session {path}")
+            if session is not None and not new:
+                chat.recall()
         for line in _typed_lines() if interactive else _piped_lines():
             if not chat.take(line):
                 break
@@ -104,11 +112,12 @@ def _interrupted(failures: list[int]) -> Iterator[None]:
         failures.insert(0, CANCELLED)
 
 
-def _greet(chat: Chat) -> None:
-    name = chat.session
+def _greet(chat: Chat, again: str) -> None:
     workers = [worker for worker in chat.bus.status() if worker in chat.bus.workers_online()]
     with_whom = f" with {', '.join(workers)}" if workers else " (no worker is online)"
-    tell(f"Session {name}{with_whom}. /help lists the commands, Ctrl-D leaves; `lmd chat --session {name}` continues.")
+    tell(
+        f"Session {chat.session}{with_whom}. /help lists the commands, Ctrl-D leaves. To continue it later:\n  {again}"
+    )
 
 
 @dataclass(slots=True)
@@ -194,12 +203,39 @@ class Chat:
     def _history(self) -> None:
         with told("lmd chat", self.failures):
             messages = self.bus.history(self.session)
-            for message in messages:
-                content = message.get("content")
-                text = content if isinstance(content, str) else str(content or message.get("tool_calls") or "")
-                click.echo(f"{message.get('role', '?')}: {harmless(text) if sys.stdout.isatty() else text}")
+            for line in map(_message_line, messages):
+                click.echo(line)
             if not messages:
                 tell("The worker remembers nothing of this session.")
+
+    def recall(self) -> None:
+        """Show the last turns of a session that is continued, where the worker may tell them; a failure is no matter."""
+        from llamacpp_mqtt_deploy.client import BusError
+
+        if not self.bus.workers_online():
+            return
+        with contextlib.suppress(BusError):
+            messages = self.bus.history(self.session, timeout_s=RECALL_S)
+            if (earlier := len(messages) - RECALLED_MESSAGES) > 0:
+                self.screen.note(f"({earlier} earlier messages; /history shows them)")
+            for message in messages[-RECALLED_MESSAGES:]:
+                self.screen.note(_message_line(message))
+
+
+def _message_line(message: object) -> str:
+    """A message of the history, harmless on a terminal whatever the worker says that it is."""
+    fields = message if isinstance(message, Mapping) else {"content": message}
+    content = fields.get("content")
+    if isinstance(content, list):
+        content = " ".join(_part_text(part) for part in content)
+    text = content if isinstance(content, str) else str(content or fields.get("tool_calls") or "")
+    return f"{one_line(fields.get('role') or '?')}: {harmless(text) if sys.stdout.isatty() else text}"
+
+
+def _part_text(part: object) -> str:
+    if isinstance(part, Mapping):
+        return str(part.get("text") or f"({part.get('type') or 'part'})")
+    return str(part)
 
 
 # --- lines -------------------------------------------------------------------------------------------------------------
@@ -223,11 +259,24 @@ def _typed_lines() -> Iterator[str]:
                 kept = ""
                 click.echo("\n(Ctrl-D or /quit leaves)", err=True)
                 continue
+            line = "\n".join([line, *_rest_of_paste()])
             if line.endswith("\\"):
                 kept += line[:-1] + "\n"
                 continue
             yield kept + line
             kept = ""
+
+
+def _rest_of_paste() -> Iterator[str]:
+    """The further lines of a paste where line editing cannot mark one: what is there faster than anybody types."""
+    while not _marks_pastes() and select.select([sys.stdin], [], [], PASTE_S)[0]:
+        with contextlib.suppress(EOFError):
+            yield input()
+
+
+def _marks_pastes() -> bool:
+    editing = sys.modules.get("readline")
+    return editing is not None and "libedit" not in (editing.__doc__ or "")
 
 
 @contextlib.contextmanager
@@ -240,6 +289,8 @@ def _line_editing() -> Iterator[None]:
         return
     base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
     file = Path(base) / "llamacpp-mqtt-deploy" / "chat_history"
+    if _marks_pastes():  # which Python switches off; then a terminal marks a paste, and the line ends in it are text
+        readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(REMEMBERED_LINES)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from llamacpp_mqtt_deploy.commands.terminal import harmless
+from llamacpp_mqtt_deploy.commands.terminal import harmless, number
 
 if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.client import Done
@@ -55,12 +55,12 @@ def summary(done: Done) -> str:
     """`41 tokens in 36 chunks, the first after 12 ms, complete after 1.4 s`."""
     parts = []
     chunks = done.event.get("seq")
-    tokens = done.usage.get("completion_tokens")
-    parts.append(f"{tokens} tokens in {chunks} chunks" if tokens is not None else f"{chunks} chunks")
-    if (first := done.timings.get("first_token_ms")) is not None:
-        parts.append(f"the first after {float(first):.0f} ms")
-    if (total := done.timings.get("total_ms")) is not None:
-        parts.append(f"complete after {float(total) / 1000:.1f} s")
+    tokens = number(done.usage, "completion_tokens")
+    parts.append(f"{tokens:g} tokens in {chunks} chunks" if tokens is not None else f"{chunks} chunks")
+    if (first := number(done.timings, "first_token_ms")) is not None:
+        parts.append(f"the first after {first:.0f} ms")
+    if (total := number(done.timings, "total_ms")) is not None:
+        parts.append(f"complete after {total / 1000:.1f} s")
     if done.finish_reason != "stop":
         parts.append(f"ended by {done.finish_reason}")
     return ", ".join(parts)

@@ -6,17 +6,19 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO, TypeVar
 
 import click
 
 from llamacpp_mqtt_deploy.commands.options import config_options, load_or_exit
+from llamacpp_mqtt_deploy.commands.wrapping import WordWrap
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -112,6 +114,24 @@ def client_settings(config_file: Path | None, overrides: Mapping[str, str], flag
             mqtt = settings.mqtt.model_copy(update={"password": None, "password_file": None})
             return settings.model_copy(update={"mqtt": mqtt})
     return settings
+
+
+def same_broker(settings: Settings, config_file: Path | None) -> str:
+    """The options, ready to be copied, that lead another `lmd` to the same broker, root and user; begins with a blank."""
+    from llamacpp_mqtt_deploy.config.settings import Settings as Model
+
+    words = [] if config_file is None else ["--config", str(config_file)]
+    ours, usual = settings.mqtt, Model.model_construct().mqtt
+    for flag, key in _BROKER_FLAGS.items():
+        value: object = ours
+        default: object = usual
+        for part in key.split(".")[1:]:
+            value, default = getattr(value, part), getattr(default, part)
+        if value is None or value == default:
+            continue
+        name = f"--{flag.replace('_', '-')}"
+        words += [name] if value is True else [name, str(value)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def bus_client(settings: Settings, **options: Any) -> BusClient:
@@ -239,6 +259,7 @@ class Screen:
     _status: str = ""
     _column: bool = False
     _thinking: bool = False
+    _wrap: WordWrap = field(default_factory=WordWrap)
 
     @classmethod
     def standard(cls, *, reasoning: bool | None = None) -> Screen:
@@ -253,21 +274,26 @@ class Screen:
         """Print what one event brought."""
         if reading.reasoning and (self.out.isatty() if self.reasoning is None else self.reasoning):
             self._erase()
+            if not self._thinking:
+                self._wrap.word_ends()
             self._thinking = True
-            self._dim(reading.reasoning, end="")
+            self._dim(self._fitted(reading.reasoning, self.err), end="")
         if reading.content:
             self._erase()
             if self._thinking:
+                self._wrap = WordWrap()
                 self.err.write("\n\n")
                 self.err.flush()
                 self._thinking = False
-            text = harmless(reading.content) if self.out.isatty() else reading.content
-            self.out.write(text)
+            self.out.write(self._fitted(reading.content, self.out))
             self.out.flush()
-            if text:
-                self._column = not text.endswith("\n")
+            self._column = not reading.content.endswith("\n")
         elif not reading.reasoning:
             self._show_status(_status_line(reading.event))
+
+    def _fitted(self, text: str, stream: TextIO) -> str:
+        """Text for this stream: as it is on a pipe; on a terminal harmless and broken between words."""
+        return self._wrap.feed(harmless(text), _columns(stream)) if stream.isatty() else text
 
     def finish(self, *, newline: bool = True) -> None:
         """End the line of the answer."""
@@ -279,18 +305,25 @@ class Screen:
             self.out.write("\n")
         self.out.flush()
         self._column = False
+        self._wrap = WordWrap()
 
     def summary(self, done: Done) -> None:
         """The last, dim line of an answer on a terminal; warnings always."""
         for warning in done.warnings:
-            tell(f"warning: {warning}")
+            tell(f"warning: {one_line(warning)}")
         if self.live:
-            self._dim(_summary_line(done))
+            self._dim(one_line(_summary_line(done)))
+
+    def note(self, text: str) -> None:
+        """A dim line beside the conversation."""
+        self._dim(self._fitted(text, self.err))
+        self._wrap = WordWrap()
 
     def _show_status(self, line: str) -> None:
+        line = one_line(line)
         if line and self.live and line != self._status:
             self._erase()
-            width = max(20, _columns() - 1)
+            width = max(20, _columns(self.err) - 1)
             self._dim(line[:width], end="")
             self._status = line
 
@@ -301,15 +334,14 @@ class Screen:
             self._status = ""
 
     def _dim(self, text: str, *, end: str = "\n") -> None:
-        text = harmless(text) if self.err.isatty() else text
         colour = self.live and "NO_COLOR" not in os.environ
         self.err.write(f"\x1b[2m{text}\x1b[0m{end}" if colour else f"{text}{end}")
         self.err.flush()
 
 
-def _columns() -> int:
+def _columns(stream: TextIO) -> int:
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
         return 80
 
@@ -332,14 +364,14 @@ def _status_line(event: Mapping[str, Any]) -> str:
 
 def _summary_line(done: Done) -> str:
     parts = []
-    if (tokens := done.usage.get("completion_tokens")) is not None:
-        parts.append(f"{tokens} tokens")
-    if (speed := done.timings.get("tokens_per_second")) is not None:
-        parts.append(f"{float(speed):.1f} tokens/s")
-    if (first := done.timings.get("first_token_ms")) is not None:
-        parts.append(f"first token {float(first):.0f} ms")
-    if (total := done.timings.get("total_ms")) is not None:
-        parts.append(f"{float(total) / 1000:.1f} s")
+    if (tokens := number(done.usage, "completion_tokens")) is not None:
+        parts.append(f"{tokens:g} tokens")
+    if (speed := number(done.timings, "tokens_per_second")) is not None:
+        parts.append(f"{speed:.1f} tokens/s")
+    if (first := number(done.timings, "first_token_ms")) is not None:
+        parts.append(f"first token {first:.0f} ms")
+    if (total := number(done.timings, "total_ms")) is not None:
+        parts.append(f"{total / 1000:.1f} s")
     if done.model:
         parts.append(done.model)
     if done.finish_reason != "stop":
@@ -347,6 +379,12 @@ def _summary_line(done: Done) -> str:
             {"length": "cut at max_tokens", "tool_calls": "asks for tools"}.get(done.finish_reason, done.finish_reason)
         )
     return " · ".join(parts)
+
+
+def number(fields: Mapping[str, Any], name: str) -> float | None:
+    """A number that came over the wire; None where it is absent or something else."""
+    value = fields.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value < 1e15 else None
 
 
 def follow(

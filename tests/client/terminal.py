@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -15,6 +16,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
+
+from rich.cells import cell_len
 
 from tests.support.waiting import eventually
 
@@ -31,6 +34,29 @@ def lmd(
         check=False,
         env=dict(environment),
     )
+
+
+def screen(output: str, columns: int) -> list[str]:
+    """The lines that a terminal of this width shows: it wraps by itself, moves back, erases to the end of the line."""
+    lines, cells = [""], 0
+    for part in re.findall(r"\x1b\[\d+D|\x1b\[K|.|\n", output):
+        if part == "\n":
+            lines.append("")
+            cells = 0
+        elif part.endswith("D") and len(part) > 1:
+            assert cells < columns, "the cursor waits behind the last column"
+            cells -= int(part[2:-1])
+            assert cells >= 0
+        elif part == "\x1b[K":
+            while cell_len(lines[-1]) > cells:
+                lines[-1] = lines[-1][:-1]
+        else:
+            if cells + cell_len(part) > columns:
+                lines.append("")
+                cells = 0
+            lines[-1] += part
+            cells += cell_len(part)
+    return lines
 
 
 class Terminal:
@@ -55,12 +81,18 @@ class Terminal:
     def enter(self, line: str) -> None:
         os.write(self._master, f"{line}\n".encode())
 
+    def paste(self, text: str) -> None:
+        """What a terminal sends for a paste, once a program has asked it to mark pastes; then Enter."""
+        self.shows("\x1b[?2004h")
+        os.write(self._master, f"\x1b[200~{text}\x1b[201~\n".encode())
+
     def interrupt(self) -> None:
         """Ctrl-C."""
         os.write(self._master, b"\x03")
 
     def end_of_input(self) -> None:
-        """Ctrl-D."""
+        """Ctrl-D at the prompt: in the moment before it the terminal itself takes it, and nobody gets it."""
+        eventually(lambda: self.text.endswith("> ") or self.code is not None)
         os.write(self._master, b"\x04")
 
     def shows(self, text: str, timeout_s: float = 20.0) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.client.terminal import Terminal, lmd
+from tests.client.terminal import Terminal, lmd, screen
 from tests.client.worker import PlayedWorker, answer_in_words
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import eventually
@@ -108,3 +108,115 @@ def test_a_conversation_on_a_terminal(broker: Mosquitto, environment: dict[str, 
     history = tmp_path / "llamacpp-mqtt-deploy" / "chat_history"
     assert "alpha" in history.read_text()
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_pasted_lines_are_one_prompt(broker: Mosquitto, environment: dict[str, str]) -> None:
+    with (
+        PlayedWorker(broker.port) as worker,
+        Terminal(["chat", "--port", str(broker.port), "-s", "desk"], environment=environment) as terminal,
+    ):
+        terminal.shows("> ")
+        terminal.paste("def f():\n    return 1\n\nWhat is this?")
+        eventually(lambda: worker.requests)
+        terminal.enter("and that?")
+        eventually(lambda: len(worker.requests) == 2)
+        terminal.end_of_input()
+        assert terminal.wait() == 0
+    prompts = [json.loads(payload)["prompt"] for _, payload in worker.requests]
+    assert prompts == ["def f():\n    return 1\n\nWhat is this?", "and that?"]
+
+
+def test_a_session_that_is_continued_shows_what_was_said_before(broker: Mosquitto, environment: dict[str, str]) -> None:
+    flags = ["chat", "--port", str(broker.port), "-s", "desk"]
+    with PlayedWorker(broker.port) as worker:
+        worker.history["desk"] = [{"role": "user", "content": f"thing {number}"} for number in range(12)]
+        with Terminal(flags, environment=environment) as terminal:
+            terminal.shows("user: thing 11")
+            terminal.shows("> ")
+            assert "(2 earlier messages; /history shows them)" in terminal.text
+            assert "thing 1\x1b" not in terminal.text
+            terminal.end_of_input()
+            terminal.wait()
+        with Terminal([*flags, "--new"], environment=environment) as terminal:
+            terminal.shows("> ")
+            assert "thing" not in terminal.text
+            terminal.end_of_input()
+            assert terminal.wait() == 0
+
+
+def test_the_greeting_leads_back_to_the_same_session_from_anywhere(
+    broker: Mosquitto, environment: dict[str, str]
+) -> None:
+    environment |= {"LMD_MQTT__ROOT": "house", "LMD_MQTT__HOST": "127.0.0.1"}
+    with Terminal(["chat", "--port", str(broker.port), "-s", "desk"], environment=environment) as terminal:
+        terminal.shows(f"lmd chat --host 127.0.0.1 --port {broker.port} --root house --session desk")
+        terminal.shows("> ")
+        terminal.end_of_input()
+        assert terminal.wait() == 0
+
+
+def test_nothing_that_a_worker_sends_steers_the_terminal_or_ends_the_chat(
+    broker: Mosquitto, environment: dict[str, str]
+) -> None:
+    evil = "a\x1b[2J\x07\x9b31m\u202eb\u2066c"
+
+    def play(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(session, request, type="queued", position=evil, reason=[evil])
+        worker.say(session, request, type="start", model=f"{evil}\n{evil}", warnings=5)
+        worker.say(session, request, type="progress", processed={}, total=evil)
+        worker.say(session, request, type="ping", state=evil)
+        worker.say(session, request, type="chunk", seq=0, content=5, reasoning=["x"], tool_calls=7)
+        worker.say(
+            session, request, type="chunk", seq=1, reasoning=evil, tool_calls=[1, {"index": "x", "arguments": 1}]
+        )
+        worker.say(session, request, type="chunk", seq=2, content=f"{evil} said")
+        worker.say(
+            session, request, type="done", seq=3, final=True, full_content=f"{evil} said", finish_reason=evil,
+            message={"tool_calls": 3}, usage={"completion_tokens": evil}, warnings=5,
+            timings={"tokens_per_second": "fast", "first_token_ms": [], "total_ms": 1e300},
+        )  # fmt: skip
+
+    with (
+        PlayedWorker(broker.port, play=play) as worker,
+        Terminal(["chat", "--port", str(broker.port), "-s", "desk"], environment=environment) as terminal,
+    ):
+        history: list[Any] = [
+            {"role": evil, "content": evil},
+            {"role": 5, "content": [{"type": "text", "text": f"part {evil}"}, 7]},
+            5,
+            None,
+            {"content": {"a": evil}},
+        ]
+        worker.history["desk"] = history
+        terminal.shows("> ")
+        for number in range(1, 3):
+            terminal.enter("hello")
+            eventually(lambda number=number: terminal.text.count("said") == number)  # type: ignore[misc]
+        terminal.enter("/history")
+        terminal.shows("part a")
+        terminal.end_of_input()
+        assert terminal.wait() == 0
+    assert "Traceback" not in terminal.text
+    for sign in ("\x1b[2J", "\x07", "\x9b", "\u202e", "\u2066"):
+        assert sign not in terminal.text
+
+
+def test_no_word_is_broken_at_the_edge_of_the_terminal(broker: Mosquitto, environment: dict[str, str]) -> None:
+    words = [f"word-number-{number}" for number in range(60)]
+
+    def play(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        text = " ".join(words)
+        pieces = [text[start : start + 5] for start in range(0, len(text), 5)]
+        for number, piece in enumerate(pieces):
+            worker.say(session, request, type="chunk", seq=number, content=piece)
+        worker.done(session, request, text, seq=len(pieces))
+
+    with (
+        PlayedWorker(broker.port, play=play),
+        Terminal(["ask", "--port", str(broker.port), "hello"], environment=environment) as terminal,
+    ):
+        assert terminal.wait() == 0
+    answer = terminal.text[terminal.text.index("word") :].partition("word-number-59")
+    lines = screen((answer[0] + answer[1]).replace("\r", ""), 100)
+    assert len(lines) > 8
+    assert " ".join(lines).split() == words
