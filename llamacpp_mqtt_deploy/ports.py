@@ -260,6 +260,15 @@ class Pending(Protocol):
         here and now when it is over already. Callbacks of several writes run in the order of the writes."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Purged:
+    """How many of each kind a purge has dropped, and whether more is left: then call it again soon."""
+
+    entries: int
+    sessions: int
+    more: bool
+
+
 class Store(Protocol):
     """Journal and sessions. Every method is atomic and may be called from any thread; each raises StoreError when the disk
     fails. A method that wrote returns only after the write would survive the death of the process (and of the machine, for
@@ -315,11 +324,13 @@ class Store(Protocol):
     def delete(self, session: tuple[str, str]) -> None:
         """Forget the session altogether."""
 
-    def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Mapping[str, int]:
-        """Drop ended entries older than `remember_s` that are delivered (undelivered ones after a day), sessions unused for
-        `ttl_s`, and, over `max_sessions`, the least recently used session of whoever (first topic level) holds most. Returns
-        how many of each (`entries`, `sessions`). One call drops at most a few hundred of a kind, and never a session with an
-        unfinished request."""
+    def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int, max_bytes: int = ...) -> Purged:
+        """Drop ended entries older than `remember_s` that are delivered (undelivered ones after a day), and over `max_bytes`
+        of them the oldest ones of whoever (first topic level) holds most, or more than half, the delivered ones first;
+        sessions unused for `ttl_s`, and, over `max_sessions`, the least recently used one of whoever holds most.
+
+        One call drops a few hundred of a kind and a few megabytes at most, so that nobody waits for long; it says when more
+        is left. Never an unfinished request, nor a session with one."""
 
     def close(self) -> None: ...
 

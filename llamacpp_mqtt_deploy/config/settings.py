@@ -244,6 +244,9 @@ class LimitsSettings(Section):
     """Longest `timeout_s` that a request may ask for, in seconds."""
     remember_s: Annotated[float, Field(ge=1, le=30 * 86400)] = 600.0
     """Seconds for which an ended request is remembered and not run again."""
+    max_journal_mib: Annotated[int, Field(ge=1, le=1_048_576)] = 64
+    """Most MiB of ended requests that are remembered, half of it for one first topic level; beyond it the oldest are
+    forgotten sooner."""
     max_starts: Annotated[int, Field(ge=1, le=100)] = 3
     """How often a request is started that ends before its first chunk."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 30.0

@@ -1,8 +1,8 @@
-"""What bounds both stores, so that a worker that runs for years keeps a state of constant size."""
+"""What bounds the store, so that a worker that runs for years keeps a state of constant size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MAX_HISTORY_BYTES = 4 * 1024 * 1024
 """Most JSON bytes of one session's history: about a million tokens, beyond any context that would still be read."""
@@ -11,7 +11,19 @@ KEEP_SHARE = 0.75
 """What remains of a history that grew over its bound; the rest is room, so that trimming is rare."""
 
 PURGE_ROWS = 500
-"""Most rows of a kind that one `purge` drops: it holds the store's lock, and requests wait for that (under 20 ms)."""
+"""Most rows of a kind that one `purge` drops: one transaction, and requests wait for it (under 20 ms)."""
+
+PURGE_BYTES = 4 * 1024 * 1024
+"""Most bytes of a kind that one `purge` drops, for the same reason."""
+
+MAX_JOURNAL_BYTES = 64 * 1024 * 1024
+"""Most bytes of ended requests, where the configuration says nothing else."""
+
+LEVEL_SHARE = 0.5
+"""What one first level may hold of that: a second client finds room however busy the first one is."""
+
+ROW_BYTES = 512
+"""What an ended request takes beside its terminal event: topics, keys and indexes."""
 
 UNDELIVERED_S = 86400.0
 """Seconds for which a terminal event waits for a broker that never came back."""
@@ -52,3 +64,33 @@ def messages_to_forget(sizes: Sequence[tuple[str, int]], max_bytes: int) -> int:
                 break
         left -= size
     return cut
+
+
+def excess(held: Mapping[tuple[str, bool], int], max_bytes: int) -> list[tuple[str, bool, int]]:
+    """What has to go of ended requests, given as bytes by (first level, delivered): (first level, delivered, bytes).
+
+    First what a level holds beyond its share, then what all hold beyond the bound, of whoever holds most. What the broker
+    has taken goes before what no broker has taken.
+    """
+    left = dict(held)
+    total: dict[str, int] = {}
+    for (level, _), size in held.items():
+        total[level] = total.get(level, 0) + size
+    over = sum(total.values()) - max_bytes
+    found: list[tuple[str, bool, int]] = []
+
+    def take(level: str, *, delivered: bool, most: int) -> int:
+        taken = max(0, min(most, left.get((level, delivered), 0)))
+        if taken:
+            left[level, delivered] -= taken
+            total[level] -= taken
+            found.append((level, delivered, taken))
+        return taken
+
+    for level in list(total):
+        for delivered in (True, False):
+            over -= take(level, delivered=delivered, most=int(total[level] - max_bytes * LEVEL_SHARE))
+    for delivered in (True, False):
+        for level in sorted(total, key=lambda level: total[level], reverse=True):
+            over -= take(level, delivered=delivered, most=over)
+    return found

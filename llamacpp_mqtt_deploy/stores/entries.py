@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey
+from llamacpp_mqtt_deploy.stores.bounds import first_level
 
 _SELECT = (
     "SELECT route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at, state, starts, "
@@ -30,7 +31,8 @@ def insert(db: sqlite3.Connection, entry: Entry, place: int) -> None:
         drop(db, [(row[0],)])
     db.execute(
         "INSERT INTO entries (id, route, session, request_id, topic, digest, correlation, accepted_at, expires_at, "
-        "state, starts, terminal, reply_topic, delivered, ended_at, ended_order) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        "state, starts, terminal, reply_topic, delivered, ended_at, ended_order, first_level, bytes) "
+        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             place,
             *_named(entry.key),
@@ -46,6 +48,8 @@ def insert(db: sqlite3.Connection, entry: Entry, place: int) -> None:
             entry.delivered,
             entry.ended_at,
             place if entry.state == "ended" else None,
+            first_level(entry.key.session),
+            len(entry.terminal or b""),
         ),
     )
     db.execute("INSERT INTO payloads (id, payload) VALUES (?, ?)", (place, entry.payload))
@@ -88,8 +92,9 @@ def end(db: sqlite3.Connection, key: EntryKey, terminal: bytes, *, now: float, p
     if row[1] == "ended":
         return False
     db.execute(
-        "UPDATE entries SET state = 'ended', terminal = ?, delivered = 0, ended_at = ?, ended_order = ? WHERE id = ?",
-        (terminal, now, place, row[0]),
+        "UPDATE entries SET state = 'ended', terminal = ?, bytes = ?, delivered = 0, ended_at = ?, ended_order = ? "
+        "WHERE id = ?",
+        (terminal, len(terminal), now, place, row[0]),
     )
     db.execute("DELETE FROM payloads WHERE id = ?", (row[0],))
     return True

@@ -6,7 +6,22 @@ from __future__ import annotations
 import sqlite3
 
 from llamacpp_mqtt_deploy.stores import entries, histories
-from llamacpp_mqtt_deploy.stores.bounds import CLOCK_SET_S, CLOCK_SLACK_S, PURGE_ROWS, UNDELIVERED_S
+from llamacpp_mqtt_deploy.stores.bounds import (
+    CLOCK_SET_S,
+    CLOCK_SLACK_S,
+    LEVEL_SHARE,
+    PURGE_BYTES,
+    PURGE_ROWS,
+    ROW_BYTES,
+    UNDELIVERED_S,
+    excess,
+)
+
+SPARE_PAGES = 256
+"""Free pages (4 KiB each) that stay in the file for what comes next."""
+
+VACUUM_PAGES = 256
+"""Most free pages beyond those that one purge gives back to the disk."""
 
 
 def mend_times(db: sqlite3.Connection, now: float) -> None:
@@ -21,41 +36,106 @@ def mend_times(db: sqlite3.Connection, now: float) -> None:
             db.execute(f"{statement} < ?", (now, CLOCK_SET_S))
 
 
-def old_entries(db: sqlite3.Connection, now: float, remember_s: float) -> int:
+class Dropped:
+    """How much one purge has dropped of a kind, up to what one transaction may."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._bytes = 0
+        self.full = False
+
+    def takes(self, size: int) -> bool:
+        """Count one more row; False when it has to wait for the next purge."""
+        self.full = self.full or self.rows >= PURGE_ROWS or (self.rows > 0 and self._bytes + size > PURGE_BYTES)
+        if not self.full:
+            self.rows += 1
+            self._bytes += size
+        return not self.full
+
+
+def old_entries(db: sqlite3.Connection, dropped: Dropped, *, now: float, remember_s: float) -> None:
+    """Ended requests that nobody will ask for again."""
     # Two halves, since an OR would read the whole index.
-    old = db.execute(
-        "SELECT id FROM ("
-        "SELECT id, ended_order FROM entries WHERE state = 'ended' AND delivered = 1 AND ended_at < :old UNION ALL "
-        "SELECT id, ended_order FROM entries WHERE state = 'ended' AND delivered = 0 AND ended_at < min(:old, :lost)) "
+    rows = db.execute(
+        "SELECT id, bytes FROM ("
+        "SELECT id, bytes, ended_order FROM entries WHERE state = 'ended' AND delivered = 1 AND ended_at < :old UNION ALL "
+        "SELECT id, bytes, ended_order FROM entries WHERE state = 'ended' AND delivered = 0 AND ended_at < min(:old, :lost)) "
         "ORDER BY ended_order LIMIT :most",
-        {"old": now - remember_s, "lost": now - UNDELIVERED_S, "most": PURGE_ROWS},
+        {"old": now - remember_s, "lost": now - UNDELIVERED_S, "most": PURGE_ROWS + 1},
     ).fetchall()
-    entries.drop(db, old)
-    return len(old)
+    entries.drop(db, [(entry_id,) for entry_id, size in rows if dropped.takes(size)])
 
 
-def old_sessions(db: sqlite3.Connection, now: float, ttl_s: float, max_sessions: int) -> int:
+def excess_entries(db: sqlite3.Connection, dropped: Dropped, *, max_bytes: int) -> None:
+    """The oldest ended requests of whoever holds too much."""
+    if _used_bytes(db) <= max_bytes * LEVEL_SHARE:
+        return
+    held = db.execute(
+        "SELECT first_level, delivered, sum(bytes + ?) FROM entries WHERE state = 'ended' AND delivered IN (0, 1) "
+        "GROUP BY first_level, delivered",
+        (ROW_BYTES,),
+    ).fetchall()
+    for level, delivered, too_much in excess({(row[0], bool(row[1])): row[2] for row in held}, max_bytes):
+        rows = db.execute(
+            "SELECT id, bytes FROM entries WHERE state = 'ended' AND first_level = ? AND delivered = ? "
+            "ORDER BY ended_order LIMIT ?",
+            (level, delivered, PURGE_ROWS + 1),
+        ).fetchall()
+        victims = []
+        freed = 0
+        for entry_id, size in rows:
+            if freed >= too_much or not dropped.takes(size):
+                break
+            freed += size + ROW_BYTES
+            victims.append((entry_id,))
+        entries.drop(db, victims)
+        if dropped.full:
+            return
+
+
+def old_sessions(db: sqlite3.Connection, dropped: Dropped, *, now: float, ttl_s: float, max_sessions: int) -> None:
+    """Sessions that nobody used for long, and the least recently used ones of whoever holds most."""
     idle = (
         "NOT EXISTS (SELECT 1 FROM entries e WHERE e.route = s.route AND e.session = s.session AND e.state <> 'ended')"
     )
     old = db.execute(
-        f"SELECT route, session FROM sessions s WHERE last_used < ? AND {idle} "
+        f"SELECT route, session, bytes FROM sessions s WHERE last_used < ? AND {idle} "
         "ORDER BY last_used, route, session LIMIT ?",
-        (now - ttl_s, PURGE_ROWS),
+        (now - ttl_s, PURGE_ROWS + 1),
     ).fetchall()
-    for session in old:
-        histories.drop(db, session)
-    excess = db.execute("SELECT count(*) FROM sessions").fetchone()[0] - max_sessions
-    if excess <= 0:
-        return len(old)
+    _drop_sessions(db, dropped, old)
+    too_many = db.execute("SELECT count(*) FROM sessions").fetchone()[0] - max_sessions
+    if too_many <= 0 or dropped.full:
+        return
     # A session's depth is its place in its level, newest first: taking the deepest, one after the other, always takes
     # the least recently used session of whoever holds most.
     victims = db.execute(
-        "SELECT route, session FROM (SELECT route, session, last_used, row_number() OVER (PARTITION BY first_level "
-        "ORDER BY last_used DESC, route DESC, session DESC) AS depth FROM sessions) s "
+        "SELECT route, session, bytes FROM (SELECT route, session, bytes, last_used, row_number() OVER "
+        "(PARTITION BY first_level ORDER BY last_used DESC, route DESC, session DESC) AS depth FROM sessions) s "
         f"WHERE {idle} ORDER BY depth DESC, last_used, route, session LIMIT ?",
-        (min(excess, PURGE_ROWS - len(old)),),
+        (min(too_many, PURGE_ROWS + 1),),
     ).fetchall()
-    for session in victims:
-        histories.drop(db, session)
-    return len(old) + len(victims)
+    _drop_sessions(db, dropped, victims)
+
+
+def free_pages(db: sqlite3.Connection) -> None:
+    """Give some of what was freed back to the disk; the rest stays for what comes next."""
+    spare = _number(db, "freelist_count") - SPARE_PAGES
+    for _ in range(min(spare, VACUUM_PAGES)):
+        db.execute("PRAGMA incremental_vacuum(1)")
+
+
+def _drop_sessions(db: sqlite3.Connection, dropped: Dropped, rows: list[tuple[str, str, int]]) -> None:
+    for route, session, size in rows:
+        if not dropped.takes(size):
+            return
+        histories.drop(db, (route, session))
+
+
+def _used_bytes(db: sqlite3.Connection) -> int:
+    """Of the whole database: while that is small, nobody has to be asked what he holds."""
+    return (_number(db, "page_count") - _number(db, "freelist_count")) * _number(db, "page_size")
+
+
+def _number(db: sqlite3.Connection, pragma: str) -> int:
+    return int(db.execute(f"PRAGMA {pragma}").fetchone()[0])

@@ -62,7 +62,16 @@ _V1 = (
     "CREATE INDEX messages_of_session ON messages (session_id, id)",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1,)
+_V2 = (
+    # Who holds how much of what is remembered: without reading the rows, and the oldest first.
+    "ALTER TABLE entries ADD COLUMN first_level TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE entries ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+    "UPDATE entries SET first_level = substr(session, 1, instr(session || '/', '/') - 1)",
+    "UPDATE entries SET bytes = coalesce(length(terminal), 0)",
+    "CREATE INDEX entries_by_level ON entries (first_level, delivered, ended_order, bytes) WHERE state = 'ended'",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2)
 """Statements that bring a file from version N to N + 1, for N = 0, 1, ...; released steps never change."""
 
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Message
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, StoreError
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError
 from llamacpp_mqtt_deploy.stores import entries as rows
 from llamacpp_mqtt_deploy.stores import histories, purging
-from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES
+from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
 from llamacpp_mqtt_deploy.stores.histories import SessionKey
 from llamacpp_mqtt_deploy.stores.memory import MemoryFile
@@ -32,11 +32,8 @@ WRITE_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
 """How long `close` waits for a disk that does not answer."""
 
-SPARE_PAGES = 256
-"""Free pages (4 KiB each) that stay in the file for what comes next."""
-
-VACUUM_PAGES = 256
-"""Most free pages beyond those that one `purge` gives back to the disk."""
+PURGE_TIMEOUT_S = 5.0
+"""How long `purge` waits for each of its steps: whoever calls it has other work to do, and it comes again."""
 
 log = structlog.get_logger(__name__)
 
@@ -147,22 +144,30 @@ class SqliteStore:
         write = self._opened().writer.submit(lambda db: histories.drop(db, session), durable=True, urgent=True)
         write.wait(WRITE_TIMEOUT_S)
 
-    def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Mapping[str, int]:
+    def purge(
+        self,
+        *,
+        now: float,
+        remember_s: float,
+        ttl_s: float,
+        max_sessions: int,
+        max_bytes: int = MAX_JOURNAL_BYTES,
+    ) -> Purged:
         writer = self._opened().writer
+        entries, sessions = purging.Dropped(), purging.Dropped()
 
-        def drop_entries(db: sqlite3.Connection) -> int:
+        def drop_entries(db: sqlite3.Connection) -> None:
             purging.mend_times(db, now)
-            return purging.old_entries(db, now, remember_s)
+            purging.old_entries(db, entries, now=now, remember_s=remember_s)
+            purging.excess_entries(db, entries, max_bytes=max_bytes)
 
-        entries = writer.submit(drop_entries)
-        sessions = writer.submit(lambda db: purging.old_sessions(db, now, ttl_s, max_sessions))
-        entries.wait(WRITE_TIMEOUT_S)
-        sessions.wait(WRITE_TIMEOUT_S)
-        with writer.exclusive() as db, self._translating():
-            _give_back(db)
-        assert isinstance(entries.result, int)
-        assert isinstance(sessions.result, int)
-        return {"entries": entries.result, "sessions": sessions.result}
+        def drop_sessions(db: sqlite3.Connection) -> None:
+            purging.old_sessions(db, sessions, now=now, ttl_s=ttl_s, max_sessions=max_sessions)
+
+        # One after the other, so that what others write has its turn in between.
+        for step in (drop_entries, drop_sessions, purging.free_pages):
+            writer.submit(step).wait(PURGE_TIMEOUT_S)
+        return Purged(entries=entries.rows, sessions=sessions.rows, more=entries.full or sessions.full)
 
     # --- connections ---------------------------------------------------------------------------------------------------
 
@@ -239,11 +244,3 @@ class _Open:
             log.warning("store.close_failed", path=str(self._file.path), reason=str(error))
         finally:
             self._file.release()
-
-
-def _give_back(db: sqlite3.Connection) -> None:
-    """Some free pages to the disk."""
-    spare = db.execute("PRAGMA freelist_count").fetchone()[0] - SPARE_PAGES
-    if spare > 0:
-        # Gives back one page a step, and `execute` takes a single step of what has no columns.
-        db.executescript(f"PRAGMA incremental_vacuum({min(spare, VACUUM_PAGES)})")

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
-from llamacpp_mqtt_deploy.stores.bounds import PURGE_ROWS, UNDELIVERED_S
+from llamacpp_mqtt_deploy.stores.bounds import PURGE_BYTES, PURGE_ROWS, ROW_BYTES, UNDELIVERED_S
 from tests.support.store_cases import MEMBERS, NOW, SESSION, change, entry, key, new_store, talk
 
 OTHER = ("default", "hall")
@@ -27,7 +27,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 
 
 def purge(store: Store, *, now: float = NOW, **limits: Any) -> dict[str, int]:
-    return dict(store.purge(now=now, **{"remember_s": 600.0, "ttl_s": 86400.0 * 30, "max_sessions": 1000, **limits}))
+    purged = store.purge(now=now, **{"remember_s": 600.0, "ttl_s": 86400.0 * 30, "max_sessions": 1000, **limits})
+    return {"entries": purged.entries, "sessions": purged.sessions} | ({"more": 1} if purged.more else {})
 
 
 # --- journal ---------------------------------------------------------------------------------------------------------
@@ -357,9 +358,65 @@ def test_one_purge_drops_a_bounded_number_of_rows(tmp_path: Path) -> None:
             store.finish(key(name), b"", now=NOW, history=change("q", "a", session=("default", name)))
         store.mark_delivered([key(name) for name in names])
         limits = {"ttl_s": 1.0, "max_sessions": 3}
-        assert purge(store, now=NOW + 1000, **limits) == {"entries": PURGE_ROWS, "sessions": PURGE_ROWS}
+        assert purge(store, now=NOW + 1000, **limits) == {"entries": PURGE_ROWS, "sessions": PURGE_ROWS, "more": 1}
         assert purge(store, now=NOW + 1000, **limits) == {"entries": 7, "sessions": 7}
         store.close()
+
+
+def test_one_purge_drops_a_bounded_number_of_bytes(store: Store) -> None:
+    size = PURGE_BYTES // 4
+    for n in range(6):
+        store.accept([entry(f"r{n}")])
+        history = change("q", "x" * 3_000_000, session=("default", f"s{n}"))
+        store.finish(key(f"r{n}"), bytes(size), now=NOW, history=history)
+        store.mark_delivered([key(f"r{n}")])
+    limits = {"ttl_s": 1.0}
+    assert purge(store, now=NOW + 1000, **limits) == {"entries": 4, "sessions": 1, "more": 1}
+    assert purge(store, now=NOW + 1000, **limits) == {"entries": 2, "sessions": 1, "more": 1}
+
+
+def ended(store: Store, level: str, numbers: range, *, delivered: bool = True) -> None:
+    """Ended requests of one first level; each takes about 10 KiB."""
+    keys = [key(f"r{n}", ("default", f"{level}/{n % 3}")) for n in numbers]
+    store.accept([entry(k.request_id, (k.route, k.session)) for k in keys])
+    for k in keys:
+        store.finish(k, bytes(10_240 - ROW_BYTES), now=NOW)
+    if delivered:
+        store.mark_delivered(keys)
+
+
+def remembered(store: Store, level: str, numbers: range) -> list[int]:
+    return [n for n in numbers if store.find(key(f"r{n}", ("default", f"{level}/{n % 3}"))) is not None]
+
+
+def test_beyond_their_bytes_the_oldest_ended_requests_of_whoever_holds_most_are_forgotten(store: Store) -> None:
+    ended(store, "quiet", range(5))
+    ended(store, "flood", range(200))
+    ended(store, "busy", range(30))
+    while purge(store, max_bytes=100 * 10_240).get("more"):
+        pass
+    assert remembered(store, "quiet", range(5)) == [0, 1, 2, 3, 4]
+    assert remembered(store, "busy", range(30)) == list(range(30))
+    assert remembered(store, "flood", range(200)) == list(range(150, 200))  # no more than half of all for one
+    while purge(store, max_bytes=70 * 10_240).get("more"):
+        pass
+    assert remembered(store, "flood", range(200)) == list(range(165, 200))
+    assert remembered(store, "quiet", range(5)) == [0, 1, 2, 3, 4]
+
+
+def test_what_no_broker_took_is_forgotten_after_all_that_one_took_and_the_unfinished_never(store: Store) -> None:
+    store.accept([entry(f"waits{n}", ("default", "flood/0"), payload=bytes(50_000)) for n in range(10)])
+    ended(store, "flood", range(20), delivered=False)
+    ended(store, "flood", range(20, 60))
+    while purge(store, max_bytes=60 * 10_240).get("more"):
+        pass
+    assert remembered(store, "flood", range(60)) == [*range(20), *range(50, 60)]
+    while purge(store, max_bytes=30 * 10_240).get("more"):
+        pass
+    assert remembered(store, "flood", range(60)) == list(range(5, 20))
+    while purge(store, max_bytes=1).get("more"):
+        pass
+    assert [e.key.request_id for e in store.unfinished()] == [f"waits{n}" for n in range(10)]
 
 
 def test_a_clock_that_is_set_at_last_does_not_make_everything_look_old(store: Store) -> None:

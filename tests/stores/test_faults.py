@@ -439,6 +439,33 @@ def test_an_older_file_is_migrated_with_all_it_knows(path: Path, monkeypatch: py
     db.close()
 
 
+def test_a_file_of_the_first_version_is_migrated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        store = SqliteStore(path)
+        store.open()
+        store.close()
+    db = sqlite3.connect(path)
+    db.execute(
+        "INSERT INTO entries (id, route, session, request_id, topic, digest, accepted_at, state, starts, terminal, "
+        "reply_topic, delivered, ended_at, ended_order) "
+        "VALUES (1, 'default', 'kitchen/tablet', 'r1', 't', 'd', ?, 'ended', 1, x'656e64', 'llm/reply', 1, ?, 2)",
+        (NOW, NOW),
+    )
+    db.execute("INSERT INTO sessions VALUES (1, 'default', 'kitchen/tablet', 'kitchen', ?, ?, 26)", (NOW, NOW))
+    db.execute("""INSERT INTO messages VALUES (1, 1, 'user', CAST('{"role":"user","content":1}' AS BLOB))""")
+    db.commit()
+    db.close()
+    store = SqliteStore(path)
+    store.open()
+    found = store.find(key())
+    assert found is not None
+    assert found.terminal == b"end"
+    assert len(store.history(SESSION)) == 1
+    assert store.purge(now=NOW, remember_s=600, ttl_s=1e9, max_sessions=10, max_bytes=1).entries == 1
+    store.close()
+
+
 def test_a_migration_that_fails_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(path)
     broken = ("ALTER TABLE sessions ADD COLUMN title TEXT", "UPDATE nonsense SET a = 1")

@@ -90,7 +90,7 @@ class Stores(RuleBasedStateMachine):
     @rule(remember=seconds, ttl=seconds, most=st.integers(0, 5), ahead=st.sampled_from([0.0, -1e5, 1e5, -1.79e9]))
     def purge(self, remember: float, ttl: float, most: int, ahead: float) -> None:
         done = [
-            dict(s.purge(now=self.now + ahead, remember_s=remember, ttl_s=ttl, max_sessions=most))
+            s.purge(now=self.now + ahead, remember_s=remember, ttl_s=ttl, max_sessions=most)
             for s in (self.real, self.model)
         ]
         assert done[0] == done[1]

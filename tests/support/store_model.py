@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Message
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, StoreError
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Purged, StoreError
 from llamacpp_mqtt_deploy.stores.bounds import (
     MAX_HISTORY_BYTES,
     PURGE_ROWS,
@@ -153,14 +153,15 @@ class ModelStore:
             self._check_open()
             self._sessions.pop(session, None)
 
-    def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Mapping[str, int]:
+    def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Purged:
         with self._lock:
             self._check_open()
             self._mend_times(now)
-            return {
-                "entries": self._purge_entries(now, remember_s),
-                "sessions": self._purge_sessions(now, ttl_s, max_sessions),
-            }
+            return Purged(
+                entries=self._purge_entries(now, remember_s),
+                sessions=self._purge_sessions(now, ttl_s, max_sessions),
+                more=False,
+            )
 
     # --- under the lock ----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.events import EventReader, encode
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
+from llamacpp_mqtt_deploy.service import daemon
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.waiting import eventually
@@ -130,6 +131,21 @@ def test_what_was_left_behind_runs_whatever_the_limits_are_now(bus: Bus) -> None
     bus.worker(limits__queue_size=1, limits__session_queue=1, limits__max_requests_per_minute=1)
     for number in range(4):
         assert bus.listener.terminal(f"r{number}")["type"] == "done"
+
+
+def test_what_a_flood_left_is_forgotten_as_fast_as_it_came(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_PURGE_EVERY_S", 2.0)
+    store = SqliteStore(bus.state / "state.db")
+    store.open()
+    keys = [EntryKey("default", "demo", f"r{n}") for n in range(5000)]
+    store.accept([Entry(key=key, topic="t", payload=b"x", digest="d", reply_topic="llm/reply/demo") for key in keys])
+    for some in (keys[:2500], keys[2500:]):
+        for pending in [store.finish_soon(key, b"end", now=time.time() - 3600) for key in some]:
+            pending.wait(30)
+    store.mark_delivered(keys)
+    store.close()
+    worker = bus.worker()
+    eventually(lambda: worker.daemon.parts.store.find(keys[-1]) is None)  # at one piece in 2 s: after 20 s
 
 
 def test_a_terminal_event_that_no_broker_took_is_delivered_by_the_next_life(bus: Bus) -> None:
