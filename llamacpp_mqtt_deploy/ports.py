@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message
+from llamacpp_mqtt_deploy.core.wallclock import elapsed_s
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
 # --- engines: who makes tokens ---------------------------------------------------------------------------------------
@@ -234,6 +235,15 @@ class Entry:
     """The broker acknowledged the terminal event."""
     ended_at: float | None = None
 
+    def waited_s(self, now: float) -> float:
+        """Seconds since it was accepted, as far as clocks that were set in between can tell."""
+        return elapsed_s(self.accepted_at, now)
+
+    def left_s(self, now: float) -> float | None:
+        """What is left of its time limit; None when it has none. The limit is a span: a clock that was set since must
+        neither end the request at once nor keep it for years."""
+        return None if self.expires_at is None else self.expires_at - self.accepted_at - self.waited_s(now)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryChange:
@@ -270,7 +280,8 @@ class Purged:
 
 
 class Store(Protocol):
-    """Journal and sessions. Every method is atomic and may be called from any thread; each raises StoreError when the disk
+    """Journal and sessions. The disk may be full, slow, or held by another program: what the store cannot write it refuses
+    with a StoreError, and takes again when it can; nothing has to be opened anew. Every method is atomic and may be called from any thread; each raises StoreError when the disk
     fails. A method that wrote returns only after the write would survive the death of the process (and of the machine, for
     the durable methods `accept`, `mark_streaming` and `finish`).
 
@@ -337,6 +348,11 @@ class Store(Protocol):
 
 class StoreError(Exception):
     """The state directory cannot be read or written; the text says what to do."""
+
+
+class StoreFull(StoreError):
+    """The disk is full. `open` raises it when not even a worker without new requests can start there; it may be called
+    again later. An open store raises it for new requests, while the ends of accepted ones still find a place."""
 
 
 class StoreInUse(StoreError):

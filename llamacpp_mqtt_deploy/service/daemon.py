@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import threading
@@ -16,7 +17,17 @@ from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.topics import topic_matches
-from llamacpp_mqtt_deploy.ports import Delivery, Engine, EngineInfo, Link, LinkInfo, Store, StoreError, StoreInUse
+from llamacpp_mqtt_deploy.ports import (
+    Delivery,
+    Engine,
+    EngineInfo,
+    Link,
+    LinkInfo,
+    Store,
+    StoreError,
+    StoreFull,
+    StoreInUse,
+)
 from llamacpp_mqtt_deploy.service.assembly import Parts
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.service.reporting import status_line
@@ -38,6 +49,7 @@ _PURGE_EVERY_S = 5.0
 # While more is left than one purge may drop, in pieces that no request has to wait for.
 _PURGE_AGAIN_S = 0.2
 _SWEEP_EVERY_S = 1.0
+_STORE_AGAIN_S = 5.0
 # After the drain: for terminal events to be written, acknowledged by the broker, and threads to end.
 _CLOSE_S = 5.0
 
@@ -168,7 +180,7 @@ class Daemon:
         )
         self._notifier.status("starting")
         self._started_at = time.monotonic()
-        parts.store.open()
+        self._open_store()
         try:
             parts.engine.open()
         except ValueError as problem:  # what will never work: a model file that is not there
@@ -189,6 +201,24 @@ class Daemon:
         every(lambda: _PURGE_AGAIN_S if self._more_to_purge else _PURGE_EVERY_S, self._purge)
         every(lambda: self._settings.status.every_s, self._renew)
         every(lambda: self._settings.status.health_every_s, self._publish_health)
+
+    def _open_store(self) -> None:
+        """Open the store. While the disk is too full even for that, wait: nobody may be there to start us again."""
+        told = False
+        while True:
+            try:
+                self.parts.store.open()
+            except StoreFull as problem:
+                if not told:
+                    log.error("store.waiting", reason=str(problem), again_s=_STORE_AGAIN_S)
+                    self._notifier.status(f"waiting: {problem}")
+                    told = True
+            else:
+                return
+            with contextlib.suppress(queue.Empty):
+                self._notes.get(timeout=_STORE_AGAIN_S)
+            if self._signals:
+                raise Ending(EXIT_CLEAN, "told to stop while the disk was full")
 
     def _serve(self) -> None:
         """The main thread's loop: notes of what happened, and the watchdog in between."""

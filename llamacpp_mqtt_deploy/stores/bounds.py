@@ -28,24 +28,10 @@ ROW_BYTES = 512
 UNDELIVERED_S = 86400.0
 """Seconds for which a terminal event waits for a broker that never came back."""
 
-CLOCK_SET_S = 1_577_836_800.0
-"""2020-01-01. A board without a battery clock starts in 1970: a time before this one says that the clock was not set
-yet, and what bears it must not look decades old the moment the clock is."""
-
-CLOCK_SLACK_S = 3600.0
-"""A time further ahead of now than this was written under a wrong clock, and is brought back to now."""
-
 
 def first_level(session: str) -> str:
     """The level that a broker's access list binds to an identity."""
     return session.partition("/")[0]
-
-
-def mended(moment: float, now: float) -> float:
-    """The moment as the clock of now would have written it."""
-    if moment > now + CLOCK_SLACK_S or moment < CLOCK_SET_S <= now:
-        return now
-    return moment
 
 
 def messages_to_forget(sizes: Sequence[tuple[str, int]], max_bytes: int) -> int:

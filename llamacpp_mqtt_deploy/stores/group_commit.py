@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from collections import deque
@@ -31,6 +32,11 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 
 PROBE_EVERY_S = 0.25
 """Seconds between two looks whether a program that locked the database has let go of it."""
+
+_LOG_PAGES = 1000
+"""SQLite's own choice: the write-ahead log is folded into the database at 4 MiB."""
+
+_SHORT_LOG_PAGES = 16
 
 _DISK = (
     sqlite3.SQLITE_FULL,
@@ -99,14 +105,22 @@ class Write:
 class GroupCommit:
     """Commits writes in the order in which they were submitted, as many at once as are there.
 
-    `explain` makes the error for the caller. The connection is nobody else's, except inside `exclusive`.
+    `explain` makes the error for the caller; `make_room` frees, once, what a full disk still has for urgent writes. The connection is nobody else's, except inside `exclusive`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, *, explain: Callable[[Exception], StoreError]) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        *,
+        explain: Callable[[Exception], StoreError],
+        make_room: Callable[[], bool],
+    ) -> None:
         self._connection = connection
         self._explain = explain
+        self._make_room = make_room
         self._connection_lock = threading.Lock()
         self._durable: bool | None = None
+        self._short_of_room = False
         self._condition = threading.Condition()
         self._queue: deque[Write] = deque()
         self._queued_bytes = 0
@@ -194,6 +208,9 @@ class GroupCommit:
             if durable != self._durable:
                 db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._durable = durable
+            if self._short_of_room and not all(write.urgent for write in batch):
+                db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}").fetchall()
+                self._short_of_room = False
             db.execute("BEGIN IMMEDIATE")
             try:
                 for write in batch:
@@ -219,11 +236,8 @@ class GroupCommit:
 
     def _failed(self, batch: Sequence[Write], error: Exception) -> list[Write]:
         """Give each write of the batch its problem; returns the waiting ones that fail with it."""
-        if _code(error) == sqlite3.SQLITE_FULL and len(batch) > 1:
-            # A large one may have been too much where the small ones find a place.
-            for write in batch:
-                if write.problem is None:
-                    self._alone(write)
+        if _code(error) == sqlite3.SQLITE_FULL:
+            self._one_by_one(batch)
             return []
         problem = self._explain(error)
         waiting: list[Write] = []
@@ -237,11 +251,35 @@ class GroupCommit:
             write.problem = write.problem or problem
         return waiting
 
-    def _alone(self, write: Write) -> None:
+    def _one_by_one(self, batch: Sequence[Write]) -> None:
+        """On a full disk: a large write may have been too much where the small ones find a place."""
+        for write in batch:
+            if write.problem is not None:
+                continue
+            error = self._alone(write)
+            if error is not None and write.urgent:
+                self._free_room()
+                error = self._alone(write)
+            if error is not None:
+                write.problem = self._explain(error)
+
+    def _alone(self, write: Write) -> Exception | None:
         try:
             self._transaction([write])
         except Exception as error:  # noqa: BLE001  told to who waits
-            write.problem = self._explain(error)
+            return error
+        return None
+
+    def _free_room(self) -> None:
+        if self._make_room():
+            log.error(
+                "store.reserve_given_up", reason="the disk is full", refused="new requests, until there is room again"
+            )
+        with self._connection_lock, contextlib.suppress(sqlite3.Error):
+            # A short log: it would take all that was freed, and leave none for the database that it has to move into.
+            self._connection.execute(f"PRAGMA wal_autocheckpoint = {_SHORT_LOG_PAGES}").fetchall()
+            self._short_of_room = True
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _probe(self) -> None:
         with self._connection_lock:

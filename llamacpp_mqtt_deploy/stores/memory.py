@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.stores import schema
 
 
@@ -29,6 +30,13 @@ class MemoryFile:
 
     def suspect(self, error: sqlite3.Error) -> None:
         """Nothing to look at again: a database in memory does not outlive its damage."""
+
+    def full(self) -> StoreError | None:
+        """None: there is no disk."""
+        return None
+
+    def make_room(self) -> bool:
+        return False
 
     def release(self) -> None:
         """Nothing is locked."""

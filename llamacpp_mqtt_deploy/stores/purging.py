@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import sqlite3
 
+from llamacpp_mqtt_deploy.core.wallclock import CLOCK_SET_S, CLOCK_SLACK_S
 from llamacpp_mqtt_deploy.stores import entries, histories
 from llamacpp_mqtt_deploy.stores.bounds import (
-    CLOCK_SET_S,
-    CLOCK_SLACK_S,
     LEVEL_SHARE,
     PURGE_BYTES,
     PURGE_ROWS,

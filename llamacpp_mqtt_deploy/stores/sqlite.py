@@ -78,6 +78,9 @@ class SqliteStore:
 
     def accept_soon(self, entries: Sequence[Entry]) -> Pending:
         opened, taken = self._opened(), tuple(entries)
+        full = self._file.full()
+        if full is not None:
+            raise full
 
         def step(db: sqlite3.Connection) -> None:
             for entry in taken:
@@ -166,7 +169,7 @@ class SqliteStore:
 
         # One after the other, so that what others write has its turn in between.
         for step in (drop_entries, drop_sessions, purging.free_pages):
-            writer.submit(step).wait(PURGE_TIMEOUT_S)
+            writer.submit(step, urgent=True).wait(PURGE_TIMEOUT_S)
         return Purged(entries=entries.rows, sessions=sessions.rows, more=entries.full or sessions.full)
 
     # --- connections ---------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ class _Open:
         self._reader: sqlite3.Connection | None = None
         try:
             self._reader = file.reader()
-            self.writer = GroupCommit(self._connection, explain=explain)
+            self.writer = GroupCommit(self._connection, explain=explain, make_room=file.make_room)
         except BaseException:
             self._close_connections()
             raise

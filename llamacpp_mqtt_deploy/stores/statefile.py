@@ -13,8 +13,9 @@ from pathlib import Path
 
 import structlog
 
-from llamacpp_mqtt_deploy.ports import StoreError, StoreInUse
+from llamacpp_mqtt_deploy.ports import StoreError, StoreFull, StoreInUse
 from llamacpp_mqtt_deploy.stores import schema
+from llamacpp_mqtt_deploy.stores.reserve import Reserve
 
 BUSY_TIMEOUT_S = 1.0
 """Patience with another program on the file (an operator's `sqlite3` shell); no other worker gets past the lock."""
@@ -24,6 +25,9 @@ WAL_LIMIT_BYTES = 8 * 1024 * 1024
 
 KEPT_CORRUPT_FILES = 3
 """A dying disk damages the file again and again: the copies must not fill what is left of it."""
+
+_LITTLE_BYTES = 256 * 1024
+"""With less than this free, whatever went wrong at the opening went wrong for lack of room."""
 
 _HEADER = b"SQLite format 3\x00"
 _MARK = b"llamacpp-mqtt-deploy state"
@@ -42,7 +46,7 @@ def translated(error: sqlite3.Error | OSError, path: Path) -> StoreError:
     detail = f"{error}; {name}"
     match getattr(error, "sqlite_errorcode", 0) & 0xFF:
         case sqlite3.SQLITE_FULL:
-            advice = f"The disk that holds {path} is full: free some space there"
+            return StoreFull(f"{_full(path)} ({detail}).")
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
             advice = f"{path} cannot be written: {_WRITABLE}"
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
@@ -56,6 +60,10 @@ def translated(error: sqlite3.Error | OSError, path: Path) -> StoreError:
     return StoreError(f"{advice} ({detail}).")
 
 
+def _full(path: Path) -> str:
+    return f"The disk that holds {path} is full: free some space there"
+
+
 _WRITABLE = (
     "set sessions.path to a file in a directory that this user may write "
     "(under systemd's ProtectSystem=strict only StateDirectory= is writable), or set sessions.store to 'memory'"
@@ -65,7 +73,7 @@ _WRITABLE = (
 def _translated_os_error(error: OSError, path: Path) -> StoreError:
     detail = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(f"The disk that holds {path} is full: free some space there ({detail}).")
+        return StoreFull(f"{_full(path)} ({detail}).")
     return StoreError(f"{path} cannot be opened: {_WRITABLE} ({detail}).")
 
 
@@ -76,6 +84,7 @@ class StateFile:
         self.path = path
         self.moved_aside: Path | None = None
         """Where a damaged file went when this one was opened."""
+        self.reserve = Reserve(path.with_name(path.name + ".reserve"))
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock_fd: int | None = None
         self._notes = b""
@@ -87,6 +96,25 @@ class StateFile:
         Damage that `first_look` meets counts like damage met here.
         """
         try:
+            return self._open(first_look)
+        except StoreInUse:
+            raise
+        except StoreError:
+            # Even to open it takes some room (SQLite's shared memory); there is some for this.
+            if not self._disk_is_full():
+                raise
+        self.reserve.give_up()
+        try:
+            return self._open(first_look)
+        except StoreInUse:
+            raise
+        except StoreError as problem:
+            if isinstance(problem, StoreFull) or not self._disk_is_full():
+                raise
+            raise StoreFull(*problem.args) from problem
+
+    def _open(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+        try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._notes = self._lock()
             connection = self._connect_or_begin_anew(first_look)
@@ -97,6 +125,25 @@ class StateFile:
                 raise translated(error, self.path) from error
             raise
         return connection
+
+    def _disk_is_full(self) -> bool:
+        try:
+            disk = os.statvfs(self.path.parent)
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize < _LITTLE_BYTES
+
+    def full(self) -> StoreFull | None:
+        """Why nothing new should be written; None while there is room to end what was accepted."""
+        return (
+            None
+            if self.reserve.there()
+            else StoreFull(f"{_full(self.path)} (what is left is for the ends of requests).")
+        )
+
+    def make_room(self) -> bool:
+        """Give up the room that is kept for the ends of requests; False when there was none left."""
+        return self.reserve.give_up()
 
     def reader(self) -> sqlite3.Connection | None:
         """A second connection, whose reads wait for no commit; None where only a write-ahead log would allow it."""

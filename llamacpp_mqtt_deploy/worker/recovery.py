@@ -114,14 +114,16 @@ class Recovery:
                 raise Interrupted("the worker died in the middle of this answer; send a new request for it")
             if entry.starts >= policies.settings.limits.max_starts:
                 raise often_lost(entry.starts)
-            if entry.expires_at is not None and entry.expires_at <= wall:
+            left_s = entry.left_s(wall)
+            if left_s is not None and left_s <= 0:
                 raise TimedOut("the time limit of this request passed while the worker was down")
             address, request = self._read(entry, policies)
         except RequestError as error:
             self._end(entry, error)
             return False
-        waited_s = max(0.0, wall - entry.accepted_at)
-        left_s = entry.expires_at - wall if entry.expires_at is not None else policies.settings.generation.timeout_s
+        waited_s = entry.waited_s(wall)
+        if left_s is None:
+            left_s = policies.settings.generation.timeout_s
         job = self._maker.make(
             entry=entry, address=address, request=request, received_at=now - waited_s, deadline=now + left_s
         )

@@ -19,7 +19,7 @@ import orjson
 import pytest
 
 import llamacpp_mqtt_deploy
-from llamacpp_mqtt_deploy.ports import StoreError, StoreInUse
+from llamacpp_mqtt_deploy.ports import StoreError, StoreFull, StoreInUse
 from llamacpp_mqtt_deploy.stores import schema, statefile
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from tests.support.store_cases import NOW, SESSION, change, entry, key, talk
@@ -242,10 +242,77 @@ def test_what_does_not_fit_on_the_disk_takes_no_small_write_along(small_disk: Pa
     store.close()
 
 
+def test_what_was_accepted_can_end_on_a_full_disk_and_nothing_new_is_accepted_until_there_is_room(
+    small_disk: Path,
+) -> None:
+    store = SqliteStore(small_disk / "state.db")
+    store.open()
+    names = [f"r{n}" for n in range(20)]
+    store.accept([entry(name) for name in names])
+    fill_up(small_disk / "ballast")
+    for name in names:
+        store.mark_streaming(key(name))
+        store.finish(key(name), bytes(10_000), now=NOW, history=change(name, "x" * 1000))
+    with pytest.raises(StoreFull, match="full: free some space"):
+        store.accept([entry("new")])
+    store.close()
+    store.open()  # the disk is as full as before
+    store.mark_delivered([key(name) for name in names[1:]])
+    assert [e.key.request_id for e in store.undelivered()] == ["r0"]
+    assert len(store.history(SESSION)) == 40
+    (small_disk / "ballast").unlink()
+    eventually(lambda: accepted(store))
+    store.close()
+
+
+def test_a_worker_that_was_killed_starts_on_a_full_disk_and_ends_what_it_had_accepted(small_disk: Path) -> None:
+    work = """
+store.open()
+store.accept([entry("running")])
+print("accepted", flush=True)
+import threading; threading.Event().wait()
+"""
+    with child(work, small_disk / "state.db") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "accepted\n"
+    fill_up(small_disk / "ballast")
+    store = SqliteStore(small_disk / "state.db")
+    store.open()
+    assert [e.key.request_id for e in store.unfinished()] == ["running"]
+    store.finish(key("running"), b"end", now=NOW)
+    with pytest.raises(StoreFull):
+        store.accept([entry("new")])
+    store.close()
+    store.open()
+    assert [e.terminal for e in store.undelivered()] == [b"end"]
+    store.close()
+
+
+def test_a_journal_that_filled_its_disk_frees_it_by_purging(small_disk: Path) -> None:
+    store = SqliteStore(small_disk / "state.db")
+    store.open()
+    number = 0
+    with contextlib.suppress(StoreFull):
+        while True:
+            store.accept([entry(f"r{number}")])
+            store.finish(key(f"r{number}"), bytes(20_000), now=NOW)
+            store.mark_delivered([key(f"r{number}")])
+            number += 1
+    assert number > 10
+    store.purge(now=NOW + 1000, remember_s=600, ttl_s=1e9, max_sessions=1000)
+    eventually(lambda: accepted(store))
+    store.close()
+
+
 def test_a_disk_that_is_full_at_start_is_named(small_disk: Path) -> None:
     fill_up(small_disk / "ballast")
-    with pytest.raises(StoreError, match="full: free some space"):
-        SqliteStore(small_disk / "state.db").open()
+    store = SqliteStore(small_disk / "state.db")
+    with pytest.raises(StoreFull, match="full: free some space"):
+        store.open()
+    (small_disk / "ballast").unlink()
+    store.open()
+    eventually(lambda: accepted(store))
+    store.close()
 
 
 def test_a_file_size_limit_ends_in_a_store_error_and_keeps_what_was_accepted(path: Path) -> None:
@@ -305,12 +372,13 @@ def test_state_is_private_to_its_user(path: Path) -> None:
         store.open()
         talk(store, SESSION)
         modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in path.parent.iterdir()}
-        assert modes == dict.fromkeys(("state.db", "state.db-wal", "state.db-shm", "state.db.lock"), 0o600)
+        assert modes == dict.fromkeys(modes, 0o600)
+        assert set(modes) == {"state.db", "state.db-wal", "state.db-shm", "state.db.lock", "state.db.reserve"}
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         store.close()
     finally:
         os.umask(before)
-    assert {p.name for p in path.parent.iterdir()} == {"state.db", "state.db.lock"}
+    assert {p.name for p in path.parent.iterdir()} == {"state.db", "state.db.lock", "state.db.reserve"}
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

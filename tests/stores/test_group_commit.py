@@ -24,7 +24,9 @@ class Journal:
         self.connection.execute("CREATE TABLE rows (value TEXT UNIQUE)")
         self.statements: list[str] = []
         self.connection.set_trace_callback(self.statements.append)
-        self.writer = GroupCommit(self.connection, explain=lambda error: StoreError(f"explained: {error}"))
+        self.writer = GroupCommit(
+            self.connection, explain=lambda error: StoreError(f"explained: {error}"), make_room=lambda: False
+        )
 
     def add(self, value: object, *, size: int = 0, urgent: bool = False) -> Write:
         return self.writer.submit(

@@ -10,13 +10,13 @@ from operator import attrgetter
 import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Message
+from llamacpp_mqtt_deploy.core.wallclock import mended
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Purged, StoreError
 from llamacpp_mqtt_deploy.stores.bounds import (
     MAX_HISTORY_BYTES,
     PURGE_ROWS,
     UNDELIVERED_S,
     first_level,
-    mended,
     messages_to_forget,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.events import EventReader, encode
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published, StoreFull
 from llamacpp_mqtt_deploy.service import daemon
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
@@ -25,20 +26,22 @@ def _left_behind(
     streaming: bool = False,
     starts: int = 0,
     correlation: bytes | None = None,
+    accepted_at: float | None = None,
     **fields: Any,
 ) -> None:
     """A journal entry as a worker that was killed leaves it."""
     store = SqliteStore(bus.state / "state.db")
     store.open()
     body = {"prompt": "left behind", "request_id": request_id} | fields
+    accepted_at = time.time() - 5 if accepted_at is None else accepted_at
     entry = Entry(
         key=EntryKey("default", "demo", request_id),
         topic="llm/request/demo",
         payload=json.dumps(body).encode(),
         digest="d",
         correlation=correlation,
-        accepted_at=time.time() - 5,
-        expires_at=time.time() + 60,
+        accepted_at=accepted_at,
+        expires_at=accepted_at + 65,
         reply_topic="llm/reply/demo",
     )
     store.accept([entry])
@@ -131,6 +134,45 @@ def test_what_was_left_behind_runs_whatever_the_limits_are_now(bus: Bus) -> None
     bus.worker(limits__queue_size=1, limits__session_queue=1, limits__max_requests_per_minute=1)
     for number in range(4):
         assert bus.listener.terminal(f"r{number}")["type"] == "done"
+
+
+def test_a_clock_that_was_set_while_the_worker_was_down_ends_no_request(bus: Bus) -> None:
+    _left_behind(bus, request_id="r1", accepted_at=60.0)  # a board without a battery clock
+    _left_behind(bus, request_id="r2", accepted_at=time.time() + 10 * 365 * 86400)
+    _left_behind(bus, request_id="r3", accepted_at=time.time() - 70)
+    gate = Gate()
+    worker = bus.worker(ScriptedEngine(lambda _: [gate, "hi"]))
+    assert bus.listener.terminal("r3")["code"] == "timeout"
+    eventually(lambda: len(worker.daemon.parts.registry) == 2)
+    left_s = [job.deadline - time.monotonic() for job in worker.daemon.parts.registry.all()]
+    assert all(55 < left <= 65 for left in left_s)
+    gate.open()
+    assert [bus.listener.terminal(name)["type"] for name in ("r1", "r2")] == ["done", "done"]
+
+
+def test_a_disk_that_is_too_full_to_start_is_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_STORE_AGAIN_S", 0.05)
+    opens: list[None] = []
+    room = threading.Event()
+    open_store = SqliteStore.open
+
+    def open_if_room(store: SqliteStore) -> None:
+        opens.append(None)
+        if not room.is_set():
+            raise StoreFull("no space left")
+        open_store(store)
+
+    monkeypatch.setattr(SqliteStore, "open", open_if_room)
+    stopped = bus.worker(wait=False)
+    eventually(lambda: len(opens) >= 3)
+    assert stopped.stop() == 0
+    worker = bus.worker(wait=False)
+    eventually(lambda: len(opens) >= 6)
+    assert worker.exit_code is None
+    room.set()
+    bus.listener.until(state="online")
+    bus.ask("hi", request_id="r1")
+    assert bus.listener.terminal("r1")["type"] == "done"
 
 
 def test_what_a_flood_left_is_forgotten_as_fast_as_it_came(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
