@@ -1,174 +1,120 @@
-"""What an earlier life left in the journal, entry by entry, by clocks that stand still."""
+"""A journal that an earlier life left is taken up entry by entry; one bad entry costs nobody but itself."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.config.loading import load
-from llamacpp_mqtt_deploy.io_loop import IoLoop
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, StoreError
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
-from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
-from llamacpp_mqtt_deploy.worker.policies import Policies, topic_map
-from llamacpp_mqtt_deploy.worker.recovery import Recovered, Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
-
-WALL = 1_700_000_000.0
-NOW = 5000.0
-MAX_STARTS = 2
-TIMEOUT_S = 200.0
+from tests.support.waiting import eventually
+from tests.support.whole_worker import Bus
 
 
-class NextLife:
-    """A journal with what was left behind, and the recovery that meets it."""
-
-    def __init__(self, path: Path) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.loop = IoLoop()
-        self.loop.start()
-        self.store = SqliteStore(path / "state.db")
-        self.store.open()
-        settings = load(
-            None,
-            {"limits.max_starts": str(MAX_STARTS), "generation.timeout_s": str(TIMEOUT_S)},
-            environ={},
-        ).settings
-        policies = Policies.of(settings)
-        self.registry = JobRegistry(queue_size=9, session_queue=9, aging_s=60.0, max_requests_per_minute=60, slots=1)
-        self.recovery = Recovery(
-            store=self.store,
-            registry=self.registry,
-            maker=JobMaker(
-                outbox=self,
-                loop=self.loop,
-                policies=lambda: policies,
-                max_event_bytes=lambda: 4096,
-                active_streams=lambda: 1,
-            ),
-            topics=topic_map(settings),
-            policies=lambda: policies,
-            redelivery=Redelivery(outbox=self, store=self.store),
-        )
-
-    def publish(self, topic: str, payload: bytes, **_: Any) -> Published:
-        self.events.append(json.loads(payload) | {"_topic": topic})
-        return "queued"
-
-    def acknowledge(self, delivery: Delivery) -> None:
-        raise NotImplementedError
-
-    def left_behind(self, name: str, *, starts: int = 0, topic: str = "llm/request/demo", **fields: Any) -> EntryKey:
-        """An accepted request, 5 s old, that was started so many times."""
-        key = EntryKey("default", "demo", name)
-        given: dict[str, Any] = {"payload": b'{"prompt": "hello"}', "accepted_at": WALL - 5.0} | fields
-        self.store.accept([Entry(key=key, topic=topic, digest="d", reply_topic="llm/reply/demo", **given)])
-        for _ in range(starts):
-            self.store.mark_started(key)
-        return key
-
-    def told(self, name: str) -> list[tuple[str, Any]]:
-        """Types of the events of one request, with the code of an error or the place of a queued one."""
-        return [
-            (event["type"], event.get("code") or event.get("position"))
-            for event in self.events
-            if event["request_id"] == name
-        ]
-
-    def job(self) -> Job:
-        (job,) = self.registry.all()
-        return job
+def _entry(request_id: str, **changes: Any) -> Entry:
+    fields: dict[str, Any] = {
+        "key": EntryKey("default", "demo", request_id),
+        "topic": "llm/request/demo",
+        "payload": json.dumps({"prompt": "left behind", "request_id": request_id}).encode(),
+        "digest": "d",
+        "accepted_at": time.time() - 5,
+        "reply_topic": "llm/reply/demo",
+    }
+    return Entry(**fields | changes)
 
 
-@pytest.fixture
-def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NextLife]:
-    life = NextLife(tmp_path)
-    monkeypatch.setattr(time, "time", lambda: WALL)
-    monkeypatch.setattr(time, "monotonic", lambda: NOW)
-    yield life
+def _leave(bus: Bus, entries: Sequence[Entry], *, streaming: Sequence[EntryKey] = ()) -> None:
+    store = SqliteStore(bus.state / "state.db")
+    store.open()
+    store.accept(entries)
+    for key in streaming:
+        store.mark_streaming(key)
+    store.close()
+
+
+def _unended(bus: Bus) -> list[str]:
+    store = SqliteStore(bus.state / "state.db")
+    store.open()
+    left = [entry.key.request_id for entry in (*store.unfinished(), *store.undelivered())]
+    store.close()
+    return left
+
+
+def test_a_bad_entry_is_put_aside_with_an_end_and_the_others_run(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = JobMaker.make
+
+    def picky(maker: JobMaker, *, entry: Entry, **more: Any) -> Any:
+        if entry.key.request_id == "bad":
+            raise RuntimeError("a defect with this entry")
+        return make(maker, entry=entry, **more)
+
+    monkeypatch.setattr(JobMaker, "make", picky)
+    _leave(bus, [_entry("bad"), _entry("good")])
+    worker = bus.worker()
+    assert bus.listener.terminal("bad")["code"] == "internal"
+    assert bus.listener.terminal("good")["full_content"] == "left behind"
+    eventually(lambda: len(worker.daemon.parts.registry) == 0)
+    assert worker.stop() == 0
+    assert _unended(bus) == []
+    assert "recovery.entry_failed" in capsys.readouterr().out
+
+
+def test_an_entry_that_failed_in_the_line_leaves_no_place_and_no_session_behind(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _leave(bus, [_entry("bad")])
+    worker = bus.worker(wait=False)
+    registry = worker.daemon.parts.registry
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(registry, "positions", broken)
+    assert bus.listener.terminal("bad")["code"] == "internal"
     monkeypatch.undo()
-    life.store.close()
-    life.loop.close()
+    eventually(lambda: len(registry) == 0)
+    bus.listener.until(state="online", instance=worker.daemon.parts.presence.instance)
+    bus.ask("next", request_id="r2")
+    assert bus.listener.terminal("r2")["type"] == "done"
 
 
-def test_a_request_that_was_started_as_often_as_allowed_ends_without_another_start(life: NextLife) -> None:
-    life.left_behind("once more", starts=MAX_STARTS - 1)
-    life.left_behind("too often", starts=MAX_STARTS)
-    assert life.recovery.run() == Recovered(run_again=1, ended=1)
-    assert life.told("too often") == [("error", "engine_lost")]
-    assert life.told("once more") == [("queued", 1)]
-    assert life.job().starts == MAX_STARTS - 1
+def test_an_entry_for_which_no_end_can_be_made_is_not_tried_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Redelivery.send
+
+    def picky(redelivery: Redelivery, key: EntryKey, *more: Any) -> None:
+        if key.request_id == "bad":
+            raise RuntimeError("a defect with this end")
+        send(redelivery, key, *more)
+
+    monkeypatch.setattr(Redelivery, "send", picky)
+    ended = _entry("bad", state="ended", terminal=b"{}", payload=b"")
+    begun, bad = _entry("begun"), _entry("bad", key=EntryKey("default", "other", "bad"))
+    _leave(bus, [ended, bad, begun], streaming=[bad.key, begun.key])
+    worker = bus.worker()
+    assert bus.listener.terminal("begun")["code"] == "interrupted"
+    eventually(lambda: worker.daemon.parts.store.undelivered() == [])
+    assert worker.stop() == 0
+    assert _unended(bus) == []
 
 
-def test_requests_that_wait_are_queued_again_in_their_order_and_told_their_places(life: NextLife) -> None:
-    for name in ("first", "second", "third"):
-        life.left_behind(name)
-    assert life.recovery.run() == Recovered(run_again=3)
-    # The first will go at once, so the second is the next one.
-    places = [("first", 1), ("second", 1), ("third", 2)]
-    assert [life.told(name) for name, _ in places] == [[("queued", place)] for _, place in places]
-    assert [job.position for job in life.registry.all()] == [place for _, place in places]
-    taken = life.registry.take(0.0)
-    assert taken is not None
-    assert taken.key.request_id == "first"
+def test_a_full_disk_at_the_start_ends_what_was_begun_all_the_same(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    _leave(bus, [_entry("begun"), _entry("good")], streaming=[_entry("begun").key])
 
+    def full(*_: object, **__: object) -> None:
+        raise StoreError("no space left")
 
-def test_the_time_before_the_restart_counts_against_the_time_limit(life: NextLife) -> None:
-    life.left_behind("waits", expires_at=WALL + 30.0)
-    life.recovery.run()
-    job = life.job()
-    assert (job.received_at, job.deadline) == (NOW - 5.0, NOW + 30.0)
-
-
-def test_a_request_without_an_end_of_its_time_gets_the_limit_of_the_settings(life: NextLife) -> None:
-    life.left_behind("waits", accepted_at=WALL + 60.0)  # by a clock that was ahead
-    life.recovery.run()
-    job = life.job()
-    assert (job.received_at, job.deadline) == (NOW, NOW + TIMEOUT_S)
-
-
-@pytest.mark.parametrize("late_s", [0.0, 1.0])
-def test_a_request_whose_time_passed_while_the_worker_was_down_ends_in_timeout(life: NextLife, late_s: float) -> None:
-    key = life.left_behind("late", expires_at=WALL - late_s)
-    assert life.recovery.run() == Recovered(ended=1)
-    assert life.told("late") == [("error", "timeout")]
-    assert len(life.registry) == 0
-    stored = life.store.find(key)
-    assert stored is not None
-    assert (stored.state, stored.ended_at) == ("ended", WALL)
-
-
-def test_an_answer_that_was_begun_ends_in_interrupted_with_the_clients_metadata(life: NextLife) -> None:
-    plain = life.left_behind("plain", payload=b"only text")
-    tagged = life.left_behind("tagged", payload=b'{"prompt": "hello", "metadata": {"k": 1}}')
-    life.store.mark_streaming(plain)
-    life.store.mark_streaming(tagged)
-    assert life.recovery.run() == Recovered(ended=2)
-    assert [(event["code"], event["retryable"], event.get("metadata")) for event in life.events] == [
-        ("interrupted", True, None),
-        ("interrupted", True, {"k": 1}),
-    ]
-    assert life.store.unfinished() == []
-
-
-def test_a_request_on_a_topic_that_is_served_no_more_ends_in_interrupted(life: NextLife) -> None:
-    life.left_behind("elsewhere", topic="other/request/demo")
-    assert life.recovery.run() == Recovered(ended=1)
-    assert life.told("elsewhere") == [("error", "interrupted")]
-
-
-def test_an_end_that_no_broker_has_taken_is_published_again_as_it_was(life: NextLife) -> None:
-    key = life.left_behind("r1")
-    life.store.finish(key, b'{"type": "done", "request_id": "r1", "seq": 4}', now=WALL - 1.0)
-    assert life.recovery.run() == Recovered(delivered_again=1)
-    assert life.events == [{"type": "done", "request_id": "r1", "seq": 4, "_topic": "llm/reply/demo"}]
-
-
-def test_an_empty_journal_leaves_nothing_to_do(life: NextLife) -> None:
-    assert (life.recovery.run(), life.events) == (Recovered(), [])
+    finish = SqliteStore.finish
+    monkeypatch.setattr(SqliteStore, "finish", full)
+    worker = bus.worker()
+    assert bus.listener.terminal("begun")["code"] == "interrupted"
+    monkeypatch.setattr(SqliteStore, "finish", finish)
+    assert bus.listener.terminal("good")["type"] == "done"
+    eventually(lambda: worker.daemon.parts.store.unfinished() == [])
