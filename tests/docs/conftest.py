@@ -21,12 +21,15 @@ def demo_server() -> Iterator[LlamaServer]:
 
 @pytest.fixture(scope="module")
 def world_with(tmp_path_factory: pytest.TempPathFactory, demo_server: LlamaServer) -> Iterator[WorldWith]:
-    """The world with these settings (`LMD_STREAMING__MODE=simulated ...`), made when it is first asked for."""
+    """The world with these settings (`LMD_STREAMING__MODE=simulated ...`), or for this worker (`lmd run --set ...`); made when it
+    is first asked for.
+    """
     worlds: dict[str, World] = {}
 
     def made(settings: str) -> World:
         if settings not in worlds:
-            pairs = dict(pair.split("=", 1) for pair in settings.split())
+            environment = "" if settings.startswith("lmd run") else settings
+            pairs = dict(pair.split("=", 1) for pair in environment.split())
             worlds[settings] = World(tmp_path_factory.mktemp("world"), demo_server, pairs)
         return worlds[settings]
 
@@ -38,6 +41,6 @@ def world_with(tmp_path_factory: pytest.TempPathFactory, demo_server: LlamaServe
 @pytest.fixture
 def world(world_with: WorldWith) -> World:
     """The plain world with its worker running."""
-    plain = world_with("")
+    plain = world_with("lmd run")
     plain.start_worker()
     return plain

@@ -26,12 +26,16 @@ CONSOLE = [page for page in PAGES if any(block.language == "console" for block i
 def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: WorldWith) -> None:
     problems = []
     text = page.read_text("utf-8")
+    worker = "lmd run"
     for block in blocks(page):
         if block.language != "console":
             continue
+        commands = [step.command for step in shell.steps(block)]
+        if len(commands) == 1 and commands[0].startswith("lmd run"):
+            worker = commands[0]
         if re.search(r"\bjq ", block.text):
             require_program("jq")
-        outputs = _outputs(block, world_with)
+        outputs = _outputs(block, worker, world_with)
         if WRITES:
             text = text.replace(f"```console\n{block.text}```", f"```console\n{shell.written(block, outputs)}```", 1)
         elif found := shell.problem(block, outputs):
@@ -41,12 +45,13 @@ def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: Worl
     assert not problems, "\n\n".join(problems)
 
 
-def _outputs(block: Block, world_with: WorldWith) -> list[list[str]]:
-    world = world_with(block.note("run with") or "")
-    commands = [step.command for step in shell.steps(block)]
-    if commands == ["lmd run"]:
-        outputs = [world.start_worker()]
+def _outputs(block: Block, worker: str, world_with: WorldWith) -> list[list[str]]:
+    """What the commands print beside the worker that the page started last, or the one that the block's note asks for."""
+    note = block.note("run with")
+    world = world_with(note or worker)
+    started = world.start_worker("lmd run" if note else worker)
+    if block.text.startswith(f"$ {worker}\n"):
+        outputs = [started]
     else:
-        world.start_worker()
         outputs = shell.run(block, world.environment, str(world.home))
     return [[world.at_home(line) for line in output] for output in outputs]
