@@ -1,4 +1,5 @@
-"""Writes the tables and the diagram of the documentation that the code knows best, between their marks; `make docs` runs it.
+"""Writes what the code knows best into the documentation: tables and a diagram between their marks, and the drawing of the folders
+from the imports. `make docs` runs it.
 
 A mark is `<!-- generated: NAME -->`, its end `<!-- end of NAME -->`. With `--check` nothing is written, and the exit code is 1 when
 a page differs. A test does the same.
@@ -6,9 +7,12 @@ a page differs. A test does the same.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from llamacpp_mqtt_deploy.schema import event_models, messages
 from llamacpp_mqtt_deploy.schema.document import schema, schema_text
 
 FOLDER = Path(__file__).resolve().parent
+PACKAGE = FOLDER.parent / "llamacpp_mqtt_deploy"
 _BLOCK = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 _COMMON = {"type", "request_id", "session_id"}
@@ -164,6 +169,126 @@ def _keys(table: keys.Table) -> Iterator[tuple[str, ...]]:
         yield f"`{key.path[-1]}`", key.expected, default, key.description, "yes" if is_live(key.path) else "restart"
 
 
+# --- the drawing of the folders ----------------------------------------------------------------------------------------
+
+_BOX_HEIGHT, _ROW_HEIGHT, _GAP, _WIDTH = 32, 76, 32, 900
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    """Names of imported modules, those for the type checker alone left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from _imported(node)
+
+
+def folder_imports() -> dict[str, set[str]]:
+    """What each folder, or file at the top, of the package imports of the others."""
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    parts -= {"__init__", "__main__"}
+    found: dict[str, set[str]] = {part: set() for part in parts}
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own in found:
+            names = (name.split(".") for name in _imported(ast.parse(path.read_text("utf-8"))))
+            found[own] |= {name[1] for name in names if name[0] == PACKAGE.name and name[1] in parts - {own}}
+    found["cli"].add("commands")  # imported by their names when they are called
+    return found
+
+
+def _rows(imports: Mapping[str, set[str]]) -> list[list[str]]:
+    """The highest row first; everything stands in the row right above the highest part that it imports."""
+    height: dict[str, int] = {}
+    for part in TopologicalSorter(imports).static_order():
+        height[part] = 1 + max((height[below] for below in imports[part]), default=-1)
+    return [sorted(part for part in height if height[part] == row) for row in range(max(height.values()), -1, -1)]
+
+
+def _essential(imports: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Without the arrows that a longer way says already."""
+
+    def reached(part: str) -> set[str]:
+        return imports[part].union(*(reached(below) for below in imports[part]))
+
+    return {part: below - set().union(*(reached(each) for each in below)) for part, below in imports.items()}
+
+
+def _ways(rows: Sequence[Sequence[str]], arrows: Mapping[str, set[str]]) -> set[tuple[str, str]]:
+    """Each arrow as steps from row to row. On the rows that it passes it has a place of its own, shared by all with one target."""
+    at = {part: number for number, row in enumerate(rows) for part in row}
+    steps: set[tuple[str, str]] = set()
+    for part, below in arrows.items():
+        for target in below:
+            way = [part, *(f"{number} {target}" for number in range(at[part] + 1, at[target])), target]
+            steps |= set(pairwise(way))
+    return steps
+
+
+def _places(rows: list[list[str]], steps: set[tuple[str, str]]) -> dict[str, tuple[float, float]]:
+    """Middle and top of every box, and of every place where an arrow passes a row."""
+    place: dict[str, tuple[float, float]] = {}
+    for number, row in enumerate(rows):
+        passing = {lower for _, lower in steps if lower.startswith(f"{number} ")}
+        sources = {each: [place[upper][0] for upper, lower in steps if lower == each] for each in [*row, *passing]}
+        middle = {each: sum(found) / len(found) if found else _WIDTH / 2 for each, found in sources.items()}
+        ordered = sorted(sources, key=lambda each: (middle[each], each))
+        left = (_WIDTH - sum(map(_width, ordered)) - _GAP * (len(ordered) - 1)) / 2
+        for each in ordered:
+            place[each] = (left + _width(each) / 2, 12 + number * _ROW_HEIGHT)
+            left += _width(each) + _GAP
+    return place
+
+
+def _width(each: str) -> int:
+    return 0 if " " in each else len(each) * 9 + 30
+
+
+def drawing() -> str:
+    """The folders of the package as SVG: an arrow leads from the importer down to what it imports."""
+    imports = folder_imports()
+    rows = _rows(imports)
+    steps = _ways(rows, _essential(imports))
+    place = _places(rows, steps)
+    lines = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{len(rows) * _ROW_HEIGHT - 20}" '
+            'font-family="monospace" font-size="14" text-anchor="middle">'
+        ),
+        "<title>The folders of the package; an arrow leads from the importer to what it imports</title>",
+        (
+            '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
+            '<path d="M0,0 L8,4 L0,8 z" fill="#567"/></marker></defs>'
+        ),
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for upper, lower in sorted(steps):
+        (x1, y1), (x2, y2) = place[upper], place[lower]
+        y1 += _BOX_HEIGHT
+        if " " in upper:
+            lines.append(f'<path d="M{x1:.0f},{y1 - _BOX_HEIGHT:.0f} V{y1:.0f}" fill="none" stroke="#567"/>')
+        bend = (y2 - y1) / 2
+        tip = "" if " " in lower else ' marker-end="url(#tip)"'
+        curve = f"C{x1:.0f},{y1 + bend:.0f} {x2:.0f},{y2 - bend:.0f} {x2:.0f},{y2:.0f}"
+        lines.append(f'<path d="M{x1:.0f},{y1:.0f} {curve}" fill="none" stroke="#567"{tip}/>')
+    for part in sorted(imports):
+        lines += _box(part, *place[part])
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _box(part: str, x: float, y: float) -> list[str]:
+    name = f"{part}/" if (PACKAGE / part).is_dir() else f"{part}.py"
+    width = _width(part)
+    return [
+        f'<rect x="{x - width / 2:.0f}" y="{y:.0f}" width="{width}" height="{_BOX_HEIGHT}" rx="4" fill="#eef3f7" stroke="#567"/>',
+        f'<text x="{x:.0f}" y="{y + 21:.0f}">{name}</text>',
+    ]
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "request-fields": lambda: _table(("field", "expects", "meaning"), _fields(RequestFields)),
     "control-fields": lambda: _table(("field", "expects", "meaning"), _fields(ControlFields)),
@@ -187,11 +312,11 @@ def filled(text: str) -> str:
 def pages() -> dict[Path, str]:
     """Every generated file with its right content."""
     wanted = {page: filled(page.read_text("utf-8")) for page in sorted(FOLDER.glob("*.md"))}
-    return wanted | {FOLDER / "schema.json": schema_text()}
+    return wanted | {FOLDER / "schema.json": schema_text(), FOLDER / "architecture.svg": drawing()}
 
 
 def main() -> int:
-    different = [page for page, wanted in pages().items() if page.read_text("utf-8") != wanted]
+    different = [page for page, wanted in pages().items() if not page.exists() or page.read_text("utf-8") != wanted]
     if "--check" in sys.argv[1:]:
         for page in different:
             print(f"{page.name} is not as the code has it; run `make docs`", file=sys.stderr)

@@ -23,7 +23,7 @@ from tests.support.waiting import eventually
 DEFECTS = (
     "generation.failed",
     "intake.failed",
-    "timer.failed",
+    "io.call_failed",
     "link.failed",
     "link.thread_died",
     "link.callback_failed",
