@@ -184,17 +184,36 @@ def test_the_threads_have_the_names_that_are_listed() -> None:
     started = set(re.findall(r'name(?:: str)? ?= ?f?"([a-z-]+?)(?:\{[^"]*)?"', code()))
     assert {"mqtt-link", "intake"} <= listed
     assert [name for name in sorted(listed) if name.removesuffix("N") not in started] == []
+    # What a worker's process starts is listed; the client and the helper beside a managed server are other processes.
+    ours = {
+        name
+        for folder in ("worker", "service", "mqtt", "engines", "stores", ".")
+        for file in (Path(llamacpp_mqtt_deploy.__file__).parent / folder).glob("**/*.py" if folder != "." else "*.py")
+        for name in re.findall(r'Thread\([^)]*name=f?"([a-z-]+)', file.read_text("utf-8"))
+        if file.name != "wheel_server.py"
+    }
+    assert [name for name in sorted(ours) if name not in {each.removesuffix("N") for each in listed}] == []
 
 
 def test_files_of_the_repository_that_are_named_exist() -> None:
+    """By their path in the repository, or by that in the package (`worker/intake.py`)."""
+    package = Path(llamacpp_mqtt_deploy.__file__).parent
+    folders = "|".join(sorted(path.name for path in [*ROOT.iterdir(), *package.iterdir()] if path.is_dir()))
     named = {
         name
         for page in PAGES
-        for name in re.findall(
-            r"`((?:config|systemd|docs|tests|llamacpp_mqtt_deploy)/[\w./-]+)`", page.read_text("utf-8")
-        )
-    }
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+        for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text("utf-8"))
+    }  # fmt: skip
+    assert "core/events.py" in named
+    assert [name for name in sorted(named) if not (ROOT / name).exists() and not (package / name).exists()] == []
+
+
+def test_the_drawing_of_the_folders_has_every_folder() -> None:
+    drawn = set(re.findall(r">([\w.]+/?)</text>", (DOCS / "architecture.svg").read_text("utf-8")))
+    package = Path(llamacpp_mqtt_deploy.__file__).parent
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    files = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    assert drawn == folders | files
 
 
 def test_pages_are_plain() -> None:
