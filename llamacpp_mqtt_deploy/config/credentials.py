@@ -64,6 +64,8 @@ def _read(file: Path) -> str:
         return _PIPES[pipe]
     except UnicodeDecodeError:
         raise CredentialError(f"{file} is not UTF-8 text; write the secret into it as one line of text") from None
+    except ValueError:  # a NUL or half a character in the name: no system call takes it
+        raise CredentialError(f"{str(file)!r} cannot be the name of a file") from None
     except OSError as error:
         hint = "" if error.errno is None else f" ({error.strerror})"
         raise CredentialError(
@@ -78,7 +80,7 @@ def exposed(files: Mapping[str, Path | None]) -> Iterator[str]:
             continue
         try:
             mode = file.stat().st_mode
-        except OSError:
+        except (OSError, ValueError):
             continue
         if mode & stat.S_IROTH:
             yield f"{key}: {file} holds a secret and every user of this machine may read it; chmod o-r {file}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.config import keys
@@ -311,6 +311,8 @@ def test_whatever_the_file_holds_loading_ends_in_settings_or_in_problems(text: s
     | st.text(st.characters(codec="utf-8", exclude_characters="\0="), min_size=1, max_size=30),
     value=st.text(max_size=40),
 )
+@example(key="engine.api_key_file", value="\0")
+@example(key="mqtt.password_file", value="\0")
 def test_whatever_a_flag_holds_loading_ends_in_settings_or_in_problems(key: str, value: str) -> None:
     assert ends_properly(Path("/dev/null"), {key: value})
 
