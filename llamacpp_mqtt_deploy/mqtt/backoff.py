@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Literal
+
+from tenacity import RetryCallState
+from tenacity.wait import wait_base, wait_exponential
 
 Version = Literal["5", "3.1.1"]
 
@@ -19,24 +23,28 @@ STATED_AGAIN_AFTER_S = 60.0
 """After an outage this long the broker may be another one, or a newer one: MQTT 5 is tried again."""
 
 
-class Backoff:
-    """Pauses that double from 0.1 s up to the most, each shortened at random by up to half (so that a fleet spreads)."""
+class Backoff(wait_base):
+    """Pauses that double from 0.1 s up to the most, each shortened at random by up to half (so that a fleet spreads).
+
+    They count the attempts since the last connection that lasted, which is what tenacity's own count cannot know.
+    """
 
     def __init__(self, most_s: float, *, draw: Callable[[], float] = random.random) -> None:
-        self._most_s = most_s
+        self._doubling = wait_exponential(multiplier=FIRST_PAUSE_S, max=most_s)
         self._draw = draw
-        self._next_s = FIRST_PAUSE_S
+        self._attempts = 0
 
-    def next_s(self) -> float:
+    def __call__(self, retry_state: RetryCallState) -> float:
         """The pause before the next attempt, in seconds."""
-        pause = min(self._next_s, self._most_s)
-        self._next_s = min(self._next_s * 2, self._most_s)
-        return pause * (1.0 - self._draw() / 2)
+        self._attempts += 1
+        since_lasting = copy.copy(retry_state)
+        since_lasting.attempt_number = self._attempts
+        return self._doubling(since_lasting) * (1.0 - self._draw() / 2)
 
     def ended(self, lived_s: float) -> None:
         """A connection ended that lived this long."""
         if lived_s >= STABLE_AFTER_S:
-            self._next_s = FIRST_PAUSE_S
+            self._attempts = 0
 
 
 class Reminder:

@@ -1,6 +1,7 @@
 """One paho client, driven by the thread that owns it: connect, read, write, and call back with plain values.
 
-This file and its two helpers (`packets`, `mending`) are the only ones that know paho. It uses no thread of paho's: every call into a client comes from the link's thread,
+This file and its two helpers (`packets`, `paho_fixes`) are the only ones that know paho. It never waits for the network: its owner's loop
+does (`poller`), or any other that watches `fileno`. It uses no thread of paho's: every call into a client comes from the link's thread,
 so that paho's own locks never meet ours (its issues 346, 354 and 531 are deadlocks between them), nothing of it can die
 unseen, and how to reconnect is ours to decide.
 """
@@ -119,7 +120,6 @@ class PahoWire:
         password: str | None,
         will: Retained,
         tls: ssl.SSLContext | None,
-        wake_fd: int,
         events: WireEvents,
         max_incoming_bytes: int | None,
     ) -> None:
@@ -127,12 +127,8 @@ class PahoWire:
         self._closed: Closed | None = Closed()
         self._settings = settings
         self._events = events
-        self._wake_fd = wake_fd
         self._max_incoming_bytes = max_incoming_bytes
-        self._poll = select.poll()
-        self._poll.register(wake_fd, select.POLLIN)
         self._fd = -1
-        self._writing = False
         self._misc_at = 0.0
         self._last_log = ""
         five = version == "5"
@@ -162,7 +158,7 @@ class PahoWire:
         client.on_message = self._on_message
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
-        # With this set paho never writes by itself: packets are queued and `work` writes them.
+        # With this set paho never writes by itself: packets are queued and `on_writable` writes them.
         client.on_socket_register_write = lambda *_: None
 
     # --- the owner's side ---
@@ -193,48 +189,43 @@ class PahoWire:
             if self._client.last_socket is not None:
                 self._client.last_socket.close()
             raise
-        self.write()
+        self.on_writable()
 
-    def work(self, timeout_s: float) -> bool:
-        """Wait for the network or the wake-up, then read and write; True when the wake-up was meant. Callbacks run in here."""
-        client = self._client
-        if self.closed() is not None:
-            return False
-        sock = client.socket()
+    # What a loop needs (`poller.Pollable`).
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def wants_read(self) -> bool:
         # TLS may hold bytes that the kernel no longer shows.
-        pending = getattr(sock, "pending", None)
-        read = pending is not None and pending() > 0
-        if read:
-            timeout_s = 0.0
-        wanted = client.want_write()
-        if wanted is not self._writing and self._fd >= 0:
-            self._writing = wanted
-            self._poll.modify(self._fd, select.POLLIN | select.POLLOUT if wanted else select.POLLIN)
-        woken = False
-        write = False
-        for fd, event in self._poll.poll(timeout_s * 1000.0):
-            if fd == self._wake_fd:
-                woken = True
-            else:
-                write = bool(event & select.POLLOUT)
-                # Read first, also after an error: the PUBACKs that came before the end still count.
-                read = read or bool(event & ~select.POLLOUT)
-        if read:
-            client.loop_read()
-        if write and self.closed() is None:
-            client.loop_write()
-        now = time.monotonic()
+        pending = getattr(self._client.socket(), "pending", None)
+        return pending is not None and pending() > 0
+
+    def wants_write(self) -> bool:
+        return self._closed is None and self._client.want_write()
+
+    def on_readable(self) -> None:
+        """Read what is there; callbacks run in here."""
+        if self.closed() is None:
+            self._client.loop_read()
+            self._notice_end()
+
+    def on_writable(self) -> None:
+        """Write what is queued, as far as the socket takes it."""
+        if self.wants_write():
+            self._client.loop_write()
+            self._notice_end()
+
+    def on_time(self, now: float) -> None:
+        """Let paho look at its keepalive when that is due."""
         if self.closed() is None and now >= self._misc_at:
             self._misc_at = now + MISC_EVERY_S
-            client.loop_misc()
-        if self.closed() is None and client.socket() is None:
-            self._closed = Closed(error=self._last_log)
-        return woken
+            self._client.loop_misc()
+            self._notice_end()
 
-    def write(self) -> None:
-        """Write what is queued, as far as the socket takes it."""
-        if self.closed() is None and self._client.want_write():
-            self._client.loop_write()
+    def _notice_end(self) -> None:
+        if self._closed is None and self._client.socket() is None:
+            self._closed = Closed(error=self._last_log)
 
     def publish(self, publish: Publish, *, retain: bool, expiry_s: int | None) -> int | None:
         """Queue a PUBLISH; its packet id, None when paho has no free id at the moment, or no connection for QoS 0.
@@ -266,17 +257,19 @@ class PahoWire:
         self._client.drop_out_messages()
 
     def disconnect(self, *, with_will: bool, timeout_s: float) -> None:
-        """Say goodbye and close. `with_will` has the broker publish the will: on 3.1.1 by hanging up without DISCONNECT."""
+        """Say goodbye and close; the one call that waits, until the last bytes are written. `with_will` has the broker publish the will: on 3.1.1 by hanging up without DISCONNECT."""
         if self.closed() is not None:
             return
         deadline = time.monotonic() + timeout_s
         if not with_will or self.version == "5":
             reason = ReasonCode(PacketTypes.DISCONNECT, DISCONNECT_WITH_WILL) if with_will else None
             self._client.disconnect(reason)
-            self.write()
-            while self.closed() is None and self._client.want_write() and time.monotonic() < deadline:
-                self.work(min(0.1, timeout_s))
-                self.write()
+            self.on_writable()
+            poll = select.poll()
+            while self.wants_write() and self._fd >= 0 and (left_s := deadline - time.monotonic()) > 0:
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll(left_s * 1000.0)
+                self.on_writable()
         self.abort()
 
     def abort(self) -> None:
@@ -291,8 +284,6 @@ class PahoWire:
 
     def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         self._fd = sock.fileno()
-        self._writing = False
-        self._poll.register(self._fd, select.POLLIN)
         if self._settings.transport != "unix":
             # A duplicate shares the options and has them whatever paho wrapped the socket in.
             with contextlib.closing(socket.socket(fileno=os.dup(self._fd))) as plain:
@@ -305,10 +296,7 @@ class PahoWire:
             sock.send = _whole_frames(sock.send)
 
     def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
-        if self._fd >= 0:
-            with contextlib.suppress(KeyError):
-                self._poll.unregister(self._fd)
-            self._fd = -1
+        self._fd = -1
 
     def _on_log(self, client: paho.Client, userdata: Any, level: int, text: str) -> None:
         if level == paho.MQTT_LOG_ERR or "malformed" in text:

@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.mqtt.backoff import Reminder
 from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
 from llamacpp_mqtt_deploy.mqtt.session import FAULTS, Outgoing, Publish
+from llamacpp_mqtt_deploy.stopping import Deadline
 
 log = structlog.get_logger(__name__)
 
@@ -28,12 +29,20 @@ class Sending:
         self.max_packet_bytes: int | None = None
         self.retain_available = True
         """What the broker of the latest connection announced, as the line above."""
-        self.flushers = 0
-        """How many wait for the last publish, under `changed`."""
+        self._flushers = 0
         self.last_puback_at: float | None = None
         self.poisoned = 0
         self._changed = changed
         self._refused: dict[str, Reminder] = {}
+
+    def flush(self, deadline: Deadline) -> bool:
+        """Wait, in another thread, until nothing is left to send; False when the deadline passed."""
+        with self._changed:
+            self._flushers += 1
+            try:
+                return self._changed.wait_for(lambda: len(self.outgoing) == 0, deadline.remaining_s())
+            finally:
+                self._flushers -= 1
 
     def may_go(self, now: float) -> bool:
         """Whether something waits that may be sent now."""
@@ -130,7 +139,7 @@ class Sending:
         if on_done is not None:
             publish.on_done = None
             guard(on_done, well)
-        if self.flushers and len(self.outgoing) == 0:
+        if self._flushers and len(self.outgoing) == 0:
             with self._changed:
                 self._changed.notify_all()
 

@@ -19,6 +19,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
+from llamacpp_mqtt_deploy.mqtt.connection_thread import ConnectionThread
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
 from llamacpp_mqtt_deploy.mqtt.sending import Sending
@@ -244,8 +245,8 @@ def test_a_unix_socket_connects_and_a_missing_one_is_named(start_mosquitto: Star
 
 def test_the_socket_does_not_wait_for_full_packets(mosquitto: Mosquitto, new_case: NewCase) -> None:
     case = new_case(port=mosquitto.port)
-    wire = case.link._wire  # type: ignore[attr-defined]
-    with socket.socket(fileno=os.dup(wire._fd)) as plain:
+    wire = case.link._connection._wire  # type: ignore[attr-defined]
+    with socket.socket(fileno=os.dup(wire.fileno())) as plain:
         assert plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
@@ -408,7 +409,7 @@ def test_the_link_thread_is_started_again_when_it_dies(mosquitto: Mosquitto, new
     subscribed(case, "mortal/#")
     with BusClient(mosquitto.port) as client:
         client.publish("mortal/a", b"x")
-        thread = case.link._thread  # type: ignore[attr-defined]
+        thread = case.link._connection._thread  # type: ignore[attr-defined]
         thread.join(10)
         assert not thread.is_alive()
         case.take = case._take
@@ -483,9 +484,11 @@ def _unreadable_refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def _hidden_limit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A broker that hangs up on a large event."""
-    original = MqttLink.connack
+    original = ConnectionThread.connack
     monkeypatch.setattr(
-        MqttLink, "connack", lambda self, answer: original(self, dataclasses.replace(answer, max_packet_bytes=None))
+        ConnectionThread,
+        "connack",
+        lambda self, answer: original(self, dataclasses.replace(answer, max_packet_bytes=None)),
     )
     return ["max_packet_size 1000"]
 
@@ -568,11 +571,11 @@ def test_a_byte_order_mark_in_a_property_does_not_silence_the_worker(mosquitto: 
 def test_a_small_window_of_the_broker_is_respected(start_mosquitto: StartMosquitto, new_case: NewCase) -> None:
     broker = start_mosquitto(settings=["max_inflight_messages 3"])
     case = new_case(port=broker.port)
-    assert case.link._outgoing.window == 3  # type: ignore[attr-defined]
+    assert case.link._connection._outgoing.window == 3  # type: ignore[attr-defined]
     broker.freeze()
     for number in range(20):
         assert case.link.publish("reply/a", str(number).encode()) == "queued"
-    eventually(lambda: len(case.link._outgoing.flying) == 3)  # type: ignore[attr-defined]
+    eventually(lambda: len(case.link._connection._outgoing.flying) == 3)  # type: ignore[attr-defined]
     broker.thaw()
     assert case.link.flush(Deadline(10))
 

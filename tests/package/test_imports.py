@@ -25,7 +25,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "paho": ("mqtt/", "client/"),
     "requests": ("engines/",),
     "urllib3": ("engines/",),
-    "tenacity": ("engines/",),
+    "tenacity": ("engines/", "mqtt/"),
     "llama_cpp": ("engines/inprocess/native",),
     "numpy": ("engines/inprocess/sampling",),
     "jinja2": ("engines/inprocess/templates",),

@@ -1,32 +1,33 @@
 """The thread of the link to a real broker: it connects, reconnects for ever, sends, and hands over what comes.
 
-The thread `mqtt-link` runs paho's client itself (`wire.PahoWire`) instead of paho's `loop_start`. paho's own thread dies of an
+The thread `mqtt-link` runs paho's client itself (`paho_wire.PahoWire`) instead of paho's `loop_start`. paho's own thread dies of an
 exception in a callback while `is_connected()` stays true, never falls back to MQTT 3.1.1, cannot be stopped while
 something is queued (its issue 608), and leaves no place for a window, a breaker or a back-off of ours. Other threads
 only append to deques and write one byte into a pipe, so no lock is ever held across a call into paho or into the daemon.
+When to try again and when to stop is decided by tenacity's loop (`backoff.Backoff` gives the pauses).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import structlog
+import tenacity
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt import explain
 from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S, Reminder
+from llamacpp_mqtt_deploy.mqtt.closing import GOODBYE_S, OFFLINE_GRACE_S, Closing
 from llamacpp_mqtt_deploy.mqtt.explain import Refusal
 from llamacpp_mqtt_deploy.mqtt.paho_wire import Closed, Connack, PahoWire
-from llamacpp_mqtt_deploy.mqtt.receiving import Deliveries, Receipts, Subscriptions
+from llamacpp_mqtt_deploy.mqtt.poller import Poller
+from llamacpp_mqtt_deploy.mqtt.receiving import Deliveries, Receipts, Subscription, Subscriptions
 from llamacpp_mqtt_deploy.mqtt.reconnecting import Attempts
 from llamacpp_mqtt_deploy.mqtt.sending import Sending, guard
 from llamacpp_mqtt_deploy.mqtt.session import STRIKES, Publish
-from llamacpp_mqtt_deploy.mqtt.tls import build_context, stamps
+from llamacpp_mqtt_deploy.mqtt.wires import TlsFilesUnfitError, WireFactory
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
 from llamacpp_mqtt_deploy.stopping import Deadline
 
@@ -39,54 +40,30 @@ DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
 HEADER_ROOM = 1024
 """What `max_payload_bytes` leaves for topic and properties (correlation data has at most 64 bytes)."""
 
-OFFLINE_GRACE_S = 2.0
-"""How long `close` waits for a connection that is down just then."""
 
-GOODBYE_S = 1.0
+class ConnectionThread:
+    """Keeps one connection alive and carries messages over it. The public methods are for any thread but its own; they only queue.
 
-
-@dataclass(slots=True)
-class Closing:
-    deadline: Deadline
-    grace: Deadline
-    farewell: Publish | None
-    said: bool = False
-
-
-class LinkThread:
-    """The thread's side of `MqttLink`: everything but what `ports.Link` names. It is the `WireEvents` of its wires."""
+    It is the `WireEvents` of its wires. Raises ValueError, from the constructor, when a TLS file is missing or unfit.
+    """
 
     _will: Retained
     _on_online: Callable[[LinkInfo], None]
     _on_lost: Callable[[LinkInfo], None]
-    _wake_read: int
-    _wake_write: int
 
     def __init__(
-        self,
-        settings: MqttSettings,
-        *,
-        client_id: str,
-        password: str | None = None,
-        max_payload_bytes: int | None = None,
-        max_incoming_bytes: int | None = None,
+        self, settings: MqttSettings, *, client_id: str, password: str | None, max_incoming_bytes: int | None
     ) -> None:
-        if password is None and settings.password is not None:
-            password = settings.password.get_secret_value()
-        self._settings = settings
-        self._client_id = client_id
-        self._password = password
-        self._max_payload_bytes = max_payload_bytes
-        self._max_incoming_bytes = max_incoming_bytes
         self._port = settings.port or (8883 if settings.tls.enabled else 1883)
-        self._where = settings.host if settings.transport == "unix" else f"{settings.host}:{self._port}"
-        self._tls_stamps = stamps(settings.tls)
-        if settings.tls.enabled:
-            build_context(settings.tls)
-            if settings.tls.insecure:
-                log.warning(
-                    "link.insecure", broker=self._where, why="mqtt.tls.insecure is set: anyone can pose as this broker"
-                )
+        self.where = settings.host if settings.transport == "unix" else f"{settings.host}:{self._port}"
+        self._settings = settings
+        self._wires = WireFactory(
+            settings,
+            client_id=client_id,
+            password=password,
+            max_incoming_bytes=max_incoming_bytes,
+            where=self.where,
+        )
 
         # Shared with other threads.
         self._changed = threading.Condition()
@@ -96,14 +73,14 @@ class LinkThread:
         self._receipts = Receipts()
         self._subscriptions = Subscriptions()
         self._closing: Closing | None = None
-        self._woken = False
+        self._poller = Poller()
         self._thread: threading.Thread | None = None
         self._state: LinkState = "connecting"
         self._detail = ""
 
         # The link's thread alone.
         self._wire: PahoWire | None = None
-        self._attempts = Attempts(settings, where=self._where)
+        self._attempts = Attempts(settings, where=self.where)
         self._reminder = Reminder()
         self._generation = 0
         self._connections = 0
@@ -112,6 +89,96 @@ class LinkThread:
         self._deliveries = Deliveries(self._receipts)
         self._died_online = False
         self._loud = True
+
+    # --- for other threads ---
+
+    def open(
+        self,
+        *,
+        will: Retained,
+        on_delivery: Callable[[Delivery], bool],
+        on_online: Callable[[LinkInfo], None],
+        on_lost: Callable[[LinkInfo], None],
+    ) -> None:
+        """Start to connect; see `ports.Link.open`."""
+        self._will, self._on_online, self._on_lost = will, on_online, on_lost
+        self._deliveries.take = on_delivery
+        with self._changed:
+            self._start()
+
+    def is_current(self) -> bool:
+        """Whether the caller runs in this thread, inside a callback."""
+        return threading.current_thread() is self._thread
+
+    def max_packet_bytes(self) -> int | None:
+        """What the broker of the latest connection takes, None when it named no limit."""
+        return self._sending.max_packet_bytes
+
+    def enqueue(self, publish: Publish) -> bool:
+        """Queue a publish; False when there is no place for it."""
+        with self._changed:
+            if len(self._outgoing) >= self._settings.outbox_messages or self._state in ("closed", "taken_over"):
+                return False
+            if self._closing is not None or (publish.qos == 0 and self._state != "online"):
+                return False
+            self._outgoing.waiting.append(publish)
+        self._poller.wake()
+        return True
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        if self._receipts.give(delivery):
+            self._poller.wake()
+
+    def subscribe(self, subscription: Subscription) -> bool:
+        """Ask for a subscription, whose `done` is set when it is answered or lost; False without a connection."""
+        with self._changed:
+            if self._state != "online":
+                return False
+            self._subscriptions.ask(subscription)
+        self._poller.wake()
+        return True
+
+    def info(self) -> LinkInfo:
+        self._revive()
+        with self._changed:
+            return self._info()
+
+    def flush(self, deadline: Deadline) -> bool:
+        """Wait until nothing is unacknowledged; False when the deadline passed."""
+        return self._sending.flush(deadline)
+
+    def close(self, deadline: Deadline, farewell: Retained | None) -> None:
+        """Say the farewell, end the connection and the thread; idempotent."""
+        thread = self._thread
+        with self._changed:
+            if thread is None or self._state == "closed":
+                self._state = "closed"
+                return
+            if self._closing is None:
+                last = None
+                if farewell is not None and self._state != "taken_over":
+                    last = Publish(farewell.topic, farewell.payload, 1, True, None, None, self._farewell_done)
+                    self._outgoing.waiting.append(last)
+                self._closing = Closing(deadline, Deadline(OFFLINE_GRACE_S), last)
+                self._changed.notify_all()
+        self._poller.wake()
+        if self.is_current():
+            return
+        # The thread may hang in a name look-up, which nothing can cut short; it is a daemon thread and ends by itself.
+        thread.join(deadline.remaining_s() + GOODBYE_S + 1.0)
+        if thread.is_alive():
+            log.warning("link.close_timed_out", broker=self.where)
+
+    def _revive(self) -> None:
+        """Start the thread again should it have died; `info()` is called by status and watchdog often enough."""
+        with self._changed:
+            thread = self._thread
+            if thread is None or thread.is_alive() or self._state == "closed":
+                return
+            self._died_online = self._state == "online"
+            self._state, self._detail = "dead", "The link's thread died; it was started again."
+            self._start()
+        log.error("link.thread_died", broker=self.where)
 
     # --- the thread's life ---
 
@@ -124,25 +191,32 @@ class LinkThread:
         if self._died_online:
             self._died_online = False
             self._went_down(Refusal(self._detail, needs_person=False), state="dead", tell=True)
-        while not self._finished():
-            try:
-                self._live_once()
-            except Exception:
-                # Nothing here is known to raise; whatever does must not end the link.
-                log.exception("link.failed", broker=self._where)
-                self._went_down(Refusal("A defect in the link; the log says more.", needs_person=False))
-                self._discard_wire()
-            if not self._finished():
-                self._pause(self._attempts.backoff.next_s())
+        # Tried again whatever the outcome; only what is no Exception ends the thread, and `info` starts it again.
+        tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda _: True),
+            stop=lambda _: self._finished(),
+            wait=self._attempts.backoff,
+            sleep=self._pause,
+            retry_error_callback=lambda _: None,
+        )(self._attempt)
         self._say_closed()
+
+    def _attempt(self) -> None:
+        try:
+            # Looked at once more: closing may have cut the pause before this attempt short.
+            if not self._finished():
+                self._live_once()
+        except Exception:
+            # Nothing here is known to raise; whatever does must not end the link.
+            log.exception("link.failed", broker=self.where)
+            self._went_down(Refusal("A defect in the link; the log says more.", needs_person=False))
+            self._discard_wire()
 
     def _finished(self) -> bool:
         closing = self._closing
         if closing is None:
             return False
-        if self._state == "taken_over" or closing.deadline.passed() or len(self._outgoing) == 0:
-            return True
-        return self._state != "online" and closing.grace.passed()
+        return self._state == "taken_over" or closing.over(online=self._state == "online", left=len(self._outgoing))
 
     def _live_once(self) -> None:
         """One attempt, and the connection's whole life when it succeeds."""
@@ -153,15 +227,15 @@ class LinkThread:
         try:
             wire = self._make_wire()
             wire.connect(self._port)
-        except _TlsFilesUnfitError as error:
+        except TlsFilesUnfitError as error:
             self._failed(Refusal(f"{error}."))
             return
         except OSError as error:
-            self._failed(explain.of_exception(error, self._where))
+            self._failed(explain.of_exception(error, self.where))
             return
         except ValueError as error:
             # A host that cannot be one, for example a label over 63 characters.
-            self._failed(Refusal(f"{self._where} is no address: {error}. Check mqtt.host."))
+            self._failed(Refusal(f"{self.where} is no address: {error}. Check mqtt.host."))
             return
         patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._attempts.versions.in_doubt else CONNACK_TIMEOUT_S
         connack_by = time.monotonic() + patience_s
@@ -169,7 +243,7 @@ class LinkThread:
             self._turn(wire)
             if self._state != "online" and time.monotonic() >= connack_by and wire.closed() is None:
                 wire.abort()
-                refusal = explain.of_no_connack(self._where, patience_s)
+                refusal = explain.of_no_connack(self.where, patience_s)
                 self._attempts.unanswered(refusal)
                 self._failed(refusal)
                 return
@@ -181,24 +255,22 @@ class LinkThread:
     def _turn(self, wire: PahoWire) -> None:
         """Wait for something to do, and do it."""
         now = time.monotonic()
-        # Whoever adds work after this line sees the flag down and writes a byte, which ends the wait below; what was added
-        # before it is found by `busy`. While the thread works, nobody needs to pay for the write.
-        self._woken = False
+        self._poller.listen()
         busy = self._state == "online" and (
             self._receipts.waiting() or self._subscriptions.waiting() or self._sending.may_go(now)
         )
-        if wire.work(0.0 if busy else self._patience_s(now)):
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_read, 4096)
-        self._woken = True
-        if self._state != "online" or wire.closed() is not None:
-            return
+        self._poller.wait(wire, 0.0 if busy else self._patience_s(now))
+        if self._state == "online" and wire.closed() is None:
+            self._work(wire)
+
+    def _work(self, wire: PahoWire) -> None:
+        """Send what other threads have queued."""
         self._receipts.send(self._generation, wire.acknowledge)
         self._subscriptions.send(lambda asked: wire.subscribe(asked.filters, retained=asked.retained))
         self._sending.pump(wire)
-        wire.write()
+        wire.on_writable()
         if self._deliveries.stalled_until is not None and time.monotonic() >= self._deliveries.stalled_until:
-            log.warning("inbox.full", broker=self._where, why="connecting again so that the broker delivers again")
+            log.warning("inbox.full", broker=self.where, why="connecting again so that the broker delivers again")
             wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
 
     def _patience_s(self, now: float) -> float:
@@ -221,10 +293,7 @@ class LinkThread:
                     left = 3600.0
                 if left <= 0:
                     return
-                closing = self._closing
-                if closing is not None:
-                    left = min(left, closing.deadline.remaining_s(), closing.grace.remaining_s() + 0.001)
-                self._changed.wait(left)
+                self._changed.wait(left if self._closing is None else self._closing.at_most_s(left))
 
     # --- what the wire tells (its callbacks run in this thread) ---
 
@@ -253,7 +322,7 @@ class LinkThread:
         # Where connections break as fast as they come, the log tells of both at growing pauses only.
         (log.info if self._loud else log.debug)(
             "link.online",
-            broker=self._where,
+            broker=self.where,
             protocol=wire.version,
             session_present=answer.session_present,
             window=answer.window,
@@ -261,7 +330,7 @@ class LinkThread:
         )
         if not answer.retain_available:
             log.warning(
-                "link.no_retain", broker=self._where, why="the broker keeps no retained messages: no status stays"
+                "link.no_retain", broker=self.where, why="the broker keeps no retained messages: no status stays"
             )
         guard(self._on_online, info)
 
@@ -290,7 +359,7 @@ class LinkThread:
             self._went_down(explain.of_disconnect(closed.code, closed.name), state="taken_over")
             return
         refusal = explain.of_end(
-            self._where,
+            self.where,
             code=closed.code,
             name=closed.name,
             from_broker=closed.from_broker,
@@ -319,7 +388,7 @@ class LinkThread:
             else:
                 self._state = "connecting"
         if self._reminder.due(refusal.text, time.monotonic()):
-            (log.error if refusal.needs_person else log.warning)("link.refused", broker=self._where, why=refusal.text)
+            (log.error if refusal.needs_person else log.warning)("link.refused", broker=self.where, why=refusal.text)
 
     def _went_down(self, refusal: Refusal, *, state: LinkState = "lost", tell: bool = False) -> None:
         """Tell of the end of an established connection, once."""
@@ -332,16 +401,13 @@ class LinkThread:
         if was_online:
             self._loud = self._reminder.due(refusal.text, time.monotonic())
             if self._loud:
-                log.warning("link.lost", broker=self._where, why=refusal.text, unacknowledged=info.unacknowledged)
+                log.warning("link.lost", broker=self.where, why=refusal.text, unacknowledged=info.unacknowledged)
             guard(self._on_lost, info)
 
     def _leave(self, wire: PahoWire) -> None:
         """The clean end: everything said, or no time left."""
-        closing = self._closing
         self._receipts.send(self._generation, wire.acknowledge)
-        # Without the farewell's PUBACK the broker must say `offline` for us: the will, which a clean DISCONNECT would suppress.
-        with_will = closing is not None and closing.farewell is not None and not closing.said
-        wire.disconnect(with_will=with_will, timeout_s=GOODBYE_S)
+        wire.disconnect(with_will=self._closing is not None and self._closing.needs_will(), timeout_s=GOODBYE_S)
 
     def _say_closed(self) -> None:
         self._discard_wire()
@@ -352,36 +418,16 @@ class LinkThread:
         for publish in left:
             self._sending.done(publish, well=False)
         self._subscriptions.fail()
-        log.info("link.closed", broker=self._where, given_up=len(left))
+        log.info("link.closed", broker=self.where, given_up=len(left))
 
     # --- small things ---
 
     def _make_wire(self) -> PahoWire:
-        tls = self._settings.tls
-        found = stamps(tls)
-        wire = self._wire
-        if wire is not None and wire.version == self._attempts.versions.current and found == self._tls_stamps:
-            return wire
-        self._discard_wire()
-        context = None
-        if tls.enabled:
-            try:
-                context = build_context(tls)
-            except ValueError as error:
-                raise _TlsFilesUnfitError(str(error)) from error
-        self._tls_stamps = found
-        self._wire = wire = PahoWire(
-            self._settings,
-            version=self._attempts.versions.current,
-            client_id=self._client_id,
-            password=self._password,
-            will=self._will,
-            tls=context,
-            wake_fd=self._wake_read,
-            events=self,
-            max_incoming_bytes=self._max_incoming_bytes,
-        )
-        return wire
+        version = self._attempts.versions.current
+        if self._wire is None or not self._wires.fits(self._wire, version):
+            self._discard_wire()
+            self._wire = self._wires.make(version, will=self._will, events=self)
+        return self._wire
 
     def _discard_wire(self) -> None:
         """Drop the client; what it had in flight is sent anew by the next one."""
@@ -393,12 +439,6 @@ class LinkThread:
     def _farewell_done(self, well: bool) -> None:
         if self._closing is not None:
             self._closing.said = well
-
-    def _wake(self) -> None:
-        if not self._woken:
-            self._woken = True
-            with contextlib.suppress(OSError):
-                os.write(self._wake_write, b"\0")
 
     def _info(self) -> LinkInfo:
         wire = self._wire
@@ -414,7 +454,3 @@ class LinkThread:
             last_puback_at=self._sending.last_puback_at,
             poisoned=self._sending.poisoned,
         )
-
-
-class _TlsFilesUnfitError(ValueError):
-    """A TLS file vanished or broke after the start; the next attempt looks again."""
