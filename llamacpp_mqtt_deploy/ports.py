@@ -99,7 +99,6 @@ class Delivery:
     payload: bytes
     qos: int
     retain: bool = False
-    duplicate: bool = False
     received_at: float = 0.0
     """Monotonic seconds."""
     response_topic: str | None = None
@@ -130,7 +129,6 @@ class LinkInfo:
     """`5` or `3.1.1` once connected."""
     max_payload_bytes: int | None = None
     """The broker's Maximum Packet Size less room for the header; None when it named none."""
-    session_present: bool = False
     reconnects: int = 0
     unacknowledged: int = 0
     """QoS 1 publishes that wait for their PUBACK."""

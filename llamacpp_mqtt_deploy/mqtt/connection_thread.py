@@ -82,13 +82,10 @@ class ConnectionThread:
         self._wire: PahoWire | None = None
         self._attempts = Attempts(settings, where=self.where)
         self._reminder = Reminder()
-        self._generation = 0
-        self._connections = 0
+        self._generation = self._connections = 0
         self._online_since = 0.0
-        self._session_present = False
         self._deliveries = Deliveries(self._receipts)
-        self._died_online = False
-        self._loud = True
+        self._died_online, self._loud = False, True
 
     # --- for other threads ---
 
@@ -144,7 +141,6 @@ class ConnectionThread:
             return self._info()
 
     def flush(self, deadline: Deadline) -> bool:
-        """Wait until nothing is unacknowledged; False when the deadline passed."""
         return self._sending.flush(deadline)
 
     def close(self, deadline: Deadline, farewell: Retained | None) -> None:
@@ -313,7 +309,6 @@ class ConnectionThread:
         with self._changed:
             self._connections += 1
             self._online_since = now
-            self._session_present = answer.session_present
             self._sending.max_packet_bytes = answer.max_packet_bytes
             self._sending.retain_available = answer.retain_available
             self._state, self._detail = "online", ""
@@ -448,7 +443,6 @@ class ConnectionThread:
             detail=self._detail,
             protocol=wire.version if wire is not None and self._state == "online" else None,
             max_payload_bytes=None if limit is None else max(0, limit - HEADER_ROOM),
-            session_present=self._session_present,
             reconnects=max(0, self._connections - 1),
             unacknowledged=len(self._outgoing),
             last_puback_at=self._sending.last_puback_at,

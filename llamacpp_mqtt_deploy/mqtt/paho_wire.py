@@ -374,7 +374,6 @@ class PahoWire:
                 payload=bytes(message.payload),
                 qos=message.qos,
                 retain=message.retain,
-                duplicate=message.dup,
                 received_at=time.monotonic(),
                 response_topic=properties.get("ResponseTopic"),
                 correlation=None if correlation is None else bytes(correlation),

@@ -52,7 +52,6 @@ class LoopbackLink:
         self._detail = ""
         self._generation = 0
         self._reconnects = 0
-        self._session_present = False
         self._last_puback_at: float | None = None
         self._outbox: dict[int, _Publish] = {}
         self._next_key = 0
@@ -132,7 +131,6 @@ class LoopbackLink:
                 detail=self._detail,
                 protocol=self._protocol if online else None,
                 max_payload_bytes=self._broker.max_payload_bytes,
-                session_present=self._session_present,
                 reconnects=self._reconnects,
                 unacknowledged=len(self._outbox),
                 last_puback_at=self._last_puback_at,
@@ -191,7 +189,7 @@ class LoopbackLink:
         present = self._broker.admit(
             self._client_id,
             will=self._will,
-            deliver=lambda mid, message, dup: self._actions.put(lambda: self._hand_over(generation, mid, message, dup)),
+            deliver=lambda mid, message: self._actions.put(lambda: self._hand_over(generation, mid, message)),
             drop=lambda state, detail: self._actions.put(lambda: self._dropped(generation, state, detail)),
         )
         if present is None:
@@ -200,7 +198,6 @@ class LoopbackLink:
         with self._changed:
             self._generation = generation
             self._reconnects += generation > 1
-            self._session_present = present
             self._state, self._detail = "online", ""
         self._call(lambda: self._on_online(self.info()))
         self._broker.resume(self._client_id)
@@ -217,11 +214,11 @@ class LoopbackLink:
             self._stalled = False
         self._call(lambda: self._on_lost(self.info()))
 
-    def _hand_over(self, generation: int, mid: int, message: StoredMessage, duplicate: bool) -> None:
+    def _hand_over(self, generation: int, mid: int, message: StoredMessage) -> None:
         # After one refused delivery the following ones wait too: acknowledgements and order must not skip it.
         if generation != self._generation or self._state != "online" or (self._stalled and mid):
             return
-        delivery = self._broker.as_delivery(mid, message, duplicate, (generation, mid))
+        delivery = self._broker.as_delivery(mid, message, (generation, mid))
         try:
             taken = self._on_delivery(delivery)
         except Exception:

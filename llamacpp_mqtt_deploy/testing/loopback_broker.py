@@ -35,7 +35,7 @@ class _Session:
     queued: deque[StoredMessage] = field(default_factory=deque)
     inflight: dict[int, StoredMessage] = field(default_factory=dict)
     last_mid: int = 0
-    deliver: Callable[[int, StoredMessage, bool], None] | None = None
+    deliver: Callable[[int, StoredMessage], None] | None = None
     drop: Callable[[LinkState, str], None] | None = None
     will: Retained | None = None
 
@@ -133,7 +133,7 @@ class LoopbackBroker:
         client_id: str,
         *,
         will: Retained | None,
-        deliver: Callable[[int, StoredMessage, bool], None],
+        deliver: Callable[[int, StoredMessage], None],
         drop: Callable[[LinkState, str], None],
     ) -> bool | None:
         """Take a connection; whether a session was there, None when the broker is stopped."""
@@ -154,7 +154,7 @@ class LoopbackBroker:
             if session is None or session.deliver is None:
                 return
             for mid, message in list(session.inflight.items()):
-                session.deliver(mid, message, True)
+                session.deliver(mid, message)
             queued, session.queued = session.queued, deque()
             for message in queued:
                 self._enqueue(session, message)
@@ -241,19 +241,18 @@ class LoopbackBroker:
         if message.qos:
             session.last_mid = mid = session.last_mid % 65535 + 1
             session.inflight[mid] = message
-        session.deliver(mid, message, False)
+        session.deliver(mid, message)
 
     def _expired(self, message: StoredMessage) -> bool:
         return message.expires_at is not None and self._clock() >= message.expires_at
 
-    def as_delivery(self, mid: int, message: StoredMessage, duplicate: bool, receipt: object) -> Delivery:
+    def as_delivery(self, mid: int, message: StoredMessage, receipt: object) -> Delivery:
         remaining = None if message.expires_at is None else max(0.0, message.expires_at - self._clock())
         return Delivery(
             topic=message.topic,
             payload=message.payload,
             qos=message.qos,
             retain=message.retain,
-            duplicate=duplicate,
             received_at=time.monotonic(),
             response_topic=message.response_topic,
             correlation=message.correlation,
@@ -326,6 +325,6 @@ class LoopbackClient:
     def _acked(self, refusal: str | None) -> None:
         """A test's publish needs no answer."""
 
-    def _deliver(self, mid: int, message: StoredMessage, duplicate: bool) -> None:
-        self._arrived.put(self._broker.as_delivery(mid, message, duplicate, None))
+    def _deliver(self, mid: int, message: StoredMessage) -> None:
+        self._arrived.put(self._broker.as_delivery(mid, message, None))
         self._broker.take_acknowledgement(self.client_id, mid)

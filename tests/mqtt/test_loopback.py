@@ -73,11 +73,16 @@ def test_a_stopped_broker_takes_nobody_and_a_started_one_everybody(broker: Loopb
 
 
 def test_a_broker_that_forgot_has_no_session(broker: LoopbackBroker, case: LinkCase) -> None:
+    case.link.subscribe([("q/#", 1)], timeout_s=5)
     broker.client().publish("kept", b"1", retain=True)
     broker.stop(forget=True)
     case.lost()
     broker.start()
-    assert not case.online().session_present
+    case.online()
+    broker.client().publish("q/a", b"nobody has subscribed any more")
+    case.link.subscribe([("q/#", 1)], timeout_s=5)
+    broker.client().publish("q/a", b"2")
+    assert case.receive().payload == b"2"
     assert broker.retained("kept") is None
 
 
