@@ -81,6 +81,7 @@ def test_an_entry_that_failed_in_the_line_leaves_no_place_and_no_session_behind(
     assert bus.listener.terminal("bad")["code"] == "internal"
     monkeypatch.undo()
     eventually(lambda: len(registry) == 0)
+    bus.listener.until(state="online", instance=worker.daemon.parts.presence.instance)
     bus.ask("next", request_id="r2")
     assert bus.listener.terminal("r2")["type"] == "done"
 
