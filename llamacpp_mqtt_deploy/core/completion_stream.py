@@ -5,6 +5,7 @@ from __future__ import annotations
 from llamacpp_mqtt_deploy.core.completions import CompletionReader
 from llamacpp_mqtt_deploy.core.deltas import Delta
 from llamacpp_mqtt_deploy.core.sse import SseDecoder
+from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
 from llamacpp_mqtt_deploy.core.token_lines import TokenLines
 
 
@@ -14,14 +15,14 @@ class CompletionStream:
     Raises a `RequestError` for an error event, `EventTooLong` for an event without end.
     """
 
-    def __init__(self) -> None:
-        self.reader = CompletionReader()
+    def __init__(self, *, thinking: ThinkingSplitter | None = None) -> None:
+        self.reader = CompletionReader(thinking=thinking)
         self._events = SseDecoder()
         self._tokens = TokenLines()
 
     def feed(self, body: bytes) -> list[Delta]:
         """The deltas that these bytes bring."""
-        if self._events.between_events and not self.reader.holds_half:
+        if self._events.between_events and not (self.reader.holds_half or self.reader.splits):
             tokens = self._tokens.read(body)
             if tokens is not None:
                 self.reader.count(tokens.pieces)
@@ -29,11 +30,12 @@ class CompletionStream:
         return self._read(self._events.feed(body))
 
     def end(self) -> list[Delta]:
-        """The deltas of what a server left without the blank line that ends an event."""
+        """The deltas of what a server left without the blank line that ends an event, and of what was held back."""
         # What a broken connection left of an event is no JSON object any more and says nothing.
-        return self._read(
+        deltas = self._read(
             [data for data in self._events.end() if data == b"[DONE]" or (data[:1] == b"{" and data[-1:] == b"}")]
         )
+        return deltas + self.reader.rest()
 
     def _read(self, events: list[bytes]) -> list[Delta]:
         deltas: list[Delta] = []

@@ -29,6 +29,7 @@ from llamacpp_mqtt_deploy.core.errors import (
     RequestError,
     Unsupported,
 )
+from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
 from llamacpp_mqtt_deploy.core.toolcalls import checked_call
 
 MAX_MESSAGE_CHARS = 500
@@ -50,9 +51,11 @@ class CompletionReader:
     """Reads the events of one completion. Feed it each event's data; `finished` gives the end once `done`.
 
     Idempotent on `role`, deaf to fields that it does not know. Tokens that the server does not count are counted by deltas.
+    `thinking` splits the content of servers that leave a model's thinking in it; one that sends it apart needs no splitting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, thinking: ThinkingSplitter | None = None) -> None:
+        self._thinking = thinking
         self.done = False
         """`[DONE]` came."""
         self.finish_reason: str | None = None
@@ -69,7 +72,7 @@ class CompletionReader:
         """The deltas of one event, often one, sometimes none. Raises a `RequestError` for an error event."""
         if data == b"[DONE]":
             self.done = True
-            return []
+            return self.rest()
         halves = bool(self._halves)
         try:
             event = orjson.loads(data)
@@ -97,6 +100,11 @@ class CompletionReader:
         return deltas
 
     @property
+    def splits(self) -> bool:
+        """Text may be thinking and has to be read here."""
+        return self._thinking is not None
+
+    @property
     def holds_half(self) -> bool:
         """Half of a surrogate pair waits for the other one."""
         return bool(self._halves)
@@ -104,6 +112,10 @@ class CompletionReader:
     def count(self, deltas: int) -> None:
         """Count deltas of text that were read elsewhere."""
         self._deltas += deltas
+
+    def rest(self) -> list[Delta]:
+        """What was held back when the stream ended; it could have been the beginning of a tag."""
+        return [] if self._thinking is None else list(self._thinking.end())
 
     def finished(self) -> Finished:
         """The end of the stream."""
@@ -121,12 +133,15 @@ class CompletionReader:
             reasoning = self._whole("reasoning", reasoning)
             content = self._whole("content", content)
         if reasoning and isinstance(reasoning, str):
+            deltas.extend(self.rest())
+            self._thinking = None
             deltas.append(Reasoning(reasoning))
             self._deltas += 1
         if content:
-            deltas.append(Text(content))
+            deltas.extend([Text(content)] if self._thinking is None else self._thinking.feed(content))
             self._deltas += 1
         if calls := delta.get("tool_calls"):
+            deltas.extend(self.rest())
             for call in calls:
                 self._read_call(call, deltas, halves=halves)
             self._deltas += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text
@@ -9,16 +10,21 @@ from llamacpp_mqtt_deploy.core.stopwords import held_back
 
 Where = Literal["before", "inside", "after", "answer"]
 
+THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+"""How models in use mark their thinking."""
+
 
 class ThinkingSplitter:
     """Takes text, gives `Reasoning` and `Text`; the tags and the blanks around them belong to neither.
 
     Thinking stands at the beginning or nowhere: a tag in the middle of an answer is part of the answer. `inside` says that
-    the prompt ended with the opening tag.
+    the prompt ended with the opening tag. Where the model's own tags are unknown, `others` may open the thinking too.
     """
 
-    def __init__(self, opening: str, closing: str, *, inside: bool = False) -> None:
-        self._opening = opening
+    def __init__(
+        self, opening: str, closing: str, *, inside: bool = False, others: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self._tags = ((opening, closing), *others)
         self._closing = closing
         self._where: Where = "inside" if inside else "before"
         self._begun = False  # some thinking was given: blanks before it are dropped
@@ -60,10 +66,13 @@ class ThinkingSplitter:
 
     def _begin(self, out: list[Reasoning | Text]) -> None:
         start = self._held.lstrip()
-        if start.startswith(self._opening):
-            self._held = start[len(self._opening) :]
-            self._where = "inside"
-        elif not self._opening.startswith(start):
+        for opening, closing in self._tags:
+            if start.startswith(opening):
+                self._held = start[len(opening) :]
+                self._closing = closing
+                self._where = "inside"
+                return
+        if not any(opening.startswith(start) for opening, _ in self._tags):
             self._where = "answer"
 
     def _think(self, out: list[Reasoning | Text]) -> None:

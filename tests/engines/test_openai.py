@@ -11,10 +11,11 @@ import pytest
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost, IdleTimeout, RequestError
+from llamacpp_mqtt_deploy.core.thinking import THINKING_TAGS
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from tests.support.openai_server import MODEL, OpenAiServer
-from tests.support.sham_server import DONE, ShamServer, delta, event, reply, stream
+from tests.support.sham_server import DONE, PROPS, ShamServer, delta, event, reply, stream
 
 CHAT = "/v1/chat/completions"
 CALL = EngineCall(messages=[{"role": "user", "content": "one two three four"}], chunk_timeout_s=5)
@@ -169,3 +170,54 @@ def test_the_llamacpp_dialect_refuses_another_server(sham: ShamServer) -> None:
     info = engine_at(sham.url, dialect="llamacpp").probe()
     assert info.state == "failed"
     assert "openai" in info.detail
+
+
+# --- thinking in the content -----------------------------------------------------------------------------------------
+
+
+def thought(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas if isinstance(delta, Reasoning))
+
+
+@pytest.mark.parametrize("opening, closing", THINKING_TAGS)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_thinking_in_the_content_is_told_as_reasoning(sham: ShamServer, opening: str, closing: str, size: int) -> None:
+    whole = f"{opening}\nhm < 3\n{closing}\n\nyes <b>"
+    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
+    sham.on(CHAT, stream(*(delta(content=piece) for piece in pieces), delta("stop"), DONE))
+    deltas = play(engine_at(sham.url))
+    assert thought(deltas) == "hm < 3"
+    assert said(deltas) == "yes <b>"
+    assert isinstance(deltas[-1], Finished)
+
+
+def test_thinking_in_an_answer_of_one_piece_is_told_as_reasoning(sham: ShamServer) -> None:
+    message = {"role": "assistant", "content": "<think>hm</think>yes"}
+    sham.on(CHAT, reply(200, {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}))
+    deltas = play(engine_at(sham.url))
+    assert (thought(deltas), said(deltas)) == ("hm", "yes")
+
+
+def test_what_could_have_been_a_tag_is_told_at_the_end(sham: ShamServer) -> None:
+    sham.on(CHAT, stream(delta(content="<th"), delta("stop"), DONE))
+    assert said(play(engine_at(sham.url))) == "<th"
+
+
+def test_a_server_that_sends_reasoning_apart_may_write_tags_in_its_answer(sham: ShamServer) -> None:
+    events = [delta(reasoning="hm"), delta(content="<think> is"), delta("stop", content=" a tag</think>"), DONE]
+    sham.on(CHAT, stream(*events))
+    deltas = play(engine_at(sham.url))
+    assert (thought(deltas), said(deltas)) == ("hm", "<think> is a tag</think>")
+
+
+def test_thinking_before_a_tool_call_is_told_before_it(sham: ShamServer) -> None:
+    call = {"index": 0, "id": "1", "function": {"name": "f", "arguments": "{}"}}
+    sham.on(CHAT, stream(delta(content="<think>hm </thi"), delta("tool_calls", tool_calls=[call]), DONE))
+    kinds = [type(each) for each in play(engine_at(sham.url))[1:-1]]
+    assert kinds == [Reasoning, Reasoning, ToolCall]
+
+
+def test_llamacpp_splits_by_itself(sham: ShamServer) -> None:
+    sham.on("/props", reply(200, PROPS))
+    sham.on(CHAT, stream(delta("stop", content="<think>a</think>b"), DONE))
+    assert said(play(engine_at(sham.url))) == "<think>a</think>b"

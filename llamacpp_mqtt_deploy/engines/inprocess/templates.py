@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
+from llamacpp_mqtt_deploy.core.thinking import THINKING_TAGS
 from llamacpp_mqtt_deploy.core.toolparse import ToolStyle, style_of
 from llamacpp_mqtt_deploy.engines.inprocess.modelfile import Unusable
 
@@ -31,7 +32,6 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 _NEEDLE = "needle-7f3a"
 
 
@@ -60,7 +60,7 @@ class ChatTemplate:
         self.tool_style: ToolStyle | None = style_of(self.source)
         # A template that only cuts the thinking out of the history names no more than the closing tag.
         self.thinking_tags: tuple[str, str] | None = next(
-            (tags for tags in _THINKING_TAGS if tags[1] in self.source), None
+            (tags for tags in THINKING_TAGS if tags[1] in self.source), None
         )
         self.can_switch_thinking = "enable_thinking" in self.source
         self._wants_parts = not self._shows(_NEEDLE) and self._shows([{"type": "text", "text": _NEEDLE}])

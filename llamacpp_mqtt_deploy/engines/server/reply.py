@@ -10,6 +10,7 @@ from llamacpp_mqtt_deploy.core.completions import CompletionReader
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Opened
 from llamacpp_mqtt_deploy.core.errors import EngineFailed, EngineLost, IdleTimeout
 from llamacpp_mqtt_deploy.core.sse import EventTooLong
+from llamacpp_mqtt_deploy.core.thinking import THINKING_TAGS, ThinkingSplitter
 from llamacpp_mqtt_deploy.engines.server.dialects import Dialect
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, Silent
 from llamacpp_mqtt_deploy.engines.server.pump import Feed, Pump
@@ -44,7 +45,7 @@ class Reply:
         self._dialect = dialect
         self._warnings = warnings
         self._refuse_when_closed = refuse_when_closed
-        self._stream = CompletionStream()
+        self._stream = CompletionStream(thinking=self._splitter())
 
     def pump(self, loop: IoLoop, feed: Feed) -> Finished:
         """Have the loop read the answer and give it to `feed`; returns when it is complete."""
@@ -90,6 +91,13 @@ class Reply:
                 exchange.limit_silence(left_s)
                 only_pings = True
         yield self._finished()
+
+    def _splitter(self) -> ThinkingSplitter | None:
+        # llama.cpp's server splits by the model's template when it is asked to; of others many leave the tags in the text.
+        if self._dialect != "openai":
+            return None
+        first, *others = THINKING_TAGS
+        return ThinkingSplitter(*first, others=others)
 
     def _streams(self) -> bool:
         content_type = self._exchange.content_type
@@ -148,11 +156,12 @@ class Reply:
         except ValueError as error:
             raise EngineFailed("The engine's answer is too long.") from error
         self._stop.raise_if_set()
-        reader = CompletionReader()
+        reader = CompletionReader(thinking=self._splitter())
         deltas = reader.read(document)
         if not deltas and not reader.finish_reason:
             raise EngineFailed("The engine answered with JSON that is no completion.")
         yield from deltas
+        yield from reader.rest()
         yield reader.finished()
 
 
