@@ -24,6 +24,8 @@ class EngineInfo:
     detail: str = ""
     """One sentence for the operator when `state` is not `ready`: what happened and what to do."""
     backend: str = "unknown"
+    gpu_layers: str | None = None
+    """Layers on the GPU of all (`25/25`), or the model's share there (`43%`); None when the engine does not tell."""
     models: tuple[str, ...] = ()
     n_ctx: int | None = None
     """Context of one slot in tokens; None when the engine does not tell."""

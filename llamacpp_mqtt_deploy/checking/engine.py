@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.engines.idle_gpu import NVIDIA_SIGNS, idle_gpu
 from llamacpp_mqtt_deploy.ports import EngineInfo
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
@@ -44,6 +45,11 @@ def check_engine(engine: EngineSettings, *, generate: bool, running: Mapping[str
     state = told.get("state") if isinstance(told, Mapping) else told
     if state == "ready":
         yield ok("engine.reachable", "the running worker says that its engine is ready")
+        if isinstance(told, Mapping) and isinstance(told.get("backend"), str):
+            shown = told.get("gpu_layers")
+            layers = shown if isinstance(shown, str) else None
+            info = EngineInfo(state="ready", kind=engine.kind, backend=told["backend"], gpu_layers=layers)
+            yield from _backend(engine, info)
     else:
         yield fail(
             "engine.reachable", f"the running worker says that its engine is {state}", "look into the worker's log"
@@ -67,8 +73,7 @@ def _server(engine: EngineSettings, *, generate: bool) -> Iterator[Finding]:
                 advice = "start the server, or check engine.url"  # a detail says by itself what to do
             yield fail("engine.reachable", info.detail or f"the server at {engine.url} is {info.state}", advice)
             return
-        known_backend = "" if info.backend == "unknown" else f" ({info.backend})"
-        yield ok("engine.reachable", f"{engine.url} answers" + known_backend)
+        yield ok("engine.reachable", f"{engine.url} answers")
         yield from _description(engine, info)
         if generate:
             yield _one_token(server, engine, info)
@@ -78,7 +83,23 @@ def _server(engine: EngineSettings, *, generate: bool) -> Iterator[Finding]:
         server.close(Deadline(2.0))
 
 
+def _backend(engine: EngineSettings, info: EngineInfo, signs: Sequence[Path] = NVIDIA_SIGNS) -> Iterator[Finding]:
+    """What the engine computes on; nothing where it does not tell."""
+    problem = idle_gpu(engine, info, signs)
+    if problem:
+        yield warn("engine.backend", *_advised(problem))
+    elif info.backend != "unknown":
+        layers = f", {info.gpu_layers} of the model on the GPU" if info.gpu_layers else ""
+        yield ok("engine.backend", info.backend + layers)
+
+
+def _advised(problem: str) -> tuple[str, str]:
+    what, _, advice = problem.partition("; ")
+    return what, advice.removesuffix(".")
+
+
 def _description(engine: EngineSettings, info: EngineInfo) -> Iterator[Finding]:
+    yield from _backend(engine, info)
     if engine.model is not None and info.models and engine.model not in info.models:
         yield warn(
             "engine.model",

@@ -12,6 +12,10 @@ class Slots:
     """Room for `size` requests, first come, first served; `resize` when the engine says how many it has.
 
     A semaphore of the standard library can neither be woken by a stop signal nor resized.
+
+    The worker counts its slots too (`JobRegistry`), to decide whose turn is next, and neither count can go: an engine keeps to
+    its size by itself, for callers without a worker (`LlamaCppClient`, `lmd check`) as the contract suite holds, and an
+    in-process computation that was left behind keeps its slot here until it ends, long after its job gave back the other.
     """
 
     def __init__(self, size: int) -> None:

@@ -109,9 +109,11 @@ class EngineStatus(Emitted):
     kind: NonEmpty
     """What it is."""
     backend: str | None = None
-    """What it computes on: cpu, cuda and others."""
+    """What it computes on: cpu, cuda and others; unknown where the engine does not tell."""
+    gpu_layers: str | None = None
+    """Layers on the GPU of all (25/25), or the model's share there (43%), where the engine tells."""
     detail: str | None = None
-    """One sentence for the operator, where something is wrong."""
+    """One sentence for the operator, where something is wrong or slower than it need be."""
 
 
 class Status(Emitted):

@@ -17,7 +17,6 @@ from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.topics import topic_matches
-from llamacpp_mqtt_deploy.ports import (
     Delivery,
     Engine,
     EngineInfo,
@@ -28,6 +27,9 @@ from llamacpp_mqtt_deploy.ports import (
     StoreFull,
     StoreInUse,
 )
+from llamacpp_mqtt_deploy.engines.idle_gpu import idle_gpu
+from llamacpp_mqtt_deploy.ports import (
+from llamacpp_mqtt_deploy.ports import Delivery, Engine, EngineInfo, Link, LinkInfo, Store, StoreError, StoreInUse
 from llamacpp_mqtt_deploy.service.assembly import Parts
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.service.reporting import status_line
@@ -309,6 +311,8 @@ class Daemon:
     def _engine_changed(self, info: EngineInfo) -> None:
         self.parts.registry.wait_reason = _WAIT_REASONS.get(info.state, "engine_restarting")
         if info.state == "ready":
+            if problem := idle_gpu(self._settings.engine, info):
+                log.warning("engine.on_cpu", problem=problem)
             slots = self._settings.engine.slots or info.slots
             self.parts.registry.set_slots(slots)
             self.parts.threads.ensure(slots)

@@ -65,6 +65,7 @@ def _tell(info: EngineInfo, last: EngineInfo | None) -> None:
             slots=info.slots,
             n_ctx=info.n_ctx,
             backend=info.backend,
+            gpu_layers=info.gpu_layers,
         )
     else:
         log.warning("engine.not_ready", state=info.state, detail=info.detail)

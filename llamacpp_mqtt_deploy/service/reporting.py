@@ -10,6 +10,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
+from llamacpp_mqtt_deploy.engines.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.ports import EngineInfo, LinkInfo
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
@@ -31,8 +32,11 @@ def status_fields(
             "trust_payload_session": route.trust_payload_session,
         } | ({"control": route.control} if route.control else {})
     told: dict[str, Any] = {"state": engine.state, "kind": engine.kind, "backend": engine.backend}
-    if engine.detail:
-        told["detail"] = engine.detail
+    if engine.gpu_layers is not None:
+        told["gpu_layers"] = engine.gpu_layers
+    detail = engine.detail or idle_gpu(settings.engine, engine)
+    if detail:
+        told["detail"] = detail
     models = policies.routes["default"].parse.models or engine.models
     return {
         "version": __version__,

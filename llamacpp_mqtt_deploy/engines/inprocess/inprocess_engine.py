@@ -417,6 +417,7 @@ class InprocessEngine:
             state="ready",
             detail="",
             backend=model.library.backend() if offloaded else "cpu",
+            gpu_layers=model.library.gpu_layers,
             models=(planner.name,),
             n_ctx=planner.n_ctx,
             slots=1,

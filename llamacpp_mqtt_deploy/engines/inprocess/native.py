@@ -9,6 +9,7 @@ vocabulary; nothing here locks.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ _NEEDED = (
     "llama_sampler_init_penalties", "llama_set_abort_callback", "llama_model_is_recurrent", "llama_model_is_hybrid",
 )  # fmt: skip
 _UNKNOWN, _CONTROL = 1 << 0, 1 << 3  # enum llama_token_attr
+_OFFLOADED = re.compile(rb"offloaded (\d+/\d+) layers to GPU")
 _DECODED, _NO_ROOM, _ABORTED = 0, 1, 2  # llama_decode
 
 ProgressCallback = Callable[[float], bool]
@@ -103,6 +105,8 @@ class Library:
             )
         self.said: deque[str] = deque(maxlen=40)
         """The last warnings and errors of llama.cpp."""
+        self.gpu_layers: str | None = None
+        """Layers of the model that was loaded last on the GPU, of all, as in `25/25`."""
         self._hear = self.c.llama_log_callback(self._heard)  # kept for ever: llama.cpp holds a pointer to it
         self.c.llama_log_set(self._hear, ctypes.c_void_p(0))
         self.c.llama_backend_init()
@@ -126,6 +130,8 @@ class Library:
     def _heard(self, level: int, text: bytes, _: object) -> None:
         # Called from llama.cpp's threads: it must be short and must not raise.
         try:
+            if level == 2 and (offloaded := _OFFLOADED.search(text)):
+                self.gpu_layers = offloaded[1].decode()
             if level in (3, 4):  # warning, error (ggml_log_level)
                 line = text.decode("utf-8", "replace").strip()
                 if line:
@@ -158,6 +164,7 @@ class Model:
             params.tensor_split = shares
         params.progress_callback = heard = c.llama_progress_callback(lambda done, _: progress(done))
         library.said.clear()
+        library.gpu_layers = None
         handle = c.llama_model_load_from_file(path.encode(), params)
         del heard  # alive until the loading has ended
         if not handle:

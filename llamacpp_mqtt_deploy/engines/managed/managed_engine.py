@@ -126,7 +126,7 @@ class ManagedEngine:
         if phase != "ready" or inner is None:
             return replace(known, state=phase, detail=detail)
         said = inner.info()
-        return replace(said, can_restart=True, backend=known.backend)
+        return replace(said, can_restart=True, backend=known.backend, gpu_layers=known.gpu_layers)
 
     def probe(self) -> EngineInfo:
         with self._changed:
@@ -417,7 +417,7 @@ class ManagedEngine:
                 return
             life.ready_at = now
             self._verdicts.ready()
-            self._known = replace(said, can_restart=True, backend=life.log.backend)
+            self._known = replace(said, can_restart=True, backend=life.log.backend, gpu_layers=life.log.gpu_layers)
             self._enter("ready", "")
         seconds = round(now - life.started_at, 2)
         log.info("llama_server.ready", pid=life.child.pid, seconds=seconds, backend=life.log.backend)

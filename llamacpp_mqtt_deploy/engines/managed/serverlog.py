@@ -38,6 +38,7 @@ _STAGES = (
     ("warming up", "warms up"),
 )
 _DEVICE = re.compile(r"using device (CUDA|ROCm|HIP|Vulkan|Metal|MTL|SYCL|CANN|MUSA|OpenCL)", re.IGNORECASE)
+_OFFLOADED = re.compile(r"offloaded (\d+/\d+) layers to GPU")
 _BACKENDS = {"mtl": "metal", "hip": "rocm"}
 
 
@@ -55,6 +56,8 @@ class ServerLog:
         self.stage = ""
         """What the server does while it loads, in words; empty before the first sign."""
         self.backend = "cpu"
+        self.gpu_layers: str | None = None
+        """Layers on the GPU of all, as in `25/25`."""
 
     def feed(self, data: bytes, now: float) -> None:
         """Some bytes; an empty one says that there are no more."""
@@ -107,6 +110,9 @@ class ServerLog:
         if device:
             name = device[1].lower()
             self.backend = _BACKENDS.get(name, name)
+        offloaded = _OFFLOADED.search(text)
+        if offloaded:
+            self.gpu_layers = offloaded[1]
         for sign, stage in _STAGES:
             if sign in text:
                 self.stage = stage

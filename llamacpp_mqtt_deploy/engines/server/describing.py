@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import orjson
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.completions import clean
+from llamacpp_mqtt_deploy.engines.server.devices import backend_of_metrics, backend_of_ollama
 from llamacpp_mqtt_deploy.engines.server.dialects import Dialect, template_thinks
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
 from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
 from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
+
+T = TypeVar("T")
 
 ANSWER_WITHIN_S = 3.0
 """A server that is alive answers these questions at once, also while it generates."""
@@ -50,8 +54,15 @@ class PromptMarks:
     """Tells one load of a model from another."""
 
 
-def describe(settings: EngineSettings, *, kind: str, shown: str, exchange: Callable[[], HttpExchange]) -> Description:
-    """Ask the server. Raises `NotDescribed`."""
+def describe(
+    settings: EngineSettings,
+    *,
+    kind: str,
+    shown: str,
+    exchange: Callable[[], HttpExchange],
+    known: Description | None = None,
+) -> Description:
+    """Ask the server. What cannot change while it keeps its model is taken from `known`. Raises `NotDescribed`."""
     try:
         if settings.dialect != "openai":
             status, props = _get(exchange, "/props")
@@ -59,7 +70,7 @@ def describe(settings: EngineSettings, *, kind: str, shown: str, exchange: Calla
             if _loading(status, props):
                 raise NotDescribed("loading", f"The server at {shown} loads its model.")
             if status == 200 and ("default_generation_settings" in props or "total_slots" in props):
-                return Description("llamacpp", _llamacpp_info(settings, kind, props), _marks(props))
+                return _llamacpp(settings, kind, props, exchange, known)
             if status >= 500:
                 raise NotDescribed("unreachable", f"The server at {shown} answers HTTP {status}. Look into its log.")
             if settings.dialect == "llamacpp":
@@ -78,7 +89,11 @@ def describe(settings: EngineSettings, *, kind: str, shown: str, exchange: Calla
     _refuse_key(status)
     if status >= 500 or status == 429:
         raise NotDescribed("unreachable", f"The server at {shown} answers HTTP {status}. Look into its log.")
-    return Description("openai", _openai_info(settings, kind, listed))
+    info = _openai_info(settings, kind, listed)
+    if _is_ollama(listed):
+        backend, on_gpu = backend_of_ollama(_aside(exchange, "/api/ps", {}), next(iter(info.models), None))
+        info = replace(info, backend=backend, gpu_layers=on_gpu)
+    return Description("openai", info)
 
 
 def _get(exchange: Callable[[], HttpExchange], path: str) -> tuple[int, Mapping[str, Any]]:
@@ -92,6 +107,23 @@ def _get(exchange: Callable[[], HttpExchange], path: str) -> tuple[int, Mapping[
         return asked.status, document if isinstance(document, dict) else {}
 
 
+def _aside(exchange: Callable[[], HttpExchange], path: str, otherwise: T) -> T:
+    """A document that is good to have, or `otherwise`: text where that is text, else a JSON object."""
+    with contextlib.suppress(ConnectFailed, NoAnswer, Broken, Silent, ValueError), exchange() as asked:
+        asked.send("GET", path, timeout_s=ANSWER_WITHIN_S)
+        content = asked.read_all(timeout_s=ANSWER_WITHIN_S)
+        document = content.decode("utf-8", "replace") if isinstance(otherwise, str) else orjson.loads(content)
+        if asked.status == 200 and isinstance(document, type(otherwise)):
+            return document
+    return otherwise
+
+
+def _is_ollama(listed: Mapping[str, Any]) -> bool:
+    data = listed.get("data")
+    first = data[0] if isinstance(data, list) and data else None
+    return isinstance(first, dict) and first.get("owned_by") == "library"
+
+
 def _refuse_key(status: int) -> None:
     if status in (401, 403):
         raise NotDescribed(
@@ -103,6 +135,22 @@ def _refuse_key(status: int) -> None:
 def _loading(status: int, document: Mapping[str, Any]) -> bool:
     error = document.get("error")
     return status == 503 and isinstance(error, dict) and error.get("type") == "unavailable_error"
+
+
+def _llamacpp(
+    settings: EngineSettings,
+    kind: str,
+    props: Mapping[str, Any],
+    exchange: Callable[[], HttpExchange],
+    known: Description | None,
+) -> Description:
+    info, marks = _llamacpp_info(settings, kind, props), _marks(props)
+    if known is not None and known.marks is not None and known.marks.load == marks.load:
+        # Asked once: reading them begins new averages for whoever else watches the server's metrics.
+        return Description("llamacpp", replace(info, backend=known.info.backend), marks)
+    if props.get("endpoint_metrics") is True:
+        info = replace(info, backend=backend_of_metrics(_aside(exchange, "/metrics", "")))
+    return Description("llamacpp", info, marks)
 
 
 def _llamacpp_info(settings: EngineSettings, kind: str, props: Mapping[str, Any]) -> EngineInfo:

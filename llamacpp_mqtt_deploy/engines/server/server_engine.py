@@ -60,6 +60,7 @@ class ServerEngine:
         self._lock = threading.Lock()  # guards the three below; held for arithmetic only
         self._dialect: dialects.Dialect | None = None if settings.dialect == "auto" else settings.dialect
         self._described = False
+        self._known: Description | None = None
         self._info = EngineInfo(
             state="starting", kind=kind, detail=f"The server at {self._address.shown} was not asked yet."
         )
@@ -124,6 +125,7 @@ class ServerEngine:
                     kind=self._kind,
                     shown=self._address.shown,
                     exchange=lambda: self._exchange(*stops, connect_timeout_s=ASKING_CONNECT_S),
+                    known=self._known,
                 )
             )
         except NotDescribed as why:
@@ -137,6 +139,7 @@ class ServerEngine:
         with self._lock:
             self._dialect = description.dialect
             self._described = True
+            self._known = description
             self._questions.can_count = True
         return self._saw(description.info)
 
