@@ -16,8 +16,8 @@ from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import RequestError
-from llamacpp_mqtt_deploy.engines.idle_gpu import NVIDIA_SIGNS, idle_gpu
 from llamacpp_mqtt_deploy.ports import EngineInfo
+from llamacpp_mqtt_deploy.service.idle_gpu import NVIDIA_SIGNS, idle_gpu
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 GENERATE_WITHIN_S = 60.0  # one token, behind whatever the engine is doing

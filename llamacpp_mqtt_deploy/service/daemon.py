@@ -31,6 +31,7 @@ from llamacpp_mqtt_deploy.engines.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.ports import (
 from llamacpp_mqtt_deploy.ports import Delivery, Engine, EngineInfo, Link, LinkInfo, Store, StoreError, StoreInUse
 from llamacpp_mqtt_deploy.service.assembly import Parts
+from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.service.reporting import status_line
 from llamacpp_mqtt_deploy.service.startup import AnotherWorkerError, Startup

@@ -10,8 +10,8 @@ from typing import Any
 
 from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
-from llamacpp_mqtt_deploy.engines.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.ports import EngineInfo, LinkInfo
+from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from llamacpp_mqtt_deploy.worker.policies import Policies

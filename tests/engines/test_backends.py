@@ -10,11 +10,11 @@ import pytest
 
 from llamacpp_mqtt_deploy.checking import engine as checking
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
-from llamacpp_mqtt_deploy.engines.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.engines.managed.serverlog import ServerLog
 from llamacpp_mqtt_deploy.engines.server.devices import backend_of_metrics
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.ports import EngineInfo
+from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
 from tests.support.sham_server import PROPS, ShamServer, reply
 
 METRICS = b"""# HELP llamacpp:memory_model_bytes Weights of the model.
