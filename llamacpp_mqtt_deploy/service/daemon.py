@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.topics import topic_matches
+from llamacpp_mqtt_deploy.ports import (
     Delivery,
     Engine,
     EngineInfo,
@@ -27,9 +28,6 @@ from llamacpp_mqtt_deploy.core.topics import topic_matches
     StoreFull,
     StoreInUse,
 )
-from llamacpp_mqtt_deploy.engines.idle_gpu import idle_gpu
-from llamacpp_mqtt_deploy.ports import (
-from llamacpp_mqtt_deploy.ports import Delivery, Engine, EngineInfo, Link, LinkInfo, Store, StoreError, StoreInUse
 from llamacpp_mqtt_deploy.service.assembly import Parts
 from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
