@@ -4,9 +4,9 @@
 
 Of all small changes to core/, worker/ and stores/ (another comparison, another operator, a number more, a statement less)
 a random sample with a seed is tried, each in a copy of the tree. One run under coverage.py first says which tests of tests/core,
-tests/worker and tests/stores come past each line; a change is tried with those that come past it, and one that is made outside of all
-tests (a table, a limit) with all, those that import its module first. What survives is printed as a diff: a missing test, or a
-change that nobody can see (an equivalent mutant).
+tests/worker and tests/stores come past each line. A change is tried with these, and when it survives them with all: what runs in
+a thread that outlives a test is put down to the wrong one. What survives is printed as a diff: a missing test, or a change that
+nobody can see (an equivalent mutant).
 
 Why not a library: mutmut goes through all mutants of a file (some thousand here, hours) and leaves out code outside of functions,
 where our tables and limits stand; Cosmic Ray edits the working tree itself; neither draws a sample by seed.
@@ -224,27 +224,27 @@ class Tree:
         try:
             path.write_bytes(mutation.applied(source))
             self._forget(path)
-            return self.failure(self._fitting(mutation), limit_s)
+            return self.failure(self._fitting(mutation), limit_s) or self.failure(self._all(mutation), limit_s)
         finally:
             path.write_bytes(source)
             self._forget(path)
 
+    def _all(self, mutation: Mutation) -> list[str]:
+        near = self._near(mutation.path)
+        return near + [test for test in self.tests if test not in near]
+
     def _fitting(self, mutation: Mutation) -> list[str]:
-        """The tests that may notice this change, the likeliest first."""
+        """The tests that come past the changed lines, those that import the module first."""
         near = self._near(mutation.path)
         lines = self.passed[mutation.path]
         names = {name for at in range(mutation.line, mutation.last_line + 1) for name in lines.get(at, ())}
-        if names <= {""}:
-            return near + [test for test in self.tests if test not in near]
-        # A test is told as `tests.core.test_topics.test_name`, with its class where it has one.
-        found = [tuple(name.split(".", 3)) for name in names if name.startswith("tests.")]
-        tests: dict[str, list[str]] = {f"tests/{folder}/{file}.py": [] for _, folder, file, _ in found}
-        for _, folder, file, test in sorted(found):
-            tests[f"tests/{folder}/{file}.py"].append(test.replace(".", "::"))
+        tests: dict[str, list[str]] = {}
+        for name in sorted(names):
+            if name.startswith("tests."):  # `tests.core.test_topics.test_name`, with its class where it has one
+                _, folder, file, test = name.split(".", 3)
+                tests.setdefault(f"tests/{folder}/{file}.py", []).append(test.replace(".", "::"))
         order = sorted(tests, key=lambda file: (file not in near, near.index(file) if file in near else 0))
-        # hypothesis runs its state machines under names of its own: then whole files.
-        others = near if any(name and not name.startswith("tests.") for name in names) else []
-        return [f"{file}::{test}" for file in order for test in tests[file] if file in self.tests] + others
+        return [f"{file}::{test}" for file in order for test in tests[file] if file in self.tests]
 
     def _near(self, path: str) -> list[str]:
         """The test files that import this module, those about little else first."""
@@ -259,6 +259,8 @@ class Tree:
 
     def failure(self, tests: list[str], limit_s: float, runner: Sequence[str] = ()) -> str | None:
         """The first failure of these tests; None when all pass."""
+        if not tests:
+            return None
         command = [sys.executable, "-m", *runner, "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
         options = ["-o", "timeout=60", "--hypothesis-seed=1", f"--basetemp={self.root / 'tmp'}"]
         shutil.rmtree(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
@@ -200,3 +202,33 @@ def test_a_defect_with_one_request_does_not_cost_the_others_their_time_limit(
     bus.ask("two", request_id="r2", session="b", timeout_s=0.3)
     assert bus.listener.terminal("r2")["code"] == "timeout"
     monkeypatch.undo()
+
+
+def test_the_timings_tell_the_waiting_the_first_token_and_the_whole(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine)
+    gate = _hold_the_slot(bus, engine)
+    first, rest = Gate(), Gate()
+    engine.play(first, "one ", rest, "two")
+    asked_at = time.monotonic()
+    bus.ask("x", request_id="r1", session="a")
+    bus.listener.until(type="queued", request_id="r1")
+
+    def pass_ms(ms: float) -> None:
+        began = time.monotonic()
+        eventually(lambda: time.monotonic() - began >= ms / 1000)
+
+    pass_ms(60)
+    gate.open()
+    assert bus.listener.until(type="start", request_id="r1")["model"] == "scripted"
+    pass_ms(60)
+    first.open()
+    bus.listener.until(type="chunk", request_id="r1")
+    pass_ms(60)
+    rest.open()
+    timings = bus.listener.terminal("r1")["timings"]
+    whole_ms = (time.monotonic() - asked_at) * 1000
+    assert timings["queue_ms"] >= 60
+    assert timings["first_token_ms"] >= timings["queue_ms"] + 60
+    assert timings["total_ms"] >= timings["first_token_ms"] + 60
+    assert timings["total_ms"] <= whole_ms

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.ports import Delivery, Published
@@ -189,3 +192,21 @@ def test_text_that_waits_goes_out_before_the_end_and_nothing_after_it() -> None:
         responder.ping(state="generating")
         responder.flush()
         assert len(broker.events) == before
+
+
+def test_the_time_of_the_first_chunk_stays_and_that_of_the_latest_event_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100, 1000))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    broker = SlowBroker()
+    responder = _responder(broker)
+    times: list[tuple[float | None, float | None]] = [(responder.first_chunk_at, responder.last_event_at)]
+    for text in ("one ", "two"):
+        responder.piece("content", text)
+        times.append((responder.first_chunk_at, responder.last_event_at))
+    (none, start), (first, first_too), (still_first, second) = times
+    assert none is None
+    assert first == first_too == still_first
+    assert start is not None
+    assert first is not None
+    assert second is not None
+    assert start < first < second
