@@ -25,7 +25,7 @@ from llamacpp_mqtt_deploy.core.deltas import (
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, EngineLost
 from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, StoreError
 from llamacpp_mqtt_deploy.stopping import StopSignal
-from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Wait
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence, Wait
 from llamacpp_mqtt_deploy.worker import completion
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
@@ -563,3 +563,25 @@ def test_a_clients_metadata_comes_back_with_the_start_and_with_the_end(bus: Bus)
     assert bus.listener.until(type="start", request_id="r1")["metadata"] == {"room": "kitchen"}
     assert "metadata" not in bus.listener.terminal("r2")
     assert "metadata" not in bus.listener.until(type="start", request_id="r2")
+
+
+def test_the_journal_knows_of_a_chunk_that_only_the_end_brings(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine()
+    engine.play("half a sentence", Silence())
+    worker = bus.worker(engine, streaming__mode="simulated", streaming__chunk_interval_s=1)
+    store, link = worker.daemon.parts.store, worker.daemon.parts.link
+    publish = link.publish
+    states: list[str] = []
+
+    def noted(topic: str, payload: bytes, **more: Any) -> Any:
+        if b'"chunk"' in payload:
+            entry = store.find(EntryKey("default", "demo", "r1"))
+            states.append(entry.state if entry is not None else "unknown")
+        return publish(topic, payload, **more)
+
+    monkeypatch.setattr(link, "publish", noted)
+    bus.ask("hi", request_id="r1")
+    eventually(lambda: any(job.answer.begun for job in worker.daemon.parts.registry.all()))
+    bus.control("cancel", request_id="r1")
+    assert bus.listener.terminal("r1")["full_content"] == "half a sentence"
+    assert states == ["streaming"]
