@@ -347,3 +347,30 @@ def test_a_cancelled_answer_leaves_its_text_without_half_a_tool_call_or_nothing_
     assert exchange_of([user("q")], calling("1"), cancelled=True) == ()
     assert exchange_of([user("q")], assistant(""), cancelled=True) == ()
     assert exchange_of([result("1")], assistant(""), cancelled=True) == ()
+
+
+@pytest.mark.parametrize(
+    "budget,stride", [(0, 1), (1, 1), (1000, 1024), (4096, 4096), (5461, 4096), (5462, 8192), (32768, 32768)]
+)
+def test_a_stride_is_the_largest_power_of_two_up_to_one_and_a_half_bytes_a_token(budget: int, stride: int) -> None:
+    assert stride_bytes(budget) == stride
+
+
+def test_nothing_is_asked_as_long_as_each_byte_may_be_a_token_beside_a_template_of_512() -> None:
+    history, newest = (user("one"), assistant("two")), (user("three"),)
+    bytes_in_all = size((*history, *newest))
+    for budget, asked in ((bytes_in_all + 512, 0), (bytes_in_all + 511, 1)):
+        counter = Counter()
+        fitted = fit(history, system_prompt=None, newest=newest, budget_tokens=budget, count=counter)
+        assert (counter.asked, fitted.dropped_messages) == (asked, 0)
+
+
+def test_an_estimate_takes_three_bytes_for_a_token() -> None:
+    history = tuple(message for n in range(40) for message in (user(f"{n:03} " * 25), assistant("yes " * 25)))
+    newest = (user("and now?"),)
+    bytes_in_all = size((*history, *newest))
+    for budget, all_kept in ((bytes_in_all // 3 + 1, True), (bytes_in_all // 3 - 1, False)):
+        fitted = fit(history, system_prompt=None, newest=newest, budget_tokens=budget, count=Counter(answers=0))
+        assert fitted.estimated
+        assert (fitted.dropped_messages == 0) is all_kept
+        assert size(fitted.messages) <= 3 * budget

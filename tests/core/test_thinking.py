@@ -102,3 +102,10 @@ def test_a_stop_text_in_the_thinking_ends_the_answer_too() -> None:
     assert reader.feed("D more") == []
     assert reader.stopped_at == "END"
     assert reader.feed("more") == []
+
+
+def test_an_answer_without_thinking_and_tools_passes_up_to_its_stop_text() -> None:
+    reader = AnswerReader(stop=["END"])
+    out = [*reader.feed("one "), *reader.feed("two E"), *reader.feed("ND three"), *reader.end()]
+    assert "".join(piece.text for piece in out if isinstance(piece, Text)) == "one two "
+    assert (reader.stopped_at, reader.thinking, reader.calls_begun, reader.calls_complete) == ("END", False, 0, 0)

@@ -182,6 +182,8 @@ def _statements(node: ast.stmt) -> Iterator[str]:
             yield "pass"
         case ast.Return(value=None):
             yield "pass"
+        case ast.Return(value=ast.Constant()):
+            pass  # its value is changed by itself, and None would often mean the same
         case ast.Return():
             yield "return None"
         case _:
