@@ -1,4 +1,4 @@
-"""The codes of errors and what they promise, as the protocol lists them (section 5)."""
+"""The codes of errors and what they promise, as the protocol lists them."""
 
 from __future__ import annotations
 
