@@ -12,7 +12,7 @@ from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.errors import BadRequest
 from llamacpp_mqtt_deploy.core.route_checks import check_routes
 from llamacpp_mqtt_deploy.core.routes import MAX_TOPIC_BYTES, RouteTopics, is_session, route_topics
-from llamacpp_mqtt_deploy.core.topics import filters_overlap, topic_matches
+from llamacpp_mqtt_deploy.core.topics import filters_overlap, topic_fault, topic_matches
 
 LEVEL = st.text("ABCXYZabcxyz0189_.-", min_size=1, max_size=64)
 SHORT = st.text("abz0_.-", min_size=1, max_size=8)
@@ -311,3 +311,15 @@ def test_a_map_that_can_be_made_never_reads_its_own_messages(
         assert world.address(address.reply_topic) is None
         subscribed = [*world.request_filters(), *world.control_filters()]
         assert not any(topic_matches(each, address.reply_topic) for each in subscribed)
+
+
+@pytest.mark.parametrize(
+    "character", ["\x01", "\x1f", "\x7f", "\x9f", "\ufdd0", "\ufdef", "\ufffe", "\U0001ffff", "\ud800"]
+)
+def test_a_character_that_a_broker_may_disconnect_for_is_a_fault_of_a_topic(character: str) -> None:
+    assert topic_fault(f"a/{character}")
+
+
+@pytest.mark.parametrize("character", [" ", "~", "\xa0", "\ufdcf", "\ufdf0", "\ufffd", "\U00010000", "é"])
+def test_characters_beside_those_are_none(character: str) -> None:
+    assert topic_fault(f"a/{character}") is None

@@ -312,3 +312,16 @@ def test_the_same_id_in_another_session_is_another_request(bus: Bus) -> None:
     bus.ask("two", request_id="r1", session="b")
     bus.listener.until(type="done", session_id="a", full_content="one")
     bus.listener.until(type="done", session_id="b", full_content="two")
+
+
+@pytest.mark.parametrize("action", ["reset", "delete"])
+def test_forgetting_a_session_says_how_many_requests_it_cancelled(bus: Bus, action: str) -> None:
+    engine, gate = ScriptedEngine(), Gate()
+    engine.play("half", gate)
+    bus.worker(engine)
+    bus.ask("one", request_id="r1")
+    bus.ask("two", request_id="r2")
+    eventually(gate.reached.is_set)
+    bus.listener.until(type="queued", request_id="r2")
+    bus.control(action)
+    assert bus.listener.until(type="ack", action=action)["cancelled"] == 2
