@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from typing import Any
 
 import pytest
 
@@ -234,26 +232,3 @@ def test_the_timings_tell_the_waiting_the_first_token_and_the_whole(bus: Bus) ->
     assert timings["first_token_ms"] >= timings["queue_ms"] + 60
     assert timings["total_ms"] >= timings["first_token_ms"] + 60
     assert timings["total_ms"] <= whole_ms
-
-
-def test_the_next_request_runs_while_the_end_of_the_one_before_is_still_being_stored(
-    bus: Bus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = ScriptedEngine(slots=1)
-    store = bus.worker(engine).daemon.parts.store
-    finish, disk = store.finish, threading.Event()
-
-    def slow(*arguments: Any, **more: Any) -> None:
-        assert disk.wait(20)
-        finish(*arguments, **more)
-
-    monkeypatch.setattr(store, "finish", slow)
-    bus.ask("one", request_id="r1", session="a")
-    eventually(lambda: len(engine.calls) == 1)
-    bus.ask("two", request_id="r2", session="b")
-    try:
-        eventually(lambda: len(engine.calls) == 2)
-    finally:
-        disk.set()
-    assert bus.listener.terminal("r1")["full_content"] == "one"
-    assert bus.listener.terminal("r2")["full_content"] == "two"
