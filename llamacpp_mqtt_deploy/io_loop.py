@@ -67,7 +67,7 @@ class IoLoop:
         self._poll.register(self._wake_read, READ)
         self._waiting_until = 0.0
         # Not in close(): another thread may be about to write its byte, and the number could be another file's by then.
-        weakref.finalize(self, os.close, self._wake_write).atexit = False
+        weakref.finalize(self, _close_pipe, self._wake_read, self._wake_write).atexit = False
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
         self.beat_at = time.monotonic()
@@ -157,7 +157,6 @@ class IoLoop:
         while not self._closed:
             self._turn()
         self._poll.close()
-        os.close(self._wake_read)
 
     def _turn(self) -> None:
         now = self.beat_at = time.monotonic()
@@ -205,3 +204,8 @@ class IoLoop:
             call(*arguments)
         except Exception:
             log.exception("io.call_failed")
+
+
+def _close_pipe(*ends: int) -> None:
+    for end in ends:
+        os.close(end)

@@ -2,8 +2,9 @@
 
 The thread `mqtt-link` runs paho's client itself (`paho_wire.PahoWire`) instead of paho's `loop_start`. paho's own thread dies of an
 exception in a callback while `is_connected()` stays true, never falls back to MQTT 3.1.1, cannot be stopped while
-something is queued (its issue 608), and leaves no place for a window, a breaker or a back-off of ours. Other threads
-only append to deques and write one byte into a pipe, so no lock is ever held across a call into paho or into the daemon.
+something is queued (its issue 608), and leaves no place for a window, a breaker or a back-off of ours. It makes the
+connections, which takes waiting, and lets each of them live in the I/O loop (`wire_loop.WireLoop`). Other threads only append to
+deques and wake that loop, so no lock is ever held across a call into paho or into the daemon.
 When to try again and when to stop is decided by tenacity's loop (`backoff.Backoff` gives the pauses).
 """
 
@@ -17,16 +18,17 @@ import structlog
 import tenacity
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.mqtt import explain
 from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S, Reminder
 from llamacpp_mqtt_deploy.mqtt.closing import GOODBYE_S, OFFLINE_GRACE_S, Closing
 from llamacpp_mqtt_deploy.mqtt.explain import Refusal
 from llamacpp_mqtt_deploy.mqtt.paho_wire import Closed, Connack, PahoWire
-from llamacpp_mqtt_deploy.mqtt.poller import Poller
 from llamacpp_mqtt_deploy.mqtt.receiving import Deliveries, Receipts, Subscription, Subscriptions
 from llamacpp_mqtt_deploy.mqtt.reconnecting import Attempts
 from llamacpp_mqtt_deploy.mqtt.sending import Sending, guard
 from llamacpp_mqtt_deploy.mqtt.session import STRIKES, Publish
+from llamacpp_mqtt_deploy.mqtt.wire_loop import WireLoop
 from llamacpp_mqtt_deploy.mqtt.wires import TlsFilesUnfitError, WireFactory
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Retained
 from llamacpp_mqtt_deploy.stopping import Deadline
@@ -52,8 +54,15 @@ class ConnectionThread:
     _on_lost: Callable[[LinkInfo], None]
 
     def __init__(
-        self, settings: MqttSettings, *, client_id: str, password: str | None, max_incoming_bytes: int | None
+        self,
+        settings: MqttSettings,
+        *,
+        loop: IoLoop,
+        client_id: str,
+        password: str | None,
+        max_incoming_bytes: int | None,
     ) -> None:
+        self._loop = loop
         self._port = settings.port or (8883 if settings.tls.enabled else 1883)
         self.where = settings.host if settings.transport == "unix" else f"{settings.host}:{self._port}"
         self._settings = settings
@@ -73,12 +82,13 @@ class ConnectionThread:
         self._receipts = Receipts()
         self._subscriptions = Subscriptions()
         self._closing: Closing | None = None
-        self._poller = Poller()
+        self._wire_loop = WireLoop(loop, work=self._work, due_in_s=self._due_in_s, over=self._life_over)
         self._thread: threading.Thread | None = None
         self._state: LinkState = "connecting"
         self._detail = ""
 
-        # The link's thread alone.
+        # The link's thread's, and while a wire lives in the loop, the loop's.
+        self._connack_by = 0.0
         self._wire: PahoWire | None = None
         self._attempts = Attempts(settings, where=self.where)
         self._reminder = Reminder()
@@ -104,8 +114,8 @@ class ConnectionThread:
             self._start()
 
     def is_current(self) -> bool:
-        """Whether the caller runs in this thread, inside a callback."""
-        return threading.current_thread() is self._thread
+        """Whether the caller runs inside a callback."""
+        return threading.current_thread() is self._thread or self._loop.is_here()
 
     def max_packet_bytes(self) -> int | None:
         """What the broker of the latest connection takes, None when it named no limit."""
@@ -119,12 +129,12 @@ class ConnectionThread:
             if self._closing is not None or (publish.qos == 0 and self._state != "online"):
                 return False
             self._outgoing.waiting.append(publish)
-        self._poller.wake()
+        self._wire_loop.wake()
         return True
 
     def acknowledge(self, delivery: Delivery) -> None:
         if self._receipts.give(delivery):
-            self._poller.wake()
+            self._wire_loop.wake()
 
     def subscribe(self, subscription: Subscription) -> bool:
         """Ask for a subscription, whose `done` is set when it is answered or lost; False without a connection."""
@@ -132,7 +142,7 @@ class ConnectionThread:
             if self._state != "online":
                 return False
             self._subscriptions.ask(subscription)
-        self._poller.wake()
+        self._wire_loop.wake()
         return True
 
     def info(self) -> LinkInfo:
@@ -157,7 +167,7 @@ class ConnectionThread:
                     self._outgoing.waiting.append(last)
                 self._closing = Closing(deadline, Deadline(OFFLINE_GRACE_S), last)
                 self._changed.notify_all()
-        self._poller.wake()
+        self._wire_loop.wake()
         if self.is_current():
             return
         # The thread may hang in a name look-up, which nothing can cut short; it is a daemon thread and ends by itself.
@@ -234,50 +244,53 @@ class ConnectionThread:
             self._failed(Refusal(f"{self.where} is no address: {error}. Check mqtt.host."))
             return
         patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._attempts.versions.in_doubt else CONNACK_TIMEOUT_S
-        connack_by = time.monotonic() + patience_s
-        while wire.closed() is None:
-            self._turn(wire)
-            if self._state != "online" and time.monotonic() >= connack_by and wire.closed() is None:
-                wire.abort()
-                refusal = explain.of_no_connack(self.where, patience_s)
-                self._attempts.unanswered(refusal)
-                self._failed(refusal)
-                return
-            if self._finished():
-                self._leave(wire)
-                return
+        self._connack_by = time.monotonic() + patience_s
+        self._wire_loop.run(wire)
+        if wire.closed() is None and self._finished():
+            self._leave(wire)
+            return
+        if wire.closed() is None and self._state != "online":
+            wire.abort()
+            refusal = explain.of_no_connack(self.where, patience_s)
+            self._attempts.unanswered(refusal)
+            self._failed(refusal)
+            return
+        if wire.closed() is None:
+            log.warning("inbox.full", broker=self.where, why="connecting again so that the broker delivers again")
+            wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
         self._ended(wire, wire.closed() or Closed())
 
-    def _turn(self, wire: PahoWire) -> None:
-        """Wait for something to do, and do it."""
-        now = time.monotonic()
-        self._poller.listen()
-        busy = self._state == "online" and (
-            self._receipts.waiting() or self._subscriptions.waiting() or self._sending.may_go(now)
-        )
-        self._poller.wait(wire, 0.0 if busy else self._patience_s(now))
-        if self._state == "online" and wire.closed() is None:
-            self._work(wire)
+    # --- while a wire lives, in the loop's thread ---
 
-    def _work(self, wire: PahoWire) -> None:
+    def _life_over(self) -> bool:
+        wire, now = self._wire, time.monotonic()
+        if wire is None or wire.closed() is not None or self._finished():
+            return True
+        if self._state != "online":
+            return now >= self._connack_by
+        return self._deliveries.stalled_until is not None and now >= self._deliveries.stalled_until
+
+    def _work(self) -> None:
         """Send what other threads have queued."""
+        wire = self._wire
+        if self._state != "online" or wire is None:
+            return
         self._receipts.send(self._generation, wire.acknowledge)
         self._subscriptions.send(lambda asked: wire.subscribe(asked.filters, retained=asked.retained))
         self._sending.pump(wire)
         wire.on_writable()
-        if self._deliveries.stalled_until is not None and time.monotonic() >= self._deliveries.stalled_until:
-            log.warning("inbox.full", broker=self.where, why="connecting again so that the broker delivers again")
-            wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
 
-    def _patience_s(self, now: float) -> float:
-        patience = 0.5
+    def _due_in_s(self, now: float) -> float:
+        due = 0.5
+        if self._state != "online":
+            due = min(due, max(0.001, self._connack_by - now))
         if self._deliveries.stalled_until is not None:
-            patience = min(patience, max(0.0, self._deliveries.stalled_until - now))
+            due = min(due, max(0.001, self._deliveries.stalled_until - now))
         if self._outgoing.on_probation:
-            patience = min(patience, self._outgoing.quiet_s(now) or patience)
+            due = min(due, self._outgoing.quiet_s(now) or due)
         if self._closing is not None:
-            patience = min(patience, self._closing.deadline.remaining_s() + 0.001)
-        return patience
+            due = min(due, self._closing.deadline.remaining_s() + 0.001)
+        return due
 
     def _pause(self, seconds: float) -> None:
         """Wait between two attempts; closing cuts it short."""

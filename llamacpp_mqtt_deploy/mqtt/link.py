@@ -9,6 +9,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.core.topics import filter_fault, topic_fault
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.mqtt.connection_thread import HEADER_ROOM, ConnectionThread
 from llamacpp_mqtt_deploy.mqtt.packets import MOST_MQTT_PACKET, packet_bytes
 from llamacpp_mqtt_deploy.mqtt.receiving import Subscription
@@ -24,7 +25,7 @@ class MqttLink:
 
     `password` wins over the one in the settings (the daemon reads files and credentials). `max_payload_bytes` bounds our
     publishes, `max_incoming_bytes` is told to an MQTT 5 broker, which silently drops what is larger. Raises ValueError, from
-    the constructor, when a TLS file is missing or unfit.
+    the constructor, when a TLS file is missing or unfit. Its connections live in `loop`, or in one of its own.
     """
 
     def __init__(
@@ -35,12 +36,19 @@ class MqttLink:
         password: str | None = None,
         max_payload_bytes: int | None = None,
         max_incoming_bytes: int | None = None,
+        loop: IoLoop | None = None,
     ) -> None:
         if password is None and settings.password is not None:
             password = settings.password.get_secret_value()
         self._max_payload_bytes = max_payload_bytes
+        self._own_loop = loop is None
+        self._loop = loop or IoLoop()
         self._connection = ConnectionThread(
-            settings, client_id=client_id, password=password, max_incoming_bytes=max_incoming_bytes
+            settings,
+            loop=self._loop,
+            client_id=client_id,
+            password=password,
+            max_incoming_bytes=max_incoming_bytes,
         )
 
     def open(
@@ -51,6 +59,8 @@ class MqttLink:
         on_online: Callable[[LinkInfo], None],
         on_lost: Callable[[LinkInfo], None],
     ) -> None:
+        if self._own_loop:
+            self._loop.start()
         self._connection.open(will=will, on_delivery=on_delivery, on_online=on_online, on_lost=on_lost)
 
     def publish(
@@ -103,6 +113,8 @@ class MqttLink:
 
     def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
         self._connection.close(deadline, farewell)
+        if self._own_loop:
+            self._loop.close()
 
     def _size_fault(self, topic: str, payload: bytes, correlation: bytes | None) -> str | None:
         if self._max_payload_bytes is not None and len(payload) > self._max_payload_bytes:

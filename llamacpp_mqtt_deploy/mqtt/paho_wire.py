@@ -1,7 +1,7 @@
 """One paho client, driven by the thread that owns it: connect, read, write, and call back with plain values.
 
 This file and its two helpers (`packets`, `paho_fixes`) are the only ones that know paho. It never waits for the network: its owner's loop
-does (`poller`), or any other that watches `fileno`. It uses no thread of paho's: every call into a client comes from the link's thread,
+does (`wire_loop`), or any other that watches `fileno`. It uses no thread of paho's: every call into a client comes from the link's thread,
 so that paho's own locks never meet ours (its issues 346, 354 and 531 are deadlocks between them), nothing of it can die
 unseen, and how to reconnect is ours to decide.
 """
@@ -191,7 +191,7 @@ class PahoWire:
             raise
         self.on_writable()
 
-    # What a loop needs (`poller.Pollable`).
+    # What a loop needs (`wire_loop.Wire`).
 
     def fileno(self) -> int:
         return self._fd

@@ -51,9 +51,9 @@ class Parts:
         self.in_force = in_force = InForce(settings)
         self.topics = topics = topic_map(settings)
         self.store = store = store or make_store(settings)
+        self.loop = loop = IoLoop()
         self.engine = engine = engine or make_engine(settings)
-        self.link = link = link or make_link(settings)
-        self.loop = IoLoop()
+        self.link = link = link or make_link(settings, loop)
         self.counters = Counters()
         limits = settings.limits
         self.registry = JobRegistry(
@@ -203,8 +203,8 @@ def make_store(settings: Settings) -> Store:
     return SqliteStore(settings.sessions.path if settings.sessions.store == "sqlite" else None)
 
 
-def make_link(settings: Settings) -> Link:
+def make_link(settings: Settings, loop: IoLoop) -> Link:
     """The link to the broker of `[mqtt]`."""
     from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 
-    return MqttLink(settings.mqtt, client_id=client_id(settings.mqtt), password=mqtt_password(settings))
+    return MqttLink(settings.mqtt, client_id=client_id(settings.mqtt), password=mqtt_password(settings), loop=loop)
