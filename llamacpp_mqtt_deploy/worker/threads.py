@@ -29,7 +29,8 @@ class GenerationThreads:
     def ensure(self, slots: int) -> None:
         """Have at least this many threads."""
         with self._lock:
-            while len(self._threads) < slots and not self._closed.is_set():
+            # One more: while a thread waits for the disk with an end, its slot is another one's already.
+            while len(self._threads) < slots + 1 and not self._closed.is_set():
                 thread = threading.Thread(target=self._loop, name=f"generation-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
