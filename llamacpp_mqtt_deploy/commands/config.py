@@ -159,6 +159,7 @@ _EXAMPLES: Mapping[str, Any] = {
     "routes.NAME.request": "maze/request/{session}",
     "routes.NAME.reply": "maze/assistant_response/{session}",
     "routes.NAME.control": "maze/control/{session}",
+    "engine.aliases": {"gpt-4": "default"},
     "routes.NAME.fields": {"prompt": "message"},
 }
 

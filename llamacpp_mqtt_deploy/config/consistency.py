@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from llamacpp_mqtt_deploy.config import credentials
 from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.core.aliases import check_aliases
 from llamacpp_mqtt_deploy.core.conversation import check_tools
 from llamacpp_mqtt_deploy.core.names import check_fields
 
@@ -27,9 +28,15 @@ def problems(
     yield from _mqtt(settings, environ)
     yield from _engine(settings, environ)
     yield from _sizes(settings, given)
+    yield from (("engine.aliases", fault) for fault in check_aliases(settings.engine.aliases, models=_models(settings)))
     for name, route in settings.routes.items():
         yield from ((f"routes.{name}.fields", fault) for fault in check_fields(route.fields))
         yield from ((f"routes.{name}.tools", fault) for fault in check_tools(route.tools))
+
+
+def _models(settings: Settings) -> set[str]:
+    engine = settings.engine
+    return {name for name in (engine.model, *engine.models, *(r.model for r in settings.routes.values())) if name}
 
 
 def _mqtt(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, SettingsError
 
-from llamacpp_mqtt_deploy.config import consistency, keys
+from llamacpp_mqtt_deploy.config import consistency, foreign_variables, keys
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, exposed, mqtt_password
 from llamacpp_mqtt_deploy.config.settings import Settings
 from llamacpp_mqtt_deploy.core.route_checks import check_routes
@@ -89,7 +89,11 @@ def load(
         settings=settings,
         origins=everywhere | {key: origin for key, origin in origins.items() if key in everywhere},
         file=file,
-        warnings=tuple(consistency.warnings(settings)) + tuple(_secrets_in(file, origins)),
+        warnings=(
+            *consistency.warnings(settings),
+            *_secrets_in(file, origins),
+            *foreign_variables.hints(environ, given=origins.__contains__, variable=_variable),
+        ),
         overrides=dict(overrides or {}),
     )
 

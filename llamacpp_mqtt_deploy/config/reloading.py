@@ -20,6 +20,7 @@ _LIVE_KEYS = frozenset(
         "engine.chunk_timeout_s",
         "engine.model",
         "engine.models",
+        "engine.aliases",
     }
 )
 _BUILT_IN_KEYS = frozenset({"logging.format", "limits.startup_timeout_s"})

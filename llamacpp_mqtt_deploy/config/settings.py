@@ -122,6 +122,9 @@ class EngineSettings(Section):
     """Name of the model, where the server serves several; becomes the default of the request field `model`."""
     models: tuple[str, ...] = ()
     """Further models that requests may name."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Other names that requests may use for a model: `{"gpt-4" = "qwen2.5-7b"}`; the name `default` stands for the model of
+    requests that name none."""
     model_path: UserPath | None = None
     """GGUF file, for `managed` and `inprocess`."""
     repo_id: str | None = None
@@ -285,8 +288,9 @@ class RouteSettings(SamplingSettings):
     """Model of requests that name none."""
     default_priority: Lane = "normal"
     """Lane of requests that name none."""
-    max_priority: Lane = "interactive"
-    """Highest lane that requests may ask for; a higher wish is lowered."""
+    max_priority: Lane = "normal"
+    """Highest lane that requests may ask for; a higher wish is lowered. With `interactive` whoever may publish here goes before
+    everybody else when he says so."""
     trust_payload_session: bool = False
     """The session comes from the payload: whoever may publish here can read and steer every session of the route."""
 

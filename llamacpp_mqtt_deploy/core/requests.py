@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import orjson
 from pydantic import ValidationError
 
+from llamacpp_mqtt_deploy.core.aliases import resolve
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, Unsupported
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, Lane, RequestFields
@@ -41,7 +42,8 @@ class RequestPolicy:
     """What a route and the worker allow.
 
     `fields` maps our names to those of existing clients (`{"prompt": "message"}`, with dots for paths); `names` reads them. `models` are the names that a request
-    may choose: an empty tuple refuses every name, None leaves names to the engine. `tool_names` are the route's own tools,
+    may choose: an empty tuple refuses every name, None leaves names to the engine; `aliases` lead from
+    other names to those, or to `default`. `tool_names` are the route's own tools,
     offered when a request brings none. Times are seconds.
     """
 
@@ -55,9 +57,10 @@ class RequestPolicy:
     allow_tools: bool = True
     trust_payload_session: bool = False
     models: tuple[str, ...] | None = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
     tool_names: tuple[str, ...] = ()
     default_priority: Lane = "normal"
-    max_priority: Lane = "interactive"
+    max_priority: Lane = "normal"
     names: FieldNames = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -397,11 +400,14 @@ def _response_format(request: RequestFields) -> dict[str, Any] | None:
 
 
 def _model(request: RequestFields, policy: RequestPolicy, names: FieldNames) -> str | None:
-    if request.model is None or policy.models is None or request.model in policy.models:
-        return request.model
-    expected = f"one of {', '.join(policy.models[:8])}" if policy.models else "nothing: requests cannot choose here"
+    model = None if request.model is None else resolve(request.model, policy.aliases)
+    if model is None or policy.models is None or model in policy.models:
+        return model
+    known = (*policy.models, *policy.aliases)
+    expected = f"one of {', '.join(known[:8])}" if known else "nothing: requests cannot choose here"
+    meant = "" if model == request.model else f" (an alias of {shown(model)})"
     raise ModelNotFound(
-        f"{names.of('model')}: {shown(request.model)} is not served by this worker, expected {expected}",
+        f"{names.of('model')}: {shown(request.model or '')}{meant} is not served by this worker, expected {expected}",
         fields={names.of("model"): expected},
     )
 

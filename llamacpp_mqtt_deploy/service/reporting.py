@@ -38,10 +38,11 @@ def status_fields(
     if detail:
         told["detail"] = detail
     models = policies.routes["default"].parse.models or engine.models
+    names = tuple(dict.fromkeys((*models, *settings.engine.aliases)))
     return {
         "version": __version__,
         "routes": routes,
-        "models": list(models),
+        "models": list(names),
         "n_ctx": engine.n_ctx,
         "slots": slots,
         "capabilities": {

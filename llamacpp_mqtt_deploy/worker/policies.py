@@ -108,6 +108,7 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
             allow_tools=route.allow_tools,
             trust_payload_session=route.trust_payload_session,
             models=models or None,
+            aliases=dict(engine.aliases),
             tool_names=tuple(tool["function"]["name"] for tool in route.tools),
             default_priority=route.default_priority,
             max_priority=route.max_priority,

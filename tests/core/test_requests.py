@@ -179,7 +179,13 @@ def test_a_priority_is_lowered_to_the_lane_of_the_route() -> None:
     assert hurried.priority == "batch"
     assert "priority was lowered" in hurried.warnings[0]
     assert ask(priority="batch").priority == "batch"
-    assert ask(priority="interactive").priority == "interactive"
+    assert parse({"prompt": "x", "priority": "interactive"}, RequestPolicy(max_priority="interactive")).warnings == ()
+
+
+def test_nobody_goes_before_others_unless_the_route_allows_it() -> None:
+    hurried = ask(priority="interactive")
+    assert hurried.priority == "normal"
+    assert hurried.warnings == ("priority was lowered from interactive to this route's highest, normal",)
 
 
 def test_a_model_must_be_one_of_those_that_are_served() -> None:
@@ -187,6 +193,33 @@ def test_a_model_must_be_one_of_those_that_are_served() -> None:
     assert refused({"prompt": "x", "model": "gpt"}, kind=ModelNotFound) == {"model": "one of tiny, large"}
     assert "model" in refused({"prompt": "x", "model": "tiny"}, RequestPolicy(), ModelNotFound)
     assert parse({"prompt": "x", "model": "any"}, RequestPolicy(models=None)).model == "any"
+
+
+def test_an_alias_stands_for_a_model_or_for_the_default_one() -> None:
+    named = RequestPolicy(models=("tiny",), aliases={"gpt-4": "tiny", "gpt-3.5": "default", "gone": "removed"})
+    assert parse({"prompt": "x", "model": "gpt-4"}, named).model == "tiny"
+    assert parse({"prompt": "x", "model": "gpt-3.5"}, named).model is None
+    assert parse({"prompt": "x", "model": "tiny"}, named).model == "tiny"
+    expected = {"model": "one of tiny, gpt-4, gpt-3.5, gone"}
+    assert refused({"prompt": "x", "model": "gpt"}, named, ModelNotFound) == expected
+    with pytest.raises(ModelNotFound, match=r'"gone" \(an alias of "removed"\) is not served'):
+        parse({"prompt": "x", "model": "gone"}, named)
+    unknown = RequestPolicy(models=None, aliases={"gpt-4": "tiny"})
+    assert parse({"prompt": "x", "model": "gpt-4"}, unknown).model == "tiny"
+    assert parse({"prompt": "x", "model": "other"}, unknown).model == "other"
+    only = RequestPolicy(models=(), aliases={"gpt-4": "default"})
+    assert parse({"prompt": "x", "model": "gpt-4"}, only).model is None
+
+
+def test_an_alias_does_not_change_what_a_request_is_recognised_by() -> None:
+    named = RequestPolicy(models=("tiny",), aliases={"gpt-4": "tiny"})
+    one, other = (parse({"prompt": "x", "model": model}, named) for model in ("gpt-4", "tiny"))
+    assert one.digest == ask_digest({"prompt": "x", "model": "gpt-4"})
+    assert one.digest != other.digest
+
+
+def ask_digest(body: dict[str, Any]) -> str:
+    return parse(body, RequestPolicy(models=None)).digest
 
 
 # --- what a route allows ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.config import keys
+from llamacpp_mqtt_deploy.config import foreign_variables, keys
 from llamacpp_mqtt_deploy.config.loading import (
     ConfigurationError,
     Loaded,
@@ -322,3 +322,66 @@ def ends_properly(file: Path, overrides: Mapping[str, str]) -> bool:
         return bool(load(file, overrides, environ={}).origins)
     except ConfigurationError as error:
         return len(error.problems) > 0
+
+
+# --- aliases of models -------------------------------------------------------------------------------------------------
+
+
+def test_aliases_come_from_the_file_and_from_the_environment(write: Path) -> None:
+    text = '[engine]\nmodel = "qwen"\n[engine.aliases]\n"gpt-4" = "qwen"\n"gpt-4.1-mini" = "default"\n'
+    assert loaded(text, write).settings.engine.aliases == {"gpt-4": "qwen", "gpt-4.1-mini": "default"}
+    given = load(None, environ={"LMD_CONFIG": str(write), "LMD_ENGINE__ALIASES": '{"gpt-4":"default"}'})
+    assert given.settings.engine.aliases == {"gpt-4": "default"}
+
+
+@pytest.mark.parametrize(
+    "aliases, words",
+    [
+        ('"qwen" = "default"', '"qwen" is the name of a model as well'),
+        ('"spare" = "qwen"', '"spare" is the name of a model as well'),
+        ('"maze-model" = "qwen"', '"maze-model" is the name of a model as well'),
+        ('"a" = "b"\n"b" = "qwen"', '"a" stands for "b", which is an alias itself'),
+        ('"a" = "a"', '"a" stands for "a", which is an alias itself'),
+        ('"default" = "qwen"', '"default" cannot be an alias'),
+        ('"" = "qwen"', "expected 1 to 256 characters"),
+        ('"a" = ""', "expected 1 to 256 characters"),
+    ],
+)
+def test_aliases_that_clash_are_refused(write: Path, aliases: str, words: str) -> None:
+    routes = '[routes.maze]\nmodel = "maze-model"\n'
+    write.write_text(f'[engine]\nmodel = "qwen"\nmodels = ["spare"]\n[engine.aliases]\n{aliases}\n{routes}')
+    found = problems(write)
+    assert len(found) == 1
+    assert found[0].startswith("[engine] aliases: ")
+    assert words in found[0]
+
+
+# --- variables of other programs ---------------------------------------------------------------------------------------
+
+
+def test_variables_of_other_programs_are_answered_with_our_names() -> None:
+    secret = "hunter2"
+    names = [
+        *("LLM_SERVER_URL", "LLM_TIMEOUT", "LLM_TEMPERATURE", "LLM_MAX_TOKENS", "LLM_COMM_MODE", "MQTT_BROKER_HOST"),
+        *("MQTT_PASSWORD", "AGENT_MODEL", "STREAM_TIMEOUT", "BUFFER_SIZE", "LOG_LEVEL"),
+    ]
+    result = load(environ=dict.fromkeys(names, secret))
+    told = [warning for warning in result.warnings if "is set but not read" in warning]
+    assert sorted(warning.split(" ")[0] for warning in told) == sorted(names)
+    assert "LLM_SERVER_URL is set but not read; ours is LMD_ENGINE__URL" in told
+    assert "MQTT_BROKER_HOST is set but not read; ours is LMD_MQTT__HOST" in told
+    assert secret not in str(result.warnings)
+    assert result.settings == Settings()
+
+
+def test_our_variables_that_are_hinted_at_exist() -> None:
+    for known in (foreign_variables._SPECIFIC, foreign_variables._COMMON):
+        assert all(keys.find(dotted.split(".")) for dotted in known.values())
+
+
+def test_a_variable_of_another_program_is_no_matter_where_ours_is_set_or_nothing_is_meant() -> None:
+    ours = load(environ={"LLM_SERVER_URL": "http://a", "LMD_ENGINE__URL": "http://127.0.0.1:1"})
+    empty = load(environ={"LLM_SERVER_URL": ""})
+    common = load(environ={"LOG_LEVEL": "debug", "BUFFER_SIZE": "5", "LLM_UNKNOWN": "x"})
+    for result in (ours, empty, common):
+        assert not [warning for warning in result.warnings if "is set but not read" in warning]

@@ -38,7 +38,7 @@ def test_a_full_queue_refuses_with_busy_and_says_when_to_try_again(bus: Bus) -> 
 
 def test_the_lowest_lane_is_refused_first_and_the_highest_runs_first(bus: Bus) -> None:
     engine = ScriptedEngine(slots=1)
-    bus.worker(engine, limits__queue_size=2)
+    bus.worker(engine, limits__queue_size=2, routes__default__max_priority="interactive")
     gate = _hold_the_slot(bus, engine)
     bus.ask("x", request_id="batch", session="a", priority="batch")
     bus.ask("x", request_id="normal", session="b")

@@ -419,6 +419,23 @@ def test_reload_takes_what_it_can_and_names_what_needs_a_restart(bus: Bus) -> No
     assert engine.calls[-1].messages[0] == {"role": "system", "content": "Be new."}
 
 
+def test_aliases_of_models_are_told_in_the_status_and_change_at_reload(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    worker = bus.worker(engine, engine__model="qwen", engine__aliases={"gpt-4": "qwen"})
+    assert {"qwen", "gpt-4"} <= set(bus.listener.until(state="online")["models"])
+    bus.ask("one", request_id="r1", model="gpt-4")
+    assert bus.listener.terminal("r1")["type"] == "done"
+    assert engine.calls[-1].model == "qwen"
+    worker.daemon._loaded.overrides.update({"engine.aliases": '{"gpt-5":"default"}'})  # type: ignore[attr-defined]
+    bus.admin("reload")
+    assert bus.listener.until(action="reload")["changed"] == ["engine.aliases"]
+    bus.ask("two", request_id="r2", model="gpt-5")
+    assert bus.listener.terminal("r2")["type"] == "done"
+    assert engine.calls[-1].model == "qwen"
+    bus.ask("three", request_id="r3", model="gpt-4")
+    assert bus.listener.terminal("r3")["code"] == "model_not_found"
+
+
 def test_a_wrong_configuration_changes_nothing_at_reload(bus: Bus) -> None:
     worker = bus.worker()
     worker.daemon._loaded.overrides.update({"limits.queue_size": "many"})  # type: ignore[attr-defined]
