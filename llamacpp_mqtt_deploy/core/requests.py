@@ -41,10 +41,10 @@ _MODES: tuple[Mode, ...] = ("prompt", "messages", "tool_results")
 class RequestPolicy:
     """What a route and the worker allow.
 
-    `fields` maps our names to those of existing clients (`{"prompt": "message"}`, with dots for paths); `names` reads them. `models` are the names that a request
-    may choose: an empty tuple refuses every name, None leaves names to the engine; `aliases` lead from
-    other names to those, or to `default`. `tool_names` are the route's own tools,
-    offered when a request brings none. Times are seconds.
+    `fields` maps our names to those of existing clients (`{"prompt": "message"}`, with dots for paths); `names` reads them.
+    `models` are the names that a request may choose: an empty tuple refuses every name, None leaves names to the engine;
+    `aliases` lead from other names to those, or to `default`. `tool_names` are the route's own tools, offered when a request
+    brings none. Times are seconds.
     """
 
     max_request_bytes: int = 1024 * 1024
