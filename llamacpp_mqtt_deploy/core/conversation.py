@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from llamacpp_mqtt_deploy.core.json_schema_limits import reference_fault
 from llamacpp_mqtt_deploy.core.validation import Expect, FirstFault, ShortText, WireModel, fault, faults
 
 MAX_PARTS = 256
@@ -48,12 +49,10 @@ def _check_schema(schema: dict[str, Any]) -> dict[str, Any]:
         depth += 1
         if depth > MAX_SCHEMA_DEPTH:
             raise fault(f"a JSON schema of at most {MAX_SCHEMA_DEPTH} levels")
-        for part in level:
-            target = part.get("$ref") if isinstance(part, dict) else None
-            if target is not None and not (isinstance(target, str) and target.startswith("#")):
-                # An engine might go and fetch it.
-                raise fault("a JSON schema whose $ref begins with #")
         level = [inner for part in level for inner in _inner(part) if isinstance(inner, dict | list)]
+    expected = reference_fault(schema)
+    if expected is not None:
+        raise fault(expected)
     return schema
 
 
