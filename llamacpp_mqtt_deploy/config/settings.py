@@ -17,6 +17,8 @@ StreamingMode = Literal["native", "simulated", "off"]
 
 def _expand_home(path: Path) -> Path:
     """`~/x` as a shell would read it; an unknown home leaves the path as it is, and the open that fails names it."""
+    if "\0" in str(path):
+        raise ValueError("a path holds no null character")  # the system's calls raise ValueError, not OSError, for it
     try:
         return path.expanduser()
     except RuntimeError:

@@ -385,3 +385,9 @@ def test_a_variable_of_another_program_is_no_matter_where_ours_is_set_or_nothing
     common = load(environ={"LOG_LEVEL": "debug", "BUFFER_SIZE": "5", "LLM_UNKNOWN": "x"})
     for result in (ours, empty, common):
         assert not [warning for warning in result.warnings if "is set but not read" in warning]
+
+
+@pytest.mark.parametrize("key", ["mqtt.password_file", "engine.api_key_file", "engine.model_path", "sessions.path"])
+def test_a_path_with_a_null_character_is_a_problem_of_its_key(key: str) -> None:
+    section, name = key.split(".")
+    assert problems(None, {key: "a\x00b"})[0].startswith(f"[{section}] {name}: expected the path of a file")
