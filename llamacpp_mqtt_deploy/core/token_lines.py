@@ -47,7 +47,8 @@ class TokenLines:
         events = body[: -len(tail)].split(tail)
         size = len(head)
         for event in events:
-            if not event.startswith(head):
+            # An event without text is no token, and would be counted as one.
+            if not event.startswith(head) or len(event) == size:
                 return None
         text = b"".join([event[size:] for event in events])
         # An escaped surrogate half belongs to its own event; joined with a neighbour's it would read as something else.

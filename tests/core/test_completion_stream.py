@@ -89,6 +89,11 @@ def test_the_short_way_says_what_the_general_one_says(events: list[bytes], data:
     assert short == general
 
 
+def test_an_event_without_text_is_not_counted_as_a_token() -> None:
+    _, finished = read_all([event({"content": ""}) + event({"content": "0"})])
+    assert finished.usage.completion_tokens == 1
+
+
 def read_all(chunks: list[bytes]) -> tuple[list[tuple[type[Delta], str]], Any]:
     stream = CompletionStream()
     deltas: list[Delta] = []
