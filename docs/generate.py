@@ -8,16 +8,20 @@ a page differs. A test does the same.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import click
 from pydantic import BaseModel
 
+from llamacpp_mqtt_deploy import cli
 from llamacpp_mqtt_deploy.commands.config import _DEFAULTS_IN_WORDS
 from llamacpp_mqtt_deploy.config import keys
 from llamacpp_mqtt_deploy.config.reloading import is_live
@@ -304,6 +308,63 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
 }
 
 
+# --- the man page ------------------------------------------------------------------------------------------------------
+
+
+def _roff(text: str) -> str:
+    """Text that means itself: no escapes, no requests at the beginning of a line, hyphens that can be copied."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\n".join(f"\\&{line}" if line[:1] in (".", "'") else line for line in text.splitlines())
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Help text: click's mark for text that must not be wrapped becomes a block that roff leaves alone."""
+    for part in inspect.cleandoc(text).split("\n\n"):
+        lines = part.strip("\n").splitlines()
+        if lines and lines[0].strip() == "\b":
+            body = textwrap.dedent("\n".join(lines[1:]))
+            yield f".PP\n.nf\n{_roff(body)}\n.fi"
+        elif lines:
+            yield f".PP\n{_roff(textwrap.dedent(part))}"
+
+
+def _command_page(name: str, command: click.Command) -> Iterator[str]:
+    context = click.Context(command, info_name=name)
+    yield f'.SS "{_roff(name)} {_roff(" ".join(command.collect_usage_pieces(context)))}"'
+    yield from _paragraphs(command.help or "")
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is not None and "--help" not in record[0]:
+            yield f".TP\n.B {_roff(record[0])}\n{_roff(record[1])}"
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            yield from _command_page(f"{name} {inner}", found)
+
+
+def man_page() -> str:
+    """`lmd.1`, from the help of every command."""
+    context = click.Context(cli.main, info_name="lmd", max_content_width=80)
+    parts = [
+        '.TH LMD 1 "" "llamacpp\\-mqtt\\-deploy" "User Commands"',
+        '.\\" Made by docs/generate.py from the help of the commands.',
+        ".SH NAME\nlmd, llamacpp\\-mqtt\\-deploy \\- a local language model on an MQTT bus",
+        ".SH SYNOPSIS\n.B lmd\n.I COMMAND\n[OPTIONS] [ARGUMENTS]",
+        f".SH DESCRIPTION\n{_roff(cli.main.help or '')}",
+        ".SH COMMANDS",
+    ]
+    for name in cli.COMMANDS:
+        command = cli.main.get_command(context, name)
+        assert command is not None
+        parts += _command_page(f"lmd {name}", command)
+    files = ("$LMD_CONFIG", "./llamacpp-mqtt-deploy.toml", "/etc/llamacpp-mqtt-deploy/config.toml")
+    parts.append(".SH FILES\nThe configuration is the first of these that is there:\n.PP\n.nf")
+    parts += [_roff(file) for file in files]
+    parts.append(".fi")
+    return "\n".join(parts) + "\n"
+
+
 def filled(text: str) -> str:
     """The page with every marked block as the code has it now."""
     return _BLOCK.sub(lambda found: f"{found[1]}\n{BLOCKS[found[2]]()}\n\n{found[3]}", text)
@@ -312,7 +373,8 @@ def filled(text: str) -> str:
 def pages() -> dict[Path, str]:
     """Every generated file with its right content."""
     wanted = {page: filled(page.read_text("utf-8")) for page in sorted(FOLDER.glob("*.md"))}
-    return wanted | {FOLDER / "schema.json": schema_text(), FOLDER / "architecture.svg": drawing()}
+    made = {"schema.json": schema_text(), "architecture.svg": drawing(), "lmd.1": man_page()}
+    return wanted | {FOLDER / name: text for name, text in made.items()}
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 
 import click
+from click.shell_completion import CompletionItem
 
 from llamacpp_mqtt_deploy import __version__
 
@@ -20,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "check": "Try configuration, broker, permissions and engine, and say what to do.",
     "config": "Show the effective configuration and where each value comes from.",
     "demo": "A broker, a small model and a daemon on this machine, to play with.",
+    "completion": "Print the completion script for bash, zsh or fish.",
 }
 
 
@@ -43,6 +45,11 @@ class LazyGroup(click.Group):
             ) from error
         command: click.Command = module.command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

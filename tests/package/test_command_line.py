@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,8 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
+from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from llamacpp_mqtt_deploy import __version__
@@ -62,6 +65,54 @@ def test_every_command_that_help_lists_is_there_and_explains_itself() -> None:
         result = CliRunner().invoke(main, [name, "--help"])
         assert result.exit_code == 0, f"{name}: {result.output}"
         assert "Examples:" in result.stdout, f"{name} --help shows no example"
+
+
+def test_the_man_page_names_every_command_and_option() -> None:
+    page = (ROOT / "docs" / "lmd.1").read_text().replace("\\-", "-")
+    for name in COMMANDS:
+        assert f'.SS "lmd {name} ' in page, "run `make docs`"
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        for parameter in command.params:
+            assert all(option in page for option in parameter.opts if option.startswith("--"))
+    assert '.SS "lmd admin drain ' in page
+
+
+def test_a_man_page_without_mistakes() -> None:
+    program = shutil.which("man")
+    if program is None:
+        pytest.skip("man is not installed")
+    page = ROOT / "docs" / "lmd.1"
+    result = subprocess.run(
+        [program, "--warnings=w", "-l", str(page)], capture_output=True, text=True, timeout=60, check=True,
+        env=clean_environment() | {"MANWIDTH": "80", "LC_ALL": "C.UTF-8", "MANPAGER": "cat"},
+    )  # fmt: skip
+    assert result.stderr == ""
+    assert "lmd admin drain" in result.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_finds_its_completion(shell: str) -> None:
+    script = lmd("completion", shell)
+    assert script.returncode == 0
+    for name in ("lmd", "llamacpp-mqtt-deploy"):
+        assert re.search(rf"(?m)(\s|^){name}\b", script.stdout)
+    if program := shutil.which(shell):
+        assert subprocess.run([program, "-n"], input=script.stdout, text=True, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "before,begun,offered",
+    [
+        ([], "st", "status"),
+        (["admin"], "log", "log-level"),
+        (["admin", "log-level"], "d", "debug"),
+        (["ask"], "--no-s", "--no-stream"),
+    ],
+)
+def test_words_are_completed(before: list[str], begun: str, offered: str) -> None:
+    completion = BashComplete(main, {}, "lmd", "_LMD_COMPLETE")
+    assert [found.value for found in completion.get_completions(before, begun)] == [offered]
 
 
 def test_a_mistyped_command_is_recognised() -> None:

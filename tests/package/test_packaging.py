@@ -33,6 +33,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
+    (source / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "lmd.1", source / "docs")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(source / "out"), str(source)],
         check=True,
@@ -62,7 +64,10 @@ def test_the_wheel_has_the_code_its_types_and_the_demo_model_and_nothing_else(wh
     assert {name.split("/")[0] for name in names} == {
         "llamacpp_mqtt_deploy",
         f"llamacpp_mqtt_deploy-{__version__}.dist-info",
+        f"llamacpp_mqtt_deploy-{__version__}.data",
     }
+    data = {name for name in names if name.split("/")[0].endswith(".data")}
+    assert data == {f"llamacpp_mqtt_deploy-{__version__}.data/data/share/man/man1/lmd.1"}
 
 
 def test_the_wheel_runs_by_both_of_its_names(wheel: Path, tmp_path: Path) -> None:
@@ -72,6 +77,7 @@ def test_the_wheel_runs_by_both_of_its_names(wheel: Path, tmp_path: Path) -> Non
         [sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True, capture_output=True, timeout=60
     )
     (library,) = tmp_path.rglob("site-packages")
+    assert (tmp_path / "share/man/man1/lmd.1").read_text() == (ROOT / "docs/lmd.1").read_text()
     for name in ("lmd", "llamacpp-mqtt-deploy"):
         # -P: not the checkout that the test runs in, but what was installed.
         command = [sys.executable, "-P", str(tmp_path / "bin" / name), "--version"]
