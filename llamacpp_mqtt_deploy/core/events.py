@@ -14,7 +14,8 @@ Phase = Literal["new", "waiting", "open", "streaming", "ended"]
 EventType = Literal["queued", "start", "progress", "chunk", "ping", "snapshot", "done", "error"]
 
 ORDER: Mapping[Phase, Mapping[EventType, Phase]] = {
-    "new": {"queued": "waiting", "start": "open", "done": "ended", "error": "ended"},
+    # A chunk as the first event: the answer to `stream: false` that does not fit into its `done`, told in front of it.
+    "new": {"queued": "waiting", "start": "open", "chunk": "streaming", "done": "ended", "error": "ended"},
     "waiting": {"queued": "waiting", "ping": "waiting", "start": "open", "done": "ended", "error": "ended"},
     "open": {
         # The engine went away before the first chunk: the request waits and starts again, unnoticed.
@@ -37,6 +38,8 @@ ORDER: Mapping[Phase, Mapping[EventType, Phase]] = {
     "ended": {},
 }
 """What may follow what. Code, tests and docs/protocol.md read this table; there is no other."""
+
+_TEXT_FIELDS = {"done": ("full_content", "full_reasoning", "message"), "error": ("partial_content",)}
 
 # Room in a chunk for everything but its text: type, ids of up to 64 + 129 characters, seq and punctuation.
 _CHUNK_OVERHEAD_BYTES = 400
@@ -146,17 +149,14 @@ class EventWriter:
         self.next_seq += 1
         return encode(event)
 
-    def done(self, fields: Mapping[str, Any]) -> bytes:
-        event = self._step("done") | {"seq": self.next_seq, "final": True} | dict(fields)
-        payload = encode(event)
-        if len(payload) > self.max_bytes:
-            for name in ("full_content", "full_reasoning", "message"):
-                event.pop(name, None)
-            event["content_omitted"] = True
-            payload = encode(event)
-        return payload if len(payload) <= self.max_bytes else encode(_without_echo(event))
+    def done(self, fields: Mapping[str, Any], *, whole: bool = False) -> bytes:
+        """The end; `whole` keeps the text of an answer that no chunk told, however long (`fitting` cuts it)."""
+        return self._end(self._step("done") | {"seq": self.next_seq, "final": True} | dict(fields), whole=whole)
 
-    def error(self, *, code: str, message: str, retryable: bool, details: Mapping[str, Any]) -> bytes:
+    def error(
+        self, *, code: str, message: str, retryable: bool, details: Mapping[str, Any], whole: bool = False
+    ) -> bytes:
+        """As `done`."""
         event = self._step("error") | {
             "seq": self.next_seq,
             "final": True,
@@ -165,16 +165,35 @@ class EventWriter:
             "retryable": retryable,
             **details,
         }
+        return self._end(event, whole=whole)
+
+    def _end(self, event: dict[str, Any], *, whole: bool) -> bytes:
+        return encode(event) if whole else shrunk(event, self.max_bytes)
+
+
+def shrunk(event: dict[str, Any], max_bytes: int) -> bytes:
+    """A terminal event that leaves out as much as it has to: its text, the client's own words, long explanations."""
+    steps = [without_text, _without_echo, _without_explanation]
+    if not any(event.get(name) for name in ("full_content", "full_reasoning", "partial_content")):
+        steps[:2] = [_without_echo, without_text]  # an answer without text is complete as long as it says so itself
+    payload = encode(event)
+    for step in steps:
+        if len(payload) <= max_bytes:
+            break
+        event = step(event)
         payload = encode(event)
-        if len(payload) > self.max_bytes:
-            event.pop("partial_content", None)
-            event["content_omitted"] = True
-            payload = encode(event)
-        if len(payload) > self.max_bytes:
-            event.pop("fields", None)
-            event["message"] = message[:200]
-            payload = encode(_without_echo(event))
-        return payload
+    return payload
+
+
+def without_text(event: dict[str, Any]) -> dict[str, Any]:
+    """A terminal event without the answer."""
+    text_fields = _TEXT_FIELDS[event["type"]]
+    return {name: value for name, value in event.items() if name not in text_fields} | {"content_omitted": True}
+
+
+def _without_explanation(event: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in event.items() if name != "fields"}
+    return kept | ({"message": kept["message"][:200]} if isinstance(kept.get("message"), str) else {})
 
 
 def _without_echo(event: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class RequestFields(WireModel):
     system_prompt: Annotated[str | None, Expect("a text")] = None
     """System prompt of this request; not together with `messages`."""
     stream: Annotated[bool | Literal["sentence"] | None, Expect('true, false or "sentence"')] = None
-    """Chunks as they are generated (true), only the terminal event (false), or whole sentences."""
+    """Chunks as they are generated (true), only the terminal event (false; after chunks if the answer does not fit), or sentences."""
     full_content: Annotated[bool | None, Expect("true or false")] = None
     """Whether `done` carries the whole text."""
     temperature: Annotated[Annotated[float, Field(ge=0, le=5)] | None, Expect("a number from 0 to 5")] = None

@@ -63,7 +63,7 @@ class Parts:
             max_requests_per_minute=limits.max_requests_per_minute,
             slots=settings.engine.slots or 1,
         )
-        self.redelivery = Redelivery(outbox=link, store=store)
+        self.redelivery = Redelivery(outbox=link, store=store, max_event_bytes=self.max_event_bytes)
         self.completion = Completion(
             store=store,
             registry=self.registry,

@@ -16,6 +16,16 @@ from llamacpp_mqtt_deploy.core.toolcalls import MAX_ARGUMENTS_CHARS, MAX_CALLS, 
 _MEASURABLE_S = 0.001
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a client has been told of an answer when its stream closes."""
+
+    content: str
+    reasoning: str
+    calls: bool
+    """Its tool calls too."""
+
+
 @dataclass(slots=True)
 class AnswerAccumulator:
     """What the engine has said so far; times are monotonic seconds."""
@@ -89,14 +99,13 @@ class AnswerAccumulator:
             for index, call in sorted(self.calls.items())
         ]
 
-    def message(self, content: str | None = None) -> Message:
-        """An OpenAI assistant message that can be put into `messages` unchanged; `content` where less than all was told.
+    def message(self, content: str, *, with_calls: bool) -> Message:
+        """An OpenAI assistant message that can be put into `messages` unchanged, with as much as was told.
 
         A call that was cut off is left out: half of a JSON text as arguments makes chat templates fail for ever.
         """
-        text = self.text() if content is None else content
-        calls = [call for call in self.tool_calls() if _is_json(call["function"]["arguments"])]
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
+        calls = [call for call in self.tool_calls() if with_calls and _is_json(call["function"]["arguments"])]
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
         if calls:
             message["tool_calls"] = calls
         return message
@@ -144,20 +153,20 @@ def usage_fields(usage: TokenUsage) -> dict[str, int]:
 def done_fields(
     answer: AnswerAccumulator,
     *,
-    content: str,
+    told: Told,
     finish_reason: FinishReason,
     with_text: bool,
     timings: Mapping[str, Any],
     metadata: Mapping[str, Any] | None,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """The fields of `done` beyond the common ones; `content` is what was told (less than the answer, when cancelled)."""
+    """The fields of `done` beyond the common ones; `told` may be less than the answer (cancelled while paced)."""
     fields: dict[str, Any] = {}
     if with_text:
-        fields["full_content"] = content
-        if answer.reasoning:
-            fields["full_reasoning"] = answer.thoughts()
-        fields["message"] = answer.message(content)
+        fields["full_content"] = told.content
+        if told.reasoning:
+            fields["full_reasoning"] = told.reasoning
+        fields["message"] = answer.message(told.content, with_calls=told.calls)
     else:
         fields["content_omitted"] = True
     fields["finish_reason"] = finish_reason

@@ -21,7 +21,7 @@ from llamacpp_mqtt_deploy.core.events import interrupted
 from llamacpp_mqtt_deploy.core.history import exchange_of
 from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
 from llamacpp_mqtt_deploy.stopping import StopReason
-from llamacpp_mqtt_deploy.worker.accumulator import done_fields, usage_fields
+from llamacpp_mqtt_deploy.worker.accumulator import Told, done_fields, usage_fields
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -47,12 +47,12 @@ class Completion:
         self._redelivery = redelivery
         self._log_content = log_content
 
-    def done(self, job: Job, finish_reason: FinishReason, *, content: str | None = None) -> None:
-        """End with `done`. `content` is what was published, where that is less than the answer (cancelled while paced)."""
+    def done(self, job: Job, finish_reason: FinishReason) -> None:
+        """End with `done`."""
         if not self._registry.claim_end(job):
             return
         try:
-            told = self._told(job, content)
+            told = self._told(job)
             terminal = job.responder.done(self._done_fields(job, finish_reason, told))
             history = self._history(job, told, finish_reason)
         except Exception:
@@ -66,8 +66,9 @@ class Completion:
         if not self._registry.claim_end(job):
             return
         try:
+            details = _error_details(job, error, self._told(job))
             terminal = job.responder.error(
-                code=error.code, message=error.message, retryable=error.retryable, details=_error_details(job, error)
+                code=error.code, message=error.message, retryable=error.retryable, details=details
             )
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
@@ -75,10 +76,10 @@ class Completion:
         else:
             self._end(job, terminal, None, outcome=error.code, error=error)
 
-    def stopped(self, job: Job, *, content: str | None = None) -> None:
+    def stopped(self, job: Job) -> None:
         """End a job whose stop signal was set, for the reason that it carries."""
         if job.stop.reason == "cancelled":
-            self.done(job, "cancelled", content=content)
+            self.done(job, "cancelled")
         elif job.stop.reason == "put_back":
             self._put_back(job)
         else:
@@ -98,22 +99,20 @@ class Completion:
         )
         self._end(job, terminal, None, outcome=error.code, error=error)
 
-    def _told(self, job: Job, content: str | None) -> str:
-        """The text that the chunks told. A cancel may leave some that none has: joined, they have to be the answer."""
-        if content is not None:
-            return content
-        told = job.answer.text()
-        job.responder.catch_up("reasoning", job.answer.thoughts(), before_first=lambda: self._mark_streaming(job))
-        job.responder.catch_up("content", told, before_first=lambda: self._mark_streaming(job))
-        return told
+    def _told(self, job: Job) -> Told:
+        """Close the chunks. One that is paced ends with what was told; every other is told to where the engine came."""
+        catch_up = job.phase != "pacing"
+        if catch_up and job.answer.begun and not job.responder.silent and not job.responder.chunks:
+            self._mark_streaming(job)
+        return job.responder.close_text(content=job.answer.text(), reasoning=job.answer.thoughts(), catch_up=catch_up)
 
-    def _done_fields(self, job: Job, finish_reason: FinishReason, told: str) -> dict[str, Any]:
+    def _done_fields(self, job: Job, finish_reason: FinishReason, told: Told) -> dict[str, Any]:
         timings = _timings(job)
         if finish_reason == "cancelled" and job.stop.at is not None:
             timings["cancel_ms"] = _ms(time.monotonic() - job.stop.at)
         return done_fields(
             job.answer,
-            content=told,
+            told=told,
             finish_reason=finish_reason,
             with_text=job.request.full_content,
             timings=timings,
@@ -133,12 +132,16 @@ class Completion:
         except StoreError as problem:
             log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
 
-    def _history(self, job: Job, told: str, finish_reason: FinishReason) -> HistoryChange | None:
+    def _history(self, job: Job, told: Told, finish_reason: FinishReason) -> HistoryChange | None:
         """Prompt and answer together, or nothing: two user messages in a row break many chat templates."""
         request = job.request
         if request.mode == "messages" or job.forgotten:
             return None
-        append = exchange_of(newest_messages(job), job.answer.message(told), cancelled=finish_reason == "cancelled")
+        append = exchange_of(
+            newest_messages(job),
+            job.answer.message(told.content, with_calls=told.calls),
+            cancelled=finish_reason == "cancelled",
+        )
         if not append:
             return None
         return HistoryChange(
@@ -217,11 +220,11 @@ class Completion:
         return error.message.replace(error.quoted, f"({len(error.quoted)} characters of the engine, not logged)")
 
 
-def _error_details(job: Job, error: RequestError) -> dict[str, Any]:
+def _error_details(job: Job, error: RequestError, told: Told) -> dict[str, Any]:
     answer = job.answer
     details: dict[str, Any] = dict(error.details)
     if answer.begun and job.request.full_content:
-        details["partial_content"] = answer.text()
+        details["partial_content"] = told.content
     if answer.begun or answer.progress is not None:
         details["usage"] = usage_fields(answer.usage())
     details["timings"] = {name: value for name, value in _timings(job).items() if value is not None}

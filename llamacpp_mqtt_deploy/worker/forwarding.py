@@ -54,11 +54,13 @@ class Forwarder:
                 self._begin()
                 job.answer.add_reasoning(delta.text, now, delta.pieces)
                 if self._live:
+                    self._end_sentence()
                     job.responder.text("reasoning", delta.text)
             elif type(delta) is ToolCall:
                 self._begin()
                 event = job.answer.add_call(delta, now)
                 if self._live:
+                    self._end_sentence()
                     job.responder.tool_call(event)
             elif type(delta) is PromptProgress:
                 self._progress(delta, now)
@@ -75,8 +77,7 @@ class Forwarder:
     def finish(self, finished: Finished) -> None:
         """The engine is done: what still waits goes out, or it would pass for an answer to be paced."""
         if self._live:
-            for sentence in self._sentences.flush() if self._sentences is not None else ():
-                self._job.responder.piece("content", sentence)
+            self._end_sentence()
             self._job.responder.flush()
         self._job.answer.finished = finished
 
@@ -92,6 +93,11 @@ class Forwarder:
             self._job.responder.text("content", text)
             return
         for sentence in self._sentences.feed(text):
+            self._job.responder.piece("content", sentence)
+
+    def _end_sentence(self) -> None:
+        """Text goes out before what was generated after it, be its sentence whole or not."""
+        for sentence in self._sentences.flush() if self._sentences is not None else ():
             self._job.responder.piece("content", sentence)
 
     def _progress(self, progress: PromptProgress, now: float) -> None:

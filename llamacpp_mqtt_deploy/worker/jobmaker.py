@@ -49,6 +49,7 @@ class JobMaker:
             coalesce_min_s=streaming.coalesce_min_s,
             active_streams=self._active_streams,
             coalesce_max_chars=streaming.coalesce_max_chars,
+            max_event_bytes=self.max_event_bytes,
         )
         job = Job(
             key=entry.key,

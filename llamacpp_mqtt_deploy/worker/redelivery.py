@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import structlog
 
-from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Published, Store, StoreError
+from llamacpp_mqtt_deploy.core.fitting import fitted, refitted
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Store, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -16,17 +19,33 @@ _MAX_WAITING = 10_000
 _MAX_UNSTORED = 1000
 
 
-class Redelivery:
-    """Delivers terminal events at least once. `sweep` has to be called about once a second."""
+@dataclass(slots=True)
+class _Sending:
+    """A terminal event on its way: alone, or as the chunks that it was cut into and the end behind them."""
 
-    def __init__(self, *, outbox: Outbox, store: Store) -> None:
+    topic: str
+    terminal: bytes
+    correlation: bytes | None
+    events: list[bytes] = field(default_factory=list)
+    sent: int = 0
+
+
+class Redelivery:
+    """Delivers terminal events at least once. `sweep` has to be called about once a second.
+
+    `max_event_bytes` is the limit of the connection just now; an end that is larger is made to fit (`core/fitting.py`).
+    """
+
+    def __init__(self, *, outbox: Outbox, store: Store, max_event_bytes: Callable[[], int]) -> None:
         self._outbox = outbox
         self._store = store
+        self._max_event_bytes = max_event_bytes
         self._lock = threading.Lock()
         self._closing = False
         self._taken: list[EntryKey] = []
+        self._given_up: list[tuple[EntryKey, _Sending]] = []
         self._unstored: OrderedDict[EntryKey, tuple[bytes, float, HistoryChange | None]] = OrderedDict()
-        self._waiting: OrderedDict[EntryKey, tuple[str, bytes, bytes | None]] = OrderedDict()
+        self._waiting: OrderedDict[EntryKey, _Sending] = OrderedDict()
 
     def store_later(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None) -> None:
         """An end that the store could not take (a full disk): tried again, or a restart would end the request once more."""
@@ -43,31 +62,61 @@ class Redelivery:
 
     def send(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> None:
         """Publish a terminal event; what finds no place, or a defect of the link, is tried again by `sweep`."""
+        self._send(key, _Sending(topic, terminal, correlation))
+
+    def _send(self, key: EntryKey, sending: _Sending) -> None:
         try:
-            published = self._publish(key, topic, terminal, correlation)
+            waits = not self._publish(key, sending)
         except Exception:
-            log.exception("terminal.failed", topic=topic, request_id=key.request_id)
-            published = "full"
-        if published == "full":
+            log.exception("terminal.failed", topic=sending.topic, request_id=key.request_id)
+            waits = True
+        if waits:
             with self._lock:
-                self._waiting[key] = (topic, terminal, correlation)
+                self._waiting[key] = sending
                 if len(self._waiting) > _MAX_WAITING:
                     self._waiting.popitem(last=False)
 
-    def _publish(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> Published:
-        published = self._outbox.publish(
-            topic, terminal, correlation=correlation, on_done=lambda ok: self._done(key, taken=ok)
-        )
-        if published == "unfit":
-            log.error("terminal.undeliverable", topic=topic, bytes=len(terminal), request_id=key.request_id)
-            self._done(key, taken=False)
-        return published
+    def _publish(self, key: EntryKey, sending: _Sending) -> bool:
+        """Publish what is left of it; False when the outbox is full."""
+        if not sending.events:
+            sending.events = fitted(sending.terminal, self._max_event_bytes())
+        while sending.sent < len(sending.events):
+            payload = sending.events[sending.sent]
+            is_end = sending.sent == len(sending.events) - 1
+            published = self._outbox.publish(
+                sending.topic,
+                payload,
+                correlation=sending.correlation,
+                on_done=(lambda ok: self._done(key, sending, taken=ok)) if is_end else None,
+            )
+            if published == "full":
+                return False
+            if published == "queued":
+                sending.sent += 1
+            elif not self._refit(sending):
+                log.error("terminal.undeliverable", topic=sending.topic, bytes=len(payload), request_id=key.request_id)
+                with self._lock:
+                    self._taken.append(key)
+                return True
+        return True
 
-    def _done(self, key: EntryKey, *, taken: bool) -> None:
-        # Also when it was given up: a broker that refuses an event for ever must not get it again at every start.
+    def _refit(self, sending: _Sending) -> bool:
+        """Make the rest smaller, for a limit that shrank; False when size is not what is wrong, or nothing is left to leave out."""
+        limit = self._max_event_bytes()
+        rest = sending.events[sending.sent :]
+        if all(len(event) <= limit for event in rest):
+            return False
+        smaller = refitted(rest, sending.sent, limit) if sending.sent else fitted(sending.terminal, limit)
+        sending.events[sending.sent :] = smaller
+        return max(map(len, smaller)) <= limit
+
+    def _done(self, key: EntryKey, sending: _Sending, *, taken: bool) -> None:
+        # The link's thread: note it, and leave the work to `sweep`.
         with self._lock:
-            if taken or not self._closing:
+            if taken:
                 self._taken.append(key)
+            elif not self._closing:
+                self._given_up.append((key, sending))
 
     def last_call(self) -> None:
         """The link is about to close and gives up what no broker has acknowledged: that is the next life's to deliver."""
@@ -75,8 +124,9 @@ class Redelivery:
             self._closing = True
 
     def sweep(self) -> None:
-        """Tick off in the store what the broker has taken, and try again what found no place."""
+        """Tick off in the store what the broker has taken, and try again what found no place or was given up as too large."""
         self._store_what_waits()
+        self._send_smaller()
         with self._lock:
             taken = [key for key in self._taken if key not in self._unstored]
             self._taken = [key for key in self._taken if key in self._unstored]
@@ -87,11 +137,28 @@ class Redelivery:
             except StoreError as problem:
                 # At worst a terminal event is published once more after a restart, which clients have to bear anyway.
                 log.warning("journal.failed", step="mark_delivered", problem=str(problem))
-        for key, (topic, terminal, correlation) in waiting:
-            if self._publish(key, topic, terminal, correlation) == "full":
-                return
+        for key, sending in waiting:
+            try:
+                if not self._publish(key, sending):
+                    return
+            except Exception:
+                # Twice a defect: it is left to the next start, and holds up nobody else.
+                log.exception("terminal.failed", topic=sending.topic, request_id=key.request_id)
             with self._lock:
                 self._waiting.pop(key, None)
+
+    def _send_smaller(self) -> None:
+        """Ends that the link gave up: a connection that takes smaller packets gets a smaller one."""
+        with self._lock:
+            given_up, self._given_up = self._given_up, []
+        for key, sending in given_up:
+            if len(sending.events[-1]) > self._max_event_bytes():
+                log.info("terminal.shrunk", topic=sending.topic, request_id=key.request_id)
+                self._send(key, _Sending(sending.topic, sending.terminal, sending.correlation))
+            else:
+                # A broker that refuses an event for ever must not get it again at every start.
+                with self._lock:
+                    self._taken.append(key)
 
     def _store_what_waits(self) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from typing import Any
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.ports import Outbox, Published
+from llamacpp_mqtt_deploy.worker.accumulator import Told
 
 # How long a reader lets the broker keep up before it reads on: far above a round trip in a house, far below what a cancel or
 # the engine's own buffers would notice.
@@ -17,13 +18,17 @@ _KEEP_UP_S = 0.02
 _AFTER_READER_S = 0.001
 
 
+# A text this short fits into an event of any broker: its limit need not be asked for each token.
+_SURELY_FITS_CHARS = 100
+
+
 class Responder:
     """The event stream of one request, from `queued` to the terminal event; may be called from any thread.
 
     `silent` (requests with `stream: false`, routes with mode `off`) publishes the terminal event alone. Text given to `text`
     is coalesced: `wake(call)` has to run `call` soon in another thread than the link's, when an acknowledgement lets waiting
-    text go. `active_streams` tells how many streams there are just now. When the outbox does not take an event,
-    `on_overflow` runs once.
+    text go. `active_streams` tells how many streams there are just now, `max_event_bytes` what the broker takes just now. When
+    the outbox does not take an event, `on_overflow` runs once.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Responder:
         coalesce_min_s: float = 0.0,
         active_streams: Callable[[], int] = lambda: 1,
         coalesce_max_chars: int = 8000,
+        max_event_bytes: Callable[[], int] | None = None,
     ) -> None:
         self.topic = topic
         self.silent = silent
@@ -49,6 +55,7 @@ class Responder:
         self._outbox = outbox
         self._writer = writer
         self._correlation = correlation
+        self._max_event_bytes = max_event_bytes or (lambda: writer.max_bytes)
         self._wake = wake
         self._max_chars = coalesce_max_chars
         self._coalescer = Coalescer(min_interval_s=coalesce_min_s)
@@ -59,6 +66,7 @@ class Responder:
         self._sent = 0
         self._acked = 0
         self._published: dict[TextKind, list[str]] = {"content": [], "reasoning": []}
+        self._told_calls = False
         self._settles = False
         self._wake_is_set = False
         self._overflowed = False
@@ -75,6 +83,7 @@ class Responder:
     def start(self, fields: Mapping[str, Any]) -> None:
         with self._lock:
             if self._may("start"):
+                self._look_at_limit()
                 self._publish(self._writer.start(fields))
 
     def progress(self, *, processed: int, total: int, cached: int) -> None:
@@ -93,6 +102,7 @@ class Responder:
             if not self._may("snapshot"):
                 return False
             content, reasoning = ("".join(self._published[kind]) for kind in ("content", "reasoning"))
+            self._look_at_limit()
             self._publish(self._writer.snapshot(content=content, reasoning=reasoning))
             return True
 
@@ -133,46 +143,43 @@ class Responder:
             return _KEEP_UP_S if due_in_s is None else min(due_in_s, _KEEP_UP_S)
 
     def piece(self, kind: TextKind, text: str) -> None:
-        """A piece that is published as it is, now (paced and sentence modes)."""
+        """A piece that is published as it is, now (paced and sentence modes), after what was generated before it."""
         with self._lock:
-            if not (self.silent or self._closed):
-                self._publish_chunks(self._writer.chunks(kind, text))
-                self._published[kind].append(text)
+            self._flush()
+            self._tell(kind, text)
 
     def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
         """Whole tool calls, published as they are, now (paced modes)."""
         with self._lock:
-            if not (self.silent or self._closed):
-                self._publish_chunks(self._writer.tool_calls(deltas))
+            self._tell_calls(deltas)
 
     def flush(self) -> None:
         """Publish whatever text waits, before the terminal event."""
         with self._lock:
             self._flush()
 
-    def catch_up(self, kind: TextKind, full: str, *, before_first: Callable[[], None]) -> None:
-        """Publish what `full` has beyond the pieces so far: a sentence that was cut short, an answer that was to be paced.
+    def close_text(self, *, content: str, reasoning: str, catch_up: bool) -> Told:
+        """The end of all chunks; returns what was told, which is what the terminal event and the history may hold.
 
-        `before_first` runs when this brings the first chunk of the stream.
+        `catch_up`: what the answer has beyond the pieces so far is published first (a sentence that was cut short, an answer
+        that was to be paced). Where there are no chunks, the terminal event tells everything.
         """
         with self._lock:
-            if self.silent or self._closed:
-                return
             self._flush()
-            rest = full[sum(map(len, self._published[kind])) :]
-            if not rest:
-                return
-            if not self.chunks:
-                before_first()
-            self._publish_chunks(self._writer.chunks(kind, rest))
-            self._published[kind].append(rest)
+            if self.silent:
+                told = Told(content, reasoning, calls=True)
+            else:
+                if catch_up:
+                    self._tell("reasoning", reasoning[sum(map(len, self._published["reasoning"])) :])
+                    self._tell("content", content[sum(map(len, self._published["content"])) :])
+                told = Told(
+                    "".join(self._published["content"]), "".join(self._published["reasoning"]), self._told_calls
+                )
+            self._closed = True
+            return told
 
     def unacknowledged(self) -> int:
         return self._sent - self._acked
-
-    def content_published(self) -> str:
-        with self._lock:
-            return "".join(self._published["content"])
 
     def _let_go(self) -> None:
         now = time.monotonic()
@@ -193,16 +200,29 @@ class Responder:
 
     def _flush(self, now: float | None = None) -> None:
         for piece in self._coalescer.take(time.monotonic() if now is None else now):
-            if self.silent or self._closed:
-                continue
             if piece[0] == "tool_calls":
-                self._publish_chunks(self._writer.tool_calls(piece[1]))
+                self._tell_calls(piece[1])
                 continue
             kind, text = piece
             for start in range(0, len(text), self._max_chars):
-                part = text[start : start + self._max_chars] if len(text) > self._max_chars else text
-                self._publish_chunks(self._writer.chunks(kind, part))
-                self._published[kind].append(part)
+                self._tell(kind, text[start : start + self._max_chars] if len(text) > self._max_chars else text)
+
+    def _tell(self, kind: TextKind, text: str) -> None:
+        if text and not (self.silent or self._closed):
+            if len(text) > _SURELY_FITS_CHARS:
+                self._look_at_limit()
+            self._publish_chunks(self._writer.chunks(kind, text))
+            self._published[kind].append(text)
+
+    def _tell_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
+        if not (self.silent or self._closed):
+            self._look_at_limit()
+            self._told_calls = True
+            self._publish_chunks(self._writer.tool_calls(deltas))
+
+    def _look_at_limit(self) -> None:
+        # Not once for each request: a broker may come back with a smaller limit.
+        self._writer.max_bytes = self._max_event_bytes()
 
     def _publish_chunks(self, payloads: Sequence[bytes]) -> None:
         for payload in payloads:
@@ -227,18 +247,26 @@ class Responder:
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def done(self, fields: Mapping[str, Any]) -> bytes:
-        """Close the stream with `done`; returns the event, to be stored and then published."""
+        """Close the stream with `done`; returns the event, to be stored and then published.
+
+        The text of an answer without chunks is whole in it, however long.
+        """
         with self._lock:
-            self._flush()
-            self._closed = True
-            return self._writer.done(fields)
+            self._end()
+            return self._writer.done(fields, whole=self.silent)
 
     def error(self, *, code: str, message: str, retryable: bool, details: Mapping[str, Any]) -> bytes:
         """Close the stream with `error`; as `done`."""
         with self._lock:
-            self._flush()
-            self._closed = True
-            return self._writer.error(code=code, message=message, retryable=retryable, details=details)
+            self._end()
+            return self._writer.error(
+                code=code, message=message, retryable=retryable, details=details, whole=self.silent
+            )
+
+    def _end(self) -> None:
+        self._flush()
+        self._closed = True
+        self._look_at_limit()
 
     def _publish(self, payload: bytes, on_done: Callable[[bool], None] | None = None) -> Published:
         self.last_event_at = time.monotonic()

@@ -45,7 +45,7 @@ class SimulatedStream:
         self._loop.soon(self._step)
 
     def _stopped(self) -> None:
-        self._completion.stopped(self._job, content=self._job.responder.content_published())
+        self._completion.stopped(self._job)
 
     def _step(self) -> None:
         job = self._job

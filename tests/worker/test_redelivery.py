@@ -59,7 +59,7 @@ def _store(store: SqliteStore) -> SqliteStore:
 
 def test_a_terminal_event_is_ticked_off_when_the_broker_took_it() -> None:
     outbox, store = Outbox(), _store(SqliteStore(None))
-    redelivery = Redelivery(outbox=outbox, store=store)
+    redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: 1024)
     store.finish(KEY, b"end", now=1.0)
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     redelivery.sweep()
@@ -71,7 +71,7 @@ def test_a_terminal_event_is_ticked_off_when_the_broker_took_it() -> None:
 
 def test_a_terminal_event_waits_for_a_place_in_a_full_outbox() -> None:
     outbox, store = Outbox(), _store(SqliteStore(None))
-    redelivery = Redelivery(outbox=outbox, store=store)
+    redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: 1024)
     outbox.says = "full"
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     redelivery.sweep()
@@ -85,7 +85,7 @@ def test_a_terminal_event_waits_for_a_place_in_a_full_outbox() -> None:
 def test_a_full_outbox_is_no_reason_to_drop_an_end() -> None:
     outbox, store = Outbox(), _store(SqliteStore(None))
     store.finish(KEY, b"end", now=1.0)
-    redelivery = Redelivery(outbox=outbox, store=store)
+    redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: 1024)
     outbox.says = "full"
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     for _ in range(10):
@@ -99,7 +99,7 @@ def test_a_full_outbox_is_no_reason_to_drop_an_end() -> None:
 def test_a_terminal_event_that_can_never_be_taken_does_not_block_the_others() -> None:
     outbox, store = Outbox(), _store(SqliteStore(None))
     store.finish(KEY, b"end", now=1.0)
-    redelivery = Redelivery(outbox=outbox, store=store)
+    redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: 1024)
     outbox.says = "unfit"
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     redelivery.sweep()
@@ -110,7 +110,7 @@ def test_what_the_link_gives_up_as_it_closes_is_left_to_the_next_life() -> None:
     for closing in (False, True):
         outbox, store = Outbox(), _store(SqliteStore(None))
         store.finish(KEY, b"end", now=1.0)
-        redelivery = Redelivery(outbox=outbox, store=store)
+        redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: 1024)
         redelivery.send(KEY, "llm/reply/demo", b"end", None)
         if closing:
             redelivery.last_call()
@@ -123,7 +123,7 @@ def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None
     store = FullDisk(None)
     _store(store)
     outbox = Outbox()
-    redelivery = Redelivery(outbox=outbox, store=store)
+    redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: 1024)
     redelivery.store_later(KEY, b"end", now=1.0, history=None)
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     outbox.acknowledge_all()
