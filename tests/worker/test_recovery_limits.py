@@ -54,7 +54,7 @@ class NextLife:
             ),
             topics=topic_map(settings),
             policies=lambda: policies,
-            redelivery=Redelivery(outbox=self, store=self.store),
+            redelivery=Redelivery(outbox=self, store=self.store, max_event_bytes=lambda: 131072),
         )
 
     def publish(self, topic: str, payload: bytes, **_: Any) -> Published:
