@@ -113,7 +113,7 @@ class IoLoop:
     def soon(self, call: Call) -> Timer:
         return self.after(0.0, call)
 
-    def every(self, seconds: Callable[[], float], call: Call) -> None:
+    def every(self, seconds: Callable[[], float], call: Callable[[], object]) -> None:
         """Run now and again; the pause is asked each time, so that a reload can change it."""
 
         def again() -> None:

@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
+from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.control import Controls
 from llamacpp_mqtt_deploy.worker.counters import Counters
@@ -54,6 +55,7 @@ class Parts:
         self.loop = loop = IoLoop()
         self.engine = engine = engine or make_engine(settings)
         self.link = link = link or make_link(settings, loop)
+        self.background = Background()
         self.counters = Counters()
         limits = settings.limits
         self.registry = JobRegistry(
@@ -132,6 +134,7 @@ class Parts:
                 registry=self.registry,
                 completion=self.completion,
                 loop=self.loop,
+                background=self.background,
                 prompts=PromptBuilder(engine=engine, store=store, policies=in_force.policies),
                 policies=in_force.policies,
                 worker_id=settings.mqtt.worker_id,
@@ -139,7 +142,7 @@ class Parts:
         )
         self.deadlines = Deadlines(
             registry=self.registry,
-            completion=self.completion,
+            end=lambda job: self.background.run(("limit", job.key), lambda: self.completion.stopped(job)),
             heartbeat_s=lambda: in_force.settings.streaming.heartbeat_s,
         )
         self.health = HealthReport(worker_id=settings.mqtt.worker_id, registry=self.registry, counters=self.counters)

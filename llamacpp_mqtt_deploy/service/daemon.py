@@ -105,12 +105,12 @@ class Daemon:
         self._watchdog = Watchdog(
             link=parts.link,
             loop=parts.loop,
+            background=parts.background,
             intake=parts.intake,
             threads=parts.threads,
             in_force=parts.in_force,
         )
         self._trouble_told: str | None = None
-        self._more_to_purge = False
         self._started_at = time.monotonic()
         self._online = self._subscribed = False
         self.ready = False
@@ -187,6 +187,7 @@ class Daemon:
         except ValueError as problem:  # what will never work: a model file that is not there
             raise Ending(EXIT_CONFIGURATION, str(problem)) from problem
         parts.loop.start()
+        parts.background.start()
         parts.intake.start()
         parts.threads.ensure(settings.engine.slots or 1)
         parts.engine_watch.start()
@@ -196,10 +197,10 @@ class Daemon:
             on_online=lambda info: self._notes.put(Note("online", info)),
             on_lost=lambda info: self._notes.put(Note("lost", info)),
         )
-        every = parts.loop.every
+        every, in_background = parts.loop.every, parts.background.run
         every(lambda: CHECK_EVERY_S, parts.deadlines.check)
-        every(lambda: _SWEEP_EVERY_S, parts.redelivery.sweep)
-        every(lambda: _PURGE_AGAIN_S if self._more_to_purge else _PURGE_EVERY_S, self._purge)
+        every(lambda: _SWEEP_EVERY_S, lambda: in_background("sweep", parts.redelivery.sweep))
+        every(lambda: _PURGE_EVERY_S, self._purge_soon)
         every(lambda: self._settings.status.every_s, self._renew)
         every(lambda: self._settings.status.health_every_s, self._publish_health)
 
@@ -366,9 +367,11 @@ class Daemon:
             self._notifier.status(f"not well: {trouble}")
         self._trouble_told = trouble
 
+    def _purge_soon(self) -> None:
+        self.parts.background.run("purge", self._purge)
+
     def _purge(self) -> None:
         sessions, limits = self._settings.sessions, self._settings.limits
-        self._more_to_purge = False
         try:
             purged = self.parts.store.purge(
                 now=time.time(),
@@ -377,9 +380,11 @@ class Daemon:
                 max_sessions=sessions.max_sessions,
                 max_bytes=limits.max_journal_mib * 1024 * 1024,
             )
-            self._more_to_purge = purged.more
         except StoreError as problem:
             log.error("journal.failed", step="purge", problem=str(problem))
+            return
+        if purged.more:
+            self.parts.loop.after(_PURGE_AGAIN_S, self._purge_soon)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -406,6 +411,7 @@ class Daemon:
         parts.redelivery.last_call()
         farewell = parts.presence.farewell() if self._may_say_goodbye(code) else None
         parts.link.close(Deadline(max(1.0, end.remaining_s())), farewell=farewell)
+        parts.background.close(max(1.0, end.remaining_s()))
         parts.redelivery.sweep()
         parts.engine_watch.close(1.0)
         parts.engine.close(Deadline(max(1.0, end.remaining_s())))

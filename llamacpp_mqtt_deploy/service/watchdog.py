@@ -7,6 +7,7 @@ import time
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Link
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
+from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.policies import InForce
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
@@ -19,10 +20,18 @@ class Watchdog:
     """Looks at the network thread, its acknowledgements, our own threads and the engine's calls."""
 
     def __init__(
-        self, *, link: Link, loop: IoLoop, intake: Intake, threads: GenerationThreads, in_force: InForce
+        self,
+        *,
+        link: Link,
+        loop: IoLoop,
+        background: Background,
+        intake: Intake,
+        threads: GenerationThreads,
+        in_force: InForce,
     ) -> None:
         self._link = link
         self._loop = loop
+        self._background = background
         self._intake = intake
         self._threads = threads
         self._in_force = in_force
@@ -41,7 +50,8 @@ class Watchdog:
             and now - link.last_puback_at > silent_s
         ):
             return f"the broker has acknowledged nothing for {silent_s:g} s"
-        for name, beat_at in (("io", self._loop.beat_at), ("intake", self._intake.beat_at)):
+        beats = {"io": self._loop.beat_at, "background": self._background.beat_at, "intake": self._intake.beat_at}
+        for name, beat_at in beats.items():
             if now - beat_at > _SILENT_THREAD_S:
                 return f"the {name} thread hangs"
         stuck = self._threads.stuck()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import structlog
 
-from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 
 log = structlog.get_logger(__name__)
@@ -22,11 +21,16 @@ _LET_GO_S = 5.0
 
 
 class Deadlines:
-    """`check` is called every `CHECK_EVERY_S` seconds, in the I/O loop."""
+    """`check` is called every `CHECK_EVERY_S` seconds, in the I/O loop.
 
-    def __init__(self, *, registry: JobRegistry, completion: Completion, heartbeat_s: Callable[[], float]) -> None:
+    `end` has to end a job whose stop signal is set, in another thread (it writes to the store); it is asked each time again.
+    """
+
+    def __init__(
+        self, *, registry: JobRegistry, end: Callable[[Job], object], heartbeat_s: Callable[[], float]
+    ) -> None:
         self._registry = registry
-        self._completion = completion
+        self._end = end
         self._heartbeat_s = heartbeat_s
         self._positions_at = 0.0
 
@@ -61,10 +65,10 @@ class Deadlines:
         if not job.stop.is_set() or job.phase in ("ending", "ended"):
             return
         if job.phase == "queued":
-            self._completion.stopped(job)
+            self._end(job)
         elif job.phase == "running" and job.stop.at is not None and now - job.stop.at > _LET_GO_S:
             log.error("engine.stuck", request_id=job.key.request_id, reason=job.stop.reason)
-            self._completion.stopped(job)
+            self._end(job)
 
     def _speak(self, job: Job, now: float) -> None:
         last_at = job.responder.last_event_at

@@ -12,6 +12,7 @@ from llamacpp_mqtt_deploy.core.errors import EngineLost, Internal, RequestError
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine, Store, StoreError
 from llamacpp_mqtt_deploy.stopping import Stopped
+from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion, often_lost
 from llamacpp_mqtt_deploy.worker.forwarding import Forwarder
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
@@ -33,6 +34,7 @@ class Generation:
         registry: JobRegistry,
         completion: Completion,
         loop: IoLoop,
+        background: Background,
         prompts: PromptBuilder,
         policies: Callable[[], Policies],
         worker_id: str,
@@ -42,6 +44,7 @@ class Generation:
         self._registry = registry
         self._completion = completion
         self._loop = loop
+        self._background = background
         self._prompts = prompts
         self._policies = policies
         self._worker_id = worker_id
@@ -107,6 +110,7 @@ class Generation:
             finish_reason=finished.finish_reason,
             completion=self._completion,
             loop=self._loop,
+            background=self._background,
             before_first=self._mark_streaming,
             chunk_chars=streaming.chunk_chars,
             interval_s=streaming.chunk_interval_s,

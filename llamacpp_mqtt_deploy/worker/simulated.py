@@ -9,8 +9,12 @@ from llamacpp_mqtt_deploy.core.coalescer import TextKind
 from llamacpp_mqtt_deploy.core.deltas import FinishReason
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.worker.accumulator import AnswerAccumulator
+from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job
+
+# When the background has no place for an ending.
+_ASK_AGAIN_S = 0.1
 
 
 class SimulatedStream:
@@ -26,6 +30,7 @@ class SimulatedStream:
         finish_reason: FinishReason,
         completion: Completion,
         loop: IoLoop,
+        background: Background,
         before_first: Callable[[Job], None],
         chunk_chars: int,
         interval_s: float,
@@ -34,18 +39,21 @@ class SimulatedStream:
         self._finish_reason = finish_reason
         self._completion = completion
         self._loop = loop
+        self._background = background
         self._before_first = before_first
         self._interval_s = interval_s
         self._pieces = _cut(job.answer, chunk_chars, by_sentence=job.request.stream == "sentence")
         self._due: list[tuple[TextKind, str]] = []
-        self._begun = False
 
     def start(self) -> None:
-        self._job.stop.on_stop(lambda: self._loop.soon(self._stopped))
+        """Write to the journal that the stream begins, and begin. The steps run in the loop, which never waits for the store."""
+        self._before_first(self._job)
+        self._job.stop.on_stop(lambda: self._end(lambda: self._completion.stopped(self._job)))
         self._loop.soon(self._step)
 
-    def _stopped(self) -> None:
-        self._completion.stopped(self._job)
+    def _end(self, ending: Callable[[], object]) -> None:
+        if not self._background.run(("paced", self._job.key), ending):
+            self._loop.after(_ASK_AGAIN_S, lambda: self._end(ending))
 
     def _step(self) -> None:
         job = self._job
@@ -55,21 +63,16 @@ class SimulatedStream:
         if piece is not None:
             self._due.append(piece)
         if self._due and (piece is None or job.responder.unacknowledged() == 0):
-            if not self._begun:
-                self._begun = True
-                self._before_first(job)
             self._publish()
         if piece is not None:
             self._loop.after(self._interval_s, self._step)
             return
         calls = job.answer.tool_calls()
         if calls:
-            if not self._begun:
-                self._before_first(job)
             job.responder.tool_calls(
                 [{"index": index, "id": call["id"], **call["function"]} for index, call in enumerate(calls)]
             )
-        self._completion.done(job, self._finish_reason)
+        self._end(lambda: self._completion.done(job, self._finish_reason))
 
     def _publish(self) -> None:
         kind, text = self._due[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -12,7 +12,6 @@ from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
-from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.deadlines import Deadlines
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.responder import Responder
@@ -28,9 +27,7 @@ class Bench:
         self.events: list[dict[str, Any]] = []
         self.ended: list[Job] = []
         self.registry = JobRegistry(queue_size=9, session_queue=9, aging_s=60.0, max_requests_per_minute=60, slots=1)
-        self.deadlines = Deadlines(
-            registry=self.registry, completion=cast("Completion", self), heartbeat_s=lambda: HEARTBEAT_S
-        )
+        self.deadlines = Deadlines(registry=self.registry, end=self.stopped, heartbeat_s=lambda: HEARTBEAT_S)
 
     def stopped(self, job: Job) -> None:
         """Stands for `Completion.stopped`."""
