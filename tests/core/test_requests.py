@@ -1,4 +1,4 @@
-"""A request is checked once, at the door: what comes in is complete and safe, and a refusal names the fields at fault."""
+"""A request is checked once, when it is read: what comes in is complete and safe, and a refusal names the fields at fault."""
 
 from __future__ import annotations
 
