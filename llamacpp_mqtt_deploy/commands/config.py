@@ -94,7 +94,9 @@ def _print_rich(rows: list[tuple[str, str, str]], file: str) -> None:
     from rich.text import Text
 
     table = RichTable(box=None, header_style="bold", pad_edge=False)
-    for title in ("key", "value", "from"):
+    # A key can be copied as it stands, also on 80 columns; a long value or path goes on in the next line.
+    table.add_column("key", no_wrap=True)
+    for title in ("value", "from"):
         table.add_column(title, overflow="fold")
     section = rows[0][0].rpartition(".")[0]
     for key, value, origin in rows:

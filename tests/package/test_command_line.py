@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.cli import COMMANDS, main
-from llamacpp_mqtt_deploy.commands.config import example, schema
+from llamacpp_mqtt_deploy.commands.config import _print_rich, example, schema
 from llamacpp_mqtt_deploy.config import keys
 from llamacpp_mqtt_deploy.config.settings import Settings
 
@@ -186,6 +186,18 @@ def test_config_on_a_terminal_is_a_table() -> None:
     text = b"".join(shown).decode()
     assert "configuration file:" in text
     assert "mqtt.host" in text
+
+
+def test_config_on_80_columns_breaks_no_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    long = '"/var/lib/llama-models/a-model-with-a-name-that-is-rather-long-q4_k_m.gguf"'
+    rows = [(key, long, "file /etc/llamacpp-mqtt-deploy/config.toml:10") for key in sorted(keys.keys())]
+    _print_rich(rows, "/etc/llamacpp-mqtt-deploy/config.toml")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert set(keys.keys()) <= {line.split()[0] for line in lines if line.strip()}
 
 
 def test_the_example_file_is_up_to_date() -> None:
