@@ -53,7 +53,7 @@ class Parts:
         self.topics = topics = topic_map(settings)
         self.store = store = store or make_store(settings)
         self.loop = loop = IoLoop()
-        self.engine = engine = engine or make_engine(settings)
+        self.engine = engine = engine or make_engine(settings, loop)
         self.link = link = link or make_link(settings, loop)
         self.background = Background()
         self.counters = Counters()
@@ -116,6 +116,7 @@ class Parts:
             counters=self.counters,
             policies=in_force.policies,
             redelivery=self.redelivery,
+            background=self.background,
             inbox_messages=settings.mqtt.inbox_messages,
         )
         self.recovery = Recovery(
@@ -180,7 +181,7 @@ def client_id(settings: MqttSettings) -> str:
     return f"lmd-{hashlib.sha256(settings.root.encode()).hexdigest()[:8]}-{settings.worker_id}"
 
 
-def make_engine(settings: Settings) -> Engine:
+def make_engine(settings: Settings, loop: IoLoop) -> Engine:
     """The engine that `engine.kind` names."""
     key = engine_api_key(settings)
     engine = settings.engine.model_copy(update={"api_key": SecretStr(key) if key else None, "api_key_file": None})
@@ -188,11 +189,11 @@ def make_engine(settings: Settings) -> Engine:
         case "server":
             from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 
-            return ServerEngine(engine)
+            return ServerEngine(engine, loop=loop)
         case "managed":
             from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
 
-            return ManagedEngine(engine)
+            return ManagedEngine(engine, loop=loop)
         case "inprocess":
             from llamacpp_mqtt_deploy.engines.inprocess.inprocess_engine import InprocessEngine
 

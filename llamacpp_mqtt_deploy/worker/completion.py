@@ -258,6 +258,8 @@ def stop_error(reason: StopReason | None, job: Job) -> RequestError:
             return ShuttingDown("the worker is stopping; send the request again in a moment")
         case "outbox_full":
             return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
+        case "unjournaled":
+            return Internal("the worker cannot write its journal (is its disk full?); the request was not accepted")
         case "cancelled" | "put_back" | None:
             return Internal("the request was stopped without a reason")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
 from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, Opened, PromptProgress, Reasoning, Text, ToolCall
+from llamacpp_mqtt_deploy.ports import Pending
 from llamacpp_mqtt_deploy.worker.jobs import Job
 
 # Protocol, section 3: `progress` at most twice a second. The first one goes at once when there is work worth telling of.
@@ -18,8 +19,10 @@ _PROGRESS_WORTH_TOKENS = 256
 class Forwarder:
     """Takes the deltas of one generation: into the job's answer and, where it streams, to its responder.
 
-    `feed` is what `Engine.pump` calls. `before_first` runs before the first chunk of a stream; `opened` when the engine has
-    taken the request up.
+    `feed` is what `Engine.pump` calls; it never waits. `mark` begins to tell the journal that the stream has begun, and gives
+    None when that failed: no chunk goes out before it is over. `opened` is called when the engine has taken the request up,
+    and tells whether to mark at once: where the prompt is short the journal is then faster than the first token. During a
+    long prompt a request can still be started again, so it is marked when the prompt is done.
     """
 
     def __init__(
@@ -28,14 +31,16 @@ class Forwarder:
         job: Job,
         native: bool,
         worker_id: str,
-        opened: Callable[[Job], None],
-        before_first: Callable[[Job], None],
+        opened: Callable[[Job], bool],
+        mark: Callable[[Job], Pending | None],
     ) -> None:
         self._job = job
         self._live = native and not job.responder.silent
         self._worker_id = worker_id
         self._opened = opened
-        self._before_first = before_first
+        self._mark = mark
+        self._marking: Pending | None = None
+        self._marked = False
         self._begun = False
         self._sentences = SentenceCutter() if job.request.stream == "sentence" else None
         self._told_progress_at: float | None = None
@@ -69,8 +74,9 @@ class Forwarder:
                 # A request that is started again opens again and is warned once.
                 job.answer.warnings += tuple(each for each in delta.warnings if each not in job.answer.warnings)
                 job.opened = True
-                self._opened(job)
                 self._live = job.live = self._live and delta.streams
+                if self._opened(job):
+                    self._begin_marking()
                 self._tell_start()
         return job.responder.settle() if self._live and self._begun else 0.0
 
@@ -86,7 +92,21 @@ class Forwarder:
             self._begun = True
             self._job.prompt_done = True
             if self._live:
-                self._before_first(self._job)
+                self._await_marking()
+
+    def _begin_marking(self) -> None:
+        if self._live and not self._marked:
+            self._marked = True
+            self._marking = self._mark(self._job)
+
+    def _await_marking(self) -> None:
+        """Before the first chunk: from here on the request is never started again, also after a crash."""
+        self._begin_marking()
+        if self._marking is not None and not self._marking.done():
+            responder = self._job.responder
+            responder.hold()
+            # In the store's thread, at once: the end of this request, should it follow closely, is stored after this.
+            self._marking.on_done(lambda _problem: responder.release())
 
     def _tell_text(self, text: str) -> None:
         if self._sentences is None:
@@ -102,6 +122,8 @@ class Forwarder:
 
     def _progress(self, progress: PromptProgress, now: float) -> None:
         self._job.answer.progress = progress
+        if progress.processed >= progress.total:
+            self._begin_marking()
         told_at = self._told_progress_at
         worth = progress.total - progress.processed >= _PROGRESS_WORTH_TOKENS
         if worth if told_at is None else now - told_at >= _PROGRESS_EVERY_S:

@@ -1,4 +1,4 @@
-"""The corridor: one request from its prompt to its terminal event."""
+"""One request from its prompt to its terminal event."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import structlog
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import EngineLost, Internal, RequestError
 from llamacpp_mqtt_deploy.io_loop import IoLoop
-from llamacpp_mqtt_deploy.ports import Engine, Store, StoreError
+from llamacpp_mqtt_deploy.ports import Engine, Pending, Store, StoreError
 from llamacpp_mqtt_deploy.stopping import Stopped
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion, often_lost
@@ -21,6 +21,9 @@ from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.simulated import SimulatedStream
 
 log = structlog.get_logger(__name__)
+
+# Some seconds of prompt processing on a small device: so long a crash costs a request its chance to be started again.
+_SHORT_PROMPT_CHARS = 4000
 
 
 class Generation:
@@ -89,12 +92,13 @@ class Generation:
                 job.stop.raise_if_set()
 
     def _once(self, job: Job, call: EngineCall) -> Finished:
+        short_prompt = sum(len(str(message.get("content"))) for message in call.messages) <= _SHORT_PROMPT_CHARS
         forwarder = Forwarder(
             job=job,
             native=self._policies().routes[job.key.route].mode == "native",
             worker_id=self._worker_id,
-            opened=self._count_start,
-            before_first=self._mark_streaming,
+            opened=lambda job: self._opened(job, short_prompt=short_prompt),
+            mark=self._mark_soon,
         )
         finished = self._engine.pump(
             call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason), feed=forwarder.feed
@@ -121,16 +125,35 @@ class Generation:
         job.wait_reason = reason
         job.responder.queued(position=0, reason=reason, again=True)
 
+    def _opened(self, job: Job, *, short_prompt: bool) -> bool:
+        """Whether to mark the stream now. The start is counted in any case: a request that takes the whole worker down is not
+        started for ever."""
+        if short_prompt and job.starts == 1:
+            return True  # the mark says that it was started
+        self._background.run(("started", job.key), lambda: self._count_start(job))
+        return False
+
     def _count_start(self, job: Job) -> None:
-        """In the journal too: a request that takes the whole worker down is not started for ever."""
         try:
             self._store.mark_started(job.key)
         except StoreError as problem:
             log.error("journal.failed", step="mark_started", problem=str(problem), request_id=job.key.request_id)
+
+    def _mark_soon(self, job: Job) -> Pending | None:
+        try:
+            pending = self._store.mark_streaming_soon(job.key)
+        except StoreError as problem:
+            self._mark_failed(job, problem)
+            return None
+        pending.on_done(lambda problem: self._mark_failed(job, problem) if problem is not None else None)
+        return pending
+
+    def _mark_failed(self, job: Job, problem: StoreError) -> None:
+        log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
 
     def _mark_streaming(self, job: Job) -> None:
         """Before the first chunk: from here on the request is never started again, also after a crash."""
         try:
             self._store.mark_streaming(job.key)
         except StoreError as problem:
-            log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
+            self._mark_failed(job, problem)

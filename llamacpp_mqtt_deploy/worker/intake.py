@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -17,6 +17,8 @@ from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.guessing import guess_ids
 from llamacpp_mqtt_deploy.core.requests import Generate, RawRequest, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger, Receipt
+from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.control import Controls
 from llamacpp_mqtt_deploy.worker.counters import Counters
@@ -59,6 +61,7 @@ class Intake:
         counters: Counters,
         policies: Callable[[], Policies],
         redelivery: Redelivery,
+        background: Background,
         inbox_messages: int,
     ) -> None:
         self._topics = topics
@@ -72,6 +75,8 @@ class Intake:
         self._counters = counters
         self._policies = policies
         self._redelivery = redelivery
+        self._background = background
+        self._acknowledger = Acknowledger(outbox)
         self._inbox = Inbox(max_messages=inbox_messages)
         self.offer = self._inbox.offer
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
@@ -140,46 +145,60 @@ class Intake:
         return address is not None and address.kind == "request" and not delivery.retain
 
     def _accept(self, pending: list[tuple[Delivery, _Accepted | None]]) -> None:
-        """Take in a burst, or part of one: journal, acknowledge in order of receipt, then say the first word to each.
+        """Take in a burst, or part of one: journal, then acknowledge in order of receipt, then say the first word to each.
 
-        A defect on the way costs these requests, never the thread that reads all others.
+        The requests may run while the journal writes them; until it has them, nobody hears of them. A defect on the way costs
+        these requests, never the thread that reads all others.
         """
+        receipt = self._acknowledger.take([delivery for delivery, _ in pending])
         accepted = [item for _, item in pending if item is not None]
-        refusal = self._journal(accepted)
-        for delivery, _ in pending:
-            self._outbox.acknowledge(delivery)
-        try:
-            self._let_go(accepted, refusal)
-        except Exception:
-            log.exception("intake.failed", requests=len(accepted))
-            for item in accepted:
-                self._completion.failed(item.job, Internal("the worker failed on this request; its log says why"))
-
-    def _journal(self, accepted: list[_Accepted]) -> Internal | None:
         if not accepted:
-            return None
+            self._acknowledger.ready(receipt)
+            return
+        jobs = [item.job for item in accepted]
         try:
-            self._store.accept([item.job.entry for item in accepted])
+            for job in jobs:
+                job.responder.hold()
+            written = self._store.accept_soon([job.entry for job in jobs])
+            # Callbacks come in the order of the writes, so that nothing overtakes this on its way to the clients.
+            written.on_done(lambda problem: self._journaled(jobs, receipt, problem))
+            self._let_go(accepted)
         except StoreError as problem:
-            log.error("journal.failed", step="accept", problem=str(problem), requests=len(accepted))
-            return Internal("the worker cannot write its journal (is its disk full?); nothing was run")
+            self._not_journaled(jobs, receipt, problem)
         except Exception:
             log.exception("intake.failed", requests=len(accepted))
-            return Internal("the worker failed on this request; its log says why")
-        self._counters.add("accepted", len(accepted))
-        return None
+            for job in jobs:
+                self._completion.failed(job, Internal("the worker failed on this request; its log says why"))
+            self._acknowledger.ready(receipt)
 
-    def _let_go(self, accepted: list[_Accepted], refusal: Internal | None) -> None:
-        """Open the line to these requests, or end them when the journal did not take them."""
+    def _journaled(self, jobs: Sequence[Job], receipt: Receipt, problem: StoreError | None) -> None:
+        """The store's thread: the requests are accepted, or are not."""
+        if problem is not None:
+            self._background.run(receipt, lambda: self._not_journaled(jobs, receipt, problem))
+            return
+        self._counters.add("accepted", len(jobs))
+        self._acknowledger.ready(receipt)
+        for job in jobs:
+            job.responder.release()
+
+    def _not_journaled(self, jobs: Sequence[Job], receipt: Receipt, problem: StoreError) -> None:
+        """Refuse them: nobody has heard of them, and a restart would not know them."""
+        log.error("journal.failed", step="accept", problem=str(problem), requests=len(jobs))
+        self._acknowledger.ready(receipt)
+        for job in jobs:
+            job.responder.withdraw()
+            job.forgotten = True
+            job.stop.set("unjournaled")
+            if job.phase in ("queued", "pacing"):
+                self._completion.stopped(job)
+
+    def _let_go(self, accepted: list[_Accepted]) -> None:
+        """Let these requests run."""
         for item in accepted:
             if item.evicted is not None:
                 self._completion.failed(
                     item.evicted, Busy("the queue is full and a more urgent request took this place", retry_after_s=10)
                 )
-        if refusal is not None:
-            for item in accepted:
-                self._completion.failed(item.job, refusal)
-            return
         waiting = [item.job for item in accepted if self._registry.must_wait(item.job)]
         positions = self._registry.positions() if waiting else {}
         self._registry.commit([item.job for item in accepted])

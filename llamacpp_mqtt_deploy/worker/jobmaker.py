@@ -45,7 +45,7 @@ class JobMaker:
             ),
             correlation=entry.correlation,
             silent=request.stream is False or policies.routes[address.route].mode == "off",
-            wake=self._loop.after,
+            wake=self._wake,
             coalesce_min_s=streaming.coalesce_min_s,
             active_streams=self._active_streams,
             coalesce_max_chars=streaming.coalesce_max_chars,
@@ -63,3 +63,9 @@ class JobMaker:
         )
         responder.on_overflow = lambda: job.stop.set("outbox_full")
         return job
+
+    def _wake(self, seconds: float, call: Callable[[], None]) -> None:
+        if seconds > 0:
+            self._loop.after(seconds, call)
+        else:
+            self._loop.call_soon(call)

@@ -71,6 +71,36 @@ class Responder:
         self._wake_is_set = False
         self._overflowed = False
         self._closed = False
+        self._holds = 0
+        self._held: list[tuple[bytes, Callable[[bool], None] | None]] = []
+
+    # --- what waits for the journal ------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Keep events back until `release`: the journal has to have something first. May be called several times."""
+        with self._lock:
+            self._holds += 1
+
+    def release(self) -> None:
+        """The journal has it: what was kept back goes out, in order."""
+        with self._lock:
+            self._holds -= 1
+            if self._holds == 0:
+                held, self._held = self._held, []
+                for payload, on_done in held:
+                    if self._hand_over(payload, on_done) != "queued" and on_done is not None:
+                        self._acked += 1
+
+    def withdraw(self) -> None:
+        """The journal does not have it, and nobody has heard of this request: what was kept back is forgotten."""
+        with self._lock:
+            self._closed = True
+            self._held.clear()
+            self._holds = 0
+            self._writer.next_seq = self.chunks = self._sent = self._acked = 0
+            self._published = {"content": [], "reasoning": []}
+            self._told_calls = False
+            self.first_chunk_at = None
 
     # --- what is not a chunk -------------------------------------------------------------------------------------------
 
@@ -270,6 +300,12 @@ class Responder:
 
     def _publish(self, payload: bytes, on_done: Callable[[bool], None] | None = None) -> Published:
         self.last_event_at = time.monotonic()
+        if self._holds:
+            self._held.append((payload, on_done))
+            return "queued"
+        return self._hand_over(payload, on_done)
+
+    def _hand_over(self, payload: bytes, on_done: Callable[[bool], None] | None) -> Published:
         published = self._outbox.publish(self.topic, payload, correlation=self._correlation, on_done=on_done)
         if published != "queued" and not self._overflowed:
             # Whichever it was: the stream would have a hole.

@@ -16,19 +16,19 @@ from tests.support.whole_worker import Bus, WholeWorker
 
 
 class SlowJournal:
-    """Holds the intake's thread in its first commit until `open`."""
+    """Holds the intake's thread in its first look at the journal until `open`."""
 
     def __init__(self, worker: WholeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
         store = worker.daemon.parts.store
-        accept = store.accept
+        find = store.find
 
-        def slow_accept(*args: Any) -> None:
+        def slow_find(*args: Any) -> Any:
             self.reached.set()
             assert self.open.wait(30)
-            accept(*args)
+            return find(*args)
 
-        monkeypatch.setattr(store, "accept", slow_accept)
+        monkeypatch.setattr(store, "find", slow_find)
 
 
 def _delivery(payload: bytes = b"hi", qos: int = 0) -> Delivery:

@@ -370,9 +370,8 @@ def test_the_journal_knows_of_the_first_chunk_before_anybody_else(bus: Bus, mode
     store, key = worker.daemon.parts.store, EntryKey("default", "demo", "r1")
     bus.ask("hi", request_id="r1")
     assert gate.reached.wait(10)
-    entry = store.find(key)
-    assert entry is not None
-    assert entry.state == ("streaming" if mode == "native" else "accepted")
+    wanted = "streaming" if mode == "native" else "accepted"
+    eventually(lambda: (found := store.find(key)) is not None and found.state == wanted)
     gate.open()
     bus.listener.until(type="chunk", request_id="r1")
     entry = store.find(key)
