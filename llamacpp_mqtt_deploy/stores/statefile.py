@@ -109,7 +109,8 @@ class StateFile:
         except StoreInUse:
             raise
         except StoreError as problem:
-            if isinstance(problem, StoreFull) or not self._disk_is_full():
+            # What is wrong with the file itself (another program's, a newer version's) is not cured by waiting for room.
+            if not isinstance(problem.__cause__, sqlite3.OperationalError | OSError) or not self._disk_is_full():
                 raise
             raise StoreFull(*problem.args) from problem
 

@@ -315,6 +315,18 @@ def test_a_disk_that_is_full_at_start_is_named(small_disk: Path) -> None:
     store.close()
 
 
+def test_a_full_disk_does_not_hide_that_the_file_is_another_programs(small_disk: Path) -> None:
+    wrong = small_disk / "home-assistant.db"
+    other = sqlite3.connect(wrong)
+    other.execute("CREATE TABLE states (a)")
+    other.commit()
+    other.close()
+    fill_up(small_disk / "ballast")
+    with pytest.raises(StoreError, match="another program") as caught:
+        SqliteStore(wrong).open()
+    assert type(caught.value) is StoreError
+
+
 def test_a_file_size_limit_ends_in_a_store_error_and_keeps_what_was_accepted(path: Path) -> None:
     limited = """
 import resource, signal
