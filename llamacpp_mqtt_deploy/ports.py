@@ -357,14 +357,3 @@ class StoreFull(StoreError):
 
 class StoreInUse(StoreError):
     """Another worker holds the state directory; the text names its process."""
-
-
-# --- clocks ----------------------------------------------------------------------------------------------------------
-
-
-class Clock(Protocol):
-    """Time as the corridor sees it; tests hold a hand clock."""
-
-    def monotonic(self) -> float: ...
-
-    def time(self) -> float: ...

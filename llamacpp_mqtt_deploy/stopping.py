@@ -80,7 +80,3 @@ class Deadline:
 
     def passed(self) -> bool:
         return self.remaining_s() == 0.0
-
-    def shorten(self, seconds: float) -> None:
-        """Bring the moment forward to this many seconds from now; never later than it was."""
-        self._at = min(self._at, time.monotonic() + seconds)

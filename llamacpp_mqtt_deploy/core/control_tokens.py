@@ -80,9 +80,6 @@ class ControlStrings:
             found.update(match.start() + 1 for match in self._odd.finditer(text))
         return sorted(found)
 
-    def break_up(self, text: str) -> str:
-        return _spaced(text, self.places(text))
-
 
 def clean_call(call: EngineCall, controls: ControlStrings) -> tuple[EngineCall, bool]:
     """The call with every control string in it broken up, wherever it reaches the prompt, and whether there was one.

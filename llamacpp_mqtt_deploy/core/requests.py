@@ -117,6 +117,15 @@ class Generate:
     warnings: tuple[str, ...] = ()
     digest: str = ""
 
+    def new_messages(self) -> tuple[Message, ...]:
+        """What this request adds to its session before the answer."""
+        if self.mode == "tool_results":
+            return tuple(
+                {"role": "tool", "tool_call_id": result["tool_call_id"], "content": result["content"]}
+                for result in self.tool_results
+            )
+        return ({"role": "user", "content": self.prompt},)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlCommand:
@@ -139,20 +148,12 @@ class AdminCommand:
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def parse_request(payload: bytes, *, policy: RequestPolicy) -> Generate | None:
-    """A request from its bytes; None when the payload is blank.
-
-    Raises BadRequest, PayloadTooLarge, ModelNotFound, Unsupported. To answer a refusal under the client's own request id
-    (and session, on a route that takes it from the payload), call `read_request` and `check_request` one after the other.
-    """
-    raw = read_request(payload, policy=policy)
-    return None if raw is None else check_request(raw, policy=policy)
-
-
 def read_request(payload: bytes, *, policy: RequestPolicy) -> RawRequest | None:
-    """The first half of `parse_request`: bytes to named values, still unchecked. Raises BadRequest, PayloadTooLarge.
+    """A request from its bytes: named values, still unchecked; None when the payload is blank. Raises BadRequest, PayloadTooLarge.
 
-    A message that even this refuses has no certain id; `guessing.guess_ids` finds a likely one.
+    Reading and checking are two steps so that a refusal of the second is answered under the client's own request id (and
+    session, on a route that takes it from the payload). A message that even this refuses has no certain id;
+    `guessing.guess_ids` finds a likely one.
     """
     content = decode_payload(payload, max_bytes=policy.max_request_bytes)
     if content is None:
@@ -172,7 +173,7 @@ def read_request(payload: bytes, *, policy: RequestPolicy) -> RawRequest | None:
 
 
 def check_request(raw: RawRequest, *, policy: RequestPolicy) -> Generate:
-    """The second half of `parse_request`. Raises BadRequest, ModelNotFound, Unsupported."""
+    """What may be generated, after `read_request`. Raises BadRequest, ModelNotFound, Unsupported."""
     names = policy.names
     hints = names.warnings(raw.unknown)
     given = {"prompt": raw.text} if raw.text is not None else raw.body

@@ -26,6 +26,7 @@ from llamacpp_mqtt_deploy.worker.generation import Generation
 from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.policies import InForce, topic_map
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
@@ -66,8 +67,10 @@ class Parts:
             slots=settings.engine.slots or 1,
         )
         self.redelivery = Redelivery(outbox=link, store=store, max_event_bytes=self.max_event_bytes)
+        marks = JournalMarks(store)
         self.completion = Completion(
             store=store,
+            marks=marks,
             registry=self.registry,
             counters=self.counters,
             redelivery=self.redelivery,
@@ -131,7 +134,7 @@ class Parts:
             registry=self.registry,
             generation=Generation(
                 engine=engine,
-                store=store,
+                marks=marks,
                 registry=self.registry,
                 completion=self.completion,
                 loop=self.loop,

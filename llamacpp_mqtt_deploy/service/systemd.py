@@ -30,11 +30,6 @@ class Notifier:
             except OSError:
                 self.close()
 
-    @property
-    def active(self) -> bool:
-        """Whether anybody listens."""
-        return self._socket is not None
-
     def ready(self) -> None:
         """The start, or a reload, is complete."""
         self._send("READY=1")

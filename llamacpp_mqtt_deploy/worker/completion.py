@@ -8,22 +8,16 @@ from typing import Any
 
 import structlog
 
-from llamacpp_mqtt_deploy.core.deltas import FinishReason, Message
-from llamacpp_mqtt_deploy.core.errors import (
-    EngineLost,
-    Internal,
-    Interrupted,
-    RequestError,
-    ShuttingDown,
-    TimedOut,
-)
+from llamacpp_mqtt_deploy.core.deltas import FinishReason
+from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import interrupted
 from llamacpp_mqtt_deploy.core.history import exchange_of
 from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
-from llamacpp_mqtt_deploy.stopping import StopReason
 from llamacpp_mqtt_deploy.worker.accumulator import Told, done_fields, usage_fields
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
+from llamacpp_mqtt_deploy.worker.own_errors import defect, stop_error
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
@@ -36,12 +30,14 @@ class Completion:
         self,
         *,
         store: Store,
+        marks: JournalMarks,
         registry: JobRegistry,
         counters: Counters,
         redelivery: Redelivery,
         log_content: Callable[[], bool],
     ) -> None:
         self._store = store
+        self._marks = marks
         self._registry = registry
         self._counters = counters
         self._redelivery = redelivery
@@ -83,12 +79,13 @@ class Completion:
         elif job.stop.reason == "put_back":
             self._put_back(job)
         else:
-            self.failed(job, stop_error(job.stop.reason, job))
+            limit_s = job.deadline - job.received_at
+            self.failed(job, stop_error(job.stop.reason, limit_s=limit_s, started=job.started_at is not None))
 
     def _end_by_defect(self, job: Job) -> None:
         """Whoever claimed the end has to bring one: without it the session waits, and its client, until a restart."""
         job.responder.close()
-        error = Internal("the worker failed on this request; its log says why")
+        error = defect()
         terminal = interrupted(
             request_id=job.key.request_id,
             session_id=job.key.session,
@@ -103,7 +100,7 @@ class Completion:
         """Close the chunks. One that is paced ends with what was told; every other is told to where the engine came."""
         catch_up = job.phase != "pacing"
         if catch_up and job.answer.begun and not job.responder.silent and not job.responder.chunks:
-            self._mark_streaming(job)
+            self._marks.streaming(job.key)
         return job.responder.close_text(content=job.answer.text(), reasoning=job.answer.thoughts(), catch_up=catch_up)
 
     def _done_fields(self, job: Job, finish_reason: FinishReason, told: Told) -> dict[str, Any]:
@@ -126,19 +123,13 @@ class Completion:
             self._registry.leave(job)
             log.info("request.put_back", session=job.key.session, request_id=job.key.request_id)
 
-    def _mark_streaming(self, job: Job) -> None:
-        try:
-            self._store.mark_streaming(job.key)
-        except StoreError as problem:
-            log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
-
     def _history(self, job: Job, told: Told, finish_reason: FinishReason) -> HistoryChange | None:
         """Prompt and answer together, or nothing: two user messages in a row break many chat templates."""
         request = job.request
         if request.mode == "messages" or job.forgotten:
             return None
         append = exchange_of(
-            newest_messages(job),
+            job.request.new_messages(),
             job.answer.message(told.content, with_calls=told.calls),
             cancelled=finish_reason == "cancelled",
         )
@@ -234,39 +225,6 @@ def _error_details(job: Job, error: RequestError, told: Told) -> dict[str, Any]:
     if job.request.metadata is not None:
         details["metadata"] = job.request.metadata
     return details
-
-
-def newest_messages(job: Job) -> tuple[Message, ...]:
-    """What this request adds to its session before the answer."""
-    request = job.request
-    if request.mode == "tool_results":
-        return tuple(
-            {"role": "tool", "tool_call_id": result["tool_call_id"], "content": result["content"]}
-            for result in request.tool_results or ()
-        )
-    return ({"role": "user", "content": request.prompt},)
-
-
-def stop_error(reason: StopReason | None, job: Job) -> RequestError:
-    """The error that a stop for this reason ends in."""
-    match reason:
-        case "timeout":
-            waited = "" if job.started_at is not None else " while it waited for a slot"
-            limit_s = job.deadline - job.received_at
-            return TimedOut(f"the limit of {limit_s:.3g} s for this request passed{waited}")
-        case "shutting_down":
-            return ShuttingDown("the worker is stopping; send the request again in a moment")
-        case "outbox_full":
-            return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
-        case "unjournaled":
-            return Internal("the worker cannot write its journal (is its disk full?); the request was not accepted")
-        case "cancelled" | "put_back" | None:
-            return Internal("the request was stopped without a reason")
-
-
-def often_lost(starts: int) -> RequestError:
-    """For a request that took the engine or the worker down each time."""
-    return EngineLost(f"the engine or the worker went away {starts} times before the first token of this request")
 
 
 def _timings(job: Job) -> dict[str, Any]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
-from llamacpp_mqtt_deploy.core.errors import EngineLost, Internal, RequestError
+from llamacpp_mqtt_deploy.core.errors import EngineLost, RequestError
 from llamacpp_mqtt_deploy.io_loop import IoLoop
-from llamacpp_mqtt_deploy.ports import Engine, Pending, Store, StoreError
+from llamacpp_mqtt_deploy.ports import Engine
 from llamacpp_mqtt_deploy.stopping import Stopped
 from llamacpp_mqtt_deploy.worker.background import Background
-from llamacpp_mqtt_deploy.worker.completion import Completion, often_lost
+from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.forwarding import Forwarder
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
+from llamacpp_mqtt_deploy.worker.own_errors import defect, lost_too_often
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.simulated import SimulatedStream
@@ -33,7 +34,7 @@ class Generation:
         self,
         *,
         engine: Engine,
-        store: Store,
+        marks: JournalMarks,
         registry: JobRegistry,
         completion: Completion,
         loop: IoLoop,
@@ -43,7 +44,7 @@ class Generation:
         worker_id: str,
     ) -> None:
         self._engine = engine
-        self._store = store
+        self._marks = marks
         self._registry = registry
         self._completion = completion
         self._loop = loop
@@ -69,7 +70,7 @@ class Generation:
             self._completion.failed(job, error)
         except Exception:
             log.exception("generation.failed", request_id=job.key.request_id)
-            self._completion.failed(job, Internal("the worker failed on this request; its log says why"))
+            self._completion.failed(job, defect())
         finally:
             self._registry.release_slot(job)
 
@@ -78,7 +79,7 @@ class Generation:
         max_starts = self._policies().settings.limits.max_starts
         while True:
             if job.starts >= max_starts:
-                raise often_lost(job.starts)
+                raise lost_too_often(job.starts)
             job.starts += 1
             try:
                 return self._once(job, call)
@@ -98,7 +99,7 @@ class Generation:
             native=self._policies().routes[job.key.route].mode == "native",
             worker_id=self._worker_id,
             opened=lambda job: self._opened(job, short_prompt=short_prompt),
-            mark=self._mark_soon,
+            mark=lambda job: self._marks.streaming_soon(job.key),
         )
         finished = self._engine.pump(
             call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason), feed=forwarder.feed
@@ -115,13 +116,12 @@ class Generation:
             completion=self._completion,
             loop=self._loop,
             background=self._background,
-            before_first=self._mark_streaming,
+            before_first=lambda job: self._marks.streaming(job.key),
             chunk_chars=streaming.chunk_chars,
             interval_s=streaming.chunk_interval_s,
         ).start()
 
     def _waits(self, job: Job, reason: str) -> None:
-        job.activity_at = time.monotonic()
         job.wait_reason = reason
         job.responder.queued(position=0, reason=reason, again=True)
 
@@ -130,30 +130,5 @@ class Generation:
         started for ever."""
         if short_prompt and job.starts == 1:
             return True  # the mark says that it was started
-        self._background.run(("started", job.key), lambda: self._count_start(job))
+        self._background.run(("started", job.key), lambda: self._marks.started(job.key))
         return False
-
-    def _count_start(self, job: Job) -> None:
-        try:
-            self._store.mark_started(job.key)
-        except StoreError as problem:
-            log.error("journal.failed", step="mark_started", problem=str(problem), request_id=job.key.request_id)
-
-    def _mark_soon(self, job: Job) -> Pending | None:
-        try:
-            pending = self._store.mark_streaming_soon(job.key)
-        except StoreError as problem:
-            self._mark_failed(job, problem)
-            return None
-        pending.on_done(lambda problem: self._mark_failed(job, problem) if problem is not None else None)
-        return pending
-
-    def _mark_failed(self, job: Job, problem: StoreError) -> None:
-        log.error("journal.failed", step="mark_streaming", problem=str(problem), request_id=job.key.request_id)
-
-    def _mark_streaming(self, job: Job) -> None:
-        """Before the first chunk: from here on the request is never started again, also after a crash."""
-        try:
-            self._store.mark_streaming(job.key)
-        except StoreError as problem:
-            self._mark_failed(job, problem)

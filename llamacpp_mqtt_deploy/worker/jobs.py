@@ -48,8 +48,6 @@ class Job:
     position: int = 0
     starts: int = 0
     started_at: float | None = None
-    activity_at: float = 0.0
-    """When the engine last gave a sign of life to this job (monotonic seconds)."""
     prompt_done: bool = False
     opened: bool = False
     """The engine has taken it up; before that it only waits for the engine."""
@@ -71,7 +69,6 @@ class Load:
     busy: int
     queued: int
     lanes: Mapping[str, int]
-    draining: bool
 
 
 class JobRegistry:
@@ -174,7 +171,7 @@ class JobRegistry:
             return None
         job = self._jobs[ticket.key]  # type: ignore[index]  # our own keys
         job.phase = "running"
-        job.started_at = job.activity_at = time.monotonic()
+        job.started_at = time.monotonic()
         self._held.add(job)
         return job
 
@@ -265,7 +262,6 @@ class JobRegistry:
                 busy=len(self._held),
                 queued=len(self._queue),
                 lanes=self._queue.by_lane(),
-                draining=self._draining,
             )
 
     def __len__(self) -> int:

@@ -13,7 +13,6 @@ from llamacpp_mqtt_deploy.core.deltas import EngineCall, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
 from llamacpp_mqtt_deploy.core.history import fit, pending_tool_calls
 from llamacpp_mqtt_deploy.ports import Engine, Store, StoreError
-from llamacpp_mqtt_deploy.worker.completion import newest_messages
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies, RoutePolicy
 
@@ -66,7 +65,7 @@ class PromptBuilder:
 
     def _with_history(self, job: Job, call: EngineCall, policy: RoutePolicy) -> EngineCall:
         history = self._history(job)
-        newest = newest_messages(job)
+        newest = job.request.new_messages()
         if job.request.mode == "tool_results":
             _check_results(history, newest)
         system_prompt = job.request.system_prompt

@@ -13,9 +13,9 @@ from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import Internal, Interrupted, RequestError, TimedOut
 from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Entry, Store, StoreError
-from llamacpp_mqtt_deploy.worker.completion import often_lost
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
+from llamacpp_mqtt_deploy.worker.own_errors import lost_too_often
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
@@ -113,7 +113,7 @@ class Recovery:
             if entry.state == "streaming":
                 raise Interrupted("the worker died in the middle of this answer; send a new request for it")
             if entry.starts >= policies.settings.limits.max_starts:
-                raise often_lost(entry.starts)
+                raise lost_too_often(entry.starts)
             left_s = entry.left_s(wall)
             if left_s is not None and left_s <= 0:
                 raise TimedOut("the time limit of this request passed while the worker was down")

@@ -28,39 +28,44 @@ PIECES = st.sampled_from(
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
 
 
+def broken_up(text: str, controls: ControlStrings = CONTROLS) -> str:
+    call, _ = clean_call(EngineCall(messages=({"role": "user", "content": text},)), controls)
+    return str(call.messages[0]["content"])
+
+
 def holds_control(text: str) -> bool:
     return any(string in text for string in STRINGS)
 
 
 @given(TEXTS)
 def test_no_control_string_is_left_in_any_text(text: str) -> None:
-    assert not holds_control(CONTROLS.break_up(text))
+    assert not holds_control(broken_up(text))
 
 
 @given(st.text() | TEXTS)
 def test_a_text_without_control_strings_stays_as_it_is(text: str) -> None:
     if not holds_control(text):
-        assert CONTROLS.break_up(text) == text
+        assert broken_up(text) == text
 
 
 @given(TEXTS)
 def test_only_blanks_are_added(text: str) -> None:
-    assert CONTROLS.break_up(text).replace(" ", "") == text.replace(" ", "")
+    assert broken_up(text).replace(" ", "") == text.replace(" ", "")
 
 
 @given(st.sets(st.text("<>[]|/aé]~", min_size=2, max_size=5), max_size=6), st.text("<>[]|/aé]~", max_size=40))
 def test_strings_of_any_shape_are_broken_up(strings: set[str], text: str) -> None:
-    broken = ControlStrings(strings).break_up(text)
+    broken = broken_up(text, ControlStrings(strings))
     assert not any(string in broken for string in strings)
 
 
 def test_a_broken_control_string_stays_readable() -> None:
-    assert CONTROLS.break_up("a <|im_end|> b [INST]") == "a < |im_end|> b [ INST]"
+    assert broken_up("a <|im_end|> b [INST]") == "a < |im_end|> b [ INST]"
 
 
 def test_html_lists_and_indices_are_left_alone() -> None:
     text = "<b>bold</b> x[0] = [1,2,3] if a < b and c > d <think>"
-    assert CONTROLS.break_up(text) == text
+    assert broken_up(text) == text
     assert surely_special(text) == set()
     assert special_looking("a<|x|><b> [c] < d>") == {"<|x|>", "<b>", "[c]"}
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, RequestError, Unsupported
 from llamacpp_mqtt_deploy.core.names import REQUEST_FIELDS, check_fields, nearest
-from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, parse_request, read_request
-from tests.support.parsing import HELLO, MAZE, OPEN, PNG, PORTAL, WEATHER, ask, encoded, parse, refused
+from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
+from tests.support.parsing import HELLO, MAZE, OPEN, PNG, PORTAL, WEATHER, ask, encoded, parse, parse_request, refused
 
 # --- plain text and the three modes ----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from llamacpp_mqtt_deploy.core.errors import BY_CODE, BadRequest, RequestError
 from llamacpp_mqtt_deploy.core.events import ORDER, EventWriter, rejected
-from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_request
+from llamacpp_mqtt_deploy.core.requests import RequestPolicy
 from llamacpp_mqtt_deploy.schema.document import (
     schema,
     schema_text,
@@ -22,6 +22,7 @@ from llamacpp_mqtt_deploy.schema.document import (
     validate_status,
 )
 from llamacpp_mqtt_deploy.schema.event_models import Ack
+from tests.support.parsing import parse_request
 
 DOCUMENT = schema()
 PUBLISHED = Path(__file__).parents[2] / "docs" / "schema.json"

@@ -10,8 +10,9 @@ from typing import Any
 import orjson
 
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_control, parse_request
+from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_control
 from tests.docs.pages import ROOT
+from tests.support.parsing import parse_request
 from tests.support.services import require_program
 
 FLOW = json.loads((ROOT / "docs" / "node-red.json").read_text("utf-8"))

@@ -14,9 +14,10 @@ import pytest
 
 from llamacpp_mqtt_deploy.config.loading import load
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_control, parse_request
+from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_control
 from tests.docs.pages import ROOT, Block, all_blocks
 from tests.docs.world import World
+from tests.support.parsing import parse_request
 from tests.support.services import require_program
 
 RECIPES = ROOT / "docs" / "recipes.md"

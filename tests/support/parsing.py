@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest, RequestError
-from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, parse_request
+from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
 
 OPEN = RequestPolicy(models=("tiny", "large"), max_tokens=1000, max_timeout_s=600.0, default_timeout_s=300.0)
 MAZE = RequestPolicy(fields={"prompt": "message", "session_id": "sessionId"}, trust_payload_session=True)
@@ -22,6 +22,12 @@ HELLO = {"role": "user", "content": "Hello"}
 
 def encoded(body: Any) -> bytes:
     return json.dumps(body).encode()
+
+
+def parse_request(payload: bytes, *, policy: RequestPolicy) -> Generate | None:
+    """A request from its bytes, as the worker reads and checks it; None when the payload is blank."""
+    raw = read_request(payload, policy=policy)
+    return None if raw is None else check_request(raw, policy=policy)
 
 
 def parse(body: Any, policy: RequestPolicy = OPEN) -> Generate:
