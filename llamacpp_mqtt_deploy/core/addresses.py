@@ -123,14 +123,14 @@ class TopicMap:
 
         Raises BadRequest when it is no session path, or too long for the route's reply topic.
         """
+        address = None if session is None else self.find_session(route, session)
+        if address is not None:
+            return address
         if session is None or not is_session(session):
             expected = "one or two levels of letters, digits, _ . and -, each at most 64 characters, joined by /"
-            raise BadRequest(f"{field_name}: expected {expected}", fields={field_name: expected})
-        address = self.find_session(route, session)
-        if address is None:
+        else:
             expected = f"shorter: the reply topic must not be longer than {MAX_TOPIC_BYTES} bytes"
-            raise BadRequest(f"{field_name}: expected {expected}", fields={field_name: expected})
-        return address
+        raise BadRequest(f"{field_name}: expected {expected}", fields={field_name: expected})
 
     def find_session(self, route: str, session: str) -> Address | None:
         """The same for an answer to a request that is refused anyway; None when there is no such address."""

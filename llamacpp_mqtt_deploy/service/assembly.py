@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
+from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.control import Controls
@@ -31,6 +32,7 @@ from llamacpp_mqtt_deploy.worker.policies import InForce, topic_map
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
+from llamacpp_mqtt_deploy.worker.refusals import Refusals
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
 
 
@@ -109,7 +111,14 @@ class Parts:
         admin = AdminReplies(outbox=link, topics=topics, operations=self.operations)
         self.intake = Intake(
             topics=topics,
-            outbox=link,
+            acknowledger=Acknowledger(link),
+            refusals=Refusals(
+                outbox=link,
+                store=store,
+                registry=self.registry,
+                counters=self.counters,
+                max_event_bytes=self.max_event_bytes,
+            ),
             store=store,
             registry=self.registry,
             maker=maker,

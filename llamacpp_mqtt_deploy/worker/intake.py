@@ -10,13 +10,11 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import Busy, Internal, RequestError
-from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.guessing import guess_ids
 from llamacpp_mqtt_deploy.core.requests import Generate, RawRequest, check_request, read_request
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Store, StoreError
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger, Receipt
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
@@ -25,8 +23,10 @@ from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.inbox import Inbox
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.own_errors import defect
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
+from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals
 
 log = structlog.get_logger(__name__)
 
@@ -38,10 +38,14 @@ _BURST = 64
 
 @dataclass(slots=True)
 class _Accepted:
-    """A request of the current burst: in the line, held until the journal has it."""
+    """A request of the current burst: in the queue, held until the journal has it."""
 
     job: Job
     evicted: Job | None
+
+
+_Burst = list[tuple[Delivery, _Accepted | None]]
+"""What was read and is not yet acknowledged, in order of receipt."""
 
 
 class Intake:
@@ -51,7 +55,8 @@ class Intake:
         self,
         *,
         topics: TopicMap,
-        outbox: Outbox,
+        acknowledger: Acknowledger,
+        refusals: Refusals,
         store: Store,
         registry: JobRegistry,
         maker: JobMaker,
@@ -65,7 +70,7 @@ class Intake:
         inbox_messages: int,
     ) -> None:
         self._topics = topics
-        self._outbox = outbox
+        self._refusals = refusals
         self._store = store
         self._registry = registry
         self._maker = maker
@@ -76,7 +81,7 @@ class Intake:
         self._policies = policies
         self._redelivery = redelivery
         self._background = background
-        self._acknowledger = Acknowledger(outbox)
+        self._acknowledger = acknowledger
         self._inbox = Inbox(max_messages=inbox_messages)
         self.offer = self._inbox.offer
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
@@ -124,28 +129,30 @@ class Intake:
 
     def _take_in(self, burst: list[Delivery]) -> None:
         """Requests that come in a burst share one commit. A control message sees all requests before it accepted."""
-        pending: list[tuple[Delivery, _Accepted | None]] = []
+        pending: _Burst = []
         for delivery in burst:
             accepted = None
             try:
-                if self._is_request(delivery):
-                    accepted = self._receive(delivery, pending)
+                message = self._received(delivery)
+                if message.address is not None and message.address.kind == "request" and not delivery.retain:
+                    accepted = self._receive(message, message.address, pending)
                 else:
                     self._accept(pending)
                     pending = []
-                    self._other(delivery)
+                    self._other(message)
             except Exception:
                 # A defect: the message is acknowledged all the same, or the broker would deliver it for ever.
-                log.exception("intake.failed", topic=_shown(delivery.topic))
+                log.exception("intake.failed", topic=delivery.topic[:200])
             pending.append((delivery, accepted))
         self._accept(pending)
 
-    def _is_request(self, delivery: Delivery) -> bool:
-        address = self._topics.address(delivery.topic)
-        return address is not None and address.kind == "request" and not delivery.retain
+    def _received(self, delivery: Delivery) -> Received:
+        data = delivery.correlation
+        mirrored = data if data is not None and len(data) <= _MAX_CORRELATION_BYTES else None
+        return Received(delivery, self._topics.address(delivery.topic), mirrored)
 
-    def _accept(self, pending: list[tuple[Delivery, _Accepted | None]]) -> None:
-        """Take in a burst, or part of one: journal, then acknowledge in order of receipt, then say the first word to each.
+    def _accept(self, pending: _Burst) -> None:
+        """Take in a burst, or part of one: journal, then acknowledge in order of receipt, then send each its first event.
 
         The requests may run while the journal writes them; until it has them, nobody hears of them. A defect on the way costs
         these requests, never the thread that reads all others.
@@ -168,7 +175,7 @@ class Intake:
         except Exception:
             log.exception("intake.failed", requests=len(accepted))
             for job in jobs:
-                self._completion.failed(job, Internal("the worker failed on this request; its log says why"))
+                self._completion.failed(job, defect())
             self._acknowledger.ready(receipt)
 
     def _journaled(self, jobs: Sequence[Job], receipt: Receipt, problem: StoreError | None) -> None:
@@ -212,57 +219,54 @@ class Intake:
 
     # --- one message ---------------------------------------------------------------------------------------------------
 
-    def _other(self, delivery: Delivery) -> None:
-        """Everything but requests: control, admin, and what is none of our business."""
-        address = self._topics.address(delivery.topic)
-        if delivery.retain:
+    def _other(self, message: Received) -> None:
+        """Everything but requests: control, admin, and what is not for us."""
+        address = message.address
+        if message.delivery.retain:
             self._counters.add("ignored")
-            log.warning("message.ignored", topic=_shown(delivery.topic), reason="retained: requests are not kept")
+            log.warning("message.ignored", topic=message.shown_topic(), reason="retained: requests are not kept")
         elif address is None:
             self._counters.add("ignored")
-            log.warning("message.ignored", topic=_shown(delivery.topic), reason="no session path of the protocol")
+            log.warning("message.ignored", topic=message.shown_topic(), reason="no session path of the protocol")
         elif address.kind == "admin":
-            self._admin(delivery, _correlation(delivery))
+            self._admin(message.delivery, message.correlation)
         else:
-            self._controls.handle(address, delivery.payload, _correlation(delivery))
+            self._controls.handle(address, message.delivery.payload, message.correlation)
 
-    def _receive(self, delivery: Delivery, pending: list[tuple[Delivery, _Accepted | None]]) -> _Accepted | None:
-        """One request up to its place in the line; refusals are answered here."""
-        address = self._topics.address(delivery.topic)
-        assert address is not None
+    def _receive(self, message: Received, address: Address, pending: _Burst) -> _Accepted | None:
+        """One request up to its place in the queue; refusals are answered here."""
+        payload = message.delivery.payload
         policy = self._policies().routes[address.route].parse
         raw: RawRequest | None = None
         try:
-            raw = read_request(delivery.payload, policy=policy)
+            raw = read_request(payload, policy=policy)
             if raw is None:
                 return None
             if address.session is None:
                 name = policy.names.of("session_id")
                 address = self._topics.with_session(address.route, raw.session_id, field_name=name)
-            if delivery.response_topic is not None and delivery.response_topic != address.reply_topic:
-                self._reject(address, raw.request_id or uuid.uuid4().hex, delivery, "reply_topic_forbidden")
+            asked_for = message.delivery.response_topic
+            if asked_for is not None and asked_for != address.reply_topic:
+                request_id = raw.request_id or uuid.uuid4().hex
+                self._refusals.reject(message, address, request_id, "reply_topic_forbidden")
                 return None
-            return self._enter(delivery, address, raw, check_request(raw, policy=policy), pending)
+            return self._enter(message, address, raw, check_request(raw, policy=policy), pending)
         except RequestError as error:
-            ids = raw or guess_ids(delivery.payload, policy.names)
+            ids = raw or guess_ids(payload, policy.names)
             if address.session is None and ids.session_id is not None:
                 address = self._topics.find_session(address.route, ids.session_id) or address
-            self._refuse(address, ids.request_id, delivery, error)
+            self._refusals.refuse(message, address, ids.request_id, error)
             return None
 
     def _enter(
-        self,
-        delivery: Delivery,
-        address: Address,
-        raw: RawRequest,
-        request: Generate,
-        pending: list[tuple[Delivery, _Accepted | None]],
+        self, message: Received, address: Address, raw: RawRequest, request: Generate, pending: _Burst
     ) -> _Accepted | None:
         assert address.session is not None
+        delivery = message.delivery
         key = EntryKey(address.route, address.session, request.request_id or uuid.uuid4().hex)
-        if request.request_id is not None and self._sent_again(delivery, address, key, raw.digest, pending):
+        if request.request_id is not None and self._sent_again(message, address, key, raw.digest, pending):
             return None
-        if delivery.correlation is not None and _correlation(delivery) is None:
+        if delivery.correlation is not None and message.correlation is None:
             note = f"Correlation Data over {_MAX_CORRELATION_BYTES} bytes is not mirrored"
             request = replace(request, warnings=(*request.warnings, note))
         limits_s = [limit for limit in (request.timeout_s, delivery.expiry_s) if limit is not None]
@@ -274,7 +278,7 @@ class Intake:
             topic=delivery.topic,
             payload=delivery.payload,
             digest=raw.digest,
-            correlation=_correlation(delivery),
+            correlation=message.correlation,
             accepted_at=now,
             expires_at=now + timeout_s - waited_s,
             reply_topic=address.reply_topic or "",
@@ -288,19 +292,9 @@ class Intake:
         )
         return _Accepted(job, self._registry.enter(job))
 
-    def _sent_again(
-        self,
-        delivery: Delivery,
-        address: Address,
-        key: EntryKey,
-        digest: str,
-        pending: list[tuple[Delivery, _Accepted | None]],
-    ) -> bool:
+    def _sent_again(self, message: Received, address: Address, key: EntryKey, digest: str, pending: _Burst) -> bool:
         """Whether this id is known: then its state is told once more (protocol, section 5), and nothing runs twice."""
         job = self._registry.find(key)
-        if job is not None and any(item is not None and item.job is job for _, item in pending):
-            # Twice in one burst: the first one's events answer both.
-            return job.entry.digest == digest or self._reject(address, key.request_id, delivery, "duplicate_request")
         try:
             entry = job.entry if job is not None else self._store.find(key)
         except StoreError as problem:
@@ -309,70 +303,14 @@ class Intake:
         if entry is None:
             return False
         if entry.digest != digest:
-            return self._reject(address, key.request_id, delivery, "duplicate_request")
-        if job is not None:
-            if not job.responder.snapshot():
+            self._refusals.reject(message, address, key.request_id, "duplicate_request")
+        elif job is not None:
+            # Twice in one burst: the first one's events answer both.
+            if not any(item is not None and item.job is job for _, item in pending) and not job.responder.snapshot():
                 job.responder.queued(position=job.position, reason=job.wait_reason)
-            return True
-        terminal = entry.terminal or self._redelivery.unstored(key)
-        if terminal is not None:
-            self._redelivery.send(key, entry.reply_topic, terminal, _correlation(delivery))
-            return True
-        # In the journal, not ended and not inside: its end is being written at this moment, and will be published.
+        else:
+            terminal = entry.terminal or self._redelivery.unstored(key)
+            if terminal is not None:
+                self._redelivery.send(key, entry.reply_topic, terminal, message.correlation)
+            # Else its end is being written at this moment, and will be published.
         return True
-
-    # --- refusals ------------------------------------------------------------------------------------------------------
-
-    def _refuse(self, address: Address, request_id: str | None, delivery: Delivery, error: RequestError) -> None:
-        """Answer with one `error` event; nothing was accepted, nothing is remembered."""
-        self._counters.refused(error.code)
-        log.info(
-            "request.refused",
-            code=error.code,
-            topic=_shown(delivery.topic),
-            bytes=len(delivery.payload),
-            message=error.message,
-        )
-        if address.reply_topic is not None and request_id is not None and self._is_known(address, request_id):
-            # A broken copy of a request that is known: an `error` would end the good one in its client's eyes.
-            self._reject(address, request_id, delivery, "duplicate_request")
-            return
-        if address.reply_topic is None or address.session is None:
-            return  # The session stands in the payload and cannot be seen there: there is no topic to answer on.
-        writer = EventWriter(
-            request_id=request_id or uuid.uuid4().hex,
-            session_id=address.session,
-            max_bytes=self._maker.max_event_bytes(),
-        )
-        payload = writer.error(code=error.code, message=error.message, retryable=error.retryable, details=error.details)
-        self._outbox.publish(address.reply_topic, payload, correlation=_correlation(delivery))
-
-    def _is_known(self, address: Address, request_id: str) -> bool:
-        key = EntryKey(address.route, address.session or "", request_id)
-        try:
-            return self._registry.find(key) is not None or self._store.find(key) is not None
-        except StoreError:
-            return False
-
-    def _reject(self, address: Address, request_id: str, delivery: Delivery, code: str) -> bool:
-        assert address.reply_topic is not None
-        assert address.session is not None
-        message = {
-            "duplicate_request": "this request_id belongs to another request of this session; use a new random one",
-            "reply_topic_forbidden": f"answers go to {address.reply_topic} only; leave the Response Topic out or set it so",
-        }[code]
-        self._counters.refused(code)
-        log.info("request.rejected", code=code, topic=_shown(delivery.topic))
-        payload = events.rejected(request_id=request_id, session_id=address.session, code=code, message=message)
-        self._outbox.publish(address.reply_topic, payload, correlation=_correlation(delivery))
-        return True
-
-
-def _correlation(delivery: Delivery) -> bytes | None:
-    data = delivery.correlation
-    return data if data is not None and len(data) <= _MAX_CORRELATION_BYTES else None
-
-
-def _shown(topic: str) -> str:
-    """A topic for the log; a client may have put anything into it."""
-    return topic[:200]

@@ -30,7 +30,7 @@ class JobMaker:
         self._loop = loop
         self._active_streams = active_streams
         self._policies = policies
-        self.max_event_bytes = max_event_bytes
+        self._max_event_bytes = max_event_bytes
 
     def make(self, *, entry: Entry, address: Address, request: Generate, received_at: float, deadline: float) -> Job:
         assert address.session is not None
@@ -41,7 +41,7 @@ class JobMaker:
             outbox=self._outbox,
             topic=address.reply_topic,
             writer=EventWriter(
-                request_id=entry.key.request_id, session_id=address.session, max_bytes=self.max_event_bytes()
+                request_id=entry.key.request_id, session_id=address.session, max_bytes=self._max_event_bytes()
             ),
             correlation=entry.correlation,
             silent=request.stream is False or policies.routes[address.route].mode == "off",
@@ -49,7 +49,7 @@ class JobMaker:
             coalesce_min_s=streaming.coalesce_min_s,
             active_streams=self._active_streams,
             coalesce_max_chars=streaming.coalesce_max_chars,
-            max_event_bytes=self.max_event_bytes,
+            max_event_bytes=self._max_event_bytes,
         )
         job = Job(
             key=entry.key,

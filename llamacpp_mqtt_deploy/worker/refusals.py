@@ -1,0 +1,96 @@
+"""Answers to requests that were not accepted: one `error` or `rejected` event, and nothing is remembered of them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+from llamacpp_mqtt_deploy.core import events
+from llamacpp_mqtt_deploy.core.addresses import Address
+from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.worker.counters import Counters
+from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
+
+log = structlog.get_logger(__name__)
+
+_Rejected = Literal["duplicate_request", "reply_topic_forbidden"]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message with what its topic says (None: no topic of ours) and the Correlation Data that its answers mirror."""
+
+    delivery: Delivery
+    address: Address | None
+    correlation: bytes | None
+
+    def shown_topic(self) -> str:
+        """The topic for the log; a client may have put anything into it."""
+        return self.delivery.topic[:200]
+
+
+class Refusals:
+    """Publishes refusals. `address` is the one of the message, completed with the session of its payload where it could be."""
+
+    def __init__(
+        self,
+        *,
+        outbox: Outbox,
+        store: Store,
+        registry: JobRegistry,
+        counters: Counters,
+        max_event_bytes: Callable[[], int],
+    ) -> None:
+        self._outbox = outbox
+        self._store = store
+        self._registry = registry
+        self._counters = counters
+        self._max_event_bytes = max_event_bytes
+
+    def refuse(self, message: Received, address: Address, request_id: str | None, error: RequestError) -> None:
+        """Answer with an `error` event, which ends the stream of this request id."""
+        self._counters.refused(error.code)
+        log.info(
+            "request.refused",
+            code=error.code,
+            topic=message.shown_topic(),
+            bytes=len(message.delivery.payload),
+            message=error.message,
+        )
+        if address.reply_topic is None or address.session is None:
+            return  # The session stands in the payload and cannot be seen there: there is no topic to answer on.
+        if request_id is not None and self._is_known(address.route, address.session, request_id):
+            # A broken copy of a request that is known: an `error` would end the good one in its client's eyes.
+            self.reject(message, address, request_id, "duplicate_request")
+            return
+        writer = EventWriter(
+            request_id=request_id or uuid.uuid4().hex, session_id=address.session, max_bytes=self._max_event_bytes()
+        )
+        payload = writer.error(code=error.code, message=error.message, retryable=error.retryable, details=error.details)
+        self._outbox.publish(address.reply_topic, payload, correlation=message.correlation)
+
+    def reject(self, message: Received, address: Address, request_id: str, code: _Rejected) -> None:
+        """Answer with a `rejected` event, which ends no stream."""
+        assert address.reply_topic is not None
+        assert address.session is not None
+        text = {
+            "duplicate_request": "this request_id belongs to another request of this session; use a new random one",
+            "reply_topic_forbidden": f"answers go to {address.reply_topic} only; leave the Response Topic out or set it so",
+        }[code]
+        self._counters.refused(code)
+        log.info("request.rejected", code=code, topic=message.shown_topic())
+        payload = events.rejected(request_id=request_id, session_id=address.session, code=code, message=text)
+        self._outbox.publish(address.reply_topic, payload, correlation=message.correlation)
+
+    def _is_known(self, route: str, session: str, request_id: str) -> bool:
+        key = EntryKey(route, session, request_id)
+        try:
+            return self._registry.find(key) is not None or self._store.find(key) is not None
+        except StoreError:
+            return False
