@@ -145,6 +145,11 @@ Published = Literal["queued", "full", "unfit"]
 or no broker of this connection could ever take it as it is (its topic, its size), so trying the same again is useless."""
 
 
+Share = Literal["event", "answer"]
+"""Whose part of the outbox a publish takes: events of accepted requests and what the worker says of itself, or an answer to a
+message that was not accepted (a refusal, an ack), of which there may be a third of the outbox."""
+
+
 class Outbox(Protocol):
     """The half of a link that the corridor sees."""
 
@@ -158,6 +163,7 @@ class Outbox(Protocol):
         correlation: bytes | None = None,
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
+        share: Share = "event",
     ) -> Published:
         """Queue a publish and say whether it was; what was not queued is forgotten, and its `on_done` never runs.
 
@@ -192,6 +198,9 @@ class Link(Outbox, Protocol):
         `retained` asks for the messages that the broker keeps for these topics (MQTT 3.1.1 sends them always, flagged)."""
 
     def info(self) -> LinkInfo: ...
+
+    def room_for_answers(self, largest: int) -> int:
+        """How many publishes of the share `answer`, of up to so many bytes each, the outbox is sure to take now."""
 
     def flush(self, deadline: Deadline) -> bool:
         """Wait until nothing is unacknowledged; False when the deadline passed."""

@@ -93,6 +93,8 @@ class MqttSettings(Section):
     """Messages received and not yet read; beyond it QoS 1 messages wait at the broker."""
     outbox_messages: Annotated[int, Field(ge=100, le=1_000_000)] = 5000
     """Events published and not yet acknowledged by the broker; beyond it generations pause or end."""
+    outbox_mib: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """The same in MiB: whichever bound is reached first counts. Refusals and acks get a third of both."""
     tls: TlsSettings = TlsSettings()
 
 

@@ -18,6 +18,7 @@ import structlog
 import tenacity
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
+from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.mqtt import explain
 from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S, Reminder
@@ -76,7 +77,9 @@ class ConnectionThread:
 
         # Shared with other threads.
         self._changed = threading.Condition()
-        self._sending = Sending(self._changed)
+        budget = OutboxBudget(most_messages=settings.outbox_messages, most_bytes=settings.outbox_mib * MIB)
+        self.room_for_answers = budget.room_for_answers
+        self._sending = Sending(self._changed, budget)
         self._outgoing = self._sending.outgoing
         self.puback = self._sending.puback  # straight from the wire: one comes for each event
         self._receipts = Receipts()
@@ -124,11 +127,10 @@ class ConnectionThread:
     def enqueue(self, publish: Publish) -> bool:
         """Queue a publish; False when there is no place for it."""
         with self._changed:
-            if len(self._outgoing) >= self._settings.outbox_messages or self._state in ("closed", "taken_over"):
+            if self._closing is not None or self._state in ("closed", "taken_over"):
                 return False
-            if self._closing is not None or (publish.qos == 0 and self._state != "online"):
+            if (publish.qos == 0 and self._state != "online") or not self._outgoing.take(publish):
                 return False
-            self._outgoing.waiting.append(publish)
         self._wire_loop.wake()
         return True
 
@@ -164,7 +166,7 @@ class ConnectionThread:
                 last = None
                 if farewell is not None and self._state != "taken_over":
                     last = Publish(farewell.topic, farewell.payload, 1, True, None, None, self._farewell_done)
-                    self._outgoing.waiting.append(last)
+                    self._outgoing.take_last(last)
                 self._closing = Closing(deadline, Deadline(OFFLINE_GRACE_S), last)
                 self._changed.notify_all()
         self._wire_loop.wake()

@@ -14,7 +14,7 @@ from llamacpp_mqtt_deploy.mqtt.connection_thread import HEADER_ROOM, ConnectionT
 from llamacpp_mqtt_deploy.mqtt.packets import MOST_MQTT_PACKET, packet_bytes
 from llamacpp_mqtt_deploy.mqtt.receiving import Subscription
 from llamacpp_mqtt_deploy.mqtt.session import Publish
-from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, Published, Retained
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, Published, Retained, Share
 from llamacpp_mqtt_deploy.stopping import Deadline
 
 log = structlog.get_logger(__name__)
@@ -73,6 +73,7 @@ class MqttLink:
         correlation: bytes | None = None,
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
+        share: Share = "event",
     ) -> Published:
         fault = topic_fault(topic) or self._size_fault(topic, payload, correlation)
         if fault is not None:
@@ -80,8 +81,11 @@ class MqttLink:
             log.warning("publish.unfit", topic=ascii(topic[:200]), bytes=len(payload), why=fault)
             return "unfit"
         expires_at = None if expiry_s is None else time.monotonic() + expiry_s
-        queued = self._connection.enqueue(Publish(topic, payload, qos, retain, correlation, expires_at, on_done))
-        return "queued" if queued else "full"
+        publish = Publish(topic, payload, qos, retain, correlation, expires_at, on_done, answer=share == "answer")
+        return "queued" if self._connection.enqueue(publish) else "full"
+
+    def room_for_answers(self, largest: int) -> int:
+        return self._connection.room_for_answers(largest)
 
     def acknowledge(self, delivery: Delivery) -> None:
         self._connection.acknowledge(delivery)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.outbox_budget import OutboxBudget
 from llamacpp_mqtt_deploy.mqtt import explain
 from llamacpp_mqtt_deploy.mqtt.backoff import Reminder
 from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
@@ -24,8 +25,8 @@ T = TypeVar("T")
 class Sending:
     """The outgoing half of a link, over whichever wire it has; `changed` is notified when the last publish is done."""
 
-    def __init__(self, changed: threading.Condition) -> None:
-        self.outgoing = Outgoing()
+    def __init__(self, changed: threading.Condition, budget: OutboxBudget | None = None) -> None:
+        self.outgoing = Outgoing(budget)
         self.max_packet_bytes: int | None = None
         self.retain_available = True
         """What the broker of the latest connection announced, as the line above."""
@@ -135,6 +136,7 @@ class Sending:
 
     def done(self, publish: Publish, *, well: bool) -> None:
         """Tell whoever published it, once, and whoever waits for the last one."""
+        self.outgoing.finished(publish)
         on_done = publish.on_done
         if on_done is not None:
             publish.on_done = None

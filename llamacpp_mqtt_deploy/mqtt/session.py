@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llamacpp_mqtt_deploy.core.outbox_budget import OutboxBudget
+
 STRIKES = 3
 """So many connections in a row must end on one and the same unacknowledged publish before it is given up."""
 
@@ -27,12 +29,16 @@ class Publish:
     correlation: bytes | None
     expires_at: float | None
     on_done: Callable[[bool], None] | None
+    answer: bool = False
+    """It answers a message that was not accepted; see `OutboxBudget`."""
+    size: int = 0
+    """The bytes that it was counted with."""
 
 
 class Outgoing:
     """Waiting publishes in order, then the ones in flight in the order in which they were sent.
 
-    `waiting` may be appended to by any thread; everything else belongs to the link's thread.
+    `take` is for any thread, one at a time; everything else belongs to the link's thread.
 
     A broker that closes the connection because of one publish (mosquitto's `message_size_limit` is not announced) gets it again
     after each reconnect, for ever. So: when two connections in a row end on the same oldest unacknowledged publish, the next
@@ -40,7 +46,8 @@ class Outgoing:
     the third time, is the culprit, and it alone is given up; innocent ones before it are acknowledged on the way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: OutboxBudget | None = None) -> None:
+        self._budget = budget or OutboxBudget(most_messages=5000, most_bytes=64 * 1024 * 1024)
         self.waiting: deque[Publish] = deque()
         self.flying: dict[int, Publish] = {}
         self._taken: Publish | None = None
@@ -54,6 +61,23 @@ class Outgoing:
 
     def __len__(self) -> int:
         return len(self.waiting) + (self._taken is not None) + len(self.flying)
+
+    def take(self, publish: Publish) -> bool:
+        """Queue a publish; False when the budget has no place for it."""
+        publish.size = size = len(publish.payload) + len(publish.topic)
+        if not self._budget.take(size, answer=publish.answer):
+            return False
+        self.waiting.append(publish)
+        return True
+
+    def take_last(self, publish: Publish) -> None:
+        """Queue the farewell, for which there is always a place."""
+        self._budget.force(publish.size)
+        self.waiting.append(publish)
+
+    def finished(self, publish: Publish) -> None:
+        """A publish that was taken is over, however it ended; once for each."""
+        self._budget.give_back(publish.size, answer=publish.answer)
 
     @property
     def on_probation(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
 from llamacpp_mqtt_deploy.core.topics import topic_fault
-from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Published, Retained
+from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Published, Retained, Share
 from llamacpp_mqtt_deploy.stopping import Deadline
 from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker, LoopbackClient, StoredMessage
 
@@ -25,6 +27,7 @@ class _Publish:
     message: StoredMessage
     expiry_s: int | None
     on_done: Callable[[bool], None] | None
+    gives_back: Callable[[], None]
     sent_in: int = 0
 
 
@@ -37,12 +40,14 @@ class LoopbackLink:
         *,
         client_id: str = "loopback-link",
         outbox_messages: int = 5000,
+        outbox_mib: int = 64,
         retry_s: float = 0.02,
         protocol: str = "5",
     ) -> None:
         self._broker = broker
         self._client_id = client_id
-        self._outbox_messages = outbox_messages
+        self._budget = OutboxBudget(most_messages=outbox_messages, most_bytes=outbox_mib * MIB)
+        self.room_for_answers = self._budget.room_for_answers
         self._retry_s = retry_s
         self._protocol = protocol
         self._actions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -79,6 +84,7 @@ class LoopbackLink:
         correlation: bytes | None = None,
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
+        share: Share = "event",
     ) -> Published:
         fault = topic_fault(topic)
         limit = self._broker.max_payload_bytes
@@ -88,11 +94,13 @@ class LoopbackLink:
             )
             return "unfit"
         with self._changed:
-            if self._state in ("closed", "taken_over") or len(self._outbox) >= self._outbox_messages:
+            if self._state in ("closed", "taken_over") or (qos == 0 and self._state != "online"):
                 return "full"
-            if qos == 0 and self._state != "online":
+            size, answer = len(topic) + len(payload) + len(correlation or b""), share == "answer"
+            if not self._budget.take(size, answer=answer):
                 return "full"
-            self._put(topic, payload, qos, retain, correlation, expiry_s, on_done)
+            gives_back = functools.partial(self._budget.give_back, size, answer=answer)
+            self._put(topic, payload, qos, retain, correlation, expiry_s, on_done, gives_back)
         return "queued"
 
     def acknowledge(self, delivery: Delivery) -> None:
@@ -150,7 +158,14 @@ class LoopbackLink:
             done = threading.Event()
             with self._changed:
                 self._put(
-                    farewell.topic, farewell.payload, 1, True, None, None, lambda well: done.set() if well else None
+                    farewell.topic,
+                    farewell.payload,
+                    1,
+                    True,
+                    None,
+                    None,
+                    lambda well: done.set() if well else None,
+                    lambda: None,
                 )
             said = done.wait(deadline.remaining_s())
         self._actions.put(lambda: self._leave(with_will=not said))
@@ -241,6 +256,7 @@ class LoopbackLink:
         correlation: bytes | None,
         expiry_s: int | None,
         on_done: Callable[[bool], None] | None,
+        gives_back: Callable[[], None],
     ) -> None:
         message = StoredMessage(
             topic=topic,
@@ -252,7 +268,7 @@ class LoopbackLink:
         )
         self._next_key += 1
         key = self._next_key
-        self._outbox[key] = _Publish(message, expiry_s, on_done)
+        self._outbox[key] = _Publish(message, expiry_s, on_done, gives_back)
         self._actions.put(lambda: self._send(key))
 
     def _send(self, key: int) -> None:
@@ -269,6 +285,8 @@ class LoopbackLink:
             return
         with self._changed:
             publish = self._outbox.pop(key, None)
+            if publish is not None:
+                publish.gives_back()
             self._last_puback_at = time.monotonic()
             self._changed.notify_all()
         if publish is None:

@@ -52,16 +52,21 @@ class Bus:
             if (self.member, ability) in GAPS:
                 pytest.skip(GAPS[self.member, ability])
 
-    def case(self, *, wait: bool = True, acknowledges: bool = True, outbox_messages: int = 5000) -> LinkCase:
+    def case(
+        self, *, wait: bool = True, acknowledges: bool = True, outbox_messages: int = 5000, outbox_mib: int = 64
+    ) -> LinkCase:
         link: Any
         if self.member == "loopback":
-            link = LoopbackLink(self._loopback, client_id=self.client_id, outbox_messages=outbox_messages)
+            link = LoopbackLink(
+                self._loopback, client_id=self.client_id, outbox_messages=outbox_messages, outbox_mib=outbox_mib
+            )
         else:
             settings = MqttSettings(
                 host="127.0.0.1",
                 port=self._cable.port,
                 protocol=self.member.partition("-")[2],
                 outbox_messages=outbox_messages,
+                outbox_mib=outbox_mib,
                 reconnect_max_s=0.3,
             )
             link = MqttLink(settings, client_id=self.client_id)
@@ -81,6 +86,19 @@ class Bus:
             self._loopback.drop_connection(self.client_id)
         else:
             self._cable.cut()
+
+    def hold(self) -> None:
+        """Let no PUBACK reach the link."""
+        if self.member == "loopback":
+            self._loopback.hold_pubacks()
+        else:
+            self._cable.stall()
+
+    def release(self) -> None:
+        if self.member == "loopback":
+            self._loopback.release_pubacks()
+        else:
+            self._cable.resume()
 
     def close(self) -> None:
         for close in reversed(self._open):
@@ -303,6 +321,40 @@ def test_a_full_outbox_refuses_and_takes_again_when_it_has_drained(bus: Bus) -> 
     assert case.link.flush(Deadline(10))
     eventually(lambda: len(done) == taken)
     assert case.publish(bus.topic("x"), b"2")
+
+
+def test_an_outbox_is_full_also_by_bytes_and_takes_again_when_it_has_drained(bus: Bus) -> None:
+    case = bus.case(outbox_mib=1)
+    bus.hold()
+    done: list[bool] = []
+    piece = b"x" * 50_000
+    told = [case.link.publish(bus.topic("x"), piece, on_done=done.append) for _ in range(30)]
+    taken = told.count("queued")
+    assert taken == 1024 * 1024 // (len(piece) + len(bus.topic("x")))
+    assert told == ["queued"] * taken + ["full"] * (30 - taken)
+    assert case.link.info().unacknowledged == taken
+    bus.release()
+    assert case.link.flush(Deadline(10))
+    eventually(lambda: done == [True] * taken)
+    assert case.publish(bus.topic("x"), b"y" * 1_000_000)
+
+
+@pytest.mark.parametrize("size", [1, 40_000], ids=["in-number", "in-bytes"])
+def test_answers_get_a_third_of_the_outbox_and_leave_the_rest_to_events(bus: Bus, size: int) -> None:
+    case = bus.case(outbox_messages=300, outbox_mib=1)
+    assert case.link.room_for_answers(size) > 1
+    bus.hold()
+    told = [case.link.publish(bus.topic("x"), b"x" * size, share="answer") for _ in range(150)]
+    taken = told.count("queued")
+    third = min(100, 1024 * 1024 // 3 // size + 1)
+    assert taken == third
+    assert "queued" not in told[taken:]
+    assert case.link.room_for_answers(size) == 0
+    assert [case.link.publish(bus.topic("x"), b"x" * size) for _ in range(15)] == ["queued"] * 15
+    bus.release()
+    assert case.link.flush(Deadline(10))
+    assert case.link.room_for_answers(size) > 1
+    assert case.publish(bus.topic("x"), b"x" * size, share="answer")
 
 
 def test_closing_says_farewell_and_not_the_will(bus: Bus) -> None:
