@@ -17,7 +17,7 @@ from llamacpp_mqtt_deploy.worker.accumulator import Told, done_fields, usage_fie
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
-from llamacpp_mqtt_deploy.worker.own_errors import defect, stop_error
+from llamacpp_mqtt_deploy.worker.own_errors import defect, outbox_full, stop_error
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
@@ -49,23 +49,27 @@ class Completion:
             return
         try:
             told = self._told(job)
-            terminal = job.responder.done(self._done_fields(job, finish_reason, told))
-            history = self._history(job, told, finish_reason)
+            error: RequestError | None = None
+            history: HistoryChange | None = None
+            if job.responder.overflowed and finish_reason != "cancelled":
+                # What the last chunks should have told is missing: this is no whole answer.
+                error = outbox_full()
+                terminal = _error_event(job, error, told)
+            else:
+                terminal = job.responder.done(self._done_fields(job, finish_reason, told))
+                history = self._history(job, told, finish_reason)
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
             self._end_by_defect(job)
         else:
-            self._end(job, terminal, history, outcome=finish_reason)
+            self._end(job, terminal, history, outcome=error.code if error is not None else finish_reason, error=error)
 
     def failed(self, job: Job, error: RequestError) -> None:
         """End with `error`; what was told already comes along as `partial_content`."""
         if not self._registry.claim_end(job):
             return
         try:
-            details = _error_details(job, error, self._told(job))
-            terminal = job.responder.error(
-                code=error.code, message=error.message, retryable=error.retryable, details=details
-            )
+            terminal = _error_event(job, error, self._told(job))
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
             self._end_by_defect(job)
@@ -209,6 +213,11 @@ class Completion:
         if not error.quoted or self._log_content():
             return error.message
         return error.message.replace(error.quoted, f"({len(error.quoted)} characters of the engine, not logged)")
+
+
+def _error_event(job: Job, error: RequestError, told: Told) -> bytes:
+    details = _error_details(job, error, told)
+    return job.responder.error(code=error.code, message=error.message, retryable=error.retryable, details=details)
 
 
 def _error_details(job: Job, error: RequestError, told: Told) -> dict[str, Any]:

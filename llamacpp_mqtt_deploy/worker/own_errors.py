@@ -15,11 +15,16 @@ def stop_error(reason: StopReason | None, *, limit_s: float, started: bool) -> R
         case "shutting_down":
             return ShuttingDown("the worker is stopping; send the request again in a moment")
         case "outbox_full":
-            return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
+            return outbox_full()
         case "unjournaled":
             return Internal("the worker cannot write its journal (is its disk full?); the request was not accepted")
         case "cancelled" | "put_back" | None:
             return Internal("the request was stopped without a reason")
+
+
+def outbox_full() -> RequestError:
+    """For a stream of which the outbox did not take an event."""
+    return Interrupted("the broker does not take events at the moment: the worker's outbox is full")
 
 
 def lost_too_often(starts: int) -> RequestError:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.ports import Outbox, Published
@@ -28,7 +30,8 @@ class Responder:
     `silent` (requests with `stream: false`, routes with mode `off`) publishes the terminal event alone. Text given to `text`
     is coalesced: `wake(call)` has to run `call` soon in another thread than the link's, when an acknowledgement lets waiting
     text go. `active_streams` tells how many streams there are just now, `max_event_bytes` what the broker takes just now. When
-    the outbox does not take an event, `on_overflow` runs once.
+    the outbox does not take an event, `on_overflow` runs once, and only the terminal event is left to be said: after a hole
+    no chunk is of use to its client.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class Responder:
         self._told_calls = False
         self._settles = False
         self._wake_is_set = False
-        self._overflowed = False
+        self.overflowed = False
+        """The outbox did not take an event: the chunks end there, whatever the engine has said since."""
         self._closed = False
         self._holds = 0
         self._held: list[tuple[bytes, Callable[[bool], None] | None]] = []
@@ -87,9 +91,10 @@ class Responder:
             self._holds -= 1
             if self._holds == 0:
                 held, self._held = self._held, []
-                for payload, on_done in held:
-                    if self._hand_over(payload, on_done) != "queued" and on_done is not None:
-                        self._acked += 1
+                for place, (payload, on_done) in enumerate(held):
+                    if self._hand_over(payload, on_done) != "queued":
+                        self._untell([payload for payload, _ in held[place:]])
+                        return
 
     def withdraw(self) -> None:
         """The journal does not have it, and nobody has heard of this request: what was kept back is forgotten."""
@@ -137,7 +142,10 @@ class Responder:
             return True
 
     def _may(self, kind: Any) -> bool:
-        return not (self.silent or self._closed) and self._writer.allows(kind)
+        return self._tells() and self._writer.allows(kind)
+
+    def _tells(self) -> bool:
+        return not (self.silent or self._closed or self.overflowed)
 
     # --- chunks --------------------------------------------------------------------------------------------------------
 
@@ -238,14 +246,14 @@ class Responder:
                 self._tell(kind, text[start : start + self._max_chars] if len(text) > self._max_chars else text)
 
     def _tell(self, kind: TextKind, text: str) -> None:
-        if text and not (self.silent or self._closed):
+        if text and self._tells():
             if len(text) > _SURELY_FITS_CHARS:
                 self._look_at_limit()
-            self._publish_chunks(self._writer.chunks(kind, text))
             self._published[kind].append(text)
+            self._publish_chunks(self._writer.chunks(kind, text))
 
     def _tell_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
-        if not (self.silent or self._closed):
+        if self._tells():
             self._look_at_limit()
             self._told_calls = True
             self._publish_chunks(self._writer.tool_calls(deltas))
@@ -255,13 +263,30 @@ class Responder:
         self._writer.max_bytes = self._max_event_bytes()
 
     def _publish_chunks(self, payloads: Sequence[bytes]) -> None:
-        for payload in payloads:
-            self._sent += 1
-            if self._publish(payload, self._chunk_done) != "queued":
-                self._acked += 1
+        self._sent += len(payloads)
         self.chunks = self._writer.next_seq
-        if self.first_chunk_at is None:
-            self.first_chunk_at = self.last_event_at
+        for place, payload in enumerate(payloads):
+            if self._publish(payload, self._chunk_done) != "queued":
+                self._untell(payloads[place:])
+                return
+            if self.first_chunk_at is None:
+                self.first_chunk_at = self.last_event_at
+
+    def _untell(self, payloads: Sequence[bytes]) -> None:
+        """The outbox took none of these: their chunks have no number, and what they say was not told."""
+        events = map(orjson.loads, payloads)
+        chunks = [event for event in events if event["type"] == "chunk"]
+        self._sent -= len(chunks)
+        self._writer.next_seq -= len(chunks)
+        self.chunks = self._writer.next_seq
+        if not self.chunks:
+            self.first_chunk_at = None
+        for kind, told in self._published.items():
+            lost = sum(len(chunk.get(kind, "")) for chunk in chunks)
+            text = "".join(told)
+            self._published[kind] = [text[: len(text) - lost]]
+        if any("tool_calls" in chunk for chunk in chunks):
+            self._told_calls = False
 
     def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
@@ -307,8 +332,8 @@ class Responder:
 
     def _hand_over(self, payload: bytes, on_done: Callable[[bool], None] | None) -> Published:
         published = self._outbox.publish(self.topic, payload, correlation=self._correlation, on_done=on_done)
-        if published != "queued" and not self._overflowed:
+        if published != "queued" and not self.overflowed:
             # Whichever it was: the stream would have a hole.
-            self._overflowed = True
+            self.overflowed = True
             self.on_overflow()
         return published

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import Finished, Text, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.ports import Published
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from tests.support.waiting import eventually
@@ -76,4 +79,32 @@ def test_a_tool_call_that_is_none_ends_the_request_with_an_engine_error(bus: Bus
     assert end["code"] == "engine_error"
     assert "tool" in end["message"]
     bus.ask("two", request_id="r2")
+    assert bus.listener.terminal("r2")["type"] == "done"
+
+
+@pytest.mark.parametrize("refused_seq", [0, 1, 2])
+def test_a_stream_of_which_the_outbox_refused_a_chunk_ends_interrupted_without_a_hole(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, refused_seq: int
+) -> None:
+    """The last chunk (2) as well: its `done` would claim to be the whole answer."""
+    engine = ScriptedEngine()
+    engine.play(Text("one "), Text("two "), Text("three"))
+    worker = bus.worker(engine, streaming__mode="simulated", streaming__chunk_chars=4)
+    link = worker.daemon.parts.link
+    publish = link.publish
+    refusals: list[bytes] = []
+
+    def refusing(topic: str, payload: bytes, **wishes: Any) -> Published:
+        if not refusals and b'"type":"chunk"' in payload and b'"seq":%d,' % refused_seq in payload:
+            refusals.append(payload)
+            return "full"
+        return publish(topic, payload, **wishes)
+
+    monkeypatch.setattr(link, "publish", refusing)
+    bus.ask("count", request_id="r1")
+    end = bus.listener.terminal("r1")
+    assert (end["type"], end["code"], end["seq"]) == ("error", "interrupted", refused_seq)
+    assert end["partial_content"] == bus.listener.read("r1").content == ("one two "[: 4 * refused_seq])
+    assert len(refusals) == 1
+    bus.ask("again", request_id="r2")
     assert bus.listener.terminal("r2")["type"] == "done"

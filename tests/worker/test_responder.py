@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.ports import Delivery, Published
@@ -18,7 +20,8 @@ from llamacpp_mqtt_deploy.worker.responder import Responder
 class SlowBroker:
     """Takes publishes and acknowledges when it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, places: int = 1000) -> None:
+        self.places = places
         self.events: list[dict[str, Any]] = []
         self.pending: list[Callable[[bool], None]] = []
         self.taken = threading.Semaphore(0)
@@ -26,6 +29,8 @@ class SlowBroker:
     def publish(
         self, topic: str, payload: bytes, *, on_done: Callable[[bool], None] | None = None, **_: Any
     ) -> Published:
+        if len(self.events) >= self.places:
+            return "full"
         self.events.append(json.loads(payload))
         if on_done is not None:
             self.pending.append(on_done)
@@ -42,16 +47,20 @@ class SlowBroker:
         return [event.get("content") or event.get("tool_calls") for event in self.events if event["type"] == "chunk"]
 
 
-def _responder(broker: SlowBroker, woken: list[Callable[[], None]] | None = None) -> Responder:
+def _responder(
+    broker: SlowBroker, woken: list[Callable[[], None]] | None = None, *, max_bytes: int = 4096, held: bool = False
+) -> Responder:
     wake = (lambda _s, call: woken.append(call)) if woken is not None else (lambda _s, call: call())
     responder = Responder(
         outbox=broker,
         topic="llm/reply/demo",
-        writer=EventWriter(request_id="r", session_id="demo", max_bytes=4096),
+        writer=EventWriter(request_id="r", session_id="demo", max_bytes=max_bytes),
         correlation=None,
         silent=False,
         wake=wake,
     )
+    if held:
+        responder.hold()
     responder.start({"worker": "w", "created": 1})
     return responder
 
@@ -210,3 +219,36 @@ def test_the_time_of_the_first_chunk_stays_and_that_of_the_latest_event_moves(mo
     assert first is not None
     assert second is not None
     assert start < first < second
+
+
+@given(places=st.integers(1, 12), held=st.booleans(), more=st.integers(0, 3))
+def test_after_an_event_that_the_outbox_refused_only_the_end_goes_out_and_it_has_the_next_number(
+    places: int, held: bool, more: int
+) -> None:
+    broker = SlowBroker(places=places)
+    responder = _responder(broker, [], max_bytes=400, held=held)
+    overflows: list[None] = []
+    responder.on_overflow = lambda: overflows.append(None)
+    answer = "one two three " * 100  # does not fit into one event
+    responder.piece("reasoning", "hm, ")
+    responder.piece("content", answer)
+    if held:
+        responder.release()
+    broker.places += more  # the broker takes events again: too late for this stream
+    responder.piece("content", "four")
+    responder.tool_calls([{"index": 0, "id": "c", "name": "f", "arguments": "{}"}])
+    responder.ping(state="generating")
+    assert not responder.snapshot() or not overflows
+    told = responder.close_text(content=answer + "four", reasoning="hm, ", catch_up=True)
+    end = json.loads(responder.error(code="interrupted", message="full", retryable=True, details={}))
+
+    chunks = [event for event in broker.events if event["type"] == "chunk"]
+    assert [chunk["seq"] for chunk in chunks] == list(range(len(chunks)))
+    assert end["seq"] == responder.chunks == len(chunks)
+    assert told.content == "".join(chunk.get("content", "") for chunk in chunks)
+    assert told.reasoning == "".join(chunk.get("reasoning", "") for chunk in chunks)
+    assert told.calls == any("tool_calls" in chunk for chunk in chunks)
+    assert responder.unacknowledged() == len(chunks)
+    assert (responder.first_chunk_at is not None) == bool(chunks)
+    assert len(overflows) == responder.overflowed
+    assert len(broker.events) <= places or not overflows
