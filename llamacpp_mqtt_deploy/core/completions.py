@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from llamacpp_mqtt_deploy.core.counts import count, rate
 from llamacpp_mqtt_deploy.core.deltas import (
     Delta,
     Finished,
@@ -122,7 +122,7 @@ class CompletionReader:
         reason = _FINISH_REASONS.get(self.finish_reason or "stop", "stop")
         if reason == "stop" and self._calls:
             reason = "tool_calls"  # Ollama and others say `stop` after a tool call
-        return Finished(reason, self._counted(), _rate(self._timings.get("predicted_per_second")), self._stop_sequence)
+        return Finished(reason, self._counted(), rate(self._timings.get("predicted_per_second")), self._stop_sequence)
 
     def _read_delta(self, delta: Mapping[str, Any], deltas: list[Delta], *, halves: bool) -> None:
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
@@ -187,9 +187,9 @@ class CompletionReader:
 
     def _read_progress(self, progress: Mapping[str, Any], deltas: list[Delta]) -> None:
         new = PromptProgress(
-            processed=_count(progress.get("processed")),
-            total=_count(progress.get("total")),
-            cached=_count(progress.get("cache")),
+            processed=count(progress.get("processed")) or 0,
+            total=count(progress.get("total")) or 0,
+            cached=count(progress.get("cache")) or 0,
         )
         if new != self._progress:
             self._progress = new
@@ -212,20 +212,21 @@ class CompletionReader:
 
     def _counted(self) -> TokenUsage:
         usage, timings = self._usage, self._timings
-        cached = _section(usage, "prompt_tokens_details").get("cached_tokens")
-        reasoning = _section(usage, "completion_tokens_details").get("reasoning_tokens")
-        prompt = usage.get("prompt_tokens")
+        cached = count(_section(usage, "prompt_tokens_details").get("cached_tokens"))
+        if cached is None:
+            cached = count(timings.get("cache_n")) or 0
+        prompt = count(usage.get("prompt_tokens"))
         if prompt is None:
             known = self._progress.total if self._progress else 0
-            prompt = _count(timings.get("cache_n")) + _count(timings.get("prompt_n")) or known
-        completion = usage.get("completion_tokens")
+            prompt = (count(timings.get("cache_n")) or 0) + (count(timings.get("prompt_n")) or 0) or known
+        completion = count(usage.get("completion_tokens"))
         if completion is None:
-            completion = timings.get("predicted_n", self._deltas)
+            completion = count(timings.get("predicted_n"))
         return TokenUsage(
-            prompt_tokens=_count(prompt),
-            completion_tokens=_count(completion),
-            cached_tokens=_count(timings.get("cache_n") if cached is None else cached),
-            reasoning_tokens=None if reasoning is None else _count(reasoning),
+            prompt_tokens=prompt,
+            completion_tokens=self._deltas if completion is None else completion,
+            cached_tokens=cached,
+            reasoning_tokens=count(_section(usage, "completion_tokens_details").get("reasoning_tokens")),
         )
 
     def _whole(self, kind: str, text: object) -> str:
@@ -262,7 +263,8 @@ def _leaf(fields: Mapping[str, Any], text: str, status: int | None) -> RequestEr
     kind, code = str(fields.get("type") or ""), fields.get("code")
     number = code if isinstance(code, int) and not isinstance(code, bool) else status
     if kind == "exceed_context_size_error" or code == "context_length_exceeded" or _is_overflow(text, number):
-        numbers = {name: fields[name] for name in ("n_prompt_tokens", "n_ctx") if isinstance(fields.get(name), int)}
+        told = {name: count(fields.get(name)) for name in ("n_prompt_tokens", "n_ctx")}
+        numbers = {name: number for name, number in told.items() if number is not None}
         return ContextOverflow(
             f"The request does not fit into the engine's context: {text or 'no numbers given'}", **numbers
         )
@@ -317,11 +319,3 @@ def _forgiving_loads(data: bytes) -> Any:
 def _section(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = document.get(name)
     return found if isinstance(found, dict) else {}
-
-
-def _count(value: object) -> int:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0
-
-
-def _rate(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else None

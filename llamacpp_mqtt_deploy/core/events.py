@@ -50,7 +50,7 @@ class OutOfOrder(Exception):
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
-    """One line of compact JSON; lone surrogates (which no engine should send) become U+FFFD."""
+    """One line of compact JSON; lone surrogates become U+FFFD, numbers beyond 64 bits null: no engine should send them."""
     try:
         return orjson.dumps(event)
     except TypeError:
@@ -64,7 +64,7 @@ def _scrubbed(value: Any) -> Any:
         return {str(key): _scrubbed(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_scrubbed(item) for item in value]
-    return value
+    return None if isinstance(value, int) and not -(2**63) <= value < 2**64 else value
 
 
 class EventWriter:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
+from llamacpp_mqtt_deploy.core.counts import checked_end
 from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, Opened, PromptProgress, Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.ports import Pending
 from llamacpp_mqtt_deploy.worker.jobs import Job
@@ -85,7 +86,7 @@ class Forwarder:
         if self._live:
             self._end_sentence()
             self._job.responder.flush()
-        self._job.answer.finished = finished
+        self._job.answer.finished = checked_end(finished)
 
     def _begin(self) -> None:
         if not self._begun:

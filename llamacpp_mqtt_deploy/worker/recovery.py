@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -153,7 +153,7 @@ class Recovery:
         return address, check_request(raw, policy=route.parse)
 
     def _end(self, entry: Entry, error: RequestError) -> None:
-        self._finish(entry, _terminal(entry, error, metadata=_metadata(entry)))
+        self._finish(entry, _terminal(entry, error, metadata=self._metadata(entry)))
         log.warning(
             "request.finished",
             route=entry.key.route,
@@ -163,6 +163,17 @@ class Recovery:
             starts=entry.starts,
             message=error.message,
         )
+
+    def _metadata(self, entry: Entry) -> dict[str, object] | None:
+        """The client's own `metadata`, which every terminal event echoes; None when it cannot be read any more."""
+        route = self._policies().routes.get(entry.key.route)
+        policy = RequestPolicy() if route is None else route.parse
+        try:
+            raw = read_request(entry.payload, policy=replace(policy, max_request_bytes=len(entry.payload) + 1))
+        except RequestError:
+            return None
+        found = raw.body.get("metadata") if raw is not None else None
+        return found if isinstance(found, dict) else None
 
     def _finish(self, entry: Entry, terminal: bytes) -> None:
         now = time.time()
@@ -186,13 +197,3 @@ def _terminal(entry: Entry, error: RequestError, *, metadata: dict[str, object] 
         retryable=error.retryable,
         metadata=metadata,
     )
-
-
-def _metadata(entry: Entry) -> dict[str, object] | None:
-    """The client's own `metadata`, which every terminal event echoes; None when it cannot be read any more."""
-    try:
-        raw = read_request(entry.payload, policy=RequestPolicy(max_request_bytes=len(entry.payload) + 1))
-    except RequestError:
-        return None
-    found = raw.body.get("metadata") if raw is not None else None
-    return found if isinstance(found, dict) else None

@@ -118,3 +118,17 @@ def test_a_full_disk_at_the_start_ends_what_was_begun_all_the_same(bus: Bus, mon
     monkeypatch.setattr(SqliteStore, "finish", finish)
     assert bus.listener.terminal("good")["type"] == "done"
     eventually(lambda: worker.daemon.parts.store.unfinished() == [])
+
+
+def test_metadata_under_another_name_is_echoed_after_a_crash_too(bus: Bus) -> None:
+    key = EntryKey("game", "demo", "r1")
+    payload = b'{"message": "hi", "requestId": "r1", "extra": {"tags": {"k": 1}}}'
+    entry = _entry("r1", key=key, topic="game/request/demo", payload=payload, reply_topic="game/reply/demo")
+    _leave(bus, [entry], streaming=[key])
+    bus.worker(
+        routes__game__request="game/request/{session}",
+        routes__game__reply="game/reply/{session}",
+        routes__game__fields={"prompt": "message", "request_id": "requestId", "metadata": "extra.tags"},
+    )
+    end = bus.listener.terminal("r1")
+    assert (end["code"], end["metadata"]) == ("interrupted", {"k": 1})

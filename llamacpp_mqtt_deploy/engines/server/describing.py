@@ -11,6 +11,7 @@ import orjson
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.completions import clean
+from llamacpp_mqtt_deploy.core.counts import count
 from llamacpp_mqtt_deploy.engines.server.devices import backend_of_metrics, backend_of_ollama
 from llamacpp_mqtt_deploy.engines.server.dialects import Dialect, template_thinks
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
@@ -22,6 +23,8 @@ T = TypeVar("T")
 ANSWER_WITHIN_S = 3.0
 """A server that is alive answers these questions at once, also while it generates."""
 MAX_MODELS = 100
+MAX_SLOTS = 256
+"""As many as `engine.slots` may be: each gets a thread, whatever a server says of itself."""
 
 
 class NotDescribed(Exception):
@@ -154,8 +157,8 @@ def _llamacpp(
 
 
 def _llamacpp_info(settings: EngineSettings, kind: str, props: Mapping[str, Any]) -> EngineInfo:
-    slots = _whole(props.get("total_slots")) or 1
-    n_ctx = _whole(_section(props, "default_generation_settings").get("n_ctx"))
+    slots = min(count(props.get("total_slots")) or 1, MAX_SLOTS)
+    n_ctx = count(_section(props, "default_generation_settings").get("n_ctx")) or None
     if settings.context_tokens is not None:
         n_ctx = min(settings.context_tokens, n_ctx or settings.context_tokens)
     caps = _section(props, "chat_template_caps")
@@ -214,7 +217,3 @@ def _models(settings: EngineSettings) -> tuple[str, ...]:
 def _section(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = document.get(name)
     return found if isinstance(found, dict) else {}
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

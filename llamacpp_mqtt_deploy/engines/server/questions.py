@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from llamacpp_mqtt_deploy.core.counts import count
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
 from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
 from llamacpp_mqtt_deploy.stopping import StopSignal
@@ -38,20 +39,20 @@ class Questions:
             if key in self._counts:
                 self._counts.move_to_end(key)
                 return self._counts[key]
-        count = self._count(content, stop)
+        counted = self._count(content, stop)
         stop.raise_if_set()
-        if count is not None:
+        if counted is not None:
             with self._lock:
-                self._counts[key] = count
+                self._counts[key] = counted
                 while len(self._counts) > COUNTS_KEPT:
                     self._counts.popitem(last=False)
-        return count
+        return counted
 
     def _count(self, content: bytes, stop: StopSignal) -> int | None:
         """Ask the server to count; servers older than that endpoint render the template and tokenize it."""
         status, answer = self.ask(f"{COMPLETIONS}/input_tokens", content, stop)
         if status == 200:
-            return _whole(answer.get("input_tokens"))
+            return count(answer.get("input_tokens"))
         if status not in (404, 405, 501):
             return None
         status, answer = self.ask("/apply-template", content, stop)
@@ -107,13 +108,9 @@ def _slot_progress(slot: dict[str, Any]) -> SlotProgress:
     first = following[0] if isinstance(following, list) and following else following
     decoded = first.get("n_decoded") if isinstance(first, dict) else None
     return SlotProgress(
-        id=_whole(slot.get("id")) or 0,
+        id=count(slot.get("id")) or 0,
         working=bool(slot.get("is_processing")),
-        task=_whole(slot.get("id_task")),
-        prompt_tokens_processed=_whole(slot.get("n_prompt_tokens_processed")) or 0,
-        tokens_decoded=_whole(decoded) or 0,
+        task=count(slot.get("id_task")),
+        prompt_tokens_processed=count(slot.get("n_prompt_tokens_processed")) or 0,
+        tokens_decoded=count(decoded) or 0,
     )
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
