@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools test test-fast mutants check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools test test-fast mutants bench check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -98,6 +98,11 @@ COUNT ?= 40
 ONLY ?=
 mutants: install broker ## break the code in COUNT small ways, one at a time, and count those that the tests notice
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.support.mutations --seed $(SEED) --count $(COUNT) --only "$(ONLY)"
+
+# All of it takes about half an hour on two idle cores; BENCH_ARGS="--only a,b --json new.json --compare old.json".
+BENCH_ARGS ?=
+bench: install inprocess broker ## measure what the bus costs beside the engine alone (BENCH_ARGS="--only a,b")
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 check: install ## lint, format and types
 	$(BIN)/ruff check $(PROJECT)

@@ -22,7 +22,7 @@ def free_port() -> int:
 
 class Mosquitto:
     """`users` makes a password file, `acl` an ACL file; `tls` names (ca, cert, key), and asks for client certificates with
-    `client_certificates`. `port` is plain TCP, `tls_port`, `websocket_port` and `unix_path` exist where asked for.
+    `client_certificates`; without `verbose` it logs what `settings` say. `port` is plain TCP, `tls_port`, `websocket_port` and `unix_path` exist where asked for.
     """
 
     def __init__(
@@ -37,12 +37,13 @@ class Mosquitto:
         unix: bool = False,
         persistence: bool = False,
         settings: Sequence[str] = (),
+        verbose: bool = True,
     ) -> None:
         self._program = require_program("mosquitto")
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._users, self._acl, self._tls, self._client_certificates = users, acl, tls, client_certificates
-        self._persistence, self._settings = persistence, tuple(settings)
+        self._persistence, self._settings, self._verbose = persistence, tuple(settings), verbose
         self.host = "127.0.0.1"
         self.port = free_port()
         self.tls_port = free_port() if tls else 0
@@ -58,7 +59,10 @@ class Mosquitto:
         with self.log_path.open("ab") as log:
             # mosquitto drops root for the user `mosquitto`, who may not read a test's folder.
             self._process = subprocess.Popen(
-                [self._program, "-c", str(config), "-v"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [self._program, "-c", str(config), *(["-v"] if self._verbose else [])],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         eventually(self._listens, 10.0)
         return self
@@ -108,7 +112,7 @@ class Mosquitto:
         return True
 
     def _lines(self) -> list[str]:
-        lines = ["per_listener_settings false", "log_type all"]
+        lines = ["per_listener_settings false", *(["log_type all"] if self._verbose else [])]
         if os.geteuid() == 0:
             lines.append("user root")
         if self._users is None:

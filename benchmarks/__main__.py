@@ -1,0 +1,91 @@
+"""What the bus costs, measured: `python -m benchmarks`, or `make bench`. docs/performance.md tells how to read it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import Bench
+from benchmarks.ceiling import ceiling
+from benchmarks.figures import aligned, rows
+from benchmarks.processor import cost
+from benchmarks.samples import LoadFailed
+from benchmarks.speed import first_token, throughput
+from benchmarks.users import paced
+from benchmarks.world import World
+
+CASES: Mapping[str, Callable[[Bench], None]] = {
+    "a": throughput,
+    "b": first_token,
+    "c": cost,
+    "d": ceiling,
+    "i": paced,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    wanted = _parser().parse_args(arguments)
+    older = _values(wanted.compare) if wanted.compare else None
+    with World() as world:
+        bench = Bench(world, wanted.quick)
+        described = world.described()
+        for name, value in (line for part in described.values() for line in part.items()):
+            bench.tell(f"{name}: {value}")
+        seconds = {}
+        for letter in wanted.only or CASES:
+            bench.tell(f"({letter}) {_title(CASES[letter])}")
+            started = time.monotonic()
+            try:
+                CASES[letter](bench)
+            except LoadFailed as failed:
+                print(f"({letter}) failed: {failed}", file=sys.stderr)
+                return 1
+            seconds[letter] = round(time.monotonic() - started, 1)
+            bench.tell(f"  took {seconds[letter]:.0f} s")
+    print()
+    print(aligned(rows(bench.figures, older)))
+    record = {
+        **described,
+        "quick": wanted.quick,
+        "seconds": seconds,
+        "figures": [figure.as_json() for figure in bench.figures],
+        "curves": bench.curves,
+    }
+    if wanted.json:
+        wanted.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    cases = ", ".join(f"{letter}: {_title(case)}" for letter, case in CASES.items())
+    parser.add_argument("--only", type=_letters, metavar="A,B,...", help=f"only these cases ({cases})")
+    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works, not to read figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="show the ratio to the figures of an older file")
+    return parser
+
+
+def _title(case: Callable[[Bench], None]) -> str:
+    return (case.__doc__ or "").partition(") ")[2].rstrip(".")
+
+
+def _letters(text: str) -> list[str]:
+    letters = [letter.strip() for letter in text.split(",") if letter.strip()]
+    if unknown := [letter for letter in letters if letter not in CASES]:
+        raise argparse.ArgumentTypeError(f"there is no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    return letters
+
+
+def _values(path: Path) -> dict[tuple[str, str], float]:
+    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return {(figure["case"], figure["name"]): figure["value"] for figure in record["figures"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The benchmarks run to their end and say what they measured; how fast anything was is not looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.figures import Figure, aligned, median_of, percentile, rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--quick", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def figures_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {figure["name"]: figure for figure in json.loads(path.read_text())["figures"]}
+
+
+@pytest.mark.broker
+def test_each_token_of_a_paced_engine_is_counted_on_both_ways_and_compared_with_an_older_run(tmp_path: Path) -> None:
+    out = run("--only", "i", "--json", str(tmp_path / "new.json"))
+    figures = figures_of(tmp_path / "new.json")
+    ratio = figures["tokens/s, bus / direct, 50 tokens/s, 8 streams"]
+    assert 0 < ratio["value"] < 2
+    assert ratio["target"] == ">= 0.995"
+    assert ("ok" if ratio["met"] else "missed") in out
+    assert "\r" not in out  # plain lines in a pipe
+    again = run("--only", "i", "--compare", str(tmp_path / "new.json"))
+    assert "old/new" in again
+
+
+@pytest.mark.broker
+@pytest.mark.engine
+def test_the_bus_is_measured_beside_a_real_engine(tmp_path: Path) -> None:
+    run("--only", "b", "--json", str(tmp_path / "new.json"))
+    figures = figures_of(tmp_path / "new.json")
+    assert figures["first token direct, 8 streams"]["value"] > 0
+    assert figures["first token over the bus, 8 streams"]["n"] == 2 * 8 * 4
+
+
+def test_a_case_that_does_not_exist_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--only", "a,z"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "there is no case z" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value, target, met",
+    [
+        (0.97, ">= 0.97", True),
+        (0.969, ">= 0.97", False),
+        (22.0, "<= 22", True),
+        (22.1, "<= 22", False),
+        (1.0, "", None),
+    ],
+)
+def test_a_figure_knows_whether_it_meets_its_target(value: float, target: str, met: bool | None) -> None:
+    assert Figure(case="a", name="x", value=value, target=target).met is met
+
+
+def test_a_table_shows_the_median_its_quartiles_and_the_ratio_to_an_older_run() -> None:
+    figure = median_of("c", "per token", [1.0, 2.0, 3.0, 4.0, 100.0], unit="us", target="<= 22")
+    table = rows([figure], {("c", "per token"): 6.0})
+    assert table[1] == ("c", "per token", "3.00", "us", "2.00 - 4.00", "5", "<= 22", "ok", "2.00")
+    assert aligned(table).splitlines()[1].startswith("c     per token")
+    assert percentile(range(100), 0.99) == 99
