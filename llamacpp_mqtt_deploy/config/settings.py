@@ -241,6 +241,10 @@ class LimitsSettings(Section):
     """Largest event in bytes; less when the broker says so."""
     queue_size: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Requests that wait for a slot, over all sessions."""
+    max_queue_mib: Annotated[int, Field(ge=1, le=1_048_576)] = 64
+    """Most MiB of requests that wait for a slot, over all sessions."""
+    queue_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Part of the queue, of its places and of its MiB, that one first topic level may hold while others wait too."""
     session_queue: Annotated[int, Field(ge=1, le=1000)] = 4
     """Prompts of one session that wait for their turn."""
     max_requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] = 0

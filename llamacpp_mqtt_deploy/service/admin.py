@@ -18,7 +18,7 @@ from llamacpp_mqtt_deploy.ports import Delivery, Engine, Outbox
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.worker.control import Controls
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
-from llamacpp_mqtt_deploy.worker.policies import InForce
+from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits
 
 log = structlog.get_logger(__name__)
 
@@ -77,8 +77,7 @@ class Operations:
         self._in_force.change(settings=found.settings, engine_models=self._engine.info().models)
         limits = found.settings.limits
         self._registry.set_limits(
-            queue_size=limits.queue_size,
-            session_queue=limits.session_queue,
+            limits=queue_limits(found.settings),
             aging_s=limits.aging_s,
             max_requests_per_minute=limits.max_requests_per_minute,
         )

@@ -28,7 +28,7 @@ from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
-from llamacpp_mqtt_deploy.worker.policies import InForce, topic_map
+from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits, topic_map
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -62,8 +62,7 @@ class Parts:
         self.counters = Counters()
         limits = settings.limits
         self.registry = JobRegistry(
-            queue_size=limits.queue_size,
-            session_queue=limits.session_queue,
+            limits=queue_limits(settings),
             aging_s=limits.aging_s,
             max_requests_per_minute=limits.max_requests_per_minute,
             slots=settings.engine.slots or 1,

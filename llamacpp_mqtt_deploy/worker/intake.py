@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
@@ -34,6 +35,8 @@ log = structlog.get_logger(__name__)
 _MAX_CORRELATION_BYTES = 64
 # One commit for a burst: as many messages as are there, at most this many, so that the first need not wait for the last.
 _BURST = 64
+# When a request that lost its place in the queue may try again; a full queue takes some time to shrink.
+_RETRY_EVICTED_S = 10.0
 
 
 @dataclass(slots=True)
@@ -41,7 +44,8 @@ class _Accepted:
     """A request of the current burst: in the queue, held until the journal has it."""
 
     job: Job
-    evicted: Job | None
+    evicted: list[Job]
+    """Those that lost their place in the queue to it."""
 
 
 _Burst = list[tuple[Delivery, _Accepted | None]]
@@ -169,13 +173,16 @@ class Intake:
             written = self._store.accept_soon([job.entry for job in jobs])
             # Callbacks come in the order of the writes, so that nothing overtakes this on its way to the clients.
             written.on_done(lambda problem: self._journaled(jobs, receipt, problem))
+            self._end_evicted(accepted)
             self._let_go(accepted)
         except StoreError as problem:
             self._not_journaled(jobs, receipt, problem)
+            self._end_evicted(accepted)
         except Exception:
             log.exception("intake.failed", requests=len(accepted))
             for job in jobs:
                 self._completion.failed(job, defect())
+            self._end_evicted(accepted)
             self._acknowledger.ready(receipt)
 
     def _journaled(self, jobs: Sequence[Job], receipt: Receipt, problem: StoreError | None) -> None:
@@ -199,13 +206,20 @@ class Intake:
             if job.phase in ("queued", "pacing"):
                 self._completion.stopped(job)
 
+    def _end_evicted(self, accepted: list[_Accepted]) -> None:
+        """Tell those that lost their places. In another thread: an end waits for the disk, and this thread is everybody's.
+
+        After the write of the requests was begun: one of them may have lost its place to another, and ends after it began.
+        """
+        for item in accepted:
+            for job in item.evicted:
+                own = job.address.first_level == item.job.address.first_level
+                whose = "a more urgent request of yours" if own else "a client that holds fewer places"
+                error = Busy(f"the queue is full and {whose} took this place", retry_after_s=_RETRY_EVICTED_S)
+                self._background.run(("evicted", job.key), partial(self._completion.failed, job, error))
+
     def _let_go(self, accepted: list[_Accepted]) -> None:
         """Let these requests run."""
-        for item in accepted:
-            if item.evicted is not None:
-                self._completion.failed(
-                    item.evicted, Busy("the queue is full and a more urgent request took this place", retry_after_s=10)
-                )
         waiting = [item.job for item in accepted if self._registry.must_wait(item.job)]
         positions = self._registry.positions() if waiting else {}
         self._registry.commit([item.job for item in accepted])

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llamacpp_mqtt_deploy.core.addresses import Address
-from llamacpp_mqtt_deploy.core.admission import LANES, AdmissionQueue, RateLimiter, Ticket
+from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.errors import ShuttingDown
+from llamacpp_mqtt_deploy.core.rates import RateLimiter
 from llamacpp_mqtt_deploy.core.requests import Generate
+from llamacpp_mqtt_deploy.core.turns import LANES, Ticket
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from llamacpp_mqtt_deploy.worker.accumulator import AnswerAccumulator
@@ -54,6 +56,8 @@ class Job:
     live: bool = False
     """Its chunks go out as they are generated; otherwise the answer is collected and paced."""
     forgotten: bool = False
+    ticket: Ticket | None = None
+    """Its place in the queue, also when it waits no more."""
     _ended: bool = False
 
     @property
@@ -77,11 +81,9 @@ class JobRegistry:
     Owner of the lock: it is held for arithmetic only. Publishing, storing and calling back is left to the callers.
     """
 
-    def __init__(
-        self, *, queue_size: int, session_queue: int, aging_s: float, max_requests_per_minute: int, slots: int
-    ) -> None:
+    def __init__(self, *, limits: QueueLimits, aging_s: float, max_requests_per_minute: int, slots: int) -> None:
         self._condition = threading.Condition()
-        self._queue = AdmissionQueue(queue_size=queue_size, session_queue=session_queue, aging_s=aging_s)
+        self._queue = AdmissionQueue(limits=limits, aging_s=aging_s)
         self._rates = RateLimiter(max_requests_per_minute)
         self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
         self._early: OrderedDict[EntryKey, float] = OrderedDict()
@@ -97,11 +99,10 @@ class JobRegistry:
 
     # --- limits that a reload can change ----------------------------------------------------------------------------
 
-    def set_limits(self, *, queue_size: int, session_queue: int, aging_s: float, max_requests_per_minute: int) -> None:
+    def set_limits(self, *, limits: QueueLimits, aging_s: float, max_requests_per_minute: int) -> None:
         with self._condition:
-            self._queue.queue_size = queue_size
-            self._queue.session_queue = session_queue
-            self._queue.aging_s = aging_s
+            self._queue.limits = limits
+            self._queue.turns.aging_s = aging_s
             self._rates.per_minute = max_requests_per_minute
 
     def set_slots(self, slots: int) -> None:
@@ -112,8 +113,8 @@ class JobRegistry:
 
     # --- in ------------------------------------------------------------------------------------------------------------
 
-    def enter(self, job: Job, *, recovered: bool = False) -> Job | None:
-        """Give the job a place in the queue, held until `commit`; returns a job that lost its place to it.
+    def enter(self, job: Job, *, recovered: bool = False) -> list[Job]:
+        """Give the job a place in the queue, held until `commit`; returns the jobs that lost their place to it.
 
         Raises ShuttingDown, RateLimited, SessionBusy, Busy. A recovered job was accepted before a restart: no limit applies.
         """
@@ -122,22 +123,15 @@ class JobRegistry:
                 if self._draining or self._closed:
                     raise ShuttingDown("the worker takes no new requests at the moment; try again later")
                 self._rates.check(job.address.first_level, job.received_at)
-            ticket = Ticket(
-                key=job.key,
-                lane=job.lane,
-                first_level=job.address.first_level,
-                session=job.session,
-                arrived=job.received_at,
-                held=True,
-            )
             job.wait_reason = self.wait_reason
-            pacing = sum(1 for other in self._jobs.values() if other.phase == "pacing")
-            evicted = self._queue.admit(ticket, retry_after_s=self._retry_after_s(), outside=pacing, force=recovered)
+            job.ticket = _ticket(job)
+            paced = [other.ticket for other in self._jobs.values() if other.phase == "pacing" and other.ticket]
+            leaving = self._queue.admit(job.ticket, retry_after_s=self._retry_after_s(), paced=paced, force=recovered)
             if not recovered:
                 # Counted once it has its place: whoever is told to come back later has spent nothing.
                 self._rates.take(job.address.first_level, job.received_at)
             self._jobs[job.key] = job
-            return self._jobs.get(evicted.key) if evicted else None  # type: ignore[call-overload]  # our own keys
+            return [self._jobs[ticket.key] for ticket in leaving]  # type: ignore[index]  # our own keys
 
     def commit(self, jobs: Sequence[Job]) -> None:
         """These are in the journal: they may be taken now."""
@@ -317,3 +311,15 @@ class JobRegistry:
         with self._condition:
             self._closed = True
             self._condition.notify_all()
+
+
+def _ticket(job: Job) -> Ticket:
+    return Ticket(
+        key=job.key,
+        lane=job.lane,
+        first_level=job.address.first_level,
+        session=job.session,
+        arrived=job.received_at,
+        size=len(job.entry.payload),
+        held=True,
+    )

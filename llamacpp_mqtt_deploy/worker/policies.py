@@ -8,6 +8,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.config.settings import RouteSettings, Settings, StreamingMode
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
+from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE, RouteTopics, route_topics
@@ -63,6 +64,17 @@ class InForce:
     def change(self, *, settings: Settings | None = None, engine_models: tuple[str, ...]) -> None:
         """Other settings (a reload), or other models (the engine said what it serves)."""
         self._policies = Policies.of(settings or self.settings, engine_models=engine_models)
+
+
+def queue_limits(settings: Settings) -> QueueLimits:
+    """What may wait for a slot."""
+    limits = settings.limits
+    return QueueLimits(
+        queue_size=limits.queue_size,
+        session_queue=limits.session_queue,
+        max_bytes=limits.max_queue_mib * 1024 * 1024,
+        share=limits.queue_share,
+    )
 
 
 def topic_map(settings: Settings) -> TopicMap:

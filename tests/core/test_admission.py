@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from math import ceil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, RateLimiter, Ticket
+from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.errors import Busy, RateLimited, SessionBusy
+from llamacpp_mqtt_deploy.core.rates import RateLimiter
+from llamacpp_mqtt_deploy.core.turns import Ticket
 
 
-def _line(queue_size: int = 100, session_queue: int = 4, aging_s: float = 30.0) -> AdmissionQueue:
-    return AdmissionQueue(queue_size=queue_size, session_queue=session_queue, aging_s=aging_s)
+def _line(
+    queue_size: int = 100,
+    session_queue: int = 4,
+    aging_s: float = 30.0,
+    share: float = 1.0,
+    max_bytes: int = 1_000_000,
+) -> AdmissionQueue:
+    limits = QueueLimits(queue_size=queue_size, session_queue=session_queue, share=share, max_bytes=max_bytes)
+    return AdmissionQueue(limits=limits, aging_s=aging_s)
 
 
-def _ticket(key: str, *, lane: int = 1, level: str = "a", session: str | None = None, at: float = 0.0) -> Ticket:
-    return Ticket(key=key, lane=lane, first_level=level, session=session, arrived=at)
+def _ticket(
+    key: str, *, lane: int = 1, level: str = "a", session: str | None = None, at: float = 0.0, size: int = 0
+) -> Ticket:
+    return Ticket(key=key, lane=lane, first_level=level, session=session, arrived=at, size=size)
+
+
+def _flood(line: AdmissionQueue, level: str, number: int, *, size: int = 0) -> None:
+    _admit(line, *[_ticket(f"{level}{n}", level=level, at=n, size=size) for n in range(number)])
+
+
+def _evicted(line: AdmissionQueue, ticket: Ticket, paced: Sequence[Ticket] = ()) -> list[object]:
+    return [other.key for other in line.admit(ticket, retry_after_s=5.0, paced=paced)]
+
+
+def _held(line: AdmissionQueue) -> Counter[str]:
+    return Counter(ticket.first_level for ticket in line)
 
 
 def _admit(line: AdmissionQueue, *tickets: Ticket) -> None:
@@ -85,15 +112,180 @@ def test_a_held_ticket_is_not_taken_and_holds_its_session_back() -> None:
     assert line.front(1, 2.0) == {"one"}
 
 
-def test_a_full_line_gives_the_place_of_the_lowest_lane_to_a_higher_one() -> None:
+def test_a_full_queue_gives_the_place_of_an_own_lower_lane_to_a_higher_one() -> None:
     line = _line(queue_size=2)
     _admit(line, _ticket("b1", lane=2, at=0), _ticket("b2", lane=2, at=1))
-    evicted = line.admit(_ticket("i", lane=0, at=2), retry_after_s=5.0)
-    assert evicted is not None
-    assert evicted.key == "b2"
+    assert _evicted(line, _ticket("i", lane=0, at=2)) == ["b2"]
     with pytest.raises(Busy) as refusal:
         line.admit(_ticket("b3", lane=2, at=3), retry_after_s=5.0)
     assert refusal.value.details["retry_after_s"] == 5.0
+
+
+def test_a_newcomer_takes_the_newest_place_of_whoever_holds_most() -> None:
+    line = _line(queue_size=6)
+    _flood(line, "greedy", 4)
+    _admit(line, _ticket("m0", level="modest", at=10), _ticket("m1", level="modest", at=11))
+    assert _evicted(line, _ticket("n0", level="new", at=20)) == ["greedy3"]
+    with pytest.raises(Busy):
+        line.admit(_ticket("more", level="greedy", at=21), retry_after_s=5.0)
+
+
+def test_two_levels_never_push_each_other_out_in_turn() -> None:
+    line = _line(queue_size=1)
+    _flood(line, "a", 1)
+    with pytest.raises(Busy):
+        line.admit(_ticket("b0", level="b"), retry_after_s=5.0)
+    line = _line(queue_size=3)
+    _flood(line, "a", 3)
+    assert _evicted(line, _ticket("b0", level="b")) == ["a2"]
+    for level in "ab":
+        with pytest.raises(Busy):
+            line.admit(_ticket("more", level=level), retry_after_s=5.0)
+
+
+def test_an_urgent_request_takes_a_place_of_its_own_level_before_any_other() -> None:
+    line = _line(queue_size=4)
+    _flood(line, "greedy", 3)
+    _admit(line, _ticket("m", level="modest", lane=2, at=5))
+    assert _evicted(line, _ticket("urgent", level="greedy", lane=0, at=6)) == ["greedy2"]
+    assert _evicted(line, _ticket("mine", level="modest", lane=0, at=7)) == ["m"]
+
+
+def test_urgent_requests_put_out_nobody_elses_however_many_come() -> None:
+    line = _line(queue_size=4)
+    _admit(line, *[_ticket(f"m{n}", level="modest", lane=2, at=n) for n in range(2)])
+    _admit(line, *[_ticket(f"g{n}", level="greedy", lane=0, at=n) for n in range(2)])
+    for number in range(5):
+        with pytest.raises(Busy):
+            line.admit(_ticket(f"more{number}", level="greedy", lane=0, at=9), retry_after_s=5.0)
+
+
+def test_of_whoever_holds_most_the_lowest_lane_goes_first() -> None:
+    line = _line(queue_size=3)
+    lanes = [2, 1, 0]
+    _admit(line, *[_ticket(f"lane{lane}", level="greedy", lane=lane, at=n) for n, lane in enumerate(lanes)])
+    assert _evicted(line, _ticket("modest", level="modest", lane=2, at=3)) == ["lane2"]
+
+
+def test_a_level_alone_may_fill_the_queue_and_keeps_to_its_share_when_others_wait() -> None:
+    line = _line(queue_size=8, share=0.5)
+    _admit(line, _ticket("m", level="modest"))
+    _flood(line, "greedy", 4)
+    with pytest.raises(Busy, match="your share"):
+        line.admit(_ticket("more", level="greedy", at=4), retry_after_s=5.0)
+    line.remove("m")
+    _admit(line, *[_ticket(f"more{n}", level="greedy", at=4 + n) for n in range(4)])
+    assert len(line) == 8
+
+
+def test_large_requests_are_shared_by_their_bytes() -> None:
+    line = _line(max_bytes=1000)
+    _flood(line, "greedy", 10, size=100)
+    assert _evicted(line, _ticket("m0", level="modest", size=150)) == ["greedy9", "greedy8"]
+    assert _evicted(line, _ticket("m1", level="modest", size=350)) == ["greedy7", "greedy6", "greedy5"]
+    with pytest.raises(Busy, match="MiB"):
+        line.admit(_ticket("m2", level="modest", size=50), retry_after_s=5.0)
+    assert _held(line) == {"greedy": 5, "modest": 2}
+
+
+def test_a_level_keeps_to_its_share_of_the_bytes_when_others_wait() -> None:
+    line = _line(max_bytes=1000, share=0.5)
+    _admit(line, _ticket("m", level="modest", size=10))
+    _flood(line, "greedy", 5, size=100)
+    with pytest.raises(Busy, match="your share"):
+        line.admit(_ticket("more", level="greedy", size=100), retry_after_s=5.0)
+
+
+def test_a_request_larger_than_all_bytes_has_a_place_in_an_empty_queue_only() -> None:
+    line = _line(max_bytes=1000)
+    assert _evicted(line, _ticket("large", size=5000)) == []
+    with pytest.raises(Busy):
+        line.admit(_ticket("second", size=5000), retry_after_s=5.0)
+    assert line.next(0.0) is not None
+    assert _evicted(line, _ticket("small", level="b", size=10)) == []
+    with pytest.raises(Busy):
+        line.admit(_ticket("third", size=5000), retry_after_s=5.0)
+
+
+def test_answers_that_are_paced_take_places_of_their_own_level_alone() -> None:
+    line = _line(queue_size=4)
+    paced = [_ticket(f"p{n}", level="greedy") for n in range(4)]
+    with pytest.raises(Busy):
+        line.admit(_ticket("more", level="greedy"), retry_after_s=5.0, paced=paced)
+    for number in range(4):
+        assert _evicted(line, _ticket(f"m{number}", level="modest"), paced) == []
+    with pytest.raises(Busy):
+        line.admit(_ticket("m4", level="modest"), retry_after_s=5.0, paced=paced)
+
+
+def test_however_many_levels_pace_answers_there_are_bounds() -> None:
+    line = _line(queue_size=2)
+    paced = [_ticket(f"p{n}", level=f"l{n}") for n in range(4)]
+    with pytest.raises(Busy):
+        line.admit(_ticket("new", level="new"), retry_after_s=5.0, paced=paced)
+
+
+def test_a_request_of_an_earlier_life_has_its_place_whatever_the_limits() -> None:
+    line = _line(queue_size=1, max_bytes=1)
+    for number in range(3):
+        assert line.admit(_ticket(f"{number}", size=10), retry_after_s=5.0, force=True) == []
+    assert len(line) == 3
+
+
+_ARRIVALS = st.lists(
+    st.tuples(
+        st.sampled_from("aaabbcde"),
+        st.integers(0, 2),
+        st.sampled_from(["come", "come", "come", "go"]),
+        st.integers(0, 9),
+    ),
+    max_size=80,
+)
+
+
+@given(_ARRIVALS, st.integers(1, 12), st.integers(1, 40), st.sampled_from([0.1, 0.25, 0.5, 1.0]))
+def test_the_queue_keeps_its_bounds_and_nobody_within_an_even_part_of_it_is_put_out_by_another_level(
+    arrivals: list[tuple[str, int, str, int]], queue_size: int, max_bytes: int, share: float
+) -> None:
+    line = _line(queue_size=queue_size, max_bytes=max_bytes, share=share)
+    for number, (level, lane, step, size) in enumerate(arrivals):
+        if step == "go":
+            line.next(float(number))
+            continue
+        before = list(line)
+        newcomer = _ticket(str(number), lane=lane, level=level, at=number, size=size)
+        try:
+            gone = line.admit(newcomer, retry_after_s=1.0)
+        except Busy:
+            assert list(line) == before, "a refusal costs nobody anything"
+            continue
+        assert set(line) == (set(before) | {newcomer}) - set(gone)
+        assert len(line) <= queue_size
+        assert sum(ticket.size for ticket in line) <= max([max_bytes, *(ticket.size for ticket in line)])
+        held_before = Counter(ticket.first_level for ticket in before)
+        if _held(line)[level] > held_before[level] > 0 and set(held_before) - {level}:
+            assert _held(line)[level] <= ceil(share * queue_size)
+        assert all(each.lane > lane for each in gone if each.first_level == level)
+        losers = {each.first_level for each in gone} - {level}
+        for loser in losers:
+            places, sizes = _held(line), Counter[str]()
+            for ticket in line:
+                sizes[ticket.first_level] += ticket.size
+            assert places[loser] >= places[level] or sizes[loser] >= sizes[level], "it still holds no less"
+
+
+@given(_ARRIVALS, st.integers(2, 12))
+def test_a_level_below_its_even_part_of_a_full_queue_is_never_refused(
+    arrivals: list[tuple[str, int, str, int]], queue_size: int
+) -> None:
+    line = _line(queue_size=queue_size)
+    for number, (level, lane, _, _) in enumerate(arrivals):
+        held = _held(line)
+        even = queue_size // len({*held, level})
+        try:
+            line.admit(_ticket(str(number), lane=lane, level=level, at=number), retry_after_s=1.0)
+        except Busy:
+            assert held[level] >= even
 
 
 def test_the_running_prompt_does_not_count_among_a_sessions_waiting_ones() -> None:
@@ -142,7 +334,8 @@ def test_everybody_admitted_is_taken_exactly_once_and_sessions_keep_their_order(
     line = _line(session_queue=100)
     arrivals = sorted(wishes, key=lambda wish: wish[3])
     tickets = [
-        _ticket(str(n), lane=lane, level=level, session=session, at=at)
+        # The first level is a part of the session's path: one session is never of two levels.
+        _ticket(str(n), lane=lane, level=level, session=session and f"{level}/{session}", at=at)
         for n, (lane, level, session, at) in enumerate(arrivals)
     ]
     _admit(line, *tickets)
@@ -151,7 +344,7 @@ def test_everybody_admitted_is_taken_exactly_once_and_sessions_keep_their_order(
     order = _order(line, now=100.0)
     assert order == sorted(told, key=lambda key: told[key]), "the place that was told is the turn that was taken"
     assert sorted(order, key=str) == sorted((ticket.key for ticket in tickets), key=str)
-    for session in ("s", "t"):
+    for session in {ticket.session for ticket in tickets} - {None}:
         mine = [ticket.key for ticket in tickets if ticket.session == session]
         assert [key for key in order if key in mine] == mine
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -40,14 +42,104 @@ def test_the_lowest_lane_is_refused_first_and_the_highest_runs_first(bus: Bus) -
     engine = ScriptedEngine(slots=1)
     bus.worker(engine, limits__queue_size=2, routes__default__max_priority="interactive")
     gate = _hold_the_slot(bus, engine)
-    bus.ask("x", request_id="batch", session="a", priority="batch")
-    bus.ask("x", request_id="normal", session="b")
-    bus.ask("x", request_id="interactive", session="c", priority="interactive")
+    bus.ask("x", request_id="batch", session="ada/1", priority="batch")
+    bus.ask("x", request_id="normal", session="ada/2")
+    bus.ask("x", request_id="interactive", session="ada/3", priority="interactive")
     assert bus.listener.terminal("batch")["code"] == "busy"
     gate.open()
     bus.listener.terminal("normal")
     # The holder's slot is free before its end is in the journal, so its end may come after that of the next one.
     assert [end for end in _ends(bus) if end != "holder"] == ["batch", "interactive", "normal"]
+
+
+def _chat(bus: Bus, number: int, **fields: Any) -> str:
+    request_id = f"chat{number}"
+    bus.ask("hello", request_id=request_id, session=f"modest/{number}", **fields)
+    bus.listener.until(request_id=request_id)
+    return request_id
+
+
+def _flood(bus: Bus, requests: Iterable[int], **fields: Any) -> list[str]:
+    ids = [f"flood{number}" for number in requests]
+    for number, request_id in enumerate(ids):
+        bus.ask("x", request_id=request_id, session=f"greedy/{request_id}-{number}", **fields)
+    for request_id in ids:
+        bus.listener.until(request_id=request_id)
+    return ids
+
+
+def _codes(bus: Bus, ids: Iterable[str]) -> list[str]:
+    return [str(event.get("code", event["type"])) for event in map(bus.listener.terminal, ids)]
+
+
+def test_a_client_that_floods_the_queue_shuts_nobody_else_out(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine, limits__queue_size=8)
+    gate = _hold_the_slot(bus, engine)
+    flood = _flood(bus, range(10))
+    assert _codes(bus, flood[8:]) == ["busy", "busy"]
+    chat = []
+    for number in range(4):
+        chat.append(_chat(bus, number))
+        flood += _flood(bus, range(100 + 50 * number, 150 + 50 * number))
+    gate.open()
+    assert _codes(bus, chat) == ["done"] * 4
+    ends = _codes(bus, flood)
+    assert set(ends) == {"busy", "done"}
+    assert ends.count("done") == 4
+    assert "holds fewer" in bus.listener.terminal("flood7")["message"]
+
+
+def test_a_flood_of_urgent_requests_ends_nobody_elses(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine, limits__queue_size=8, routes__default__max_priority="interactive")
+    gate = _hold_the_slot(bus, engine)
+    chat = [_chat(bus, number, priority="batch") for number in range(4)]
+    flood = _flood(bus, range(100), priority="interactive")
+    gate.open()
+    assert _codes(bus, chat) == ["done"] * 4
+    assert _codes(bus, flood).count("done") == 4
+
+
+def test_an_urgent_request_that_finds_the_queue_full_takes_an_own_place(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    bus.worker(engine, limits__queue_size=4, routes__default__max_priority="interactive")
+    gate = _hold_the_slot(bus, engine)
+    flood = _flood(bus, range(2))
+    chat = [_chat(bus, number, priority="batch") for number in range(2)]
+    urgent = _chat(bus, 2, priority="interactive")
+    gate.open()
+    assert _codes(bus, [*flood, chat[0], urgent]) == ["done"] * 4
+    error = bus.listener.terminal(chat[1])
+    assert (error["code"], error["retryable"]) == ("busy", True)
+    assert "more urgent request of yours" in error["message"]
+
+
+def test_large_requests_of_one_client_leave_room_for_those_of_others(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1, n_ctx=None)
+    bus.worker(engine, limits__max_queue_mib=1)
+    gate = _hold_the_slot(bus, engine)
+    large = "word " * 60_000
+    for number in range(4):
+        bus.ask(large, request_id=f"flood{number}", session=f"greedy/{number}", max_tokens=1)
+    assert bus.listener.terminal("flood3")["code"] == "busy"
+    bus.ask(large, request_id="chat0", session="modest", max_tokens=1)
+    assert bus.listener.terminal("flood2")["code"] == "busy"
+    gate.open()
+    assert _codes(bus, ["flood0", "flood1", "chat0"]) == ["done"] * 3
+
+
+def test_a_request_that_lost_its_place_is_not_run_after_a_restart(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    worker = bus.worker(engine, limits__queue_size=2, limits__drain_timeout_s=0)
+    _hold_the_slot(bus, engine)
+    _flood(bus, range(2))
+    chat = _chat(bus, 0)
+    assert bus.listener.terminal("flood1")["code"] == "busy"
+    worker.stop()
+    bus.worker(ScriptedEngine())
+    assert _codes(bus, [chat, "flood0"]) == ["done", "done"]
+    assert [event["code"] for event in bus.listener.of("flood1") if event.get("final")] == ["busy"]
 
 
 def test_slots_are_shared_in_turn_between_first_topic_levels(bus: Bus) -> None:
@@ -82,10 +174,12 @@ def test_answers_that_are_being_paced_count_among_those_that_wait(bus: Bus) -> N
         ScriptedEngine(slots=1), limits__queue_size=3, streaming__mode="simulated", streaming__chunk_interval_s=5
     )
     for number in range(3):
-        bus.ask("a long answer to be paced out", request_id=f"r{number}", session=f"s{number}")
+        bus.ask("a long answer to be paced out", request_id=f"r{number}", session=f"ada/{number}")
         bus.listener.until(type="chunk", request_id=f"r{number}")
-    bus.ask("x", request_id="late", session="late")
+    bus.ask("x", request_id="late", session="ada/late")
     assert bus.listener.terminal("late")["code"] == "busy"
+    bus.ask("x", request_id="other", session="bob")
+    assert bus.listener.until(type="start", request_id="other")
 
 
 def test_the_whole_queue_is_told_that_the_engine_is_away(bus: Bus) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.core.addresses import Address
+from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
@@ -26,7 +27,9 @@ class Bench:
         self.now = 1000.0
         self.events: list[dict[str, Any]] = []
         self.ended: list[Job] = []
-        self.registry = JobRegistry(queue_size=9, session_queue=9, aging_s=60.0, max_requests_per_minute=60, slots=1)
+        self.registry = JobRegistry(
+            limits=QueueLimits(queue_size=9, session_queue=9), aging_s=60.0, max_requests_per_minute=60, slots=1
+        )
         self.deadlines = Deadlines(registry=self.registry, end=self.stopped, heartbeat_s=lambda: HEARTBEAT_S)
 
     def stopped(self, job: Job) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.config.loading import load
+from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
@@ -41,7 +42,9 @@ class NextLife:
             environ={},
         ).settings
         policies = Policies.of(settings)
-        self.registry = JobRegistry(queue_size=9, session_queue=9, aging_s=60.0, max_requests_per_minute=60, slots=1)
+        self.registry = JobRegistry(
+            limits=QueueLimits(queue_size=9, session_queue=9), aging_s=60.0, max_requests_per_minute=60, slots=1
+        )
         self.recovery = Recovery(
             store=self.store,
             registry=self.registry,

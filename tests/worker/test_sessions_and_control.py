@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import PromptProgress
 from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.ports import EntryKey
@@ -165,7 +166,9 @@ def test_a_cancel_that_comes_before_its_request_ends_it_at_once(bus: Bus) -> Non
 def test_an_early_cancel_is_kept_for_a_minute_once_and_never_more_than_a_thousand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    registry = JobRegistry(queue_size=1, session_queue=1, aging_s=1, max_requests_per_minute=0, slots=1)
+    registry = JobRegistry(
+        limits=QueueLimits(queue_size=1, session_queue=1), aging_s=1, max_requests_per_minute=0, slots=1
+    )
     keys = [EntryKey("default", "demo", f"r{number}") for number in range(1001)]
     for key in keys:
         registry.remember_cancel(key)

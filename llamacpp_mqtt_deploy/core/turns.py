@@ -1,0 +1,111 @@
+"""Who is next among those that wait: lanes first, then in turn between first topic levels, then between sessions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+LANES: tuple[str, ...] = ("interactive", "normal", "batch")
+
+# First levels and sessions are chosen by clients: the last turn of how many of each is remembered.
+_REMEMBERED = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A place in the queue. `session` is None for stateless requests, which need no turn within their session."""
+
+    key: Hashable
+    lane: int
+    first_level: str
+    session: Hashable | None
+    arrived: float
+    size: int = 0
+    """Bytes of the request."""
+    held: bool = False
+    """In the queue, not to be taken yet: its journal entry is not written."""
+    came_at_turn: int = 0
+    """How many turns had been taken when it came; set by `Turns`."""
+    number: int = 0
+    """Its place among all that ever came; set by `Turns`."""
+
+
+class Turns:
+    """Remembers who had a turn when, and puts those that wait in order. Pure; the caller brings the time.
+
+    Order: the lane (a request moves up one lane for every `aging_s` it waits, so that `batch` never starves), then the first
+    level whose last turn is longest ago, then the session whose last turn is longest ago, then arrival. A session that
+    had no turn yet, and a stateless request, count from when they came: a stream of new ones passes nobody for ever.
+    """
+
+    def __init__(self, aging_s: float) -> None:
+        self.aging_s = aging_s
+        self._turn = self._arrived = 0
+        self._levels: OrderedDict[str, int] = OrderedDict()
+        self._sessions: OrderedDict[Hashable, int] = OrderedDict()
+
+    def arrive(self, ticket: Ticket) -> None:
+        """Note when the ticket came, in turns."""
+        self._arrived += 1
+        ticket.came_at_turn, ticket.number = self._turn, self._arrived
+
+    def take(self, ticket: Ticket) -> None:
+        """The ticket has its turn, and so have its session and its level."""
+        self._turn += 1
+        self._levels[ticket.first_level] = self._turn
+        self._levels.move_to_end(ticket.first_level)
+        if len(self._levels) > _REMEMBERED:
+            self._levels.popitem(last=False)
+        if ticket.session is not None:
+            self._sessions[ticket.session] = self._turn
+            self._sessions.move_to_end(ticket.session)
+            if len(self._sessions) > _REMEMBERED:
+                self._sessions.popitem(last=False)
+
+    def order(self, chains: Sequence[Sequence[Ticket]], now: float) -> Iterator[Ticket]:
+        """Everybody in the order of their turns, as if nobody else came. Tickets of a chain go one after the other.
+
+        A turn changes the rank of its own level only, and a chain belongs to one level: so each level keeps its tickets
+        in order, and the levels are kept in the order of their best tickets.
+        """
+        turn = self._turn
+        level_turns: dict[str, int] = {}
+        tickets: dict[str, list[tuple[int, int, float, int, int]]] = {}
+
+        def put(chain: int, place: int, session_turn: int | None = None) -> None:
+            ticket = chains[chain][place]
+            since = self._since(ticket) if session_turn is None else session_turn
+            rank = (self._lane(ticket, now), since, ticket.arrived, ticket.number)
+            heappush(tickets.setdefault(ticket.first_level, []), (*rank, chain))
+
+        def rank_of(level: str) -> tuple[int, int, int, float, int, str]:
+            lane, since, arrived, number, _ = tickets[level][0]
+            return (lane, level_turns.get(level, self._levels.get(level, 0)), since, arrived, number, level)
+
+        taken = [0] * len(chains)
+        for chain in range(len(chains)):
+            put(chain, 0)
+        levels = [rank_of(level) for level in tickets]
+        heapify(levels)
+        while levels:
+            level = heappop(levels)[-1]
+            chain = heappop(tickets[level])[-1]
+            yield chains[chain][taken[chain]]
+            turn += 1
+            taken[chain] += 1
+            level_turns[level] = turn
+            if taken[chain] < len(chains[chain]):
+                put(chain, taken[chain], turn)
+            if tickets[level]:
+                heappush(levels, rank_of(level))
+
+    def _lane(self, ticket: Ticket, now: float) -> int:
+        return max(0, ticket.lane - int((now - ticket.arrived) / self.aging_s))
+
+    def _since(self, ticket: Ticket) -> int:
+        """The turn since which it waits: its session's last one, or the one at which it came."""
+        if ticket.session is None:
+            return ticket.came_at_turn
+        return self._sessions.get(ticket.session, ticket.came_at_turn)
