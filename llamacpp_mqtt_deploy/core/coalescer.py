@@ -1,4 +1,4 @@
-"""Fewer pieces out, no character lost: text waits while an earlier piece has not been acknowledged."""
+"""Joins the deltas of a stream that wait to go out: fewer chunks, no character lost, every kind in its order."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ Piece = tuple[TextKind, str] | tuple[Literal["tool_calls"], list[dict[str, Any]]
 
 
 class Coalescer:
-    """Collects deltas of one stream and says when they may go out.
+    """Collects deltas of one stream until they may go out (`core/flow.py`): fewer, larger chunks instead of a growing queue.
 
-    The first piece goes at once. After it one piece at a time: while `in_flight` pieces are unacknowledged the text
-    collects, so that a slow broker gets fewer, larger chunks instead of a growing queue. `min_interval_s` adds a pause
-    between pieces. Text of another kind (reasoning, then content) is kept apart, in order.
+    Text of another kind (reasoning, then content) is kept apart, in order.
     """
 
-    __slots__ = ("_parts", "in_flight", "last_sent", "min_interval_s")
+    __slots__ = ("_parts",)
 
-    def __init__(self, *, min_interval_s: float = 0.0) -> None:
-        self.min_interval_s = min_interval_s
-        self.in_flight = 0
-        self.last_sent: float | None = None
+    def __init__(self) -> None:
         self._parts: list[tuple[ChunkKind, list[Any]]] = []
 
     def __bool__(self) -> bool:
@@ -47,26 +42,8 @@ class Coalescer:
         else:
             deltas.append(delta)
 
-    def ready(self, now: float) -> bool:
-        """Whether the waiting text may go out now."""
-        if not self._parts:
-            return False
-        if self.last_sent is None:
-            return True
-        return self.in_flight == 0 and now - self.last_sent >= self.min_interval_s
-
-    def due_in_s(self, now: float) -> float | None:
-        """Seconds until the pause is over, when only the pause holds the text back; else None."""
-        if not self._parts or self.in_flight or self.last_sent is None:
-            return None
-        return max(0.0, self.last_sent + self.min_interval_s - now)
-
-    def pause_s(self, now: float) -> float:
-        """Seconds until the next piece may go, as far as the minimum interval says."""
-        return 0.0 if self.last_sent is None else max(0.0, self.last_sent + self.min_interval_s - now)
-
-    def take(self, now: float) -> list[Piece]:
-        """All that waits, in order; the caller publishes it and counts the pieces into `in_flight`."""
+    def take(self) -> list[Piece]:
+        """All that waits, in order."""
         pieces: list[Piece] = []
         for kind, items in self._parts:
             if kind == "tool_calls":
@@ -74,6 +51,4 @@ class Coalescer:
             else:
                 pieces.append((kind, items[0] if len(items) == 1 else "".join(items)))
         self._parts.clear()
-        if pieces:
-            self.last_sent = now
         return pieces

@@ -11,14 +11,12 @@ import orjson
 
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.core.flow import FlowControl
 from llamacpp_mqtt_deploy.ports import Outbox, Published
 from llamacpp_mqtt_deploy.worker.accumulator import Told
 
-# How long a reader lets the broker keep up before it reads on: far above a round trip in a house, far below what a cancel or
-# the engine's own buffers would notice.
-_KEEP_UP_S = 0.02
+# A reader that rests comes back just before whoever was to send what waits, and brings more.
 _AFTER_READER_S = 0.001
-
 
 # A text this short fits into an event of any broker: its limit need not be asked for each token.
 _SURELY_FITS_CHARS = 100
@@ -61,13 +59,10 @@ class Responder:
         self._max_event_bytes = max_event_bytes or (lambda: writer.max_bytes)
         self._wake = wake
         self._max_chars = coalesce_max_chars
-        self._coalescer = Coalescer(min_interval_s=coalesce_min_s)
-        self._coalesce_min_s = coalesce_min_s
+        self._coalescer = Coalescer()
+        self._flow = FlowControl(min_interval_s=coalesce_min_s)
         self._active_streams = active_streams
         self._lock = threading.Lock()
-        # Two counters with one writer each instead of one that needs a lock: `_acked` belongs to the link's thread.
-        self._sent = 0
-        self._acked = 0
         self._published: dict[TextKind, list[str]] = {"content": [], "reasoning": []}
         self._told_calls = False
         self._settles = False
@@ -102,7 +97,7 @@ class Responder:
             self._closed = True
             self._held.clear()
             self._holds = 0
-            self._writer.next_seq = self.chunks = self._sent = self._acked = 0
+            self._writer.next_seq = self.chunks = self._flow.sent = self._flow.acked = 0
             self._published = {"content": [], "reasoning": []}
             self._told_calls = False
             self.first_chunk_at = None
@@ -154,14 +149,14 @@ class Responder:
         with self._lock:
             self._coalescer.feed(kind, text)
             if not self._settles:
-                self._let_go()
+                self._send_waiting(time.monotonic())
 
     def tool_call(self, delta: dict[str, Any]) -> None:
         """A new piece of a tool call; as `text`."""
         with self._lock:
             self._coalescer.feed_call(delta)
             if not self._settles:
-                self._let_go()
+                self._send_waiting(time.monotonic())
 
     def settle(self) -> float:
         """What came together may go out as one; gives the seconds for which reading on is of no use.
@@ -171,14 +166,10 @@ class Responder:
         """
         with self._lock:
             self._settles = True
-            # Many streams at once share what one may take of processor, broker and clients: two go at full pace, eight at a
-            # quarter of it (50 chunks a second each, more than anybody can see).
-            self._coalescer.min_interval_s = self._coalesce_min_s * max(1, self._active_streams() // 2)
-            self._let_go()
-            if not self._coalescer:
-                return 0.0  # a slow engine: its next token may go at once
-            due_in_s = self._coalescer.due_in_s(time.monotonic())
-            return _KEEP_UP_S if due_in_s is None else min(due_in_s, _KEEP_UP_S)
+            self._flow.share(self._active_streams())
+            now = time.monotonic()
+            # Of a slow engine the next token may go at once.
+            return 0.0 if self._send_waiting(now) else self._flow.rest_s(now)
 
     def piece(self, kind: TextKind, text: str) -> None:
         """A piece that is published as it is, now (paced and sentence modes), after what was generated before it."""
@@ -217,27 +208,31 @@ class Responder:
             return told
 
     def unacknowledged(self) -> int:
-        return self._sent - self._acked
+        return self._flow.in_flight()
 
-    def _let_go(self) -> None:
-        now = time.monotonic()
-        self._coalescer.in_flight = self._sent - self._acked
-        if self._coalescer.ready(now):
+    def _send_waiting(self, now: float) -> bool:
+        """Publish what waits, if it may go; True when nothing is left."""
+        if self._flow.may_send(now):
             self._flush(now)
-        else:
-            due_in_s = self._coalescer.due_in_s(now)
-            if due_in_s is not None and not self._wake_is_set:
-                self._wake_is_set = True
-                # A reader that rests for as long comes first and brings more.
-                self._wake(due_in_s + _AFTER_READER_S, self._let_go_later)
+            return True
+        if not self._coalescer:
+            return True
+        due_in_s = self._flow.due_in_s(now)
+        if due_in_s is not None and not self._wake_is_set:
+            self._wake_is_set = True
+            self._wake(due_in_s + _AFTER_READER_S, self._send_later)
+        return False
 
-    def _let_go_later(self) -> None:
+    def _send_later(self) -> None:
         with self._lock:
             self._wake_is_set = False
-            self._let_go()
+            self._send_waiting(time.monotonic())
 
     def _flush(self, now: float | None = None) -> None:
-        for piece in self._coalescer.take(time.monotonic() if now is None else now):
+        pieces = self._coalescer.take()
+        if pieces:
+            self._flow.sent_at = time.monotonic() if now is None else now
+        for piece in pieces:
             if piece[0] == "tool_calls":
                 self._tell_calls(piece[1])
                 continue
@@ -263,7 +258,7 @@ class Responder:
         self._writer.max_bytes = self._max_event_bytes()
 
     def _publish_chunks(self, payloads: Sequence[bytes]) -> None:
-        self._sent += len(payloads)
+        self._flow.sent += len(payloads)
         self.chunks = self._writer.next_seq
         for place, payload in enumerate(payloads):
             if self._publish(payload, self._chunk_done) != "queued":
@@ -276,7 +271,7 @@ class Responder:
         """The outbox took none of these: their chunks have no number, and what they say was not told."""
         events = map(orjson.loads, payloads)
         chunks = [event for event in events if event["type"] == "chunk"]
-        self._sent -= len(chunks)
+        self._flow.sent -= len(chunks)
         self._writer.next_seq -= len(chunks)
         self.chunks = self._writer.next_seq
         if not self.chunks:
@@ -290,9 +285,9 @@ class Responder:
 
     def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
-        self._acked += 1
+        self._flow.acked += 1
         if self._coalescer:
-            self._wake(0.0, self._let_go_later)
+            self._wake(0.0, self._send_later)
 
     def close(self) -> None:
         """Publish nothing more."""

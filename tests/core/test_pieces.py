@@ -16,63 +16,23 @@ from llamacpp_mqtt_deploy.core.coalescer import Coalescer
 def test_a_coalescer_loses_nothing_and_keeps_the_order(deltas: list[tuple[str, str]], data: st.DataObject) -> None:
     coalescer = Coalescer()
     out: list[tuple[str, Any]] = []
-    for number, (kind, text) in enumerate(deltas):
+    for kind, text in deltas:
         coalescer.feed(kind, text)  # type: ignore[arg-type]
-        coalescer.in_flight = data.draw(st.integers(0, 2))
-        if coalescer.ready(float(number)):
-            out += coalescer.take(float(number))
-    out += coalescer.take(float(len(deltas)))
+        assert coalescer
+        if data.draw(st.booleans()):
+            out += coalescer.take()
+    out += coalescer.take()
     for wanted in ("content", "reasoning"):
         assert "".join(t for k, t in out if k == wanted) == "".join(t for k, t in deltas if k == wanted)
     assert not coalescer
+    assert coalescer.take() == []
 
 
-def test_the_first_piece_goes_at_once_and_the_next_when_it_is_acknowledged() -> None:
+def test_text_that_waits_is_joined_and_kinds_are_kept_apart() -> None:
     coalescer = Coalescer()
-    coalescer.feed("content", "a")
-    assert coalescer.ready(0.0)
-    assert coalescer.take(0.0) == [("content", "a")]
-    coalescer.in_flight = 1
-    coalescer.feed("content", "b")
-    coalescer.feed("content", "c")
-    assert not coalescer.ready(9.0)
-    coalescer.in_flight = 0
-    assert coalescer.ready(9.0)
-    assert coalescer.take(9.0) == [("content", "bc")]
-
-
-def test_a_minimum_interval_holds_pieces_back_and_says_for_how_long() -> None:
-    coalescer = Coalescer(min_interval_s=1.0)
-    assert coalescer.pause_s(99.0) == 0.0
-    coalescer.feed("content", "a")
-    coalescer.take(100.0)
-    assert coalescer.due_in_s(100.25) is None  # nothing waits
-    assert coalescer.pause_s(100.25) == 0.75
-    coalescer.feed("content", "b")
-    assert not coalescer.ready(100.5)
-    assert coalescer.due_in_s(100.5) == 0.5
-    assert coalescer.ready(101.0)
-    assert (coalescer.due_in_s(103.0), coalescer.pause_s(103.0)) == (0.0, 0.0)
-
-
-def test_no_time_is_named_while_an_acknowledgement_holds_the_text_back() -> None:
-    coalescer = Coalescer(min_interval_s=1.0)
-    coalescer.feed("content", "a")
-    assert coalescer.due_in_s(100.0) is None  # it may go at once
-    coalescer.take(100.0)
-    coalescer.in_flight = 1
-    coalescer.feed("content", "b")
-    assert coalescer.due_in_s(100.5) is None
-    assert not coalescer.ready(102.0)
-
-
-def test_taking_nothing_does_not_begin_the_interval_anew() -> None:
-    coalescer = Coalescer(min_interval_s=1.0)
-    coalescer.feed("content", "a")
-    coalescer.take(100.0)
-    assert coalescer.take(100.9) == []
-    coalescer.feed("content", "b")
-    assert coalescer.ready(101.0)
+    for kind, text in (("reasoning", "hm"), ("content", "b"), ("content", "c"), ("reasoning", "oh")):
+        coalescer.feed(kind, text)  # type: ignore[arg-type]
+    assert coalescer.take() == [("reasoning", "hm"), ("content", "bc"), ("reasoning", "oh")]
 
 
 GRAPHEMES = st.text(alphabet=st.sampled_from("ab \n\u0301\u200d👩👨👧🏽🇩🇪\U0001f3fbक्षि"))

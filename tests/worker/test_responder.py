@@ -117,10 +117,10 @@ def test_many_streams_at_once_send_fewer_chunks_each() -> None:
     )
     responder.start({"worker": "w", "created": 1})
     responder.settle()
-    assert responder._coalescer.min_interval_s == 0.04
+    assert responder._flow.interval_s == 0.04
     active_streams = 1
     responder.settle()
-    assert responder._coalescer.min_interval_s == 0.01
+    assert responder._flow.interval_s == 0.01
 
 
 def test_pieces_of_a_tool_call_are_joined_like_text_and_keep_their_order() -> None:

@@ -1,0 +1,50 @@
+"""When a stream may send its next chunk: as fast as the broker acknowledges, and no oftener than its share of the worker allows."""
+
+from __future__ import annotations
+
+KEEP_UP_S = 0.02
+"""How long a reader lets the broker keep up before it reads on: far above a round trip in a local network, far below what a
+cancel or the engine's own buffers would notice."""
+
+
+class FlowControl:
+    """The pace of one stream. The first chunk goes at once; after it one at a time, the next when all before it are acknowledged.
+
+    `min_interval_s` is the pause between two chunks of a stream that is alone. `sent` and `acked` have one writer each, so that
+    no acknowledgement has to wait for a lock.
+    """
+
+    __slots__ = ("acked", "interval_s", "min_interval_s", "sent", "sent_at")
+
+    def __init__(self, *, min_interval_s: float = 0.0) -> None:
+        self.min_interval_s = min_interval_s
+        self.interval_s = min_interval_s
+        self.sent = 0
+        self.acked = 0
+        self.sent_at: float | None = None
+        """When the latest chunk of generated text went out."""
+
+    def share(self, streams: int) -> None:
+        """Many streams at once share what one may take of processor, broker and clients: two go at full pace, eight at a quarter
+        of it (50 chunks a second each, more than anybody can see)."""
+        self.interval_s = self.min_interval_s * max(1, streams // 2)
+
+    def in_flight(self) -> int:
+        """Chunks that are not acknowledged."""
+        return self.sent - self.acked
+
+    def may_send(self, now: float) -> bool:
+        """Whether a chunk may go out now."""
+        sent_at = self.sent_at
+        return sent_at is None or (self.sent == self.acked and now - sent_at >= self.interval_s)
+
+    def due_in_s(self, now: float) -> float | None:
+        """Seconds until the next chunk may go, when only the pause holds it back; None when an acknowledgement is awaited."""
+        if self.sent_at is None:
+            return 0.0
+        return max(0.0, self.sent_at + self.interval_s - now) if self.sent == self.acked else None
+
+    def rest_s(self, now: float) -> float:
+        """For how long reading on is of no use, when text waits: it could not be sent before."""
+        due_in_s = self.due_in_s(now)
+        return KEEP_UP_S if due_in_s is None else min(due_in_s, KEEP_UP_S)

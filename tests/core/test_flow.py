@@ -1,0 +1,80 @@
+"""The pace of a stream: one unacknowledged chunk at a time, and a pause that grows with the number of streams."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamacpp_mqtt_deploy.core.flow import KEEP_UP_S, FlowControl
+
+
+def sent_one(*, at: float, min_interval_s: float = 1.0) -> FlowControl:
+    flow = FlowControl(min_interval_s=min_interval_s)
+    flow.sent, flow.sent_at = 1, at
+    return flow
+
+
+def test_the_first_chunk_goes_at_once() -> None:
+    flow = FlowControl(min_interval_s=1.0)
+    assert flow.may_send(0.0)
+    assert (flow.due_in_s(0.0), flow.rest_s(0.0), flow.in_flight()) == (0.0, 0.0, 0)
+
+
+def test_the_next_chunk_goes_when_the_one_before_it_is_acknowledged() -> None:
+    flow = sent_one(at=0.0)
+    assert (flow.may_send(9.0), flow.in_flight()) == (False, 1)
+    flow.acked += 1
+    assert (flow.may_send(9.0), flow.in_flight()) == (True, 0)
+
+
+def test_the_pause_after_a_chunk_is_named_to_the_moment() -> None:
+    flow = sent_one(at=100.0)
+    flow.acked += 1
+    assert (flow.may_send(100.5), flow.due_in_s(100.5)) == (False, 0.5)
+    assert (flow.may_send(101.0), flow.due_in_s(101.0)) == (True, 0.0)
+    assert flow.due_in_s(103.0) == 0.0
+
+
+def test_no_time_is_named_while_an_acknowledgement_is_awaited() -> None:
+    flow = sent_one(at=100.0)
+    assert flow.due_in_s(100.5) is None
+    assert flow.due_in_s(200.0) is None
+
+
+def test_a_reader_rests_until_text_may_go_and_never_long() -> None:
+    flow = sent_one(at=100.0, min_interval_s=0.01)
+    assert flow.rest_s(100.0) == KEEP_UP_S  # the broker has not answered
+    flow.acked += 1
+    assert flow.rest_s(100.0) == pytest.approx(0.01)
+    assert flow.rest_s(101.0) == 0.0
+    flow.share(64)
+    assert flow.rest_s(100.0) == KEEP_UP_S
+
+
+@pytest.mark.parametrize("streams,factor", [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (9, 4)])
+def test_many_streams_share_what_two_may_send(streams: int, factor: int) -> None:
+    flow = FlowControl(min_interval_s=0.01)
+    flow.share(streams)
+    assert flow.interval_s == pytest.approx(0.01 * factor)
+    flow.share(1)
+    assert flow.interval_s == 0.01
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 2)), max_size=40), st.floats(0, 1))
+def test_two_chunks_are_never_closer_than_the_pause_and_never_both_in_flight(
+    steps: list[tuple[bool, float]], min_interval_s: float
+) -> None:
+    flow, now = FlowControl(min_interval_s=min_interval_s), 0.0
+    for acknowledged, passed in steps:
+        now += passed
+        if acknowledged and flow.in_flight():
+            flow.acked += 1
+        before = flow.sent_at
+        if flow.may_send(now):
+            assert flow.in_flight() == 0
+            assert before is None or now - before >= min_interval_s
+            flow.sent, flow.sent_at = flow.sent + 1, now
+        else:
+            due_in_s = flow.due_in_s(now)
+            assert (due_in_s is None) == bool(flow.in_flight())
