@@ -64,6 +64,8 @@ def test_a_limit_that_shrinks_while_a_request_runs_costs_no_end(bus: Bus, stream
     eventually(lambda: worker.daemon.parts.link.info().unacknowledged == 0)  # or it would be published again
     bus.broker.max_payload_bytes = 2048
     bus.broker.drop_connection(worker.client_id)
+    # The old state is told until the loss is noticed.
+    eventually(lambda: worker.daemon.parts.link.info().reconnects == 1)
     eventually(lambda: worker.daemon.parts.link.info().state == "online")
     gate.open()
     assert bus.listener.terminal("r1")["content_omitted"] is True
