@@ -33,6 +33,10 @@ def command(config_file: Path | None, overrides: Mapping[str, str]) -> None:
       3  broker or engine out of reach for limits.startup_timeout_s, or another worker
          serves the same topics
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
+    # Before the configuration, with which the first secret comes into memory.
+    from llamacpp_mqtt_deploy.service.core_files import forbid_core_files
+
+    forbid_core_files()
     loaded = load_or_exit(config_file, overrides)
 
     from llamacpp_mqtt_deploy import logs

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import queue
 import re
-import socket
-import subprocess
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from llamacpp_mqtt_deploy.config.settings import LimitsSettings
-from tests.support.services import require_program
-from tests.support.waiting import eventually
+from tests.support.shipped_broker import REFUSED, Person, ShippedBroker
 
 pytestmark = pytest.mark.broker
 
@@ -26,93 +20,11 @@ CONFIG = Path(__file__).parents[2] / "config"
 USERS = ("llm-worker", "llm-operator", "alice", "bob")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1):
-            return True
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The shipped files with only paths and port replaced."""
-    mosquitto, mosquitto_passwd = require_program("mosquitto"), require_program("mosquitto_passwd")
-    folder = tmp_path_factory.mktemp("broker")
-    passwords = folder / "passwd"
-    passwords.write_text("".join(f"{user}:{user}-password\n" for user in USERS))
-    passwords.chmod(0o600)
-    subprocess.run([mosquitto_passwd, "-U", str(passwords)], check=True, capture_output=True, timeout=60)
-    acl = folder / "acl"
-    acl.write_text((CONFIG / "mosquitto.acl").read_text())
-    acl.chmod(0o600)
-    port = free_port()
-    text = (CONFIG / "mosquitto.conf").read_text()
-    for old, new in (
-        ("/etc/mosquitto/passwd", str(passwords)),
-        ("/etc/mosquitto/mosquitto.acl", str(acl)),
-        ("listener 1883 ", f"listener {port} "),
-        ("/var/lib/mosquitto/", f"{folder}/"),
-    ):
-        text = re.sub(rf"(?m)^(?!#)(.*){re.escape(old)}", rf"\g<1>{new}", text)
-    # Started by root it would become the user mosquitto, who may not read the test's folder.
-    (folder / "mosquitto.conf").write_text(f"{text}\nuser root\n")
-    process = subprocess.Popen([mosquitto, "-c", str(folder / "mosquitto.conf")], stderr=subprocess.PIPE, text=True)
-    try:
-        eventually(lambda: process.poll() is not None or answers(port), 10)
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        yield port
-    finally:
-        process.terminate()
-        process.communicate(timeout=10)
-
-
-@dataclass
-class Person:
-    """A connected MQTT 5 client that knows the broker's verdict on each publish."""
-
-    name: str
-    port: int
-    inbox: queue.Queue[tuple[str, bytes]] = field(default_factory=queue.Queue)
-    verdicts: dict[int, str] = field(default_factory=dict)
-    connack: Any = None
-    online: threading.Event = field(default_factory=threading.Event)
-    subscribed: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
-        self.client.username_pw_set(self.name, f"{self.name}-password")
-        self.client.on_connect = self._on_connect
-        self.client.on_message = lambda _c, _u, message: self.inbox.put((message.topic, bytes(message.payload)))
-        self.client.on_publish = lambda _c, _u, mid, code, _p: self.verdicts.__setitem__(mid, str(code))
-        self.client.on_subscribe = lambda *_: self.subscribed.set()
-        self.client.connect("127.0.0.1", self.port, clean_start=True)
-        self.client.loop_start()
-        assert self.online.wait(10)
-
-    def _on_connect(self, _c: Any, _u: Any, _f: Any, code: Any, properties: Any) -> None:
-        self.connack = (str(code), properties)
-        self.online.set()
-
-    def publish(self, topic: str, payload: bytes = b"x") -> str:
-        mid = self.client.publish(topic, payload, qos=1).mid
-        eventually(lambda: mid in self.verdicts, 10)
-        return self.verdicts[mid]
-
-    def subscribe(self, topic: str) -> None:
-        self.subscribed.clear()
-        self.client.subscribe(topic, qos=1)
-        assert self.subscribed.wait(10)
-
-    def close(self) -> None:
-        self.client.disconnect()
-        self.client.loop_stop()
+    with ShippedBroker(tmp_path_factory.mktemp("broker"), USERS) as running:
+        yield running.port
 
 
 @pytest.fixture
@@ -121,9 +33,6 @@ def people(broker: int) -> Iterator[dict[str, Person]]:
     yield connected
     for person in connected.values():
         person.close()
-
-
-REFUSED = "Not authorized"
 
 
 @pytest.mark.parametrize(

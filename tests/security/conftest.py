@@ -1,0 +1,7 @@
+"""Attacks meet the worker as a process: with the fixtures of tests/service."""
+
+from __future__ import annotations
+
+from tests.service.conftest import start_worker, watch
+
+__all__ = ["start_worker", "watch"]
