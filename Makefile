@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools test test-fast mutants bench check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools test test-fast mutants bench hostile audit check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -103,6 +103,21 @@ mutants: install broker ## break the code in COUNT small ways, one at a time, an
 BENCH_ARGS ?=
 bench: install inprocess broker ## measure what the bus costs beside the engine alone (BENCH_ARGS="--only a,b")
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# About five minutes. HOSTILE_MESSAGES=20000 is what the suite does.
+HOSTILE_MESSAGES ?= 100000
+hostile: install broker ## send HOSTILE_MESSAGES hostile messages with good requests among them, and print what it cost
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" HOSTILE_MESSAGES=$(HOSTILE_MESSAGES) $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/service/test_hostile.py -k flood
+
+# In an environment of its own: pip-audit brings two dozen packages that the product does not need. Exit code 3: the database of
+# vulnerabilities was out of reach, and nothing was audited.
+$(STAMPS)/audit: | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit
+	@mkdir -p $(@D) && touch $@
+
+audit: $(STAMPS)/audit ## ask pip-audit about every pinned dependency
+	@$(BIN)/python -m tests.support.dependency_audit $(VENV)/audit/bin/pip-audit
 
 check: install ## lint, format and types
 	$(BIN)/ruff check $(PROJECT)

@@ -129,7 +129,7 @@ def test_no_topic_of_anothers_takes_a_message_nor_a_will(join: Join, port: int, 
 
 
 def test_whoever_takes_anothers_client_id_gets_nothing_of_his_session(join: Join) -> None:
-    """mosquitto lets her take it, and puts him off; what waited there for him is not delivered to her."""
+    """She puts him off and gets his place, but what waited there for him is not delivered to her."""
     bob = join("bob", client_id="bobs-phone", keeps_session=True)
     bob.subscribe("llm/reply/bob/#")
     bob.vanish()
@@ -226,8 +226,9 @@ def test_the_tls_port_speaks_nothing_older_than_tls_1_2_and_no_plain_mqtt(tls_po
     old.load_cert_chain(*authority.issue("old", client=True))
     assert _taken(tls_port, old)
     old.set_ciphers("ALL:@SECLEVEL=0")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match=r"TLSv1 "):
         old.minimum_version = ssl.TLSVersion.TLSv1
+    with pytest.warns(DeprecationWarning, match=r"TLSv1_1"):
         old.maximum_version = ssl.TLSVersion.TLSv1_1
     assert not _taken(tls_port, old)
     with socket.create_connection(("127.0.0.1", tls_port), 5) as plain:
