@@ -53,7 +53,7 @@ class Controls:
                 ack["request_id"] = control.request_id
             if control.transaction is not None:
                 ack["transaction"] = control.transaction
-            ack |= self._do(session, control)
+            ack |= self._do(address, session, control)
         except RequestError as error:
             ack |= {"status": "error", "code": error.code, "message": error.message, **error.details}
         except StoreError as problem:
@@ -63,10 +63,10 @@ class Controls:
         log.info("control.answered", action=ack["action"], session=address.session, status=ack["status"])
         self._outbox.publish(address.reply_topic, self._fitted(ack), correlation=correlation)
 
-    def _do(self, session: tuple[str, str], control: ControlCommand) -> Mapping[str, Any]:
+    def _do(self, address: Address, session: tuple[str, str], control: ControlCommand) -> Mapping[str, Any]:
         match control.action:
             case "cancel":
-                return self._cancel(session, control.request_id)
+                return self._cancel(address, session, control.request_id)
             case "reset":
                 cancelled = self._forget(session)
                 self._store.reset(session)
@@ -82,7 +82,7 @@ class Controls:
             case "ping":
                 return dict(self._state())
 
-    def _cancel(self, session: tuple[str, str], request_id: str | None) -> Mapping[str, Any]:
+    def _cancel(self, address: Address, session: tuple[str, str], request_id: str | None) -> Mapping[str, Any]:
         if request_id is None:
             return {"cancelled": sum(map(self.cancel, self._registry.of_session(session)))}
         key = EntryKey(*session, request_id)
@@ -94,7 +94,7 @@ class Controls:
         entry = self._store.find(key)
         if entry is not None and entry.state == "ended":
             return {"state": "ended"}
-        self._registry.remember_cancel(key)
+        self._registry.remember_cancel(address.first_level, key)
         return {"state": "unknown"}
 
     def cancel(self, job: Job) -> bool:

@@ -225,7 +225,7 @@ class Intake:
         self._registry.commit([item.job for item in accepted])
         for item in accepted:
             job = item.job
-            if self._registry.was_cancelled(job.key):
+            if self._registry.was_cancelled(job):
                 self._controls.cancel(job)
             elif job in waiting and job.key in positions:
                 job.position = positions[job.key]

@@ -11,6 +11,7 @@ from typing import Literal
 
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
+from llamacpp_mqtt_deploy.core.early_cancels import EarlyCancels
 from llamacpp_mqtt_deploy.core.errors import ShuttingDown
 from llamacpp_mqtt_deploy.core.rates import RateLimiter
 from llamacpp_mqtt_deploy.core.requests import Generate
@@ -21,10 +22,6 @@ from llamacpp_mqtt_deploy.worker.accumulator import AnswerAccumulator
 from llamacpp_mqtt_deploy.worker.responder import Responder
 
 JobPhase = Literal["queued", "running", "pacing", "ending", "ended"]
-
-# A cancel that overtook its request is kept this long (protocol, section 4), and never more of them than this.
-EARLY_CANCEL_S = 60.0
-_MAX_EARLY_CANCELS = 1000
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +83,7 @@ class JobRegistry:
         self._queue = AdmissionQueue(limits=limits, aging_s=aging_s)
         self._rates = RateLimiter(max_requests_per_minute)
         self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
-        self._early: OrderedDict[EntryKey, float] = OrderedDict()
+        self._early = EarlyCancels()
         self._slots = slots
         self._held: set[Job] = set()
         self.wait_reason = "waiting"
@@ -264,18 +261,14 @@ class JobRegistry:
 
     # --- cancels that came first -----------------------------------------------------------------------------------------
 
-    def remember_cancel(self, key: EntryKey) -> None:
+    def remember_cancel(self, first_level: str, key: EntryKey) -> None:
         with self._condition:
-            self._early[key] = time.monotonic() + EARLY_CANCEL_S
-            self._early.move_to_end(key)
-            if len(self._early) > _MAX_EARLY_CANCELS:
-                self._early.popitem(last=False)
+            self._early.add(first_level, key, time.monotonic())
 
-    def was_cancelled(self, key: EntryKey) -> bool:
+    def was_cancelled(self, job: Job) -> bool:
         """Whether a cancel for this request came before it; asked once."""
         with self._condition:
-            until = self._early.pop(key, None)
-            return until is not None and until > time.monotonic()
+            return self._early.take(job.address.first_level, job.key, time.monotonic())
 
     # --- draining --------------------------------------------------------------------------------------------------------
 

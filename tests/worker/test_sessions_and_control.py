@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import PromptProgress
 from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.ports import EntryKey
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
-from llamacpp_mqtt_deploy.worker import jobs
-from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
@@ -163,22 +160,14 @@ def test_a_cancel_that_comes_before_its_request_ends_it_at_once(bus: Bus) -> Non
     assert bus.listener.terminal("r1")["finish_reason"] == "cancelled"
 
 
-def test_an_early_cancel_is_kept_for_a_minute_once_and_never_more_than_a_thousand(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    registry = JobRegistry(
-        limits=QueueLimits(queue_size=1, session_queue=1), aging_s=1, max_requests_per_minute=0, slots=1
-    )
-    keys = [EntryKey("default", "demo", f"r{number}") for number in range(1001)]
-    for key in keys:
-        registry.remember_cancel(key)
-    assert not registry.was_cancelled(keys[0])
-    assert registry.was_cancelled(keys[1])
-    assert not registry.was_cancelled(keys[1])
-    assert jobs.EARLY_CANCEL_S == 60.0
-    monkeypatch.setattr(jobs, "EARLY_CANCEL_S", -1.0)
-    registry.remember_cancel(keys[2])
-    assert not registry.was_cancelled(keys[2])
+def test_a_flood_of_cancels_for_nothing_forgets_nobody_elses(bus: Bus) -> None:
+    bus.worker()
+    bus.control("cancel", session="modest/1", request_id="r1")
+    for number in range(1500):
+        bus.control("cancel", session="greedy", request_id=f"none{number}")
+    bus.listener.until(type="ack", request_id="none1499")
+    bus.ask("x", request_id="r1", session="modest/1")
+    assert bus.listener.terminal("r1")["finish_reason"] == "cancelled"
 
 
 def test_a_cancel_of_an_ended_request_says_so(bus: Bus) -> None:
