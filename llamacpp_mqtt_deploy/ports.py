@@ -199,8 +199,9 @@ class Link(Outbox, Protocol):
 
     def info(self) -> LinkInfo: ...
 
-    def room_for_answers(self, largest: int) -> int:
-        """How many publishes of the share `answer`, of up to so many bytes each, the outbox is sure to take now."""
+    def room_for_answers(self, largest: int, *, timeout_s: float = 0.0) -> int:
+        """How many publishes of the share `answer`, of up to so many bytes each, the outbox takes as it is now. Waits up to
+        `timeout_s` until there is room for one; never from a callback."""
 
     def flush(self, deadline: Deadline) -> bool:
         """Wait until nothing is unacknowledged; False when the deadline passed."""

@@ -78,8 +78,8 @@ class ConnectionThread:
         # Shared with other threads.
         self._changed = threading.Condition()
         budget = OutboxBudget(most_messages=settings.outbox_messages, most_bytes=settings.outbox_mib * MIB)
-        self.room_for_answers = budget.room_for_answers
         self._sending = Sending(self._changed, budget)
+        self.room_for_answers = self._sending.room_for_answers
         self._outgoing = self._sending.outgoing
         self.puback = self._sending.puback  # straight from the wire: one comes for each event
         self._receipts = Receipts()

@@ -84,8 +84,8 @@ class MqttLink:
         publish = Publish(topic, payload, qos, retain, correlation, expires_at, on_done, answer=share == "answer")
         return "queued" if self._connection.enqueue(publish) else "full"
 
-    def room_for_answers(self, largest: int) -> int:
-        return self._connection.room_for_answers(largest)
+    def room_for_answers(self, largest: int, *, timeout_s: float = 0.0) -> int:
+        return self._connection.room_for_answers(largest, timeout_s)
 
     def acknowledge(self, delivery: Delivery) -> None:
         self._connection.acknowledge(delivery)

@@ -25,12 +25,13 @@ T = TypeVar("T")
 class Sending:
     """The outgoing half of a link, over whichever wire it has; `changed` is notified when the last publish is done."""
 
-    def __init__(self, changed: threading.Condition, budget: OutboxBudget | None = None) -> None:
-        self.outgoing = Outgoing(budget)
+    def __init__(self, changed: threading.Condition, budget: OutboxBudget) -> None:
+        self._budget = budget
+        self.outgoing = Outgoing(self._budget)
         self.max_packet_bytes: int | None = None
         self.retain_available = True
         """What the broker of the latest connection announced, as the line above."""
-        self._flushers = 0
+        self._flushers = self._waiters = 0
         self.last_puback_at: float | None = None
         self.poisoned = 0
         self._changed = changed
@@ -44,6 +45,19 @@ class Sending:
                 return self._changed.wait_for(lambda: len(self.outgoing) == 0, deadline.remaining_s())
             finally:
                 self._flushers -= 1
+
+    def room_for_answers(self, largest: int, timeout_s: float) -> int:
+        """See `ports.Link`; waits in another thread than the link's."""
+        room = self._budget.room_for_answers(largest)
+        if room or timeout_s <= 0:
+            return room
+        with self._changed:
+            self._waiters += 1
+            try:
+                self._changed.wait_for(lambda: self._budget.room_for_answers(largest), timeout_s)
+            finally:
+                self._waiters -= 1
+        return self._budget.room_for_answers(largest)
 
     def may_go(self, now: float) -> bool:
         """Whether something waits that may be sent now."""
@@ -141,7 +155,7 @@ class Sending:
         if on_done is not None:
             publish.on_done = None
             guard(on_done, well)
-        if self._flushers and len(self.outgoing) == 0:
+        if self._waiters or (self._flushers and len(self.outgoing) == 0):
             with self._changed:
                 self._changed.notify_all()
 

@@ -46,8 +46,8 @@ class Outgoing:
     the third time, is the culprit, and it alone is given up; innocent ones before it are acknowledged on the way.
     """
 
-    def __init__(self, budget: OutboxBudget | None = None) -> None:
-        self._budget = budget or OutboxBudget(most_messages=5000, most_bytes=64 * 1024 * 1024)
+    def __init__(self, budget: OutboxBudget) -> None:
+        self._budget = budget
         self.waiting: deque[Publish] = deque()
         self.flying: dict[int, Publish] = {}
         self._taken: Publish | None = None

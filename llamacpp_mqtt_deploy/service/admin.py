@@ -14,8 +14,9 @@ from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.requests import AdminCommand, parse_admin
-from llamacpp_mqtt_deploy.ports import Delivery, Engine, Outbox
+from llamacpp_mqtt_deploy.ports import Delivery, Engine
 from llamacpp_mqtt_deploy.service.presence import Presence
+from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.control import Controls
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits
@@ -91,8 +92,8 @@ class Operations:
 class AdminReplies:
     """Answers admin messages, in the intake's thread."""
 
-    def __init__(self, *, outbox: Outbox, topics: TopicMap, operations: Operations) -> None:
-        self._outbox = outbox
+    def __init__(self, *, answers: Answers, topics: TopicMap, operations: Operations) -> None:
+        self._answers = answers
         self._topics = topics
         self._operations = operations
 
@@ -108,7 +109,7 @@ class AdminReplies:
         except RequestError as error:
             ack |= {"status": "error", "code": error.code, "message": error.message, **error.details}
         log.warning("admin.answered", action=ack["action"], status=ack["status"])
-        self._outbox.publish(self._topics.admin_reply_topic, encode(ack), correlation=correlation)
+        self._answers.publish(self._topics.admin_reply_topic, encode(ack), correlation=correlation)
 
     def _do(self, admin: AdminCommand) -> Mapping[str, Any]:
         match admin.action:

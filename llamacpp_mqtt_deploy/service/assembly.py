@@ -18,6 +18,7 @@ from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger
+from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.control import Controls
@@ -84,8 +85,9 @@ class Parts:
             max_event_bytes=self.max_event_bytes,
             active_streams=self.registry.running,
         )
+        answers = Answers(link, max_event_bytes=self.max_event_bytes)
         controls = Controls(
-            outbox=link,
+            answers=answers,
             store=store,
             registry=self.registry,
             completion=self.completion,
@@ -107,12 +109,13 @@ class Parts:
             presence=self.presence,
             engine=engine,
         )
-        admin = AdminReplies(outbox=link, topics=topics, operations=self.operations)
+        admin = AdminReplies(answers=answers, topics=topics, operations=self.operations)
         self.intake = Intake(
             topics=topics,
             acknowledger=Acknowledger(link),
+            answers=answers,
             refusals=Refusals(
-                outbox=link,
+                answers=answers,
                 store=store,
                 registry=self.registry,
                 counters=self.counters,

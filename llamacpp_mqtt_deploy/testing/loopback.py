@@ -47,7 +47,6 @@ class LoopbackLink:
         self._broker = broker
         self._client_id = client_id
         self._budget = OutboxBudget(most_messages=outbox_messages, most_bytes=outbox_mib * MIB)
-        self.room_for_answers = self._budget.room_for_answers
         self._retry_s = retry_s
         self._protocol = protocol
         self._actions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -102,6 +101,12 @@ class LoopbackLink:
             gives_back = functools.partial(self._budget.give_back, size, answer=answer)
             self._put(topic, payload, qos, retain, correlation, expiry_s, on_done, gives_back)
         return "queued"
+
+    def room_for_answers(self, largest: int, *, timeout_s: float = 0.0) -> int:
+        with self._changed:
+            if timeout_s > 0:
+                self._changed.wait_for(lambda: self._budget.room_for_answers(largest), timeout_s)
+            return self._budget.room_for_answers(largest)
 
     def acknowledge(self, delivery: Delivery) -> None:
         if delivery.receipt is not None:

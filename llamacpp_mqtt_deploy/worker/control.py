@@ -11,7 +11,8 @@ from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.requests import ControlCommand, parse_control
-from llamacpp_mqtt_deploy.ports import EntryKey, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, Store, StoreError
+from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 
@@ -24,7 +25,7 @@ class Controls:
     def __init__(
         self,
         *,
-        outbox: Outbox,
+        answers: Answers,
         store: Store,
         registry: JobRegistry,
         completion: Completion,
@@ -32,7 +33,7 @@ class Controls:
         expose_history: Callable[[], bool],
         max_event_bytes: Callable[[], int],
     ) -> None:
-        self._outbox = outbox
+        self._answers = answers
         self._store = store
         self._registry = registry
         self._completion = completion
@@ -61,7 +62,7 @@ class Controls:
             ack |= {"status": "error", "code": "internal", "message": "the worker's state cannot be read or written"}
         ack["session_id"] = address.session
         log.info("control.answered", action=ack["action"], session=address.session, status=ack["status"])
-        self._outbox.publish(address.reply_topic, self._fitted(ack), correlation=correlation)
+        self._answers.publish(address.reply_topic, self._fitted(ack), correlation=correlation)
 
     def _do(self, address: Address, session: tuple[str, str], control: ControlCommand) -> Mapping[str, Any]:
         match control.action:

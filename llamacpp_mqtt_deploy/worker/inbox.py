@@ -27,6 +27,9 @@ class Inbox:
         self._closed = False
         self._changed = threading.Condition()
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def offer(self, delivery: Delivery) -> bool:
         """Take the message, or say that there is no place for it. One message of any size has a place in an empty inbox."""
         size = _size(delivery)
@@ -57,6 +60,10 @@ class Inbox:
             # Once for each flood, when it is over: a line for each message would be a flood of its own.
             log.warning("inbox.refused", messages=refused, lost=lost, message="more came at once than may wait here")
         return taken or None
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """Take no more messages; what is there can still be read."""

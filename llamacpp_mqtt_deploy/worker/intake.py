@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.core.guessing import guess_ids
 from llamacpp_mqtt_deploy.core.requests import Generate, RawRequest, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Store, StoreError
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger, Receipt
+from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.control import Controls
@@ -60,6 +61,7 @@ class Intake:
         *,
         topics: TopicMap,
         acknowledger: Acknowledger,
+        answers: Answers,
         refusals: Refusals,
         store: Store,
         registry: JobRegistry,
@@ -74,6 +76,7 @@ class Intake:
         inbox_messages: int,
     ) -> None:
         self._topics = topics
+        self._answers = answers
         self._refusals = refusals
         self._store = store
         self._registry = registry
@@ -107,6 +110,11 @@ class Intake:
         """
         self._let_in.set()
 
+    @property
+    def waiting(self) -> int:
+        """Messages that came in and were not read yet."""
+        return len(self._inbox)
+
     def close(self, timeout_s: float) -> None:
         """Read what is in the inbox, then end; what was never let in stays with the broker."""
         if not self._let_in.is_set():
@@ -123,7 +131,12 @@ class Intake:
                 continue
             if self._shut:
                 return
-            burst = self._inbox.take(_BURST, timeout_s=1.0)
+            room = self._answers.room(timeout_s=1.0)
+            if not room:
+                if self._inbox.closed:
+                    return  # What is not read is not acknowledged: it stays with the broker for the next start.
+                continue
+            burst = self._inbox.take(min(_BURST, room), timeout_s=1.0)
             if burst is None:
                 return
             if burst:
@@ -321,10 +334,10 @@ class Intake:
         elif job is not None:
             # Twice in one burst: the first one's events answer both.
             if not any(item is not None and item.job is job for _, item in pending) and not job.responder.snapshot():
-                job.responder.queued(position=job.position, reason=job.wait_reason)
+                job.responder.queued(position=job.position, reason=job.wait_reason, share="answer")
         else:
             terminal = entry.terminal or self._redelivery.unstored(key)
             if terminal is not None:
-                self._redelivery.send(key, entry.reply_topic, terminal, message.correlation)
+                self._redelivery.send(key, entry.reply_topic, terminal, message.correlation, share="answer")
             # Else its end is being written at this moment, and will be published.
         return True

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from llamacpp_mqtt_deploy.core.fitting import fitted, refitted
-from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Share, Store, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +26,7 @@ class _Sending:
     topic: str
     terminal: bytes
     correlation: bytes | None
+    share: Share
     events: list[bytes] = field(default_factory=list)
     sent: int = 0
 
@@ -60,9 +61,12 @@ class Redelivery:
             found = self._unstored.get(key)
         return found[0] if found is not None else None
 
-    def send(self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None) -> None:
-        """Publish a terminal event; what finds no place, or a defect of the link, is tried again by `sweep`."""
-        self._send(key, _Sending(topic, terminal, correlation))
+    def send(
+        self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None, *, share: Share = "event"
+    ) -> None:
+        """Publish a terminal event; what finds no place, or a defect of the link, is tried again by `sweep`. One that is told
+        again to whoever sent his request again is an answer."""
+        self._send(key, _Sending(topic, terminal, correlation, share))
 
     def _send(self, key: EntryKey, sending: _Sending) -> None:
         try:
@@ -88,6 +92,7 @@ class Redelivery:
                 payload,
                 correlation=sending.correlation,
                 on_done=(lambda ok: self._done(key, sending, taken=ok)) if is_end else None,
+                share=sending.share,
             )
             if published == "full":
                 return False
@@ -140,6 +145,8 @@ class Redelivery:
         for key, sending in waiting:
             try:
                 if not self._publish(key, sending):
+                    if sending.share == "answer":
+                        continue  # Their part of the outbox is full; there may be room for events.
                     return
             except Exception:
                 # Twice a defect: it is left to the next start, and holds up nobody else.
@@ -154,7 +161,7 @@ class Redelivery:
         for key, sending in given_up:
             if len(sending.events[-1]) > self._max_event_bytes():
                 log.info("terminal.shrunk", topic=sending.topic, request_id=key.request_id)
-                self._send(key, _Sending(sending.topic, sending.terminal, sending.correlation))
+                self._send(key, _Sending(sending.topic, sending.terminal, sending.correlation, sending.share))
             else:
                 # A broker that refuses an event for ever must not get it again at every start.
                 with self._lock:

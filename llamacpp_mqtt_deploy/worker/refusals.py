@@ -13,7 +13,8 @@ from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, Outbox, Store, StoreError
+from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, Store, StoreError
+from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 
@@ -41,13 +42,13 @@ class Refusals:
     def __init__(
         self,
         *,
-        outbox: Outbox,
+        answers: Answers,
         store: Store,
         registry: JobRegistry,
         counters: Counters,
         max_event_bytes: Callable[[], int],
     ) -> None:
-        self._outbox = outbox
+        self._answers = answers
         self._store = store
         self._registry = registry
         self._counters = counters
@@ -73,7 +74,7 @@ class Refusals:
             request_id=request_id or uuid.uuid4().hex, session_id=address.session, max_bytes=self._max_event_bytes()
         )
         payload = writer.error(code=error.code, message=error.message, retryable=error.retryable, details=error.details)
-        self._outbox.publish(address.reply_topic, payload, correlation=message.correlation)
+        self._answers.publish(address.reply_topic, payload, correlation=message.correlation)
 
     def reject(self, message: Received, address: Address, request_id: str, code: _Rejected) -> None:
         """Answer with a `rejected` event, which ends no stream."""
@@ -86,7 +87,7 @@ class Refusals:
         self._counters.refused(code)
         log.info("request.rejected", code=code, topic=message.shown_topic())
         payload = events.rejected(request_id=request_id, session_id=address.session, code=code, message=text)
-        self._outbox.publish(address.reply_topic, payload, correlation=message.correlation)
+        self._answers.publish(address.reply_topic, payload, correlation=message.correlation)
 
     def _is_known(self, route: str, session: str, request_id: str) -> bool:
         key = EntryKey(route, session, request_id)

@@ -12,7 +12,7 @@ import orjson
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.flow import FlowControl
-from llamacpp_mqtt_deploy.ports import Outbox, Published
+from llamacpp_mqtt_deploy.ports import Outbox, Published, Share
 from llamacpp_mqtt_deploy.worker.accumulator import Told
 
 # A reader that rests comes back just before whoever was to send what waits, and brings more.
@@ -71,7 +71,7 @@ class Responder:
         """The outbox did not take an event: the chunks end there, whatever the engine has said since."""
         self._closed = False
         self._holds = 0
-        self._held: list[tuple[bytes, Callable[[bool], None] | None]] = []
+        self._held: list[tuple[bytes, Callable[[bool], None] | None, Share]] = []
 
     # --- what waits for the journal ------------------------------------------------------------------------------------
 
@@ -86,9 +86,9 @@ class Responder:
             self._holds -= 1
             if self._holds == 0:
                 held, self._held = self._held, []
-                for place, (payload, on_done) in enumerate(held):
-                    if self._hand_over(payload, on_done) != "queued":
-                        self._untell([payload for payload, _ in held[place:]])
+                for place, (payload, on_done, share) in enumerate(held):
+                    if self._hand_over(payload, on_done, share) != "queued" and self.overflowed:
+                        self._untell([payload for payload, _, _ in held[place:]])
                         return
 
     def withdraw(self) -> None:
@@ -104,11 +104,11 @@ class Responder:
 
     # --- what is not a chunk -------------------------------------------------------------------------------------------
 
-    def queued(self, *, position: int, reason: str, again: bool = False) -> None:
+    def queued(self, *, position: int, reason: str, again: bool = False, share: Share = "event") -> None:
         """Say that the request waits; `again` when it waits after its start, because the engine went away."""
         with self._lock:
             if self._may("queued") and (again or self._writer.phase in ("new", "waiting")):
-                self._publish(self._writer.queued(position=position, reason=reason))
+                self._publish(self._writer.queued(position=position, reason=reason), share=share)
 
     def start(self, fields: Mapping[str, Any]) -> None:
         with self._lock:
@@ -133,7 +133,7 @@ class Responder:
                 return False
             content, reasoning = ("".join(self._published[kind]) for kind in ("content", "reasoning"))
             self._look_at_limit()
-            self._publish(self._writer.snapshot(content=content, reasoning=reasoning))
+            self._publish(self._writer.snapshot(content=content, reasoning=reasoning), share="answer")
             return True
 
     def _may(self, kind: Any) -> bool:
@@ -318,17 +318,21 @@ class Responder:
         self._closed = True
         self._look_at_limit()
 
-    def _publish(self, payload: bytes, on_done: Callable[[bool], None] | None = None) -> Published:
+    def _publish(
+        self, payload: bytes, on_done: Callable[[bool], None] | None = None, share: Share = "event"
+    ) -> Published:
         self.last_event_at = time.monotonic()
         if self._holds:
-            self._held.append((payload, on_done))
+            self._held.append((payload, on_done, share))
             return "queued"
-        return self._hand_over(payload, on_done)
+        return self._hand_over(payload, on_done, share)
 
-    def _hand_over(self, payload: bytes, on_done: Callable[[bool], None] | None) -> Published:
-        published = self._outbox.publish(self.topic, payload, correlation=self._correlation, on_done=on_done)
-        if published != "queued" and not self.overflowed:
-            # Whichever it was: the stream would have a hole.
+    def _hand_over(self, payload: bytes, on_done: Callable[[bool], None] | None, share: Share) -> Published:
+        published = self._outbox.publish(
+            self.topic, payload, correlation=self._correlation, on_done=on_done, share=share
+        )
+        # What answers a request that was sent again may get lost: its client asks once more. In the stream it would be a hole.
+        if published != "queued" and share == "event" and not self.overflowed:
             self.overflowed = True
             self.on_overflow()
         return published

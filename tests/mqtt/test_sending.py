@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
 from llamacpp_mqtt_deploy.mqtt.sending import Sending
 from llamacpp_mqtt_deploy.mqtt.session import FAULTS, Publish
 
@@ -33,7 +34,7 @@ def _publish(topic: str, done: dict[str, bool]) -> Publish:
 
 
 def _sending(done: dict[str, bool]) -> Sending:
-    sending = Sending(threading.Condition())
+    sending = Sending(threading.Condition(), OutboxBudget(most_messages=5000, most_bytes=64 * MIB))
     for topic in ("first", "bad", "last"):
         sending.outgoing.waiting.append(_publish(topic, done))
     sending.outgoing.connected(window=10, now=0.0)

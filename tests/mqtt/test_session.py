@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
 from llamacpp_mqtt_deploy.mqtt.session import QUIET_S, Outgoing, Publish
 
 
@@ -14,7 +15,7 @@ def publish(name: str) -> Publish:
 
 
 def table(count: int, window: int = 4) -> Outgoing:
-    outgoing = Outgoing()
+    outgoing = Outgoing(OutboxBudget(most_messages=5000, most_bytes=64 * MIB))
     outgoing.waiting.extend(publish(str(n)) for n in range(count))
     outgoing.connected(window=window, now=0.0)
     return outgoing

@@ -97,7 +97,11 @@ class WholeWorker:
         self.engine = engine
         self.loaded = load(None, dict(settings), environ={})
         self.client_id = client_id(self.loaded.settings.mqtt)
-        self.daemon = Daemon(self.loaded, link=LoopbackLink(broker, client_id=self.client_id), engine=engine)
+        mqtt = self.loaded.settings.mqtt
+        link = LoopbackLink(
+            broker, client_id=self.client_id, outbox_messages=mqtt.outbox_messages, outbox_mib=mqtt.outbox_mib
+        )
+        self.daemon = Daemon(self.loaded, link=link, engine=engine)
         self.exit_code: int | None = None
         self._thread = threading.Thread(target=self._run, name="daemon", daemon=True)
 

@@ -1,0 +1,85 @@
+"""Refusals and acks take at most a third of the outbox; what more would bring them stays unread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from llamacpp_mqtt_deploy.core.deltas import Text
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
+from tests.support.waiting import eventually
+from tests.support.whole_worker import Bus
+
+_OUTBOX = 120
+
+
+def _controls(bus: Bus, number: int) -> None:
+    bus.control("ping", session="flood", transaction=str(number))
+
+
+def _refusals(bus: Bus, number: int) -> None:
+    bus.ask(session="flood", prompt="hi", temperature="hot", request_id=f"f{number}")
+
+
+def _copies_of_one_that_runs(bus: Bus, number: int) -> None:
+    bus.ask("slow", session="flood", request_id="f")
+
+
+def _copies_of_one_that_ended(bus: Bus, number: int) -> None:
+    bus.ask("over", session="flood", request_id="over")
+
+
+@pytest.mark.parametrize(
+    "flood", [_controls, _refusals, _copies_of_one_that_runs, _copies_of_one_that_ended], ids=lambda f: f.__name__[1:]
+)
+def test_a_flood_that_only_brings_answers_leaves_the_outbox_to_the_streams_of_others(
+    bus: Bus, flood: Callable[[Bus, int], None]
+) -> None:
+    gate = Gate()
+    engine = ScriptedEngine(slots=2)
+    worker = bus.worker(engine, mqtt__outbox_messages=_OUTBOX, mqtt__inbox_messages=1000)
+    bus.ask("over", session="flood", request_id="over")
+    bus.listener.terminal("over")
+    engine.play(Text("slow"), gate)
+    bus.ask("slow", session="flood", request_id="f")
+    bus.listener.until(type="chunk", request_id="f")
+    engine.play(Text("one "), gate, Text("two"))
+    bus.ask("count", session="other", request_id="r")
+    bus.listener.until(type="chunk", request_id="r")
+    link, intake = worker.daemon.parts.link, worker.daemon.parts.intake
+    eventually(lambda: link.info().unacknowledged == 0)
+
+    bus.broker.hold_pubacks()
+    for number in range(2 * _OUTBOX):
+        flood(bus, number)
+    eventually(lambda: link.info().unacknowledged >= _OUTBOX // 3)
+    gate.open()
+    end = bus.listener.terminal("r")
+    assert (end["type"], end["full_content"]) == ("done", "one two")
+    assert link.info().unacknowledged < _OUTBOX
+    assert intake.waiting > _OUTBOX, "the rest is not read yet"
+
+    bus.broker.release_pubacks()
+    eventually(lambda: intake.waiting == 0 and link.info().unacknowledged == 0)
+    answers = [event for event in bus.listener.of("f") if event["type"] in ("snapshot", "done")]
+    if flood is _controls:
+        eventually(lambda: _acks(bus) == 2 * _OUTBOX)
+    elif flood is _copies_of_one_that_runs:
+        assert len(answers) > _OUTBOX
+    assert bus.listener.terminal("f")["full_content"] == "slow"
+
+
+def test_a_worker_stops_in_time_while_no_answer_finds_room(bus: Bus) -> None:
+    worker = bus.worker(mqtt__outbox_messages=_OUTBOX, limits__drain_timeout_s=1)
+    bus.broker.hold_pubacks()
+    for number in range(2 * _OUTBOX):
+        _controls(bus, number)
+    eventually(lambda: worker.daemon.parts.link.info().unacknowledged >= _OUTBOX // 3)
+    assert worker.stop(timeout_s=12.0) == 0
+
+
+def _acks(bus: Bus) -> int:
+    bus.listener.of("")
+    return sum(json.loads(d.payload).get("type") == "ack" for d in bus.listener.deliveries if "/reply/" in d.topic)
