@@ -30,6 +30,8 @@ class EngineCall:
     thinking: bool | None = None
     thinking_budget: int | None = None
     chunk_timeout_s: float = 60.0
+    once: bool = False
+    """Not to be given to an engine a second time when it died: this call may be what it dies of."""
 
 
 SAMPLING_FIELDS: tuple[str, ...] = (

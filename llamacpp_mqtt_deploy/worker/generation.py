@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 
@@ -17,6 +19,7 @@ from llamacpp_mqtt_deploy.worker.forwarding import Forwarder
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.own_errors import defect, lost_too_often
+from llamacpp_mqtt_deploy.worker.poison import PoisonSchemas, digest_of
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.simulated import SimulatedStream
@@ -52,13 +55,17 @@ class Generation:
         self._prompts = prompts
         self._policies = policies
         self._worker_id = worker_id
+        self._poison = PoisonSchemas()
 
     def run(self, job: Job) -> None:
         """Run the job to its terminal event, or to the point where it is paced without us."""
         try:
             job.stop.raise_if_set()
+            schema = digest_of(job.request)
+            if schema is not None:
+                self._poison.refuse(schema, now=time.monotonic())
             call = self._prompts.build(job)
-            finished = self._generate(job, call)
+            finished = self._generate(job, replace(call, once=schema is not None), schema)
             if not (job.live or job.responder.silent) and job.answer.begun:
                 self._pace(job, finished)
             else:
@@ -74,8 +81,8 @@ class Generation:
         finally:
             self._registry.release_slot(job)
 
-    def _generate(self, job: Job, call: EngineCall) -> Finished:
-        """Start the engine, again when it is lost before the first chunk (protocol, section 5)."""
+    def _generate(self, job: Job, call: EngineCall, schema: str | None) -> Finished:
+        """Start the engine, again when it is lost before the first chunk (protocol, section 5), unless a schema may be why."""
         max_starts = self._policies().settings.limits.max_starts
         while True:
             if job.starts >= max_starts:
@@ -84,6 +91,10 @@ class Generation:
             try:
                 return self._once(job, call)
             except EngineLost:
+                if schema is not None:
+                    log.warning("engine.lost_under_schema", request_id=job.key.request_id, digest=schema[:16])
+                    self._poison.died(schema, begun=job.answer.begun, now=time.monotonic())
+                    raise
                 if job.answer.begun or job.starts >= max_starts:
                     raise
                 log.warning("engine.lost", request_id=job.key.request_id, starts=job.starts)
@@ -128,7 +139,7 @@ class Generation:
     def _opened(self, job: Job, *, short_prompt: bool) -> bool:
         """Whether to mark the stream now. The start is counted in any case: a request that takes the whole worker down is not
         started for ever."""
-        if short_prompt and job.starts == 1:
+        if short_prompt and job.starts == 1 and job.live:
             return True  # the mark says that it was started
         self._background.run(("started", job.key), lambda: self._marks.started(job.key))
         return False

@@ -194,7 +194,7 @@ class ServerEngine:
     def _replying(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Reply]:
         """A slot of ours, and in it the answer to this call, from its headers on."""
         stop.raise_if_set()
-        patience = ReadyWait(self._settings.unavailable_after_s)
+        patience = ReadyWait(self._settings.unavailable_after_s, once=call.once)
         patiently(lambda: self._need_description(stop), patience, stop, on_wait)
         self._slots.acquire(stop)
         try:

@@ -30,9 +30,10 @@ class NotReady(Exception):
 
 class ReadyWait:
     """When to stop trying: after `unavailable_after_s` without a server, never while it loads, and at the second request
-    that ends without a word (the request itself may be what kills the server)."""
+    that ends without a word (the request itself may be what kills the server), at the first where it is sent `once`."""
 
-    def __init__(self, unavailable_after_s: float) -> None:
+    def __init__(self, unavailable_after_s: float, *, once: bool = False) -> None:
+        self._most_unanswered = 1 if once else 2
         self._limit_s = unavailable_after_s
         self._since: float | None = None
         self._unanswered = 0
@@ -47,7 +48,7 @@ class ReadyWait:
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         self._unanswered += failure.asked
-        return self._unanswered >= 2 or now - self._since >= self._limit_s
+        return self._unanswered >= self._most_unanswered or now - self._since >= self._limit_s
 
 
 def patiently(attempt: Callable[[], T], patience: ReadyWait, stop: StopSignal, on_wait: Callable[[str], None]) -> T:
