@@ -1,4 +1,4 @@
-"""The doors between the corridor and the families: what an engine, a link and a store are."""
+"""The interfaces between the worker and its adapters: what an engine, a link to the broker and a store have to offer."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ message that was not accepted (a refusal, an ack), of which there may be a third
 
 
 class Outbox(Protocol):
-    """The half of a link that the corridor sees."""
+    """The half of a link that the worker uses: publish and acknowledge."""
 
     def publish(
         self,
@@ -207,7 +207,7 @@ class Link(Outbox, Protocol):
         """Wait until nothing is unacknowledged; False when the deadline passed."""
 
     def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
-        """Publish the farewell (the retained `offline`), wait for its PUBACK, DISCONNECT; idempotent."""
+        """Publish the last retained message (`offline`), wait for its PUBACK, DISCONNECT; idempotent."""
 
 
 # --- stores: who remembers accepted requests and sessions --------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 StopReason = Literal["cancelled", "timeout", "shutting_down", "outbox_full", "put_back", "unjournaled"]
-"""`put_back`: it has not reached the engine and stays in the journal for the worker's next life. `unjournaled`: the journal did
+"""`put_back`: it has not reached the engine and stays in the journal for the worker's next start. `unjournaled`: the journal did
 not take it, so it was never accepted."""
 
 

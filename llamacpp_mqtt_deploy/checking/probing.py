@@ -1,4 +1,4 @@
-"""A second pair of eyes at the broker: publishes probes and sees which of them arrive, without disturbing a live worker."""
+"""A second connection to the broker: publishes probes and sees which of them arrive, without disturbing a live worker."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ class BusClient:
                 if value >= REFUSED:
                     ack.refuse(NotPermitted(not_permitted("publish to", topic, self.address, reason)))
 
-            # Expires with our patience: a worker that comes back later must not do what nobody waits for any more.
+            # Expires when our wait is over: a worker that comes back later must not do what nobody waits for any more.
             if not self._connection.publish(topic, payload, expiry_s=max(1, math.ceil(timeout_s)), on_ack=acknowledged):
                 raise BrokerUnreachable(
                     f"The connection to the broker at {self.address} is lost; it is being restored."

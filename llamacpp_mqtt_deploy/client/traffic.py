@@ -1,4 +1,4 @@
-"""What goes between the connection and the answers that wait: requests and cancels out, events in."""
+"""The messages of a client: publishes requests and cancels, hands each event to the answer that waits for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watch over the answers that wait: sends requests again, asks whether anybody is there, gives up."""
+"""The thread that looks after unfinished answers: sends requests again, asks whether a worker is there, gives up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)  # the host program's log: this part is a libr
 
 
 class Watch:
-    """One thread for all answers of a client; their rules decides, it only does what is due."""
+    """One thread for all answers of a client; their rules decide, it only does what is due."""
 
     def __init__(self, traffic: Traffic, *, offline_limit_s: float) -> None:
         self._traffic = traffic

@@ -149,19 +149,19 @@ class Demo:
         self._root = overrides.get("mqtt.root", self._root)
         self._say("A broker, a language model and the daemon, on this machine and for this demo:")
         environ = worker.clean_environment()
-        with DemoProcesses(self._pause) as house:
+        with DemoProcesses(self._pause) as processes:
             with self._step("broker") as (done, _):
-                broker = brokers.start_broker(house, kind, port, environ=environ)
+                broker = brokers.start_broker(processes, kind, port, environ=environ)
                 done(f"{broker.name} on {brokers.HOST}:{broker.port}, no password")
             settings = worker.worker_settings(
-                broker=broker, directory=house.directory, model=model, overrides=overrides
+                broker=broker, directory=processes.directory, model=model, overrides=overrides
             )
-            with self._set_up(house, broker, settings, own_model=model is not None) as bus:
+            with self._set_up(processes, broker, settings, own_model=model is not None) as bus:
                 self._talk(bus)
                 if self._once:
                     self._say("The demo ends here; without --once (DEMO_ONCE) it stays up for your own prompts.")
                 else:
-                    self._stay(house, broker)
+                    self._stay(processes, broker)
             began_at = time.monotonic()
         self._say(f"Stopped in {time.monotonic() - began_at:.1f} s; nothing is left running, and no file.")
 
@@ -169,7 +169,7 @@ class Demo:
 
     @contextlib.contextmanager
     def _set_up(
-        self, house: DemoProcesses, broker: Broker, settings: Mapping[str, str], *, own_model: bool
+        self, processes: DemoProcesses, broker: Broker, settings: Mapping[str, str], *, own_model: bool
     ) -> Iterator[BusClient]:
         from llamacpp_mqtt_deploy.client import BusClient, BusError
         from llamacpp_mqtt_deploy.demo import brokers, worker
@@ -178,22 +178,22 @@ class Demo:
         try:
             with contextlib.ExitStack() as stack:
                 with self._step("daemon") as (done, _):
-                    child = worker.start_worker(house, settings, environ=worker.clean_environment())
+                    child = worker.start_worker(processes, settings, environ=worker.clean_environment())
                     client = BusClient(
                         brokers.HOST, broker.port, root=self._root, protocol=broker.protocol, offline_limit_s=10.0
                     )
                     bus = stack.enter_context(client)
-                    worker.wait_online(house, child, bus)
+                    worker.wait_online(processes, child, bus)
                     done(f"lmd run (process {child.process.pid}), online over MQTT {bus.protocol}")
                 with self._step("engine") as (done, detail):
-                    facts = worker.wait_ready(house, child, bus, own_model=own_model, on_detail=detail)
+                    facts = worker.wait_ready(processes, child, bus, own_model=own_model, on_detail=detail)
                     context = f" of {facts.n_ctx} tokens" if facts.n_ctx else ""
                     done(f"{facts.model} on {facts.backend}, {facts.slots} slots{context}, {facts.server}")
                 self._explain_pace(facts)
                 yield bus
         except BusError as error:
-            house.watch()  # a broker or daemon that died is the better reason
-            raise DemoFailed(str(error), house.last_lines("daemon")) from error
+            processes.watch()  # a broker or daemon that died is the better reason
+            raise DemoFailed(str(error), processes.last_lines("daemon")) from error
 
     @contextlib.contextmanager
     def _step(self, name: str) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
@@ -252,14 +252,14 @@ class Demo:
 
     # --- until Ctrl-C ----------------------------------------------------------------------------------------------------
 
-    def _stay(self, house: DemoProcesses, broker: Broker) -> None:
+    def _stay(self, processes: DemoProcesses, broker: Broker) -> None:
         self._say()
         for line in self._suggestions(broker):
             self._say(line)
         with contextlib.suppress(Leaving):
             while True:
                 self._pause(_LOOK_AROUND_S)
-                house.watch()
+                processes.watch()
         self._say()
 
     def _suggestions(self, broker: Broker) -> Iterator[str]:

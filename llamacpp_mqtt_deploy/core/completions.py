@@ -50,7 +50,7 @@ _CONTEXT_WORDS = re.compile(r"context (?:length|size|window)|maximum context|too
 class CompletionReader:
     """Reads the events of one completion. Feed it each event's data; `finished` gives the end once `done`.
 
-    Idempotent on `role`, deaf to fields that it does not know. Tokens that the server does not count are counted by deltas.
+    Idempotent on `role`; ignores fields that it does not know. Tokens that the server does not count are counted by deltas.
     `thinking` splits the content of servers that leave a model's thinking in it; one that sends it apart needs no splitting.
     """
 

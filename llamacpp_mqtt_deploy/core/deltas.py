@@ -1,4 +1,4 @@
-"""What travels between the corridor and an engine: the call that goes in and the deltas that come out."""
+"""What goes between the worker and an engine: the call with the prompt in, the deltas of the answer out."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def split_to_bytes(text: str, room: int) -> list[str]:
 def interrupted(
     *, request_id: str, session_id: str, code: str, message: str, retryable: bool, metadata: Mapping[str, Any] | None
 ) -> bytes:
-    """The end of a request whose worker died: it has no `seq`, because the chunks were counted in the memory that died."""
+    """The end of a request whose worker died: it has no `seq`, because the count of the chunks was lost with it."""
     event: dict[str, Any] = {
         "type": "error",
         "request_id": request_id,

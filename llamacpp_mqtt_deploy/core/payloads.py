@@ -1,4 +1,4 @@
-"""From hostile bytes to a plain text or a JSON object, everything refused before anything recurses."""
+"""From untrusted bytes to a plain text or a JSON object, everything refused before anything recurses."""
 
 from __future__ import annotations
 

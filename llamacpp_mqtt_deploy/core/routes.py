@@ -55,7 +55,7 @@ def route_topics(
 ) -> RouteTopics:
     """The topics of a configured route, with those left out filled in.
 
-    `default` has `{root}/request/{session}`, `{root}/reply/{session}` and `{root}/control/{session}`. Any other route lives
+    `default` has `{root}/request/{session}`, `{root}/reply/{session}` and `{root}/control/{session}`. Any other route is
     below the root under its own name, `{root}/{name}/request/{session}` and so on, so that two workers with different roots
     never share a topic by accident. A route whose session comes from the payload gets `{root}/{name}/request` and no
     control topic.

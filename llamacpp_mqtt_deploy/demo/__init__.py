@@ -1,1 +1,1 @@
-"""What `lmd demo` is made of: its processes of processes, its brokers, its worker. The terminal's part is in commands/."""
+"""What `lmd demo` is made of: processes, broker, worker. The terminal's part is in commands/."""

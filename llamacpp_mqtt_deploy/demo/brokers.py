@@ -65,37 +65,39 @@ def choose(choice: Choice) -> Literal["mosquitto", "amqtt"]:
 
 
 def start_broker(
-    house: DemoProcesses, kind: Literal["mosquitto", "amqtt"], port: int | None, *, environ: Mapping[str, str]
+    processes: DemoProcesses, kind: Literal["mosquitto", "amqtt"], port: int | None, *, environ: Mapping[str, str]
 ) -> Broker:
     """Start a broker and wait until it takes connections; `port` None is any free one. Raises DemoFailed."""
     if port is not None:
         _check_free(port)
-        return _start(house, kind, port, environ)
+        return _start(processes, kind, port, environ)
     for _ in range(_TRIES - 1):
         try:
-            return _start(house, kind, _free_port(), environ)
+            return _start(processes, kind, _free_port(), environ)
         except DemoFailed as failure:
             # Somebody may take the port between our look and the broker's.
             if not any("in use" in line for line in failure.lines):
                 raise
-    return _start(house, kind, _free_port(), environ)
+    return _start(processes, kind, _free_port(), environ)
 
 
-def _start(house: DemoProcesses, kind: Literal["mosquitto", "amqtt"], port: int, environ: Mapping[str, str]) -> Broker:
+def _start(
+    processes: DemoProcesses, kind: Literal["mosquitto", "amqtt"], port: int, environ: Mapping[str, str]
+) -> Broker:
     if kind == "mosquitto":
-        command = [find_mosquitto() or "mosquitto", "-c", _write_config(house, port)]
+        command = [find_mosquitto() or "mosquitto", "-c", _write_config(processes, port)]
     else:
         command = [sys.executable, "-P", "-m", "llamacpp_mqtt_deploy.demo.amqtt_server", str(port)]
-    child = house.start("broker", command, environ=environ)
+    child = processes.start("broker", command, environ=environ)
     try:
-        house.wait(child, "ready", lambda: _listens(port), _START_S)
+        processes.wait(child, "ready", lambda: _listens(port), _START_S)
     except DemoFailed:
-        house.forget(child)
+        processes.forget(child)
         raise
     return Broker(f"{kind} {_version(kind, child)}".strip(), port, "auto" if kind == "mosquitto" else "3.1.1")
 
 
-def _write_config(house: DemoProcesses, port: int) -> str:
+def _write_config(processes: DemoProcesses, port: int) -> str:
     """A file of our own, so that neither the system's configuration nor its port has a part in it."""
     lines = [
         f"listener {port} {HOST}",
@@ -107,7 +109,7 @@ def _write_config(house: DemoProcesses, port: int) -> str:
     if os.geteuid() == 0:
         # Else it changes to the user `mosquitto`, which takes the death signal away (prctl(2)): it would outlive us.
         lines.append("user root")
-    path = house.directory / "mosquitto.conf"
+    path = processes.directory / "mosquitto.conf"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 

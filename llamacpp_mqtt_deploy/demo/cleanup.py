@@ -1,6 +1,6 @@
 """A script that removes the demo's directory when the demo and everything that it started has ended, in whatever way."""
 
-# Run as `python -I -S keeper.py DIRECTORY`; imports nothing but the standard library. Its standard input is a pipe whose
+# Run as `python -I -S cleanup.py DIRECTORY`; imports nothing but the standard library. Its standard input is a pipe whose
 # other end the demo and its children hold: the kernel closes it with the last of them, also after SIGKILL.
 
 from __future__ import annotations

@@ -68,21 +68,21 @@ class DemoProcesses:
     """A private directory and the processes in it, youngest stopped first. `pause(seconds)` may raise to end every wait.
 
     Three things hold when the demo itself is killed: the kernel kills each child (`lifeline`), each child's children die
-    with it, and the keeper removes the directory. Start it and its children from one thread that lives as long as the demo.
+    with it, and the cleanup script removes the directory. Start it and its children from one thread that lives as long as the demo.
     """
 
     def __init__(self, pause: Callable[[float], None]) -> None:
         self._pause = pause
         self._children: list[DemoProcess] = []
         self._pipe = -1
-        self._keeper: subprocess.Popen[bytes] | None = None
+        self._cleanup: subprocess.Popen[bytes] | None = None
         self.directory = Path()
 
     def __enter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix="lmd-demo-")).absolute()
         reading, self._pipe = os.pipe()
         try:
-            self._keeper = subprocess.Popen(  # noqa: S603 - our own script
+            self._cleanup = subprocess.Popen(  # noqa: S603 - our own script
                 [sys.executable, "-I", "-S", str(cleanup.__file__), str(self.directory)],
                 stdin=reading,
                 stdout=subprocess.DEVNULL,
@@ -104,9 +104,9 @@ class DemoProcesses:
                 child.stop(timeout_s=12.0)  # more than the worker needs for its own orderly end
         finally:
             os.close(self._pipe)
-            if self._keeper is not None:
+            if self._cleanup is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._keeper.wait(6.0)
+                    self._cleanup.wait(6.0)
 
     def start(self, name: str, command: Sequence[str], *, environ: Mapping[str, str]) -> DemoProcess:
         """Start a program (its path first) that cannot outlive us. Ctrl-C does not reach it: we stop it in our order."""

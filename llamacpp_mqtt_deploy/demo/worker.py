@@ -123,21 +123,21 @@ def check_engine(overrides: Mapping[str, str]) -> None:
         )
 
 
-def start_worker(house: DemoProcesses, settings: Mapping[str, str], *, environ: Mapping[str, str]) -> DemoProcess:
+def start_worker(processes: DemoProcesses, settings: Mapping[str, str], *, environ: Mapping[str, str]) -> DemoProcess:
     flags = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     # -P: the folder in which the demo is called may hold a module with the name of one of ours.
     command = [sys.executable, "-P", "-m", "llamacpp_mqtt_deploy", "run", "--config", os.devnull, *flags]
     # With TMPDIR whatever its engine leaves behind goes with our directory.
-    return house.start("daemon", command, environ={**environ, "TMPDIR": str(house.directory)})
+    return processes.start("daemon", command, environ={**environ, "TMPDIR": str(processes.directory)})
 
 
-def wait_online(house: DemoProcesses, child: DemoProcess, bus: BusClient) -> None:
+def wait_online(processes: DemoProcesses, child: DemoProcess, bus: BusClient) -> None:
     """Wait for the worker's retained status. Raises DemoFailed."""
-    house.wait(child, "online", lambda: WORKER_ID in bus.workers_online(), _ONLINE_S)
+    processes.wait(child, "online", lambda: WORKER_ID in bus.workers_online(), _ONLINE_S)
 
 
 def wait_ready(
-    house: DemoProcesses, child: DemoProcess, bus: BusClient, *, own_model: bool, on_detail: Callable[[str], None]
+    processes: DemoProcesses, child: DemoProcess, bus: BusClient, *, own_model: bool, on_detail: Callable[[str], None]
 ) -> Facts:
     """Wait until its engine answers; `on_detail` hears what the status says meanwhile. Raises DemoFailed."""
     timeout_s = _OWN_MODEL_S if own_model else _DEMO_MODEL_S
@@ -155,7 +155,7 @@ def wait_ready(
         return engine.get("state") == "ready"
 
     try:
-        house.wait(child, "ready", ready, timeout_s)
+        processes.wait(child, "ready", ready, timeout_s)
     except DemoFailed as failure:
         if child.ended is None and heard and time.monotonic() - began_at >= timeout_s:
             raise DemoFailed(f"The engine is not ready after {timeout_s:g} s: {heard[-1]}", failure.lines) from None

@@ -1,4 +1,4 @@
-"""How many requests an engine has in flight: a counter with room for N whose waiters leave when their stop signal is set."""
+"""How many requests an engine has in flight: a counting semaphore whose waiters leave when their stop signal is set."""
 
 from __future__ import annotations
 

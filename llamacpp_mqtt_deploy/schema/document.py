@@ -1,4 +1,4 @@
-"""The one JSON Schema document of the protocol, and the doors through which messages are held against it.
+"""The JSON Schema document of the protocol, and functions that validate a message against it.
 
 `python -m llamacpp_mqtt_deploy.schema.document > docs/schema.json` writes the document. The models of events are not on the way
 of a token: tests hold what the worker emits against them, and unknown fields are refused so that drift is found.

@@ -200,7 +200,7 @@ class Chunk(Event):
 
 
 class Ping(Event):
-    """A sign of life after a while without another event."""
+    """A heartbeat after a while without another event."""
 
     type: Literal["ping"]
     """Always `ping`."""

@@ -117,7 +117,7 @@ class EngineStatus(Emitted):
 
 
 class Status(Emitted):
-    """Retained on the status topic; the will and the farewell have `state` offline and little else."""
+    """Retained on the status topic; the will and the last message have `state` offline and little else."""
 
     state: WorkerState
     """Whether requests are taken."""

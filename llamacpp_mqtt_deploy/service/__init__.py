@@ -1,1 +1,1 @@
-"""One worker process: opens its parts, comes onto the bus, watches over itself, and closes."""
+"""One worker process: opens its parts, announces itself on the bus, feeds the watchdog, and closes."""

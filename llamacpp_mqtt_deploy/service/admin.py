@@ -49,7 +49,7 @@ class Operations:
         return sum(map(self._controls.cancel, self._registry.all()))
 
     def drain(self) -> None:
-        """Refuse new requests from now on, until `resume`; what is inside goes on."""
+        """Refuse new requests from now on, until `resume`; accepted requests go on."""
         self._registry.drain()
         self._presence.become("draining")
 

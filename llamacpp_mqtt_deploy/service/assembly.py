@@ -38,7 +38,7 @@ from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
 
 
 class Parts:
-    """What a worker consists of. Members of the families may be given instead of being chosen by the configuration.
+    """What a worker consists of. Adapters may be given instead of being chosen by the configuration.
 
     `on_engine_change` runs in the engine watch's thread.
     """
@@ -187,7 +187,7 @@ class Parts:
         )
 
 
-# --- members of the families; the libraries of each are imported only when it is chosen ---
+# --- adapters; the libraries of each are imported only when it is chosen ---
 
 
 def client_id(settings: MqttSettings) -> str:

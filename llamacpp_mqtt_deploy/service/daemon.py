@@ -1,4 +1,4 @@
-"""A worker's life: opens its parts, serves until a signal, watches over it, and closes it under one deadline."""
+"""The worker process: opens its parts, serves until a signal, feeds the watchdog, and closes under one deadline."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ class Daemon:
     # --- the bus -------------------------------------------------------------------------------------------------------
 
     def _on_delivery(self, delivery: Delivery) -> bool:
-        """The link's thread: sort statuses of other threads out, put everything else into the inbox."""
+        """The link's thread: sort the statuses of other workers out, put everything else into the inbox."""
         if topic_matches(self.parts.topics.status_filter, delivery.topic):
             self.parts.presence.note(delivery)
             return True
@@ -277,7 +277,7 @@ class Daemon:
             # Lost again, or a broker that does not answer: the next connection brings another note.
             log.warning("link.greeting_failed", reason=str(problem))
         if self._startup.settled:
-            self.parts.intake.let_in()
+            self.parts.intake.begin_reading()
         if not self._subscribed:
             self.parts.loop.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
         self._publish_health()
@@ -358,7 +358,7 @@ class Daemon:
         raise Ending(EXIT_UNREACHABLE, f"not ready after {limit_s:g} s, out of reach: {'; '.join(missing)}")
 
     def _feed(self) -> None:
-        """Feed systemd's watchdog, unless something inside has stopped moving."""
+        """Feed systemd's watchdog, unless one of its threads hangs."""
         trouble = self._watchdog.trouble()
         if trouble is None:
             self._notifier.watchdog()
@@ -389,7 +389,7 @@ class Daemon:
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def _close(self, code: int) -> None:
-        """Stop under one deadline: refuse, let finish, stop what is left, flush, say goodbye."""
+        """Stop under one deadline: refuse, let finish, stop what is left, flush, publish `offline`."""
         parts = self.parts
         self._notifier.stopping()
         drain_s = self._settings.limits.drain_timeout_s if code == EXIT_CLEAN else 0.0
@@ -409,8 +409,8 @@ class Daemon:
         parts.intake.close(end.remaining_s())
         parts.link.flush(end)
         parts.redelivery.last_call()
-        farewell = parts.presence.farewell() if self._may_say_goodbye(code) else None
-        parts.link.close(Deadline(max(1.0, end.remaining_s())), farewell=farewell)
+        last = parts.presence.offline() if self._may_say_offline(code) else None
+        parts.link.close(Deadline(max(1.0, end.remaining_s())), farewell=last)
         parts.background.close(max(1.0, end.remaining_s()))
         parts.redelivery.sweep()
         parts.engine_watch.close(1.0)
@@ -438,11 +438,11 @@ class Daemon:
                 completion.stopped(job)
         registry.wait_until_idle(end.remaining_s() / 2)
         for job in registry.all():
-            if job.phase not in ("queued", "ended"):  # its engine did not let go
+            if job.phase not in ("queued", "ended"):  # its engine did not return
                 job.stop.set("shutting_down")
                 completion.stopped(job)
 
-    def _may_say_goodbye(self, code: int) -> bool:
+    def _may_say_offline(self, code: int) -> bool:
         """Not before we said hello, and not when another instance stands in our place under our status topic."""
         presence = self.parts.presence
         return presence.announced and (code != EXIT_UNREACHABLE or presence.twin() is None)

@@ -1,4 +1,4 @@
-"""The worker's retained status on the bus, and its eye on other threads that would serve the same root."""
+"""The worker's retained status on the bus, and what it knows of other workers under the same root."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WorkerState = Literal["online", "draining", "offline"]
 
 # Protocol, section 1: a status older than this many renewals is not live.
 LIVE_RENEWALS = 3
-# Statuses of other threads that are remembered; anybody with the right to publish there could send more.
+# Statuses of other workers that are remembered; anybody with the right to publish there could send more.
 _MAX_SEEN = 256
 _MAX_STATUS_BYTES = 65536
 
@@ -78,11 +78,11 @@ class Presence:
     # --- ours ----------------------------------------------------------------------------------------------------------
 
     def will(self) -> Retained:
-        """What the broker says for us when we die."""
+        """What the broker publishes for us when the connection is lost."""
         return Retained(topic=self._topics.status_topic, payload=encode(self._core("offline") | {"reason": "lost"}))
 
-    def farewell(self) -> Retained:
-        """What we say when we go."""
+    def offline(self) -> Retained:
+        """What we publish last when we stop."""
         return Retained(topic=self._topics.status_topic, payload=encode(self._core("offline") | {"reason": "stopped"}))
 
     @property
@@ -170,7 +170,7 @@ def _read(worker: str, delivery: Delivery) -> Seen | None:
         return Seen(
             worker=worker[:64],
             instance=str(told["instance"])[:64],
-            # One that may read nothing for the moment lives, and reads again as soon as it may.
+            # One that may read nothing for the moment is there, and reads again as soon as it may.
             gone=told["state"] == "offline" and told.get("reason") != "not_subscribed",
             ts=float(told["ts"]),
             every_s=min(3600.0, max(0.1, float(told["every_s"]))),

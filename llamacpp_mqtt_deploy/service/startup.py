@@ -1,4 +1,4 @@
-"""What a worker does when it comes onto the bus: looks who is there, takes up what was left, subscribes, says `online`."""
+"""After each connect: detect other workers, recover the journal (the first time), subscribe, publish `online`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Startup:
         self._recovery = recovery
         self._waiting = waiting
         self.settled = False
-        """We were on the bus before: nobody else was there, and what an earlier life left was taken up."""
+        """We were on the bus before: nobody else was there, and what an earlier start left was taken up."""
 
     def start_up(self) -> bool:
         """Whether every topic is subscribed; True as well when nothing is left to try again.

@@ -1,4 +1,4 @@
-"""Whether the worker moves: what has to be so before systemd's watchdog is fed."""
+"""Whether all threads of the worker still run: what must be so before systemd's watchdog is fed."""
 
 from __future__ import annotations
 
@@ -56,5 +56,5 @@ class Watchdog:
                 return f"the {name} thread hangs"
         stuck = self._threads.stuck()
         if stuck:
-            return f"the engine does not let go of request {stuck[0].key.request_id}"
+            return f"the engine does not end request {stuck[0].key.request_id}"
         return None

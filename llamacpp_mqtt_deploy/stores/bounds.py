@@ -29,7 +29,7 @@ UNDELIVERED_S = 86400.0
 """Seconds for which a terminal event waits for a broker that never came back."""
 
 
-def first_level(session: str) -> str:
+def first_level_of(session: str) -> str:
     """The level that a broker's access list binds to an identity."""
     return session.partition("/")[0]
 
@@ -55,28 +55,28 @@ def messages_to_forget(sizes: Sequence[tuple[str, int]], max_bytes: int) -> int:
 def excess(held: Mapping[tuple[str, bool], int], max_bytes: int) -> list[tuple[str, bool, int]]:
     """What has to go of ended requests, given as bytes by (first level, delivered): (first level, delivered, bytes).
 
-    First what a level holds beyond its share, then what all hold beyond the bound, of whoever holds most. What the broker
+    First what a first level holds beyond its share, then what all hold beyond the bound, of whoever holds most. What the broker
     has taken goes before what no broker has taken.
     """
     left = dict(held)
     total: dict[str, int] = {}
-    for (level, _), size in held.items():
-        total[level] = total.get(level, 0) + size
+    for (first_level, _), size in held.items():
+        total[first_level] = total.get(first_level, 0) + size
     over = sum(total.values()) - max_bytes
     found: list[tuple[str, bool, int]] = []
 
-    def take(level: str, *, delivered: bool, most: int) -> int:
-        taken = max(0, min(most, left.get((level, delivered), 0)))
+    def take(first_level: str, *, delivered: bool, most: int) -> int:
+        taken = max(0, min(most, left.get((first_level, delivered), 0)))
         if taken:
-            left[level, delivered] -= taken
-            total[level] -= taken
-            found.append((level, delivered, taken))
+            left[first_level, delivered] -= taken
+            total[first_level] -= taken
+            found.append((first_level, delivered, taken))
         return taken
 
-    for level in list(total):
+    for first_level in list(total):
         for delivered in (True, False):
-            over -= take(level, delivered=delivered, most=int(total[level] - max_bytes * LEVEL_SHARE))
+            over -= take(first_level, delivered=delivered, most=int(total[first_level] - max_bytes * LEVEL_SHARE))
     for delivered in (True, False):
-        for level in sorted(total, key=lambda level: total[level], reverse=True):
-            over -= take(level, delivered=delivered, most=over)
+        for first_level in sorted(total, key=lambda each: total[each], reverse=True):
+            over -= take(first_level, delivered=delivered, most=over)
     return found

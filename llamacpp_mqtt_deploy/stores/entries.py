@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey
-from llamacpp_mqtt_deploy.stores.bounds import first_level
+from llamacpp_mqtt_deploy.stores.bounds import first_level_of
 
 _SELECT = (
     "SELECT route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at, state, starts, "
@@ -48,7 +48,7 @@ def insert(db: sqlite3.Connection, entry: Entry, place: int) -> None:
             entry.delivered,
             entry.ended_at,
             place if entry.state == "ended" else None,
-            first_level(entry.key.session),
+            first_level_of(entry.key.session),
             len(entry.terminal or b""),
         ),
     )

@@ -196,7 +196,7 @@ class GroupCommit:
         over = list(batch)
         try:
             self._transaction(batch)
-        except Exception as error:  # noqa: BLE001  the thread lives on, and who waits is told
+        except Exception as error:  # noqa: BLE001  the thread goes on, and who waits is told
             over += self._failed(batch, error)
         for write in over:
             write.settle()
@@ -284,7 +284,7 @@ class GroupCommit:
     def _probe(self) -> None:
         with self._connection_lock:
             db = self._connection
-            patience = db.execute("PRAGMA busy_timeout").fetchone()[0]
+            timeout_ms = db.execute("PRAGMA busy_timeout").fetchone()[0]
             try:
                 db.execute("PRAGMA busy_timeout = 0")
                 db.execute("BEGIN IMMEDIATE")
@@ -292,7 +292,7 @@ class GroupCommit:
             except sqlite3.Error:
                 return
             finally:
-                db.execute(f"PRAGMA busy_timeout = {patience}")
+                db.execute(f"PRAGMA busy_timeout = {timeout_ms}")
         with self._condition:
             self._locked_out = None
         log.info("store.unlocked_again")

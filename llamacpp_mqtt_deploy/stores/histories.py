@@ -9,7 +9,7 @@ import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.ports import HistoryChange
-from llamacpp_mqtt_deploy.stores.bounds import first_level, messages_to_forget
+from llamacpp_mqtt_deploy.stores.bounds import first_level_of, messages_to_forget
 
 SessionKey = tuple[str, str]
 
@@ -41,7 +41,7 @@ def change(
     db.execute(
         "INSERT INTO sessions (route, session, first_level, created, last_used, bytes) VALUES (?, ?, ?, ?, ?, 0) "
         "ON CONFLICT (route, session) DO UPDATE SET last_used = max(last_used, excluded.last_used)",
-        (route, session, first_level(session), now, now),
+        (route, session, first_level_of(session), now, now),
     )
     session_id, size = db.execute(
         "SELECT id, bytes FROM sessions WHERE route = ? AND session = ?", history.session

@@ -74,11 +74,11 @@ def excess_entries(db: sqlite3.Connection, dropped: Dropped, *, max_bytes: int) 
         "GROUP BY first_level, delivered",
         (ROW_BYTES,),
     ).fetchall()
-    for level, delivered, too_much in excess({(row[0], bool(row[1])): row[2] for row in held}, max_bytes):
+    for first_level, delivered, too_much in excess({(row[0], bool(row[1])): row[2] for row in held}, max_bytes):
         rows = db.execute(
             "SELECT id, bytes FROM entries WHERE state = 'ended' AND first_level = ? AND delivered = ? "
             "ORDER BY ended_order LIMIT ?",
-            (level, delivered, PURGE_ROWS + 1),
+            (first_level, delivered, PURGE_ROWS + 1),
         ).fetchall()
         victims = []
         freed = 0
@@ -106,7 +106,7 @@ def old_sessions(db: sqlite3.Connection, dropped: Dropped, *, now: float, ttl_s:
     too_many = db.execute("SELECT count(*) FROM sessions").fetchone()[0] - max_sessions
     if too_many <= 0 or dropped.full:
         return
-    # A session's depth is its place in its level, newest first: taking the deepest, one after the other, always takes
+    # A session's depth is its place in its first level, newest first: taking the deepest, one after the other, always takes
     # the least recently used session of whoever holds most.
     victims = db.execute(
         "SELECT route, session, bytes FROM (SELECT route, session, bytes, last_used, row_number() OVER "

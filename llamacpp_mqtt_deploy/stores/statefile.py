@@ -18,7 +18,7 @@ from llamacpp_mqtt_deploy.stores import schema
 from llamacpp_mqtt_deploy.stores.reserve import Reserve
 
 BUSY_TIMEOUT_S = 1.0
-"""Patience with another program on the file (an operator's `sqlite3` shell); no other worker gets past the lock."""
+"""How long another program on the file is waited for (an operator's `sqlite3` shell); no other worker gets past the lock."""
 
 WAL_LIMIT_BYTES = 8 * 1024 * 1024
 """The log file is cut to this after a checkpoint; one large transaction would leave it large for ever."""

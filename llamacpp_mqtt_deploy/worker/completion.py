@@ -122,7 +122,7 @@ class Completion:
         )
 
     def _put_back(self, job: Job) -> None:
-        """No end at all: the journal keeps the request, and the next life of the worker runs it."""
+        """No end at all: the journal keeps the request, and the worker runs it at its next start."""
         if self._registry.claim_end(job):
             self._registry.leave(job)
             log.info("request.put_back", session=job.key.session, request_id=job.key.request_id)

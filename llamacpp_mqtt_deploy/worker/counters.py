@@ -1,4 +1,4 @@
-"""Counts what happened, for the health message, and later for a metrics page."""
+"""Counts requests, errors and tokens since the start, for the health message."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Counters:
                 self._errors[outcome] += 1
 
     def refused(self, code: str) -> None:
-        """One request was answered with this code at the door."""
+        """One request was refused with this code before it was accepted."""
         with self._lock:
             self._errors[code] += 1
 

@@ -1,4 +1,4 @@
-"""Looks after the jobs that are inside: time limits, first words, heartbeats, places in the queue."""
+"""Looks at all jobs four times a second: time limits, first events, heartbeats, positions in the queue."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = structlog.get_logger(__name__)
 
 CHECK_EVERY_S = 0.25
 # Protocol, section 3: the first event comes within 1 s of the arrival, also when the engine takes its time.
-_FIRST_WORD_S = 0.5
+_FIRST_EVENT_S = 0.5
 # Protocol, section 3: a change of position is told at most once a second.
 _POSITIONS_EVERY_S = 1.0
-# A running job that was stopped ends in its own thread; when the engine does not let check, it is ended from here.
-_LET_GO_S = 5.0
+# A running job that was stopped ends in its own thread; when the engine does not return, it is ended from here.
+_RETURN_S = 5.0
 
 
 class Deadlines:
@@ -47,8 +47,8 @@ class Deadlines:
             try:
                 self._look_after(job, now, positions.get(job.key))
             except Exception:
-                # A defect with one job must not cost the others their limits and heartbeats, round after round.
-                log.exception("round.failed", request_id=job.key.request_id)
+                # A defect with one job must not cost the others their limits and heartbeats, look after look.
+                log.exception("deadlines.failed", request_id=job.key.request_id)
 
     def _look_after(self, job: Job, now: float, position: int | None) -> None:
         self._limit(job, now)
@@ -66,14 +66,14 @@ class Deadlines:
             return
         if job.phase == "queued":
             self._end(job)
-        elif job.phase == "running" and job.stop.at is not None and now - job.stop.at > _LET_GO_S:
+        elif job.phase == "running" and job.stop.at is not None and now - job.stop.at > _RETURN_S:
             log.error("engine.stuck", request_id=job.key.request_id, reason=job.stop.reason)
             self._end(job)
 
     def _speak(self, job: Job, now: float) -> None:
         last_at = job.responder.last_event_at
         if last_at is None:
-            if now - job.received_at >= _FIRST_WORD_S:
+            if now - job.received_at >= _FIRST_EVENT_S:
                 job.responder.queued(position=job.position, reason=job.wait_reason)
         elif now - last_at >= self._heartbeat_s():
             state = "queued" if job.phase == "queued" else "generating" if job.prompt_done else "prompt"

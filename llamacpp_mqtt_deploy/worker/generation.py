@@ -1,4 +1,4 @@
-"""One request from its prompt to its terminal event."""
+"""Runs one accepted request: prompt, engine, chunks, terminal event; started again while nothing was published."""
 
 from __future__ import annotations
 

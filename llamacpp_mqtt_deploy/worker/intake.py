@@ -92,23 +92,23 @@ class Intake:
         self._inbox = Inbox(max_messages=inbox_messages)
         self.offer = self._inbox.offer
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
-        self._let_in = threading.Event()
+        self._may_read = threading.Event()
         self._shut = False
         self.beat_at = time.monotonic()
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread; nothing is read before `let_in`."""
+        """Start the thread; nothing is read before `begin_reading`."""
         self._thread.start()
 
-    def let_in(self) -> None:
-        """Begin to read: the worker has its place on the bus, and what an earlier life left was taken up.
+    def begin_reading(self) -> None:
+        """Begin to read: the worker has its place on the bus, and what an earlier start left was taken up.
 
         A broker that kept our session delivers before we have subscribed. Read at once, these requests would be taken for
-        what an earlier life left and would end twice; and another worker may be serving this root.
+        what an earlier start left and would end twice; and another worker may be serving this root.
         """
-        self._let_in.set()
+        self._may_read.set()
 
     @property
     def waiting(self) -> int:
@@ -116,10 +116,10 @@ class Intake:
         return len(self._inbox)
 
     def close(self, timeout_s: float) -> None:
-        """Read what is in the inbox, then end; what was never let in stays with the broker."""
-        if not self._let_in.is_set():
+        """Read what is in the inbox, then end; what was never read stays with the broker."""
+        if not self._may_read.is_set():
             self._shut = True
-            self._let_in.set()
+            self._may_read.set()
         self._inbox.close()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -127,7 +127,7 @@ class Intake:
     def _loop(self) -> None:
         while True:
             self.beat_at = time.monotonic()
-            if not self._let_in.wait(1.0):
+            if not self._may_read.wait(1.0):
                 continue
             if self._shut:
                 return

@@ -1,4 +1,4 @@
-"""Who is inside: the jobs of this worker, their queue and their slots, behind the one lock of the corridor."""
+"""The jobs of this worker (accepted requests that have not ended), with their queue, slots and rates behind one lock."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class JobRegistry:
             self._slots = max(1, slots)
             self._condition.notify_all()
 
-    # --- in ------------------------------------------------------------------------------------------------------------
+    # --- entering ------------------------------------------------------------------------------------------------------
 
     def enter(self, job: Job, *, recovered: bool = False) -> list[Job]:
         """Give the job a place in the queue, held until `commit`; returns the jobs that lost their place to it.
@@ -140,10 +140,10 @@ class JobRegistry:
             self._condition.notify(len(jobs))
 
     def _retry_after_s(self) -> float:
-        deadlines = (len(self._queue) + 1) / max(1, self._slots)
-        return float(min(120, max(1, round(deadlines * self._mean_run_s))))
+        rounds = (len(self._queue) + 1) / max(1, self._slots)
+        return float(min(120, max(1, round(rounds * self._mean_run_s))))
 
-    # --- through -------------------------------------------------------------------------------------------------------
+    # --- running -------------------------------------------------------------------------------------------------------
 
     def take(self, timeout_s: float) -> Job | None:
         """The next job for a free slot; None after the timeout or when closed."""
@@ -188,7 +188,7 @@ class JobRegistry:
                 self._mean_run_s += 0.2 * (time.monotonic() - job.started_at - self._mean_run_s)
             self._condition.notify()
 
-    # --- out -----------------------------------------------------------------------------------------------------------
+    # --- ending --------------------------------------------------------------------------------------------------------
 
     def claim_end(self, job: Job) -> bool:
         """Whoever gets True writes the terminal event of this job; nobody gets it twice."""
@@ -202,7 +202,7 @@ class JobRegistry:
     def leave(self, job: Job) -> None:
         """The terminal event is stored: the job is gone, and its session's next prompt may go.
 
-        Its slot stays taken until `release_slot`: an engine that does not let go of a request has no room for another.
+        Its slot stays taken until `release_slot`: an engine that does not end a request cannot take another.
         """
         with self._condition:
             job.phase = "ended"
@@ -231,7 +231,7 @@ class JobRegistry:
         return len(self._held)
 
     def all_held_slots(self) -> list[Job]:
-        """Jobs in a worker's hands, also those that were ended over its head because the engine did not let go."""
+        """Jobs that hold a slot, also those that were ended from outside because their engine did not return."""
         with self._condition:
             return list(self._held)
 
@@ -273,7 +273,7 @@ class JobRegistry:
     # --- draining --------------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Refuse new requests; those inside go on."""
+        """Refuse new requests; accepted ones go on."""
         with self._condition:
             self._draining = True
 

@@ -1,4 +1,4 @@
-"""What applies to a request of a route: worker's settings, overlaid with the route's, ready for the request's own."""
+"""The settings that apply to a request: those of its route over those of the worker; compiled once for each configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLAIN_ROUTE = RouteSettings()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutePolicy:
-    """One route as the corridor sees it; `parse` is for the door, the rest for the generation."""
+    """What applies to the requests of one route; `parse` is for reading them, the rest for generating."""
 
     name: str
     parse: RequestPolicy

@@ -1,4 +1,4 @@
-"""What an earlier life of the worker left behind: run again what had no chunk, end what had one, deliver what has ended."""
+"""After a restart: run again what had published no chunk, end what had, publish ends that no broker has acknowledged."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Recovery:
         return True
 
     def _take_up(self, entry: Entry) -> bool:
-        """Put an accepted request back into the line; False when it ended instead."""
+        """Put an accepted request back into the queue; False when it ended instead."""
         policies = self._policies()
         now, wall = time.monotonic(), time.time()
         try:

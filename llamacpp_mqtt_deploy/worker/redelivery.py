@@ -124,7 +124,7 @@ class Redelivery:
                 self._given_up.append((key, sending))
 
     def last_call(self) -> None:
-        """The link is about to close and gives up what no broker has acknowledged: that is the next life's to deliver."""
+        """The link is about to close and gives up what no broker has acknowledged: the next start delivers that."""
         with self._lock:
             self._closing = True
 

@@ -67,7 +67,7 @@ class Refusals:
         if address.reply_topic is None or address.session is None:
             return  # The session stands in the payload and cannot be seen there: there is no topic to answer on.
         if request_id is not None and self._is_known(address.route, address.session, request_id):
-            # A broken copy of a request that is known: an `error` would end the good one in its client's eyes.
+            # A broken copy of a request that is known: an `error` would end the good one for its client.
             self.reject(message, address, request_id, "duplicate_request")
             return
         writer = EventWriter(

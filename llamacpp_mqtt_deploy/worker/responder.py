@@ -1,4 +1,4 @@
-"""Numbers one request's events and publishes them: the only place from which a reply leaves."""
+"""Numbers the events of one request and publishes them on its reply topic."""
 
 from __future__ import annotations
 

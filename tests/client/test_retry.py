@@ -16,35 +16,35 @@ EVENTS = st.lists(
 def test_a_request_that_hears_nothing_more_is_given_up_in_bounded_time(
     events: list[str], streams: bool, online: bool, timeout_s: float | None
 ) -> None:
-    patience = RetryRules(streams=streams, timeout_s=timeout_s, heartbeat_s=1.0)
-    patience.sent(0.0)
+    rules = RetryRules(streams=streams, timeout_s=timeout_s, heartbeat_s=1.0)
+    rules.sent(0.0)
     now, hole, sends = 0.0, False, 0
     for event in events:
         now += 0.5
         match event:
             case "hear" | "hole":
                 hole = event == "hole"
-                patience.heard(now, progress=not hole)
+                rules.heard(now, progress=not hole)
             case "nobody":
-                patience.nobody()
+                rules.nobody()
             case "alive":
-                patience.alive()
+                rules.alive()
             case "offline":
-                patience.offline(now)
+                rules.offline(now)
             case "back":
-                patience.back()
+                rules.back()
             case "cancel":
-                patience.cancelled(now)
+                rules.cancelled(now)
     ends_at = now + 4000
     while now < ends_at:
-        match patience.decide(now, hole=hole, worker_online=online):
+        match rules.decide(now, hole=hole, worker_online=online):
             case GiveUp():
                 return
             case Send():
-                patience.sent(now)
+                rules.sent(now)
                 sends += 1
             case AskPresence():
-                patience.probed(now)
+                rules.probed(now)
             case WaitUntil(until):
                 assert until > now
                 now = until
@@ -53,47 +53,47 @@ def test_a_request_that_hears_nothing_more_is_given_up_in_bounded_time(
 
 @given(st.floats(0.1, 60), st.integers(0, 20))
 def test_deliveries_in_vain_are_at_most_the_limit_and_one(heartbeat_s: float, resend_limit: int) -> None:
-    patience = RetryRules(heartbeat_s=heartbeat_s, resend_limit=resend_limit)
-    patience.sent(0.0)
+    rules = RetryRules(heartbeat_s=heartbeat_s, resend_limit=resend_limit)
+    rules.sent(0.0)
     now = 0.0
-    while not isinstance(step := patience.decide(now, hole=False, worker_online=True), GiveUp):
+    while not isinstance(step := rules.decide(now, hole=False, worker_online=True), GiveUp):
         if isinstance(step, Send):
-            patience.sent(now)
+            rules.sent(now)
         elif isinstance(step, WaitUntil):
             now = step.until
-    assert patience.sends == resend_limit + 1
+    assert rules.sends == resend_limit + 1
     assert step.why == "unanswered"
 
 
 def test_a_steady_stream_is_never_sent_again() -> None:
-    patience = RetryRules(heartbeat_s=15)
-    patience.sent(0.0)
+    rules = RetryRules(heartbeat_s=15)
+    rules.sent(0.0)
     for second in range(1, 1000, 15):
-        patience.heard(float(second), progress=True)
-        assert isinstance(patience.decide(second + 14.9, hole=False, worker_online=True), WaitUntil)
+        rules.heard(float(second), progress=True)
+        assert isinstance(rules.decide(second + 14.9, hole=False, worker_online=True), WaitUntil)
 
 
 def test_three_heartbeats_of_silence_bring_another_delivery() -> None:
-    patience = RetryRules(heartbeat_s=15)
-    patience.sent(0.0)
-    patience.heard(1.0, progress=True)
-    assert patience.decide(45.9, hole=False, worker_online=True) == WaitUntil(46.0)
-    assert patience.decide(46.0, hole=False, worker_online=True) == Send()
+    rules = RetryRules(heartbeat_s=15)
+    rules.sent(0.0)
+    rules.heard(1.0, progress=True)
+    assert rules.decide(45.9, hole=False, worker_online=True) == WaitUntil(46.0)
+    assert rules.decide(46.0, hole=False, worker_online=True) == Send()
 
 
 def test_an_answer_in_one_piece_may_take_as_long_as_it_needs() -> None:
-    patience = RetryRules(heartbeat_s=1, streams=False, resend_limit=2)
-    patience.sent(0.0)
+    rules = RetryRules(heartbeat_s=1, streams=False, resend_limit=2)
+    rules.sent(0.0)
     now = 0.0
-    while not isinstance(step := patience.decide(now, hole=False, worker_online=True), GiveUp):
+    while not isinstance(step := rules.decide(now, hole=False, worker_online=True), GiveUp):
         now = max(now, step.until) if isinstance(step, WaitUntil) else now
         if isinstance(step, Send):
-            patience.sent(now)
+            rules.sent(now)
     assert now >= 3600
 
 
 def test_the_wait_ends_soon_after_the_time_limit_of_the_request() -> None:
-    patience = RetryRules(timeout_s=5, streams=False)
-    patience.sent(0.0)
-    assert patience.decide(10.0, hole=False, worker_online=True) == WaitUntil(15.0)
-    assert patience.decide(15.0, hole=False, worker_online=True) == GiveUp("timeout")
+    rules = RetryRules(timeout_s=5, streams=False)
+    rules.sent(0.0)
+    assert rules.decide(10.0, hole=False, worker_online=True) == WaitUntil(15.0)
+    assert rules.decide(15.0, hole=False, worker_online=True) == GiveUp("timeout")

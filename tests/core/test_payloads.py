@@ -1,4 +1,4 @@
-"""Hostile bytes are refused with a sentence, at once, and with no exception but ours."""
+"""Malformed bytes are refused with a sentence, at once, and with no exception but ours."""
 
 from __future__ import annotations
 

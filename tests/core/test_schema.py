@@ -122,7 +122,7 @@ def test_events_that_are_too_large_are_valid_without_their_text() -> None:
         assert conforms("ReplyEvent", event)
 
 
-def test_a_refusal_at_the_door_makes_a_valid_event() -> None:
+def test_a_refusal_before_acceptance_makes_a_valid_event() -> None:
     with pytest.raises(BadRequest) as caught:
         parse_request(b'{"prompt":7,"seed":"x"}', policy=RequestPolicy())
     error = caught.value

@@ -206,7 +206,7 @@ def test_killed_outright_it_takes_everything_along(demos: list[DemoProcess]) -> 
     demo = DemoProcess("--set", UNPACED, "--set", BRIEF)
     demos.append(demo)
     demo.shows(UP)
-    assert len(demo.processes()) >= 5, "demo, keeper, broker, daemon and engine run"
+    assert len(demo.processes()) >= 5, "demo, cleanup, broker, daemon and engine run"
     demo.process.kill()
     demo.nothing_is_left()
 

@@ -1,4 +1,4 @@
-"""Writes a GGUF again with its F16 tensors as F32: the same numbers in twice the room."""
+"""Writes a GGUF again with its F16 tensors as F32: the same numbers in twice the space."""
 
 from __future__ import annotations
 

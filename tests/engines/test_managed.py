@@ -30,7 +30,7 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.engine
 
 ALERT = Vigilance(busy_every_s=0.1, idle_every_s=0.1, answer_within_s=0.5, deaf_after_s=0.5, stuck_after_s=1.0)
-"""A watch whose patience fits a test."""
+"""A watch whose limits fit a test."""
 
 Make = Callable[..., ManagedEngine]
 
@@ -176,9 +176,9 @@ def test_nobody_else_gets_at_the_server(make: Make, runtime_directory: Path) -> 
     engine = make()
     [folder] = runtime_directory.iterdir()
     assert folder.stat().st_mode & 0o077 == 0
-    door = engine._door
-    assert door is not None
-    stranger = ServerEngine(EngineSettings(url=door.url))
+    endpoint = engine._endpoint
+    assert endpoint is not None
+    stranger = ServerEngine(EngineSettings(url=endpoint.url))
     assert "API key" in stranger.probe().detail
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings, ManagedSettings
 from llamacpp_mqtt_deploy.engines.managed import launching, privatedir, serverlog, wheel_server
-from llamacpp_mqtt_deploy.engines.managed.launching import Abilities, Door
+from llamacpp_mqtt_deploy.engines.managed.launching import Abilities, Endpoint
 from llamacpp_mqtt_deploy.engines.managed.privatedir import LONGEST_SOCKET_PATH, PrivateDir
 from llamacpp_mqtt_deploy.engines.managed.serverlog import KEPT_LINES, MAX_LINE_CHARS, ServerLog
 from llamacpp_mqtt_deploy.engines.managed.stalling import StallWatch, Vigilance
@@ -282,7 +282,7 @@ NEW = Abilities(
 
 def arguments(**settings: Any) -> list[str]:
     made = EngineSettings(kind="managed", model_path=Path("/models/a.gguf"), **settings)
-    return launching.arguments(made, NEW, Door(socket_path=Path("/run/x/llama.sock")))
+    return launching.arguments(made, NEW, Endpoint(socket_path=Path("/run/x/llama.sock")))
 
 
 def value(made: list[str], flag: str) -> str:

@@ -1,4 +1,4 @@
-"""Holds the import rules: worker and families meet only in the ports, core is pure, each foreign library has one home."""
+"""Holds the import rules: worker and adapters meet only in the ports, core is pure, each foreign library has one place."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NAME = "llamacpp_mqtt_deploy"
 ROOT = Path(llamacpp_mqtt_deploy.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-FAMILIES = ("mqtt", "engines", "stores")
+ADAPTERS = ("mqtt", "engines", "stores")
 
 # Where each foreign library may be imported: a folder, or a file. Whatever is not named here may not be imported at all.
-HOMES: Mapping[str, tuple[str, ...]] = {
+PLACES: Mapping[str, tuple[str, ...]] = {
     "paho": ("mqtt/", "client/"),
     "requests": ("engines/",),
     "urllib3": ("engines/",),
@@ -141,7 +141,7 @@ def test_no_import_points_up_or_aside(path: Path) -> None:
     for imported, _ in ours(path):
         low = rank(imported)
         assert low is not None, f"{imported} has no rank"
-        # `llamacpp_mqtt_deploy/__init__.py` names the homes of the public names, loaded when first asked for.
+        # `llamacpp_mqtt_deploy/__init__.py` names the modules of the public names, loaded when first asked for.
         if importer.split(".")[0] != imported.split(".")[0] and importer:
             assert low < high, f"{importer} imports {imported}, which does not stand below it"
 
@@ -156,22 +156,22 @@ def test_members_of_engines_stand_above_each_other(path: Path) -> None:
 
 
 @each_module
-def test_a_family_imports_neither_the_worker_nor_another_family(path: Path) -> None:
+def test_an_adapter_imports_neither_the_worker_nor_another_adapter(path: Path) -> None:
     importer = module_name(path)
-    family = importer.split(".")[0]
-    if family not in FAMILIES:
+    adapter = importer.split(".")[0]
+    if adapter not in ADAPTERS:
         return
-    allowed = {family, "ports", "io_loop", "stopping", "config", "core", ""}
+    allowed = {adapter, "ports", "io_loop", "stopping", "config", "core", ""}
     for imported, _ in ours(path):
-        assert imported.split(".")[0] in allowed, f"{importer} imports {imported}; families know only {sorted(allowed)}"
+        assert imported.split(".")[0] in allowed, f"{importer} imports {imported}; adapters know only {sorted(allowed)}"
 
 
 @each_module
-def test_only_assembly_and_the_top_name_a_member_of_a_family(path: Path) -> None:
+def test_only_assembly_and_the_top_name_an_adapter(path: Path) -> None:
     importer = module_name(path)
     top = importer.split(".")[0]
     if importer == "service.assembly" or top in {
-        *FAMILIES,
+        *ADAPTERS,
         "testing",
         "commands",
         "demo",
@@ -181,7 +181,7 @@ def test_only_assembly_and_the_top_name_a_member_of_a_family(path: Path) -> None
     }:
         return
     for imported, _ in ours(path):
-        assert imported.split(".")[0] not in FAMILIES, f"{importer} imports {imported}; it should know only the ports"
+        assert imported.split(".")[0] not in ADAPTERS, f"{importer} imports {imported}; it should know only the ports"
 
 
 def test_one_file_name_stands_for_one_thing() -> None:
@@ -215,16 +215,16 @@ def test_the_core_is_pure(path: Path) -> None:
 
 
 @each_module
-def test_each_foreign_library_has_one_home(path: Path) -> None:
+def test_each_foreign_library_has_one_place(path: Path) -> None:
     where = path.relative_to(ROOT).with_suffix("").as_posix()
     for name, _ in imports(path):
         top = name.split(".")[0]
-        if top == NAME or (top in sys.stdlib_module_names and top not in HOMES):
+        if top == NAME or (top in sys.stdlib_module_names and top not in PLACES):
             continue
-        homes = HOMES.get(top)
-        assert homes is not None, f"{where} imports {name}, which is no dependency of ours"
-        fits = any(where == home or where.startswith(home.rstrip("/") + "/") or home == "" for home in homes)
-        assert fits, f"{where} imports {name}, whose home is {', '.join(homes)}"
+        places = PLACES.get(top)
+        assert places is not None, f"{where} imports {name}, which is no dependency of ours"
+        fits = any(where == place or where.startswith(place.rstrip("/") + "/") or place == "" for place in places)
+        assert fits, f"{where} imports {name}, whose place is {', '.join(places)}"
 
 
 def test_there_is_no_circle() -> None:

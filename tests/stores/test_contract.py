@@ -1,4 +1,4 @@
-"""What every store promises, over all members of the family."""
+"""What every store promises, over all stores."""
 
 from __future__ import annotations
 
@@ -375,9 +375,9 @@ def test_one_purge_drops_a_bounded_number_of_bytes(store: Store) -> None:
     assert purge(store, now=NOW + 1000, **limits) == {"entries": 2, "sessions": 1, "more": 1}
 
 
-def ended(store: Store, level: str, numbers: range, *, delivered: bool = True) -> None:
+def ended(store: Store, first_level: str, numbers: range, *, delivered: bool = True) -> None:
     """Ended requests of one first level; each takes about 10 KiB."""
-    keys = [key(f"r{n}", ("default", f"{level}/{n % 3}")) for n in numbers]
+    keys = [key(f"r{n}", ("default", f"{first_level}/{n % 3}")) for n in numbers]
     store.accept([entry(k.request_id, (k.route, k.session)) for k in keys])
     for k in keys:
         store.finish(k, bytes(10_240 - ROW_BYTES), now=NOW)
@@ -385,8 +385,8 @@ def ended(store: Store, level: str, numbers: range, *, delivered: bool = True) -
         store.mark_delivered(keys)
 
 
-def remembered(store: Store, level: str, numbers: range) -> list[int]:
-    return [n for n in numbers if store.find(key(f"r{n}", ("default", f"{level}/{n % 3}"))) is not None]
+def remembered(store: Store, first_level: str, numbers: range) -> list[int]:
+    return [n for n in numbers if store.find(key(f"r{n}", ("default", f"{first_level}/{n % 3}"))) is not None]
 
 
 def test_beyond_their_bytes_the_oldest_ended_requests_of_whoever_holds_most_are_forgotten(store: Store) -> None:

@@ -16,7 +16,7 @@ from llamacpp_mqtt_deploy.stores.bounds import (
     MAX_HISTORY_BYTES,
     PURGE_ROWS,
     UNDELIVERED_S,
-    first_level,
+    first_level_of,
     messages_to_forget,
 )
 
@@ -212,14 +212,14 @@ class ModelStore:
     def _evict(self, busy: set[SessionKey], excess: int, room: int) -> int:
         if excess <= 0:
             return 0
-        # A session's depth is its place in its level, newest first: taking the deepest, one after the other, always
+        # A session's depth is its place in its first level, newest first: taking the deepest, one after the other, always
         # takes the least recently used session of whoever holds most.
         newest_first = sorted(self._sessions, key=lambda s: (self._sessions[s].last_used, s), reverse=True)
         held: dict[str, int] = {}
         depth: dict[SessionKey, int] = {}
         for session in newest_first:
-            level = first_level(session[1])
-            depth[session] = held[level] = held.get(level, 0) + 1
+            first_level = first_level_of(session[1])
+            depth[session] = held[first_level] = held.get(first_level, 0) + 1
         idle = [s for s in self._sessions if s not in busy]
         idle.sort(key=lambda s: (-depth[s], self._sessions[s].last_used, s))
         victims = idle[: min(excess, room)]

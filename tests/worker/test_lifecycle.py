@@ -153,12 +153,12 @@ def test_a_clock_that_was_set_while_the_worker_was_down_ends_no_request(bus: Bus
 def test_a_disk_that_is_too_full_to_start_is_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_STORE_AGAIN_S", 0.05)
     opens: list[None] = []
-    room = threading.Event()
+    space = threading.Event()
     open_store = SqliteStore.open
 
     def open_if_room(store: SqliteStore) -> None:
         opens.append(None)
-        if not room.is_set():
+        if not space.is_set():
             raise StoreFull("no space left")
         open_store(store)
 
@@ -169,7 +169,7 @@ def test_a_disk_that_is_too_full_to_start_is_waited_for(bus: Bus, monkeypatch: p
     worker = bus.worker(wait=False)
     eventually(lambda: len(opens) >= 6)
     assert worker.exit_code is None
-    room.set()
+    space.set()
     bus.listener.until(state="online")
     bus.ask("hi", request_id="r1")
     assert bus.listener.terminal("r1")["type"] == "done"

@@ -107,7 +107,7 @@ class GenerationLoop:
         return sampler.sample_by_grammar(also)
 
     def _watch_budget(self) -> None:
-        """Put the end of the thinking into the model's mouth when its budget is spent."""
+        """Feed the model the end of the thinking when its budget is spent."""
         budget = self._plan.thinking_budget
         if budget is not None and self._reader.thinking and self._thought >= budget and not self._forced:
             self._forced.extend(self._plan.thinking_end)

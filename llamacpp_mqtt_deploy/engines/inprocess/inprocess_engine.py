@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # needs jinja2, which comes with llama-cpp-python and may be 
 log = structlog.get_logger(__name__)
 
 GRACE_S = 0.3
-"""How long a stopped call waits for the owner to let go of the slot before it leaves it behind."""
+"""How long a stopped call waits for the owner to free the slot before it leaves it behind."""
 WEDGED_AFTER_S = 20.0
 """A batch of a large model on a slow processor takes some seconds; llama.cpp stops within one, or not at all."""
 LOOK_AGAIN_S = 15.0
@@ -66,9 +66,7 @@ class InprocessEngine:
         self._running: Run | None = None
         self._reload = False
         self._thread: threading.Thread | None = None
-        self._vocabulary = (
-            threading.Lock()
-        )  # held while a caller uses the model, so that it is not freed under its hands
+        self._vocabulary = threading.Lock()  # held while a caller uses the model, so that it is not freed meanwhile
         self._planner: Planner | None = None
 
     # --- condition ---------------------------------------------------------------------------------------------------
@@ -222,7 +220,7 @@ class InprocessEngine:
 
     @contextmanager
     def _running_call(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Run]:
-        """The call in the owner's hands; on leaving it is interrupted, should it still run."""
+        """The call, given to the owner; on leaving it is interrupted, should it still run."""
         stop.raise_if_set()
         self._wait_until_ready(stop, on_wait)
         plan = self._plan(call, stop)
@@ -339,7 +337,7 @@ class InprocessEngine:
             self._saw(self._ready(model, planner))
             self._serve(context)
         finally:
-            with self._vocabulary:  # the context before the model, and neither under somebody's hands
+            with self._vocabulary:  # the context before the model, and neither while somebody uses it
                 self._planner = None
                 if context is not None:
                     context.close()

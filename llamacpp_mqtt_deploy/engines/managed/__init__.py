@@ -1,1 +1,1 @@
-"""The engine that the worker starts and watches itself."""
+"""The engine that the worker starts and supervises: a llama.cpp server as a child process."""

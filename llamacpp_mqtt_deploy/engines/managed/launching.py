@@ -1,4 +1,4 @@
-"""Which llama.cpp server to start, and with which arguments and environment."""
+"""The command line of a managed llama.cpp server: which program, arguments and environment."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Abilities:
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class Endpoint:
     """Where the server listens: `socket_path`, or `port` on the loopback; its key goes by the environment or by a file."""
 
     socket_path: Path | None = None
@@ -195,20 +195,20 @@ def default_slots() -> int:
     return 1 if memory < SMALL_MEMORY_BYTES else 2 if memory < MIDDLE_MEMORY_BYTES else 4
 
 
-def arguments(settings: EngineSettings, known: Abilities, door: Door) -> list[str]:
+def arguments(settings: EngineSettings, known: Abilities, endpoint: Endpoint) -> list[str]:
     """The server's arguments. Optional ones that an older program does not know are left out, with a line in the log."""
     assert settings.model_path is not None
     slots = settings.slots or default_slots()
     context = settings.context_tokens or DEFAULT_CONTEXT_TOKENS
-    host = ("--host", "127.0.0.1", "--port", str(door.port))
+    host = ("--host", "127.0.0.1", "--port", str(endpoint.port))
     made = [
         *("-m", str(settings.model_path.absolute())),
         *("-np", str(slots)),
         *("-c", str(slots * context)),
-        *(host if door.socket_path is None else ("--host", str(door.socket_path))),
+        *(host if endpoint.socket_path is None else ("--host", str(endpoint.socket_path))),
     ]
     left_out: list[str] = []
-    for names, values in _optional(settings, known, door):
+    for names, values in _optional(settings, known, endpoint):
         name = next((name for name in names if name in known.flags), None)
         if name is None:
             left_out.append(names[0])
@@ -219,7 +219,9 @@ def arguments(settings: EngineSettings, known: Abilities, door: Door) -> list[st
     return [*made, *settings.managed.extra_args]
 
 
-def _optional(settings: EngineSettings, known: Abilities, door: Door) -> Iterable[tuple[Sequence[str], Sequence[str]]]:
+def _optional(
+    settings: EngineSettings, known: Abilities, endpoint: Endpoint
+) -> Iterable[tuple[Sequence[str], Sequence[str]]]:
     """Flags that a program may lack: the names in order of preference, and the values."""
     batch = str(settings.batch_tokens)
     # With one KV cache for all slots each is promised the whole, and two long requests together end every running one.
@@ -254,8 +256,8 @@ def _optional(settings: EngineSettings, known: Abilities, door: Door) -> Iterabl
         yield ("--threads", "-t"), (str(settings.threads),)
     if settings.model_path is not None:
         yield ("--alias", "-a"), (settings.model or settings.model_path.name,)
-    if door.key_file is not None:
-        yield ("--api-key-file",), (str(door.key_file),)
+    if endpoint.key_file is not None:
+        yield ("--api-key-file",), (str(endpoint.key_file),)
 
 
 def environment(key: str | None, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The engine that the worker starts itself: a llama.cpp server as a child process, watched, and started again when it fails."""
+"""The engine that the worker starts itself: a llama.cpp server as a child process, supervised, restarted when it fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import EngineUnavailable, ShuttingDown
 from llamacpp_mqtt_deploy.engines.managed import launching
 from llamacpp_mqtt_deploy.engines.managed.child import EXITED_LOOK_EVERY_S, Child, oom_kills
-from llamacpp_mqtt_deploy.engines.managed.launching import CannotLaunch, Door
+from llamacpp_mqtt_deploy.engines.managed.launching import CannotLaunch, Endpoint
 from llamacpp_mqtt_deploy.engines.managed.privatedir import PrivateDir
 from llamacpp_mqtt_deploy.engines.managed.serverlog import ServerLog
 from llamacpp_mqtt_deploy.engines.managed.stalling import Vigilance
@@ -74,7 +74,7 @@ class ManagedEngine:
         self._closing = StopSignal()
         self._hurry = False  # start now, without the rest of the pause
         self._verdicts = Verdicts()
-        self._door: Door | None = None
+        self._endpoint: Endpoint | None = None
         self._arguments: list[str] | None = None
         self._wakeup: socket.socket | None = None  # the supervisor's end of what interrupts its waiting
         self._waker: socket.socket | None = None
@@ -89,7 +89,7 @@ class ManagedEngine:
             on_hung=self._hung,
         )
 
-    # --- the door ----------------------------------------------------------------------------------------------------
+    # --- the interface ----------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Find the server and begin to start it. Raises ValueError when there is none, or no model that can be read."""
@@ -268,33 +268,35 @@ class ManagedEngine:
         port = self._settings.managed.port
         key_file = None if known.key_from_environment else self._directory.write("key", self._key)
         if port == 0 and known.unix_socket:
-            door = Door(socket_path=self._directory.socket_path, key_file=key_file)
+            endpoint = Endpoint(socket_path=self._directory.socket_path, key_file=key_file)
         else:
-            door = Door(port=port or launching.free_port(), key_file=key_file)
-        made = launching.arguments(self._settings, known, door)
-        inner = ServerEngine(self._settings, url=door.url, kind="managed", loop=self._loop)
+            endpoint = Endpoint(port=port or launching.free_port(), key_file=key_file)
+        made = launching.arguments(self._settings, known, endpoint)
+        inner = ServerEngine(self._settings, url=endpoint.url, kind="managed", loop=self._loop)
         inner.open()
         with self._changed:
-            self._door, self._arguments, self._inner = door, made, inner
+            self._endpoint, self._arguments, self._inner = endpoint, made, inner
 
     def _live(self) -> float:
         """One life of the server. Returns the pause before the next, in seconds."""
         assert self._program is not None
-        assert self._door is not None
+        assert self._endpoint is not None
         assert self._arguments is not None
         assert self._inner is not None
-        if self._door.socket_path is not None:
-            self._door.socket_path.unlink(missing_ok=True)  # the server leaves it behind, and cannot bind where one is
+        if self._endpoint.socket_path is not None:
+            self._endpoint.socket_path.unlink(
+                missing_ok=True
+            )  # the server leaves it behind, and cannot bind where one is
         now = time.monotonic()
         child = Child(
             [*self._program.command, *self._arguments],
-            launching.environment(self._key if self._door.key_file is None else None),
+            launching.environment(self._key if self._endpoint.key_file is None else None),
         )
         life = Life(
             child=child,
             log=ServerLog(now=now, serving=lambda: self._phase == "ready"),
             engine=self._inner,
-            address=ServerAddress(self._door.url),
+            address=ServerAddress(self._endpoint.url),
             started_at=now,
             oom_kills=oom_kills(),
         )

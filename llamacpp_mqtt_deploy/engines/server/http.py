@@ -167,7 +167,7 @@ class HttpExchange:
         except requests.exceptions.ReadTimeout as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
-            # AttributeError: urllib3 looks for the socket of a connection that was reset while it shook hands.
+            # AttributeError: urllib3 looks for the socket of a connection that was reset during its handshake.
             failure = NoAnswer if self._line.connected else ConnectFailed
             raise failure(reason_of(error)) from error
 

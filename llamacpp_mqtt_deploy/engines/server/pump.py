@@ -51,7 +51,7 @@ class Pump:
         self._loop.call_soon(self._begin)
         left_s = silence_s
         while not self._ended.wait(left_s):
-            # The server's pings keep the socket awake; only output counts.
+            # The server's pings keep the socket readable; only output counts.
             left_s = self._heard_at + silence_s - time.monotonic()
             if left_s <= 0:
                 self._loop.call_soon(lambda: self._end(Silent("no token in time")))

@@ -77,7 +77,7 @@ class Reply:
             self._stop.raise_if_set()
             if not chunk:
                 break
-            # The server's pings keep the socket awake; only output counts. The clock stands while our reader is busy.
+            # The server's pings keep the socket readable; only output counts. The clock stands while our reader is busy.
             now = time.monotonic()
             if deltas:
                 heard_at = now

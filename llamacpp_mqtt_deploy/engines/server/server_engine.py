@@ -1,4 +1,4 @@
-"""The engine that lives in another process: llama.cpp's server, or any OpenAI-compatible one, over HTTP."""
+"""The engine in another process: llama.cpp's server, or any OpenAI-compatible one, over HTTP."""
 
 from __future__ import annotations
 
