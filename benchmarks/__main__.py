@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from benchmarks.bench import Bench
+from benchmarks.cancelling import cancels
 from benchmarks.ceiling import ceiling
+from benchmarks.chat import second_turn
 from benchmarks.figures import aligned, rows
+from benchmarks.footprint import footprint
+from benchmarks.inprocess import in_process
 from benchmarks.processor import cost
 from benchmarks.samples import LoadFailed
 from benchmarks.speed import first_token, throughput
@@ -24,12 +31,17 @@ CASES: Mapping[str, Callable[[Bench], None]] = {
     "b": first_token,
     "c": cost,
     "d": ceiling,
+    "e": second_turn,
+    "f": footprint,
+    "g": cancels,
+    "h": in_process,
     "i": paced,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     wanted = _parser().parse_args(arguments)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     older = _values(wanted.compare) if wanted.compare else None
     with World() as world:
         bench = Bench(world, wanted.quick)

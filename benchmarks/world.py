@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -14,7 +15,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from benchmarks.bus import Bus
 from benchmarks.samples import Load
@@ -62,6 +63,19 @@ class Daemon:
     def rss_mib(self) -> float:
         return self.process.rss_bytes() / 2**20
 
+    def memory_mib(self, kind: Literal["Rss", "Pss"]) -> float:
+        """Resident memory, or its share where pages are shared with other processes."""
+        text = Path(f"/proc/{self.process.process.pid}/smaps_rollup").read_text("ascii")
+        line = next(line for line in text.splitlines() if line.startswith(f"{kind}:"))
+        return int(line.split()[1]) / 1024
+
+    def online_at(self) -> float | None:
+        """When this life of the worker was first heard to be online; None before."""
+        for at, topic, payload in self.bus.received:
+            if at > self.process.started_at and b"/status/" in topic and json.loads(payload)["state"] == "online":
+                return at
+        return None
+
 
 class World:
     """Everything is started when it is first asked for, in a folder that goes with it."""
@@ -97,9 +111,14 @@ class World:
         """A llama.cpp server with 8 slots."""
         return self._stack.enter_context(self.llama_with(slots=8, n_ctx=2048))
 
+    def model_with(self, **wishes: Any) -> Path:
+        """Another model file; wishes as in `write_tiny_gguf`."""
+        shape = {"layers": LAYERS, "width": WIDTH, **wishes}
+        return write_tiny_gguf(self.folder / "other.gguf", **shape)
+
     @contextlib.contextmanager
-    def llama_with(self, *, slots: int, n_ctx: int) -> Iterator[LlamaServer]:
-        server = LlamaServer(self.model, slots=slots, n_ctx=n_ctx, batch=256)
+    def llama_with(self, *, slots: int, n_ctx: int, model: Path | None = None) -> Iterator[LlamaServer]:
+        server = LlamaServer(model or self.model, slots=slots, n_ctx=n_ctx, batch=256)
         try:
             yield server.start()
         finally:

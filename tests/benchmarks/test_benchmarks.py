@@ -50,6 +50,16 @@ def test_the_bus_is_measured_beside_a_real_engine(tmp_path: Path) -> None:
     assert figures["first token over the bus, 8 streams"]["n"] == 2 * 8 * 4
 
 
+@pytest.mark.broker
+@pytest.mark.engine
+def test_a_cancel_and_the_second_turn_of_a_chat_are_measured_at_a_real_engine(tmp_path: Path) -> None:
+    run("--only", "e,g", "--json", str(tmp_path / "new.json"))
+    figures = figures_of(tmp_path / "new.json")
+    assert figures["publish to slot free, in a prompt"]["value"] > 0
+    assert figures["publish to slot free, in generation"]["value"] > 0
+    assert 0 <= figures["tokens of the first turn evaluated again"]["value"] <= 100
+
+
 def test_a_case_that_does_not_exist_is_named() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--only", "a,z"],
