@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "status": "Show the workers on the bus and how they are.",
     "admin": "Drain a worker, resume it, reload it and the like.",
     "check": "Try configuration, broker, permissions and engine, and say what to do.",
+    "bench": "Measure how fast a live deployment answers.",
     "config": "Show the effective configuration and where each value comes from.",
     "demo": "A broker, a small model and a daemon on this machine, to play with.",
     "completion": "Print the completion script for bash, zsh or fish.",

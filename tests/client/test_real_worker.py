@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -126,3 +127,20 @@ def test_ask_leaves_no_session_behind(
     result = lmd("ask", *flags, "--max-tokens", "3", "hi", environment=environment)
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout.endswith(os.linesep.encode())
+
+
+def test_a_live_deployment_is_measured_beside_its_engine(
+    llama_server: LlamaServer, guarded: Mosquitto, environment: dict[str, str], tmp_path: Path
+) -> None:
+    password = tmp_path / "password"
+    password.write_text(PASSWORDS["alice"])
+    password.chmod(0o600)
+    user = ("--host", "127.0.0.1", "--port", str(guarded.port), "-u", "alice", "--password-file", str(password))
+    with working(llama_server.url, guarded, environment, tmp_path):
+        load = ("--direct", llama_server.url, "--streams", "2", "--requests", "6", "--max-tokens", "20")
+        result = lmd("bench", *user, *load, environment=environment)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["bus"]["tokens"] == figures["direct"]["tokens"] == 120
+    assert figures["ratio"]["tokens_per_s"] > 0
+    assert figures["direct"]["first_token_ms"]["p50"] > 0
