@@ -1,12 +1,13 @@
 """Are the tests awake? Breaks the package in small ways, one at a time, and counts the breaks that the tests notice.
 
-    python -m tests.support.mutations --seed 7 --count 40 [--only worker/deadlines.py] [--list]
+    python -m tests.support.mutations --seed 7 8 --count 40 [--only worker/deadlines.py] [--list]
 
 Of all small changes to core/, worker/ and stores/ (another comparison, another operator, a number more, a statement less)
 a random sample with a seed is tried, each in a copy of the tree. One run under coverage.py first says which tests of tests/core,
-tests/worker and tests/stores come past each line. A change is tried with these, and when it survives them with all: what runs in
-a thread that outlives a test is put down to the wrong one. What survives is printed as a diff: a missing test, or a change that
-nobody can see (an equivalent mutant).
+tests/worker and tests/stores come past each line. A change is tried with these, and when it survives them with all tests of the
+files that come past the module or import it: what runs in a thread that outlives a test is put down to the wrong one, and what
+runs at the import to none. What survives is printed as a diff: a missing test, or a change that nobody can see (an equivalent
+mutant). Each run of pytest is forked from this process, which has the libraries loaded and nothing of the package.
 
 Why not a library: mutmut goes through all mutants of a file (some thousand here, hours) and leaves out code outside of functions,
 where our tables and limits stand; Cosmic Ray edits the working tree itself; neither draws a sample by seed.
@@ -17,7 +18,9 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -33,6 +36,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = "llamacpp_mqtt_deploy"
 FOLDERS = ("core", "worker", "stores")
+LIBRARIES = (
+    "hypothesis.stateful",
+    "orjson",
+    "paho.mqtt.client",
+    "pydantic_settings",
+    "pytest",
+    "requests",
+    "structlog",
+    "tenacity",
+)
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -226,8 +239,8 @@ class Tree:
         try:
             path.write_bytes(mutation.applied(source))
             self._forget(path)
-            fitting, every = self._fitting(mutation), self._all(mutation)
-            return self._certain_failure(fitting, limit_s) or self._certain_failure(every, limit_s)
+            fitting, passing = self._fitting(mutation), self._passing(mutation.path)
+            return self._certain_failure(fitting, limit_s) or self._certain_failure(passing, limit_s)
         finally:
             path.write_bytes(source)
             self._forget(path)
@@ -242,9 +255,12 @@ class Tree:
             doubted.append(test)
         return None
 
-    def _all(self, mutation: Mutation) -> list[str]:
-        near = self._near(mutation.path)
-        return near + [test for test in self.tests if test not in near]
+    def _passing(self, path: str) -> list[str]:
+        """The test files that import this module or come past any line of it."""
+        near = self._near(path)
+        names = {name for contexts in self.passed[path].values() for name in contexts}
+        files = {"/".join(name.split(".")[:3]) + ".py" for name in names}
+        return near + [test for test in self.tests if test in files and test not in near]
 
     def _fitting(self, mutation: Mutation) -> list[str]:
         """The tests that come past the changed lines, those that import the module first."""
@@ -276,34 +292,58 @@ class Tree:
         """The first failure of these tests; None when all pass."""
         if not tests:
             return None
-        command = [sys.executable, "-m", *runner, "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
-        options = ["-o", "timeout=60", "--hypothesis-seed=1", f"--basetemp={self.root / 'tmp'}"]
+        arguments = [
+            "-q",
+            "-x",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            "-o",
+            "timeout=60",
+            "--hypothesis-seed=1",
+        ]
+        arguments += [f"--basetemp={self.root / 'tmp'}", *(f"--deselect={test}" for test in leave_out), *tests]
         shutil.rmtree(
             self.root / ".hypothesis", ignore_errors=True
         )  # what failed for one change is not tried on the next
-        search = os.pathsep.join([str(self.root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        process = subprocess.Popen(
-            [*command, *options, *(f"--deselect={test}" for test in leave_out), *tests],
-            cwd=self.root,
-            env=os.environ | {"PYTHONPATH": search, "HYPOTHESIS_PROFILE": "unshrunk"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            said, _ = process.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
+        said_at = self.root / "said"
+        process = multiprocessing.get_context("fork").Process(target=_run, args=(self.root, arguments, said_at, runner))
+        process.start()
+        process.join(limit_s)
+        if process.exitcode is None:
+            assert process.pid is not None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
             return f"no end within {limit_s:g} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        if process.returncode in (0, 5):  # 5: none are left of these
+        said = said_at.read_text(errors="replace")
+        if process.exitcode in (0, 5):  # 5: none are left of these
             return None
         failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "E  ", "ImportError"))]
-        return (failed or said.splitlines() or [f"exit status {process.returncode}"])[-1][:200]
+        return (failed or said.splitlines() or [f"exit status {process.exitcode}"])[-1][:200]
+
+
+def _run(root: Path, arguments: list[str], said_at: Path, runner: Sequence[str]) -> None:
+    """In the forked process: become pytest, as if it had been started in this folder."""
+    os.setsid()
+    with said_at.open("w") as said:
+        os.dup2(said.fileno(), sys.stdout.fileno())
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    os.chdir(root)
+    search = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    os.environ |= {"PYTHONPATH": search, "HYPOTHESIS_PROFILE": "unshrunk"}
+    if runner:
+        os.execv(sys.executable, [sys.executable, "-m", *runner, "pytest", *arguments])
+    sys.path.insert(0, str(root))
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", PACKAGE)]:
+        del sys.modules[name]  # this tool itself, from the tree that is not changed
+    sys.argv = ["pytest", *arguments]
+    status = int(
+        importlib.import_module("pytest").main(["-W", "ignore::pytest.PytestAssertRewriteWarning", *arguments])
+    )
+    sys.stdout.flush()
+    sys.exit(status)
 
 
 def _imports(source: bytes) -> set[str]:
@@ -325,7 +365,9 @@ def every_mutation(only: str = "") -> list[Mutation]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How many small defects do the tests notice?")
-    parser.add_argument("--seed", type=int, default=1, help="chooses the changes")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[1], help="chooses the changes; several share one coverage run"
+    )
     parser.add_argument("--count", type=int, default=40, help="how many changes are tried")
     parser.add_argument(
         "--only", default="", help="part of a path: change only such files, for example core/history.py"
@@ -336,28 +378,37 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the changes, try none")
     wishes = parser.parse_args()
     found = every_mutation(wishes.only)
-    chosen = random.Random(wishes.seed).sample(found, min(wishes.count, len(found)))
+    samples = {seed: random.Random(seed).sample(found, min(wishes.count, len(found))) for seed in wishes.seed}
     if wishes.list:
-        for mutation in chosen:
+        for mutation in (mutation for chosen in samples.values() for mutation in chosen):
             print(f"{mutation.path}:{mutation.line}\n{mutation.diff((ROOT / mutation.path).read_bytes())}")
         return 0
-    survivors: list[Mutation] = []
+    for name in LIBRARIES:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         tree = Tree(Path(folder))
         if (failure := tree.watch(2 * wishes.limit_s)) is not None:
             print(f"The tests fail without any change: {failure}", file=sys.stderr)
             return 2
-        for number, mutation in enumerate(chosen, start=1):
-            began = time.monotonic()
-            killer = tree.killer(mutation, wishes.limit_s)
-            took_s = time.monotonic() - began
-            outcome = killer or f"SURVIVED\n{mutation.diff((tree.root / mutation.path).read_bytes())}"
-            print(f"{number}/{len(chosen)} {mutation.path}:{mutation.line} ({took_s:.0f} s) {outcome}", flush=True)
-            if killer is None:
-                survivors.append(mutation)
-    noticed = len(chosen) - len(survivors)
-    print(f"Seed {wishes.seed}: {noticed} of {len(chosen)} changes noticed, out of {len(found)} possible ones.")
+        survivors = 0
+        for seed, chosen in samples.items():
+            survived = sum(_survives(tree, mutation, wishes.limit_s) for mutation in chosen)
+            noticed = len(chosen) - survived
+            print(
+                f"Seed {seed}: {noticed} of {len(chosen)} changes noticed, out of {len(found)} possible ones.",
+                flush=True,
+            )
+            survivors += survived
     return 1 if survivors else 0
+
+
+def _survives(tree: Tree, mutation: Mutation, limit_s: float) -> bool:
+    began = time.monotonic()
+    killer = tree.killer(mutation, limit_s)
+    took_s = time.monotonic() - began
+    outcome = killer or f"SURVIVED\n{mutation.diff((tree.root / mutation.path).read_bytes())}"
+    print(f"{mutation.path}:{mutation.line} ({took_s:.0f} s) {outcome}", flush=True)
+    return killer is None
 
 
 if __name__ == "__main__":
