@@ -1,10 +1,19 @@
-"""Names the modules of fixtures that the tests share, and tidies up after a library at the end."""
+"""Names the modules of fixtures that the tests share, lets property tests take their time, tidies up after a library."""
 
 from __future__ import annotations
 
+import os
 import sys
 
+from hypothesis import HealthCheck, Phase, settings
+
 pytest_plugins = ["tests.support.broker_fixtures", "tests.support.engine_fixtures"]
+
+# A loaded machine is no reason to fail.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# For tests/support/mutations.py, which asks only whether a test fails: the smallest example is not looked for.
+settings.register_profile("unshrunk", settings.get_profile("unhurried"), phases=(Phase.explicit, Phase.generate))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unhurried"))
 
 
 def pytest_unconfigure() -> None:

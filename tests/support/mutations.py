@@ -212,6 +212,7 @@ class Tree:
         for name in (PACKAGE, "tests", "docs", "config"):
             shutil.copytree(ROOT / name, root / name, ignore=skip)
         shutil.copy(ROOT / "pyproject.toml", root)
+        self.said = ""  # by the last run of pytest
         self.passed: dict[str, dict[int, set[str]]] = {}
         """By path and line: the tests that come past it, and "" for what runs outside of tests."""
         self.tests = sorted(
@@ -224,8 +225,12 @@ class Tree:
             "[run]\ndynamic_context = test_function\nrelative_files = true\n"
             f"source = {PACKAGE}\n[json]\nshow_contexts = true\n"
         )
-        if (failure := self.failure(self.tests, limit_s, runner=["coverage", "run", "-m"])) is not None:
-            return failure
+        if (
+            failure := self.failure(self.tests, limit_s, runner=["coverage", "run", "-m"], first_only=False)
+        ) is not None:
+            failed = [line.split(" ")[1] for line in self.said.splitlines() if line.startswith("FAILED ")]
+            if not failed or self.failure(failed, limit_s) is not None:
+                return failure  # else by chance: coverage.py makes a loaded machine slower still
         told = self.root / "coverage.json"
         subprocess.run([sys.executable, "-m", "coverage", "json", "-q", "-o", str(told)], cwd=self.root, check=True)
         for path, found in json.loads(told.read_text())["files"].items():
@@ -287,23 +292,19 @@ class Tree:
             compiled.unlink()
 
     def failure(
-        self, tests: list[str], limit_s: float, *, runner: Sequence[str] = (), leave_out: Sequence[str] = ()
+        self,
+        tests: list[str],
+        limit_s: float,
+        *,
+        runner: Sequence[str] = (),
+        leave_out: Sequence[str] = (),
+        first_only: bool = True,
     ) -> str | None:
         """The first failure of these tests; None when all pass."""
         if not tests:
             return None
-        arguments = [
-            "-q",
-            "-x",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            "--tb=no",
-            "-o",
-            "timeout=60",
-            "--hypothesis-seed=1",
-        ]
+        arguments = ["-q", "-n0", "-pno:cacheprovider", "--tb=no", "--hypothesis-seed=1"]
+        arguments += ["-x", "-otimeout=60"] if first_only else ["-otimeout=300"]
         arguments += [f"--basetemp={self.root / 'tmp'}", *(f"--deselect={test}" for test in leave_out), *tests]
         shutil.rmtree(
             self.root / ".hypothesis", ignore_errors=True
@@ -317,7 +318,7 @@ class Tree:
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
             return f"no end within {limit_s:g} s"
-        said = said_at.read_text(errors="replace")
+        self.said = said = said_at.read_text(errors="replace")
         if process.exitcode in (0, 5):  # 5: none are left of these
             return None
         failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "E  ", "ImportError"))]

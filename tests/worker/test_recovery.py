@@ -11,6 +11,7 @@ import pytest
 
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, StoreError
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from tests.support.waiting import eventually
@@ -29,12 +30,16 @@ def _entry(request_id: str, **changes: Any) -> Entry:
     return Entry(**fields | changes)
 
 
-def _leave(bus: Bus, entries: Sequence[Entry], *, streaming: Sequence[EntryKey] = ()) -> None:
+def _leave(
+    bus: Bus, entries: Sequence[Entry], *, streaming: Sequence[EntryKey] = (), started: Sequence[EntryKey] = ()
+) -> None:
     store = SqliteStore(bus.state / "state.db")
     store.open()
     store.accept(entries)
     for key in streaming:
         store.mark_streaming(key)
+    for key in started:
+        store.mark_started(key)
     store.close()
 
 
@@ -132,3 +137,19 @@ def test_metadata_under_another_name_is_echoed_after_a_crash_too(bus: Bus) -> No
     )
     end = bus.listener.terminal("r1")
     assert (end["code"], end["metadata"]) == ("interrupted", {"k": 1})
+
+
+def test_a_limit_of_starts_that_was_lowered_at_a_reload_ends_a_request_that_waits_with_as_many(bus: Bus) -> None:
+    engine, gate = ScriptedEngine(), Gate()
+    engine.play(gate, "first")
+    often = EntryKey("default", "demo", "often")
+    _leave(bus, [_entry("first"), _entry("often")], started=[often, often])
+    worker = bus.worker(engine, limits__max_starts=3)
+    assert gate.reached.wait(10)
+    worker.daemon._loaded.overrides.update({"limits.max_starts": "2"})  # type: ignore[attr-defined]
+    bus.admin("reload")
+    assert bus.listener.until(action="reload")["changed"] == ["limits.max_starts"]
+    gate.open()
+    error = bus.listener.terminal("often")
+    assert (error["code"], "2 times" in error["message"]) == ("engine_lost", True)
+    assert len(engine.calls) == 1

@@ -387,8 +387,11 @@ def test_an_engine_lost_for_the_third_time_ends_the_request(bus: Bus) -> None:
         engine.play(EngineLost("gone"))
     bus.worker(engine)
     bus.ask("hi", request_id="r1")
-    assert bus.listener.terminal("r1")["code"] == "engine_lost"
+    error = bus.listener.terminal("r1")
+    assert (error["code"], error["message"]) == ("engine_lost", "gone")
     assert len(engine.calls) == 3
+    restarts = [event for event in bus.listener.of("r1") if event.get("reason") == "engine_restarting"]
+    assert len(restarts) == 2  # after the third loss nothing is restarted
 
 
 def test_an_engine_lost_after_the_first_chunk_is_never_started_again(bus: Bus) -> None:
