@@ -20,11 +20,12 @@ from benchmarks.chat import second_turn
 from benchmarks.figures import aligned, rows
 from benchmarks.footprint import footprint
 from benchmarks.inprocess import in_process
+from benchmarks.page import write
 from benchmarks.processor import cost
 from benchmarks.samples import LoadFailed
 from benchmarks.speed import first_token, throughput
 from benchmarks.users import paced
-from benchmarks.world import World
+from benchmarks.world import ROOT, World
 
 CASES: Mapping[str, Callable[[Bench], None]] = {
     "a": throughput,
@@ -40,7 +41,10 @@ CASES: Mapping[str, Callable[[Bench], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    wanted = _parser().parse_args(arguments)
+    parser = _parser()
+    wanted = parser.parse_args(arguments)
+    if wanted.quick and wanted.write_docs:
+        parser.error("figures of --quick are none for docs/performance.md")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     older = _values(wanted.compare) if wanted.compare else None
     with World() as world:
@@ -70,6 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if wanted.json:
         wanted.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    if wanted.write_docs:
+        titles = {letter: _title(case) for letter, case in CASES.items()}
+        written = write(
+            ROOT / "docs" / "performance.md",
+            described=described,
+            titles=titles,
+            figures=bench.figures,
+            curves=bench.curves,
+        )
+        print("written:", ", ".join(path.name for path in written))
     return 0
 
 
@@ -79,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", type=_letters, metavar="A,B,...", help=f"only these cases ({cases})")
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works, not to read figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--write-docs", action="store_true", help="put figures and plots into docs/performance.md")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="show the ratio to the figures of an older file")
     return parser
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.figures import Figure, aligned, median_of, percentile, rows
+from benchmarks.page import BEGIN, END, PageWithoutMarks, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,3 +91,32 @@ def test_a_table_shows_the_median_its_quartiles_and_the_ratio_to_an_older_run() 
     assert table[1] == ("c", "per token", "3.00", "us", "2.00 - 4.00", "5", "<= 22", "ok", "2.00")
     assert aligned(table).splitlines()[1].startswith("c     per token")
     assert percentile(range(100), 0.99) == 99
+
+
+def test_the_page_gets_tables_and_plots_between_its_marks_and_keeps_the_rest(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(f"# Hand-written\n\n{BEGIN}\nold\n{END}\n\nAlso by hand.\n")
+    figures = [
+        Figure(case="a", name=f"tokens/s, bus / direct, {name}", value=value, n=9, low=value - 0.01, high=value + 0.01,
+               target=">= 0.97")
+        for name, value in (("1 stream", 0.98), ("8 streams", 0.96))
+    ]  # fmt: skip
+    curves = {f"i {way} 50": [number / 10 for number in range(101)] for way in ("direct", "bus")}
+    titles = {"a": "tokens/s", "i": "paced"}
+    written = write(page, described={"machine": {"cpu": "x & y"}}, titles=titles, figures=figures, curves=curves)
+    text = page.read_text()
+    assert text.startswith("# Hand-written\n")
+    assert text.endswith("\n\nAlso by hand.\n")
+    assert "old" not in text
+    assert "| tokens/s, bus / direct, 8 streams | 0.960 |  | 0.950 - 0.970 | 9 | >= 0.97 | missed |" in text
+    assert [path.name for path in written] == ["performance.md", "performance-throughput.svg", "performance-pace.svg"]
+    for path in written[1:]:
+        assert ET.fromstring(path.read_text()).tag.endswith("svg")
+    assert write(page, described={}, titles=titles, figures=figures, curves=curves)  # and again
+    with pytest.raises(PageWithoutMarks):
+        write(written[1], described={}, titles=titles, figures=figures, curves=curves)
+
+
+def test_docs_performance_has_its_marks() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
