@@ -20,6 +20,7 @@ from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from llamacpp_mqtt_deploy.worker.accumulator import AnswerAccumulator
 from llamacpp_mqtt_deploy.worker.responder import Responder
+from llamacpp_mqtt_deploy.worker.waiting_threads import WaitingThreads
 
 JobPhase = Literal["queued", "running", "pacing", "ending", "ended"]
 
@@ -79,7 +80,9 @@ class JobRegistry:
     """
 
     def __init__(self, *, limits: QueueLimits, aging_s: float, max_requests_per_minute: int, slots: int) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._takers = WaitingThreads(self._lock)
         self._queue = AdmissionQueue(limits=limits, aging_s=aging_s)
         self._rates = RateLimiter(max_requests_per_minute)
         self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
@@ -97,16 +100,16 @@ class JobRegistry:
     # --- limits that a reload can change ----------------------------------------------------------------------------
 
     def set_limits(self, *, limits: QueueLimits, aging_s: float, max_requests_per_minute: int) -> None:
-        with self._condition:
+        with self._lock:
             self._queue.limits = limits
             self._queue.turns.aging_s = aging_s
             self._rates.per_minute = max_requests_per_minute
 
     def set_slots(self, slots: int) -> None:
         """How many jobs may run at once; running ones beyond a lower number finish."""
-        with self._condition:
+        with self._lock:
             self._slots = max(1, slots)
-            self._condition.notify_all()
+            self._call_takers(self._slots)
 
     # --- entering ------------------------------------------------------------------------------------------------------
 
@@ -115,7 +118,7 @@ class JobRegistry:
 
         Raises ShuttingDown, RateLimited, SessionBusy, Busy. A recovered job was accepted before a restart: no limit applies.
         """
-        with self._condition:
+        with self._lock:
             if not recovered:
                 if self._draining or self._closed:
                     raise ShuttingDown("the worker takes no new requests at the moment; try again later")
@@ -133,11 +136,11 @@ class JobRegistry:
     def commit(self, jobs: Sequence[Job]) -> None:
         """These are in the journal: they may be taken now."""
         keys = {job.key for job in jobs}
-        with self._condition:
+        with self._lock:
             for ticket in self._queue:
                 if ticket.key in keys:
                     ticket.held = False
-            self._condition.notify(len(jobs))
+            self._call_takers(len(jobs))
 
     def _retry_after_s(self) -> float:
         rounds = (len(self._queue) + 1) / max(1, self._slots)
@@ -147,12 +150,16 @@ class JobRegistry:
 
     def take(self, timeout_s: float) -> Job | None:
         """The next job for a free slot; None after the timeout or when closed."""
-        with self._condition:
+        with self._lock:
             job = self._take_now()
             if job is None and not self._closed:
-                self._condition.wait(timeout_s)
+                self._takers.wait(timeout_s)
                 job = self._take_now()
             return job
+
+    def _call_takers(self, most: int) -> None:
+        """Wake as many threads as can find something to do, at most so many."""
+        self._takers.wake(min(most, self._free(), len(self._queue)))
 
     def _take_now(self) -> Job | None:
         if self._closed or self._pausing or len(self._held) >= self._slots:
@@ -168,7 +175,7 @@ class JobRegistry:
 
     def must_wait(self, job: Job) -> bool:
         """Whether this job, in the queue and perhaps still held, will not be taken at once."""
-        with self._condition:
+        with self._lock:
             if job.phase != "queued":
                 return False
             return job.key not in self._queue.front(self._free(), time.monotonic())
@@ -178,7 +185,7 @@ class JobRegistry:
 
     def release_slot(self, job: Job, *, pacing: bool = False) -> None:
         """The engine is done with this job; the next one may have its slot."""
-        with self._condition:
+        with self._lock:
             if job not in self._held:
                 return
             self._held.discard(job)
@@ -186,13 +193,13 @@ class JobRegistry:
                 job.phase = "pacing" if pacing else "ending"
             if job.started_at is not None:
                 self._mean_run_s += 0.2 * (time.monotonic() - job.started_at - self._mean_run_s)
-            self._condition.notify()
+            self._call_takers(1)
 
     # --- ending --------------------------------------------------------------------------------------------------------
 
     def claim_end(self, job: Job) -> bool:
         """Whoever gets True writes the terminal event of this job; nobody gets it twice."""
-        with self._condition:
+        with self._lock:
             if job._ended:  # noqa: SLF001  # the registry owns it
                 return False
             job._ended = True  # noqa: SLF001
@@ -204,14 +211,15 @@ class JobRegistry:
 
         Its slot stays taken until `release_slot`: an engine that does not end a request cannot take another.
         """
-        with self._condition:
+        with self._lock:
             job.phase = "ended"
             self._queue.remove(job.key)
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
             if job.session is not None and not self._session_runs(job.session):
                 self._queue.leave_session(job.session)
-            self._condition.notify_all()
+            self._call_takers(1)
+            self._idle.notify_all()
 
     def _session_runs(self, session: tuple[str, str]) -> bool:
         return any(job.session == session and job.phase != "queued" for job in self._jobs.values())
@@ -219,11 +227,11 @@ class JobRegistry:
     # --- looking -------------------------------------------------------------------------------------------------------
 
     def find(self, key: EntryKey) -> Job | None:
-        with self._condition:
+        with self._lock:
             return self._jobs.get(key)
 
     def all(self) -> list[Job]:
-        with self._condition:
+        with self._lock:
             return list(self._jobs.values())
 
     def running(self) -> int:
@@ -232,22 +240,22 @@ class JobRegistry:
 
     def all_held_slots(self) -> list[Job]:
         """Jobs that hold a slot, also those that were ended from outside because their engine did not return."""
-        with self._condition:
+        with self._lock:
             return list(self._held)
 
     def of_session(self, session: tuple[str, str]) -> list[Job]:
         """Jobs whose replies go to this session (route, session path), stateless ones included, oldest first."""
-        with self._condition:
+        with self._lock:
             return [job for job in self._jobs.values() if (job.key.route, job.key.session) == session]
 
     def positions(self) -> dict[EntryKey, int]:
         """The places of those that wait, 1 for who is next."""
-        with self._condition:
+        with self._lock:
             return dict(self._queue.positions(time.monotonic(), free=self._free()))  # type: ignore[arg-type]  # our own keys
 
     def load(self) -> Load:
         """Slots and queue for health and status."""
-        with self._condition:
+        with self._lock:
             return Load(
                 slots=self._slots,
                 busy=len(self._held),
@@ -256,30 +264,30 @@ class JobRegistry:
             )
 
     def __len__(self) -> int:
-        with self._condition:
+        with self._lock:
             return len(self._jobs)
 
     # --- cancels that came first -----------------------------------------------------------------------------------------
 
     def remember_cancel(self, first_level: str, key: EntryKey) -> None:
-        with self._condition:
+        with self._lock:
             self._early.add(first_level, key, time.monotonic())
 
     def was_cancelled(self, job: Job) -> bool:
         """Whether a cancel for this request came before it; asked once."""
-        with self._condition:
+        with self._lock:
             return self._early.take(job.address.first_level, job.key, time.monotonic())
 
     # --- draining --------------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Refuse new requests; accepted ones go on."""
-        with self._condition:
+        with self._lock:
             self._draining = True
 
     def resume(self) -> bool:
         """Take requests again; False when the worker is stopping, which nobody takes back."""
-        with self._condition:
+        with self._lock:
             if self._pausing or self._closed:
                 return False
             self._draining = False
@@ -287,7 +295,7 @@ class JobRegistry:
 
     def pause(self) -> None:
         """Take nothing new and start no more of the queued ones, for good: they stay in the journal for the next start."""
-        with self._condition:
+        with self._lock:
             self._draining = True
             self._pausing = True
 
@@ -297,13 +305,14 @@ class JobRegistry:
         def idle() -> bool:
             return all(job.phase == "queued" for job in self._jobs.values())
 
-        with self._condition:
-            return self._condition.wait_for(idle, timeout_s)
+        with self._lock:
+            return self._idle.wait_for(idle, timeout_s)
 
     def close(self) -> None:
-        with self._condition:
+        with self._lock:
             self._closed = True
-            self._condition.notify_all()
+            self._takers.wake_all()
+            self._idle.notify_all()
 
 
 def _ticket(job: Job) -> Ticket:
