@@ -29,6 +29,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
+from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
 from llamacpp_mqtt_deploy.mqtt.packets import publish_properties
 from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery, Retained
@@ -88,6 +89,15 @@ class _Client(paho.Client):
     """
 
     last_socket: socket.socket | None = None
+    buffered: BufferedSocket | None = None
+    """The current socket, where packets are gathered; paho's websocket has its own buffers."""
+
+    def _create_socket(self) -> Any:
+        self.buffered = None
+        sock = super()._create_socket()
+        if isinstance(sock, socket.socket):
+            self.buffered = sock = BufferedSocket(sock)
+        return sock
 
     def _create_socket_connection(self) -> socket.socket:
         self.last_socket = sock = super()._create_socket_connection()
@@ -202,7 +212,8 @@ class PahoWire:
         return pending is not None and pending() > 0
 
     def wants_write(self) -> bool:
-        return self._closed is None and self._client.want_write()
+        buffered = self._client.buffered
+        return self._closed is None and (self._client.want_write() or (buffered is not None and buffered.has_unsent()))
 
     def on_readable(self) -> None:
         """Read what is there; callbacks run in here."""
@@ -214,6 +225,8 @@ class PahoWire:
         """Write what is queued, as far as the socket takes it."""
         if self.wants_write():
             self._client.loop_write()
+            if self._client.buffered is not None and not self._client.buffered.flush():
+                self._client.loop_read()  # paho learns the same way that the connection has ended
             self._notice_end()
 
     def on_time(self, now: float) -> None:
@@ -263,13 +276,14 @@ class PahoWire:
         deadline = time.monotonic() + timeout_s
         if not with_will or self.version == "5":
             reason = ReasonCode(PacketTypes.DISCONNECT, DISCONNECT_WITH_WILL) if with_will else None
-            self._client.disconnect(reason)
-            self.on_writable()
             poll = select.poll()
             while self.wants_write() and self._fd >= 0 and (left_s := deadline - time.monotonic()) > 0:
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll(left_s * 1000.0)
                 self.on_writable()
+            # Last, since paho closes the socket together with it.
+            self._client.disconnect(reason)
+            self.on_writable()
         self.abort()
 
     def abort(self) -> None:

@@ -1,0 +1,92 @@
+"""A socket that gathers what is written and reads ahead, so that a turn of the I/O loop costs one call of the system each way."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+READ_BYTES = 65_536
+MOST_UNSENT_BYTES = 256 * 1024
+"""Beyond it the writer is told to try again, as by a full socket: large events are not held twice."""
+
+
+class BufferedSocket:
+    """Stands between paho and its non-blocking socket (TCP, unix or TLS): paho sends each packet by a call of its own, and
+    reads each packet's first bytes one by one.
+
+    `send` only collects and `flush` writes. `recv` gives from what one read of the socket brought; when that is used up it raises
+    BlockingIOError once without asking the socket, which had no more.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._unsent = bytearray()
+        self._ahead = memoryview(b"")
+        self._dry = False
+        self._failure: OSError | None = None
+        self._tls: ssl.SSLSocket | None = sock if isinstance(sock, ssl.SSLSocket) else None
+
+    # --- what paho calls -----------------------------------------------------------------------------------------------
+
+    def send(self, data: bytes | bytearray) -> int:
+        """Take all of it, or raise BlockingIOError. Raises OSError when the connection has ended."""
+        if self._failure is not None:
+            raise self._failure
+        if len(self._unsent) > MOST_UNSENT_BYTES:
+            self.flush()
+            if len(self._unsent) > MOST_UNSENT_BYTES:
+                raise BlockingIOError
+        self._unsent += data
+        return len(data)
+
+    def recv(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end of the connection. Raises BlockingIOError, ssl.SSLWantReadError, OSError."""
+        ahead = self._ahead
+        if not ahead:
+            if self._dry:
+                self._dry = False
+                raise BlockingIOError
+            if self._failure is not None:
+                raise self._failure
+            read = self._socket.recv(READ_BYTES)
+            if not read:
+                return read
+            # TLS gives a record at a time and may hold another.
+            self._dry = len(read) < READ_BYTES and self._tls is None
+            ahead = memoryview(read)
+        self._ahead = ahead[size:]
+        return bytes(ahead[:size])
+
+    def pending(self) -> int:
+        """Bytes that can be read although the socket does not show it."""
+        return len(self._ahead) + (0 if self._tls is None else self._tls.pending())
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def setblocking(self, flag: bool) -> None:
+        self._socket.setblocking(flag)
+
+    def close(self) -> None:
+        """Close, after a last attempt to write: paho closes right after it has sent a DISCONNECT."""
+        self.flush()
+        self._socket.close()
+
+    # --- what its owner calls ------------------------------------------------------------------------------------------
+
+    def flush(self) -> bool:
+        """Write what was collected, as far as the socket takes it; False when the connection has ended, as `recv` then says."""
+        while self._unsent and self._failure is None:
+            try:
+                sent = self._socket.send(self._unsent)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                break
+            except OSError as error:
+                self._failure = error
+                self._unsent.clear()
+            else:
+                del self._unsent[:sent]
+        return self._failure is None
+
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
