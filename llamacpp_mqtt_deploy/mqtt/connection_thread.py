@@ -40,6 +40,9 @@ CONNACK_TIMEOUT_S = 10.0
 DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
 """Where the broker may not know MQTT 5 and silence may be its answer."""
 
+PUBACK_PATIENCE_S = 20.0
+"""So long may a living connection acknowledge nothing that we publish; a broker that syncs a slow disk needs a second or two."""
+
 HEADER_ROOM = 1024
 """What `max_payload_bytes` leaves for topic and properties (correlation data has at most 64 bytes)."""
 
@@ -99,6 +102,8 @@ class ConnectionThread:
         self._online_since = 0.0
         self._deliveries = Deliveries(self._receipts)
         self._died_online, self._loud = False, True
+        self._own_end: Refusal | None = None
+        """Why we are about to end the connection ourselves."""
 
     # --- for other threads ---
 
@@ -258,7 +263,8 @@ class ConnectionThread:
             self._failed(refusal)
             return
         if wire.closed() is None:
-            log.warning("inbox.full", broker=self.where, why="connecting again so that the broker delivers again")
+            if self._own_end is explain.INBOX_FULL:
+                log.warning("inbox.full", broker=self.where, why="connecting again so that the broker delivers again")
             wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
         self._ended(wire, wire.closed() or Closed())
 
@@ -270,7 +276,11 @@ class ConnectionThread:
             return True
         if self._state != "online":
             return now >= self._connack_by
-        return self._deliveries.stalled_until is not None and now >= self._deliveries.stalled_until
+        if self._deliveries.stalled_until is not None and now >= self._deliveries.stalled_until:
+            self._own_end = explain.INBOX_FULL
+        elif self._sending.overdue(now, patience_s=PUBACK_PATIENCE_S):
+            self._own_end = explain.of_no_pubacks(self.where, PUBACK_PATIENCE_S)
+        return self._own_end is not None
 
     def _work(self) -> None:
         """Send what other threads have queued."""
@@ -328,7 +338,8 @@ class ConnectionThread:
             self._sending.retain_available = answer.retain_available
             self._state, self._detail = "online", ""
             info = self._info()
-        self._deliveries.stalled_until = None
+        self._sending.connected_at = now
+        self._deliveries.stalled_until = self._own_end = None
         # Where connections break as fast as they come, the log tells of both at growing pauses only.
         (log.info if self._loud else log.debug)(
             "link.online",
@@ -361,22 +372,21 @@ class ConnectionThread:
             return
         now = time.monotonic()
         lived_s = now - self._online_since
-        on_purpose = self._deliveries.stalled_until is not None
+        own_end, self._own_end = self._own_end, None
         if lived_s >= STABLE_AFTER_S:
             self._reminder.clear()
         self._attempts.lost(closed, now, lived_s=lived_s, in_flight=bool(self._outgoing.flying))
         if closed.from_broker and closed.code == explain.TAKEN_OVER:
             self._went_down(explain.of_disconnect(closed.code, closed.name), state="taken_over")
             return
-        refusal = explain.of_end(
+        refusal = own_end or explain.of_end(
             self.where,
             code=closed.code,
             name=closed.name,
             from_broker=closed.from_broker,
             unreadable=closed.unreadable,
-            on_purpose=on_purpose,
         )
-        blameless = on_purpose or closed.code in explain.BLAMELESS_CLOSES
+        blameless = own_end is not None or closed.code in explain.BLAMELESS_CLOSES
         poison = self._outgoing.lost(blameless=blameless)
         self._went_down(refusal)
         if poison is not None:

@@ -252,12 +252,21 @@ def of_no_connack(where: str, seconds: float) -> Refusal:
     return Refusal(f"Something at {where} accepts connections but sent no CONNACK within {seconds:g} s.", False)
 
 
-def of_end(where: str, *, code: int, name: str, from_broker: bool, unreadable: bool, on_purpose: bool) -> Refusal:
+INBOX_FULL = Refusal("The inbox was full; connecting again so that the broker delivers again.", needs_person=False)
+
+
+def of_no_pubacks(where: str, seconds: float) -> Refusal:
+    """The connection lives, and what we publish is not acknowledged."""
+    return Refusal(
+        f"The broker at {where} acknowledged nothing that we published for {seconds:g} s; connecting again and sending it again.",
+        needs_person=False,
+    )
+
+
+def of_end(where: str, *, code: int, name: str, from_broker: bool, unreadable: bool) -> Refusal:
     """The sentence for the end of an established connection."""
     if from_broker or code == 0x8D:
         return of_disconnect(code, name)
     if unreadable:
         return Refusal(f"The broker at {where} sent something that cannot be read.", needs_person=False)
-    if on_purpose:
-        return Refusal("The inbox was full; connecting again so that the broker delivers again.", needs_person=False)
     return Refusal(f"The connection to the broker at {where} broke.", needs_person=False)

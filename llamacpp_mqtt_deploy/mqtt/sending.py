@@ -21,6 +21,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+_PASSED_OVER = 10
+"""So many times the patience with all PUBACKs is the patience with a single one, while others come."""
+
 
 class Sending:
     """The outgoing half of a link, over whichever wire it has; `changed` is notified when the last publish is done."""
@@ -33,6 +36,7 @@ class Sending:
         """What the broker of the latest connection announced, as the line above."""
         self._flushers = self._waiters = 0
         self.last_puback_at: float | None = None
+        self.connected_at = 0.0
         self.poisoned = 0
         self._changed = changed
         self._refused: dict[str, Reminder] = {}
@@ -58,6 +62,18 @@ class Sending:
             finally:
                 self._waiters -= 1
         return self._budget.room_for_answers(largest)
+
+    def overdue(self, now: float, *, patience_s: float) -> bool:
+        """Whether the connection takes publishes and acknowledges none, for longer than this.
+
+        A slow line with a full window acknowledges each of them late: so any PUBACK counts, but not for ever, since PUBACKs
+        come in order, and one that was passed over will not come.
+        """
+        oldest = next(iter(self.outgoing.flying.values()), None)
+        if oldest is None:
+            return False
+        since = max(oldest.sent_at, self.connected_at)
+        return now - max(since, self.last_puback_at or 0.0) > patience_s or now - since > _PASSED_OVER * patience_s
 
     def may_go(self, now: float) -> bool:
         """Whether something waits that may be sent now."""
@@ -117,6 +133,7 @@ class Sending:
             outgoing.dropped()
             self.done(publish, well=True)
         else:
+            publish.sent_at = now
             with self._changed:
                 outgoing.sent(mid, publish)
         return True

@@ -33,6 +33,8 @@ class Publish:
     """It answers a message that was not accepted; see `OutboxBudget`."""
     size: int = 0
     """The bytes that it was counted with."""
+    sent_at: float = 0.0
+    """Monotonic seconds, once it is in flight."""
 
 
 class Outgoing:

@@ -23,7 +23,7 @@ from llamacpp_mqtt_deploy.mqtt.connection_thread import ConnectionThread
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
 from llamacpp_mqtt_deploy.mqtt.sending import Sending
-from llamacpp_mqtt_deploy.mqtt.session import Publish
+from llamacpp_mqtt_deploy.mqtt.session import STRIKES, Publish
 from llamacpp_mqtt_deploy.ports import Delivery
 from llamacpp_mqtt_deploy.stopping import Deadline
 from tests.support.amqtt_broker import AmqttBroker
@@ -376,6 +376,48 @@ def test_a_connection_that_hangs_half_open_is_noticed(
     cable.cut()
     cable.resume()
     case.online()
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_events_that_a_living_connection_does_not_acknowledge_are_sent_again_on_a_new_one(
+    mosquitto: Mosquitto, new_case: NewCase, cable_to: LayCable, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.mqtt.connection_thread.PUBACK_PATIENCE_S", 1.0)
+    cable = cable_to(mosquitto.port)
+    client = BusClient(mosquitto.port)
+    client.subscribe("events/#")
+    case = new_case(port=cable.port, protocol=protocol)
+    cable.eat_pubacks()
+    done: list[bool] = []
+    for number in range(3):
+        case.link.publish("events/a", str(number).encode(), on_done=done.append)
+    eventually(lambda: cable.eaten == 3)
+    assert not done
+    cable.eat_pubacks(False)
+    lost = case.lost()
+    assert "acknowledged" in lost.detail
+    case.online()
+    eventually(lambda: done == [True] * 3)
+    assert case.link.info().unacknowledged == 0
+    assert [client.receive().payload for _ in range(6)] == [b"0", b"1", b"2"] * 2, "sent again, in order"
+    client.close()
+
+
+def test_pubacks_that_never_come_give_up_no_event(
+    mosquitto: Mosquitto, new_case: NewCase, cable_to: LayCable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.mqtt.connection_thread.PUBACK_PATIENCE_S", 0.5)
+    cable = cable_to(mosquitto.port)
+    case = new_case(port=cable.port)
+    cable.eat_pubacks()
+    done: list[bool] = []
+    case.link.publish("events/a", b"x", on_done=done.append)
+    for _ in range(STRIKES + 2):
+        case.lost()
+        case.online()
+    assert case.link.info().poisoned == 0
+    cable.eat_pubacks(False)
+    eventually(lambda: done == [True])
 
 
 def test_a_frozen_broker_does_not_hold_up_closing(start_mosquitto: StartMosquitto, new_case: NewCase) -> None:

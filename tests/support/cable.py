@@ -21,6 +21,9 @@ class Cable:
         self._unplugged = False
         self._closed = threading.Event()
         self.connections = 0
+        self.eaten = 0
+        self._eats_pubacks = False
+        self._halves: dict[socket.socket, bytearray] = {}
         self._thread = threading.Thread(target=self._run, name="cable", daemon=True)
         self._thread.start()
 
@@ -39,6 +42,10 @@ class Cable:
     def hang_up_at_once(self, on: bool = True) -> None:
         """Take connections and close them at the first bytes, as a proxy does whose broker is still starting."""
         self._silent_hangup = on
+
+    def eat_pubacks(self, on: bool = True) -> None:
+        """Take the PUBACKs out of what the target sends; the rest passes, so the connection looks alive."""
+        self._eats_pubacks = on
 
     def close(self) -> None:
         self._closed.set()
@@ -90,9 +97,40 @@ class Cable:
         other = pair[1] if end is pair[0] else pair[0]
         try:
             data = end.recv(65536)
+            if self._eats_pubacks and end is pair[1]:
+                whole = self._without_pubacks(end, data)
+                if data and not whole:
+                    return
+                data = whole
             if data:
                 other.sendall(data)
                 return
         except OSError:
             pass
         self._drop(pair)
+
+    def _without_pubacks(self, end: socket.socket, data: bytes) -> bytes:
+        """The whole MQTT packets among these bytes but the PUBACKs; a part of one waits for the rest."""
+        waiting = self._halves.setdefault(end, bytearray())
+        waiting += data
+        kept = bytearray()
+        while (size := _packet_size(waiting)) is not None and size <= len(waiting):
+            if waiting[0] >> 4 == _PUBACK:
+                self.eaten += 1
+            else:
+                kept += waiting[:size]
+            del waiting[:size]
+        return bytes(kept)
+
+
+_PUBACK = 4
+
+
+def _packet_size(data: bytearray) -> int | None:
+    """Bytes of the packet that begins here (MQTT 5 section 2.1.4); None when its length has not all come."""
+    remaining = 0
+    for place, byte in enumerate(data[1:5]):
+        remaining |= (byte & 0x7F) << (7 * place)
+        if not byte & 0x80:
+            return 2 + place + remaining
+    return None
