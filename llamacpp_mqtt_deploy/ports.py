@@ -191,10 +191,15 @@ class Link(Outbox, Protocol):
         successful CONNACK, before anything is subscribed. All callbacks run in the link's thread and must only enqueue."""
 
     def subscribe(
-        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+        self,
+        filters: Sequence[tuple[str, int]],
+        *,
+        timeout_s: float,
+        retained: bool = False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Mapping[str, str]:
         """Subscribe and wait for SUBACK; returns the refused filters with the reason, empty when all were granted. Raises
-        TimeoutError, ConnectionError. Never call it from a callback. Not repeated on reconnect: `on_online` does that.
+        TimeoutError (also when `give_up`, asked now and again while it waits, says so), ConnectionError. Never call it from a callback. Not repeated on reconnect: `on_online` does that.
         `retained` asks for the messages that the broker keeps for these topics (MQTT 3.1.1 sends them always, flagged)."""
 
     def info(self) -> LinkInfo: ...

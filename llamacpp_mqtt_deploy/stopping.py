@@ -80,3 +80,19 @@ class Deadline:
 
     def passed(self) -> bool:
         return self.remaining_s() == 0.0
+
+
+ASK_EVERY_S = 0.5
+"""How often whoever waits asks whether to go on."""
+
+
+def wait_for(event: threading.Event, *, timeout_s: float, give_up: Callable[[], bool] | None = None) -> bool:
+    """Wait for an event; False when the time has passed, or when `give_up`, asked every half second, says so.
+
+    For the main thread, which a signal handler cannot wake by the event's own lock.
+    """
+    deadline = Deadline(timeout_s)
+    while not event.wait(min(ASK_EVERY_S, deadline.remaining_s())):
+        if deadline.passed() or (give_up is not None and give_up()):
+            return event.is_set()
+    return True

@@ -63,7 +63,7 @@ class ConnectionThread:
         *,
         loop: IoLoop,
         client_id: str,
-        password: str | None,
+        password: Callable[[], str | None],
         max_incoming_bytes: int | None,
     ) -> None:
         self._loop = loop

@@ -15,7 +15,7 @@ from llamacpp_mqtt_deploy.mqtt.packets import MOST_MQTT_PACKET, packet_bytes
 from llamacpp_mqtt_deploy.mqtt.receiving import Subscription
 from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, Published, Retained, Share
-from llamacpp_mqtt_deploy.stopping import Deadline
+from llamacpp_mqtt_deploy.stopping import Deadline, wait_for
 
 log = structlog.get_logger(__name__)
 
@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 class MqttLink:
     """One connection to an MQTT broker; see `ports.Link` for the contract. What it takes, its thread carries.
 
-    `password` wins over the one in the settings (the daemon reads files and credentials). `max_payload_bytes` bounds our
+    `password` wins over the one in the settings (the daemon reads files and credentials: again before each attempt). `max_payload_bytes` bounds our
     publishes, `max_incoming_bytes` is told to an MQTT 5 broker, which silently drops what is larger. Raises ValueError, from
     the constructor, when a TLS file is missing or unfit. Its connections live in `loop`, or in one of its own.
     """
@@ -33,13 +33,14 @@ class MqttLink:
         settings: MqttSettings,
         *,
         client_id: str,
-        password: str | None = None,
+        password: str | Callable[[], str | None] | None = None,
         max_payload_bytes: int | None = None,
         max_incoming_bytes: int | None = None,
         loop: IoLoop | None = None,
     ) -> None:
         if password is None and settings.password is not None:
             password = settings.password.get_secret_value()
+        given = password
         self._max_payload_bytes = max_payload_bytes
         self._own_loop = loop is None
         self._loop = loop or IoLoop()
@@ -47,7 +48,7 @@ class MqttLink:
             settings,
             loop=self._loop,
             client_id=client_id,
-            password=password,
+            password=given if callable(given) else lambda: given,
             max_incoming_bytes=max_incoming_bytes,
         )
 
@@ -91,7 +92,12 @@ class MqttLink:
         self._connection.acknowledge(delivery)
 
     def subscribe(
-        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+        self,
+        filters: Sequence[tuple[str, int]],
+        *,
+        timeout_s: float,
+        retained: bool = False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Mapping[str, str]:
         if self._connection.is_current():
             raise RuntimeError("subscribe was called from a callback of the link; it would wait for itself")
@@ -103,7 +109,7 @@ class MqttLink:
         subscription = Subscription(fit, retained)
         if not self._connection.subscribe(subscription):
             raise ConnectionError(f"not connected to the broker at {where}")
-        if not subscription.done.wait(timeout_s):
+        if not wait_for(subscription.done, timeout_s=timeout_s, give_up=give_up):
             raise TimeoutError(f"the broker at {where} sent no SUBACK within {timeout_s:g} s")
         if subscription.refused is None:
             raise ConnectionError(f"the connection to {where} was lost while waiting for SUBACK")

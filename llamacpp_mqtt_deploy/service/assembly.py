@@ -225,4 +225,6 @@ def make_link(settings: Settings, loop: IoLoop) -> Link:
     """The link to the broker of `[mqtt]`."""
     from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 
-    return MqttLink(settings.mqtt, client_id=client_id(settings.mqtt), password=mqtt_password(settings), loop=loop)
+    return MqttLink(
+        settings.mqtt, client_id=client_id(settings.mqtt), password=lambda: mqtt_password(settings), loop=loop
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -56,8 +56,8 @@ class Startup:
         """Refuse to serve a root that another worker serves (protocol, section 1)."""
         # Twice: what is retained comes before the second SUBACK, on every broker that we know.
         look = [(self._topics.status_filter, 0)]
-        refused = self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S, retained=True)
-        refused = refused or self._link.subscribe(look, timeout_s=_SUBSCRIBE_TIMEOUT_S, retained=True)
+        refused = self._ask(look, retained=True)
+        refused = refused or self._ask(look, retained=True)
         if refused:
             log.warning("presence.blind", refused=dict(refused), message="cannot see whether another worker is here")
             return
@@ -88,9 +88,18 @@ class Startup:
                 raise ConnectionError("told to stop")
             self._presence.wait_for_news(min(1.0, deadline.remaining_s()))
 
+    def _ask(self, filters: Sequence[tuple[str, int]], *, retained: bool = False) -> Mapping[str, str]:
+        """Subscribe; a broker that hangs must not keep a worker from stopping."""
+        return self._link.subscribe(
+            filters,
+            timeout_s=_SUBSCRIBE_TIMEOUT_S,
+            retained=retained,
+            give_up=lambda: self._waiting("waiting for the broker to answer a subscription"),
+        )
+
     def _subscribe(self) -> bool:
         filters = [*self._topics.request_filters(), *self._topics.control_filters(), self._topics.admin_topic]
-        refused = self._link.subscribe([(name, 1) for name in filters], timeout_s=_SUBSCRIBE_TIMEOUT_S)
+        refused = self._ask([(name, 1) for name in filters])
         problem = _problem(refused)
         for name, reason in refused.items():
             log.error(

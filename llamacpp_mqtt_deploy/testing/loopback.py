@@ -14,7 +14,7 @@ import structlog
 from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
 from llamacpp_mqtt_deploy.core.topics import topic_fault
 from llamacpp_mqtt_deploy.ports import Delivery, LinkInfo, LinkState, Published, Retained, Share
-from llamacpp_mqtt_deploy.stopping import Deadline
+from llamacpp_mqtt_deploy.stopping import Deadline, wait_for
 from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker, LoopbackClient, StoredMessage
 
 __all__ = ["LoopbackBroker", "LoopbackClient", "LoopbackLink"]
@@ -113,25 +113,31 @@ class LoopbackLink:
             self._actions.put(lambda: self._send_ack(delivery.receipt))
 
     def subscribe(
-        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+        self,
+        filters: Sequence[tuple[str, int]],
+        *,
+        timeout_s: float,
+        retained: bool = False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Mapping[str, str]:
         if threading.current_thread() is self._thread:
             raise RuntimeError("subscribe was called from a callback of the link; it would wait for itself")
-        answers: queue.SimpleQueue[Mapping[str, str] | None] = queue.SimpleQueue()
+        answers: list[Mapping[str, str] | None] = []
+        answered = threading.Event()
 
         def act() -> None:
-            if self._state != "online":
-                answers.put(None)
-                return
-            answers.put(self._broker.take_subscription(self._client_id, filters, retained=retained))
+            online = self._state == "online"
+            answers.append(
+                self._broker.take_subscription(self._client_id, filters, retained=retained) if online else None
+            )
+            answered.set()
 
         if self._state != "online":
             raise ConnectionError("not connected to the broker")
         self._actions.put(act)
-        try:
-            answer = answers.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError(f"no SUBACK within {timeout_s} s") from None
+        if not wait_for(answered, timeout_s=timeout_s, give_up=give_up):
+            raise TimeoutError(f"no SUBACK within {timeout_s} s")
+        answer = answers[0]
         if answer is None:
             raise ConnectionError("the connection was lost while waiting for SUBACK")
         return answer

@@ -18,7 +18,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 from structlog.testing import capture_logs
 
-from llamacpp_mqtt_deploy.config.settings import MqttSettings
+from llamacpp_mqtt_deploy.config.credentials import mqtt_password
+from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.mqtt.connection_thread import ConnectionThread
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
@@ -28,7 +29,7 @@ from llamacpp_mqtt_deploy.ports import Delivery
 from llamacpp_mqtt_deploy.stopping import Deadline
 from tests.support.amqtt_broker import AmqttBroker
 from tests.support.bus_client import BusClient
-from tests.support.cable import Cable
+from tests.support.cable import PUBACK, Cable
 from tests.support.certificates import Authority
 from tests.support.link_case import LinkCase
 from tests.support.mosquitto import Mosquitto, free_port
@@ -49,7 +50,7 @@ def new_case() -> Iterator[NewCase]:
         wait: bool = True,
         acknowledges: bool = True,
         client_id: str = "link",
-        password: str | None = None,
+        password: str | Callable[[], str | None] | None = None,
         max_payload_bytes: int | None = None,
         **settings: Any,
     ) -> LinkCase:
@@ -378,6 +379,55 @@ def test_a_connection_that_hangs_half_open_is_noticed(
     case.online()
 
 
+def test_a_password_that_is_renewed_in_its_file_is_used_at_the_next_attempt(
+    start_mosquitto: StartMosquitto, new_case: NewCase, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("old\n")
+    settings = Settings(mqtt=MqttSettings(password_file=file))
+    old, new = start_mosquitto(users={"worker": "old"}), start_mosquitto(users={"worker": "new"})
+    new.stop()
+    case = new_case(port=old.port, username="worker", password=lambda: mqtt_password(settings))
+    case.link.publish("events/a", b"1")
+    old.stop()
+    case.lost()
+    case.link.publish("events/a", b"2")
+    new.port = old.port
+    new.start()
+    detail(case, "password_file")
+    file.unlink()  # renewed by deleting and writing: nothing there for a moment
+    eventually(lambda: case.link.info().state == "refused")
+    file.write_text("new\n")
+    case.online()
+    assert case.link.flush(Deadline(10))
+
+
+def test_a_certificate_that_is_renewed_on_disk_is_used_at_the_next_attempt(
+    start_mosquitto: StartMosquitto, new_case: NewCase, tmp_path: Path
+) -> None:
+    first, second = Authority(tmp_path / "first", "First"), Authority(tmp_path / "second", "Second")
+    mine = [tmp_path / name for name in ("ca.pem", "cert.pem", "key.pem")]
+
+    def take(authority: Authority) -> None:
+        for path, found in zip(mine, (authority.ca_file, *authority.issue("worker", client=True)), strict=True):
+            path.write_bytes(found.read_bytes())
+
+    take(first)
+    broker = start_mosquitto(tls=(first.ca_file, *first.issue("broker")), client_certificates=True)
+    tls = dict(zip(("ca_file", "cert_file", "key_file"), mine, strict=True)) | {"enabled": True}
+    case = new_case(port=broker.tls_port, tls=tls)
+    broker.stop()
+    case.lost()
+    renewed = start_mosquitto(tls=(second.ca_file, *second.issue("broker")), client_certificates=True)
+    renewed.stop()
+    renewed.tls_port = broker.tls_port
+    renewed.start()
+    detail(case, "not trusted")
+    take(second)
+    case.online()
+    assert case.publish("x", b"y")
+
+
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_events_that_a_living_connection_does_not_acknowledge_are_sent_again_on_a_new_one(
     mosquitto: Mosquitto, new_case: NewCase, cable_to: LayCable, monkeypatch: pytest.MonkeyPatch, protocol: str
@@ -387,13 +437,13 @@ def test_events_that_a_living_connection_does_not_acknowledge_are_sent_again_on_
     client = BusClient(mosquitto.port)
     client.subscribe("events/#")
     case = new_case(port=cable.port, protocol=protocol)
-    cable.eat_pubacks()
+    cable.eat(PUBACK)
     done: list[bool] = []
     for number in range(3):
         case.link.publish("events/a", str(number).encode(), on_done=done.append)
     eventually(lambda: cable.eaten == 3)
     assert not done
-    cable.eat_pubacks(False)
+    cable.eat()
     lost = case.lost()
     assert "acknowledged" in lost.detail
     case.online()
@@ -409,14 +459,14 @@ def test_pubacks_that_never_come_give_up_no_event(
     monkeypatch.setattr("llamacpp_mqtt_deploy.mqtt.connection_thread.PUBACK_PATIENCE_S", 0.5)
     cable = cable_to(mosquitto.port)
     case = new_case(port=cable.port)
-    cable.eat_pubacks()
+    cable.eat(PUBACK)
     done: list[bool] = []
     case.link.publish("events/a", b"x", on_done=done.append)
     for _ in range(STRIKES + 2):
         case.lost()
         case.online()
     assert case.link.info().poisoned == 0
-    cable.eat_pubacks(False)
+    cable.eat()
     eventually(lambda: done == [True])
 
 

@@ -11,7 +11,7 @@ import pytest
 from llamacpp_mqtt_deploy.core.events import EventReader
 from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import Watcher
-from tests.support.cable import Cable
+from tests.support.cable import SUBACK, Cable
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
 
@@ -137,6 +137,18 @@ def test_sigterm_ends_a_worker_whose_broker_hangs(
     broker.thaw()
     # The goodbye was not acknowledged, so the broker says it: the will.
     watch(broker.port).first(_topic="llm/status/w1", state="offline")
+
+
+def test_sigterm_ends_a_worker_whose_broker_hangs_before_it_has_answered_a_subscription(
+    start_worker: StartWorker, mosquitto: Mosquitto, llama_server: LlamaServer, cable_to: Callable[[int], Cable]
+) -> None:
+    cable = cable_to(mosquitto.port)
+    cable.eat(SUBACK)
+    worker = start_worker(cable.port, llama_server.url, ready=False, limits__drain_timeout_s=1, mqtt__root="hanging")
+    worker.until(lambda: cable.eaten, 15, "a subscription")
+    asked_at = time.monotonic()
+    assert worker.stop(15) == 0
+    assert time.monotonic() - asked_at < 5
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])

@@ -65,11 +65,16 @@ class Stubborn(LoopbackLink):
 
     @override
     def subscribe(
-        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+        self,
+        filters: Sequence[tuple[str, int]],
+        *,
+        timeout_s: float,
+        retained: bool = False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Mapping[str, str]:
         if self.errors:
             raise self.errors.pop(0)
-        return super().subscribe(filters, timeout_s=timeout_s, retained=retained)
+        return super().subscribe(filters, timeout_s=timeout_s, retained=retained, give_up=give_up)
 
 
 def _settings(bus: Bus) -> dict[str, str]:
@@ -133,10 +138,15 @@ class Slow(LoopbackLink):
 
     @override
     def subscribe(
-        self, filters: Sequence[tuple[str, int]], *, timeout_s: float, retained: bool = False
+        self,
+        filters: Sequence[tuple[str, int]],
+        *,
+        timeout_s: float,
+        retained: bool = False,
+        give_up: Callable[[], bool] | None = None,
     ) -> Mapping[str, str]:
         assert self.may.wait(10)
-        return super().subscribe(filters, timeout_s=timeout_s, retained=retained)
+        return super().subscribe(filters, timeout_s=timeout_s, retained=retained, give_up=give_up)
 
 
 def test_a_request_that_comes_before_the_greeting_is_not_taken_for_one_that_was_left_behind(bus: Bus) -> None:

@@ -7,6 +7,9 @@ import select
 import socket
 import threading
 
+PUBACK, SUBACK = 4, 9
+"""Kinds of packets (MQTT 5 section 2.1.2)."""
+
 
 class Cable:
     """Listens on `port` and forwards to the target. One thread moves all bytes."""
@@ -22,7 +25,7 @@ class Cable:
         self._closed = threading.Event()
         self.connections = 0
         self.eaten = 0
-        self._eats_pubacks = False
+        self._eats: tuple[int, ...] = ()
         self._halves: dict[socket.socket, bytearray] = {}
         self._thread = threading.Thread(target=self._run, name="cable", daemon=True)
         self._thread.start()
@@ -43,9 +46,10 @@ class Cable:
         """Take connections and close them at the first bytes, as a proxy does whose broker is still starting."""
         self._silent_hangup = on
 
-    def eat_pubacks(self, on: bool = True) -> None:
-        """Take the PUBACKs out of what the target sends; the rest passes, so the connection looks alive."""
-        self._eats_pubacks = on
+    def eat(self, *kinds: int) -> None:
+        """Take the packets of these kinds (PUBACK, SUBACK) out of what the target sends; the rest passes, so the connection
+        looks alive. None of any kind: all passes again."""
+        self._eats = kinds
 
     def close(self) -> None:
         self._closed.set()
@@ -97,8 +101,8 @@ class Cable:
         other = pair[1] if end is pair[0] else pair[0]
         try:
             data = end.recv(65536)
-            if self._eats_pubacks and end is pair[1]:
-                whole = self._without_pubacks(end, data)
+            if self._eats and end is pair[1]:
+                whole = self._without_eaten(end, data)
                 if data and not whole:
                     return
                 data = whole
@@ -109,21 +113,18 @@ class Cable:
             pass
         self._drop(pair)
 
-    def _without_pubacks(self, end: socket.socket, data: bytes) -> bytes:
-        """The whole MQTT packets among these bytes but the PUBACKs; a part of one waits for the rest."""
+    def _without_eaten(self, end: socket.socket, data: bytes) -> bytes:
+        """The whole MQTT packets among these bytes but those to be eaten; a part of one waits for the rest."""
         waiting = self._halves.setdefault(end, bytearray())
         waiting += data
         kept = bytearray()
         while (size := _packet_size(waiting)) is not None and size <= len(waiting):
-            if waiting[0] >> 4 == _PUBACK:
+            if waiting[0] >> 4 in self._eats:
                 self.eaten += 1
             else:
                 kept += waiting[:size]
             del waiting[:size]
         return bytes(kept)
-
-
-_PUBACK = 4
 
 
 def _packet_size(data: bytearray) -> int | None:
