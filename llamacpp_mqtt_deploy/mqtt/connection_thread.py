@@ -43,6 +43,9 @@ DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
 PUBACK_PATIENCE_S = 20.0
 """So long may a living connection acknowledge nothing that we publish; a broker that syncs a slow disk needs a second or two."""
 
+SHORT_LIVES = 3
+"""After so many connections that ended at once in a row, chance is out of the question."""
+
 HEADER_ROOM = 1024
 """What `max_payload_bytes` leaves for topic and properties (correlation data has at most 64 bytes)."""
 
@@ -70,6 +73,7 @@ class ConnectionThread:
         self._port = settings.port or (8883 if settings.tls.enabled else 1883)
         self.where = settings.host if settings.transport == "unix" else f"{settings.host}:{self._port}"
         self._settings = settings
+        self._client_id = client_id
         self._wires = WireFactory(
             settings,
             client_id=client_id,
@@ -375,7 +379,9 @@ class ConnectionThread:
         own_end, self._own_end = self._own_end, None
         if lived_s >= STABLE_AFTER_S:
             self._reminder.clear()
-        self._attempts.lost(closed, now, lived_s=lived_s, in_flight=bool(self._outgoing.flying))
+        self._attempts.lost(
+            closed, now, lived_s=lived_s, in_flight=bool(self._outgoing.flying), ours=own_end is not None
+        )
         if closed.from_broker and closed.code == explain.TAKEN_OVER:
             self._went_down(explain.of_disconnect(closed.code, closed.name), state="taken_over")
             return
@@ -386,6 +392,8 @@ class ConnectionThread:
             from_broker=closed.from_broker,
             unreadable=closed.unreadable,
         )
+        if self._attempts.short_lives >= SHORT_LIVES:
+            refusal = explain.of_short_lives(self.where, self._attempts.short_lives, self._client_id)
         blameless = own_end is not None or closed.code in explain.BLAMELESS_CLOSES
         poison = self._outgoing.lost(blameless=blameless)
         self._went_down(refusal)

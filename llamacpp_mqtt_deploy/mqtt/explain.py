@@ -263,6 +263,16 @@ def of_no_pubacks(where: str, seconds: float) -> Refusal:
     )
 
 
+def of_short_lives(where: str, times: int, client_id: str) -> Refusal:
+    """Connections end one after the other soon after they began. mosquitto before 2.1 gives no reason when it is a takeover."""
+    return Refusal(
+        f"The broker at {where} ended {times} connections in a row within seconds and gave no reason: probably another client "
+        f"connects under our client id {client_id!r} (a second worker with a copy of this one's state, or somebody who wants to "
+        "push it off), and each pushes the other off. Stop the other one, or have the broker bind client ids to users.",
+        needs_person=False,
+    )
+
+
 def of_end(where: str, *, code: int, name: str, from_broker: bool, unreadable: bool) -> Refusal:
     """The sentence for the end of an established connection."""
     if from_broker or code == 0x8D:

@@ -6,12 +6,16 @@ import structlog
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt import explain
-from llamacpp_mqtt_deploy.mqtt.backoff import Backoff, VersionChoice
+from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S, Backoff, VersionChoice
 from llamacpp_mqtt_deploy.mqtt.explain import Refusal
 from llamacpp_mqtt_deploy.mqtt.paho_wire import Closed, Connack
 from llamacpp_mqtt_deploy.mqtt.receiving import STALL_S
 
 log = structlog.get_logger(__name__)
+
+
+_NO_REASON = 0x80
+"""The reason code for a DISCONNECT that does not want to say why."""
 
 
 class Attempts:
@@ -24,6 +28,8 @@ class Attempts:
         self._tls = settings.tls.enabled
         self._refusal: Refusal | None = None
         self._version_refused = False
+        self.short_lives = 0
+        """Connections in a row that the other side ended within seconds, without a reason."""
 
     def begin(self, now: float) -> None:
         """Choose the version for another attempt."""
@@ -72,9 +78,11 @@ class Attempts:
         if self.versions.unanswered():
             log.info("link.fell_back", broker=self._where, protocol=self.versions.current, why=refusal.text)
 
-    def lost(self, closed: Closed, now: float, *, lived_s: float, in_flight: bool) -> None:
-        """An established connection ended; `in_flight` when publishes were, which may be why."""
+    def lost(self, closed: Closed, now: float, *, lived_s: float, in_flight: bool, ours: bool) -> None:
+        """An established connection ended; `in_flight` when publishes were, which may be why, `ours` when we ended it."""
         self.backoff.ended(lived_s)
+        unexplained = not (closed.from_broker and closed.code != _NO_REASON) and not closed.unreadable and not ours
+        self.short_lives = self.short_lives + 1 if unexplained and lived_s < STABLE_AFTER_S else 0
         self.versions.lost(now)
         if closed.unreadable and not in_flight:
             self.versions.unreadable()

@@ -672,6 +672,25 @@ def test_a_small_window_of_the_broker_is_respected(start_mosquitto: StartMosquit
     assert case.link.flush(Deadline(10))
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_being_pushed_off_again_and_again_is_said_and_leaves_the_broker_in_peace(
+    mosquitto: Mosquitto, new_case: NewCase, protocol: str
+) -> None:
+    """Mosquitto 2.0.11 gives the one that is pushed off no reason."""
+    client_id = f"wanted-{protocol}"
+    case = new_case(port=mosquitto.port, protocol=protocol, client_id=client_id, reconnect_max_s=10.0)
+    began_at = time.monotonic()
+    with capture_logs() as lines:
+        for _ in range(5):
+            with BusClient(mosquitto.port, client_id=client_id):
+                case.lost()
+            case.online()
+    assert time.monotonic() - began_at > (0.1 + 0.2 + 0.4 + 0.8 + 1.6) / 2, "the pauses grow"
+    told = [line["why"] for line in lines if line["event"] == "link.lost" and client_id in line["why"]]
+    assert told, lines
+    assert "another client" in told[0]
+
+
 def test_being_taken_over_is_final_on_a_broker_that_says_so(new_case: NewCase) -> None:
     connections = 0
     with socket.create_server(("127.0.0.1", 0)) as server:
