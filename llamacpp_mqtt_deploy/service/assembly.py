@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +9,12 @@ from pydantic import SecretStr
 
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
-from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
+from llamacpp_mqtt_deploy.config.settings import Settings
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
 from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
+from llamacpp_mqtt_deploy.service.identity import client_id, mark
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger
@@ -96,6 +96,7 @@ class Parts:
             max_event_bytes=self.max_event_bytes,
         )
         self.presence = Presence(
+            mark=mark(client_id(settings)),
             topics=topics,
             outbox=link,
             every_s=lambda: in_force.settings.status.every_s,
@@ -190,11 +191,6 @@ class Parts:
 # --- adapters; the libraries of each are imported only when it is chosen ---
 
 
-def client_id(settings: MqttSettings) -> str:
-    """Stable over restarts, and another one for each root: `lmd-{hash of root}-{worker_id}`."""
-    return f"lmd-{hashlib.sha256(settings.root.encode()).hexdigest()[:8]}-{settings.worker_id}"
-
-
 def make_engine(settings: Settings, loop: IoLoop) -> Engine:
     """The engine that `engine.kind` names."""
     key = engine_api_key(settings)
@@ -225,6 +221,4 @@ def make_link(settings: Settings, loop: IoLoop) -> Link:
     """The link to the broker of `[mqtt]`."""
     from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 
-    return MqttLink(
-        settings.mqtt, client_id=client_id(settings.mqtt), password=lambda: mqtt_password(settings), loop=loop
-    )
+    return MqttLink(settings.mqtt, client_id=client_id(settings), password=lambda: mqtt_password(settings), loop=loop)

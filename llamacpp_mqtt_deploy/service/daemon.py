@@ -445,7 +445,7 @@ class Daemon:
     def _may_say_offline(self, code: int) -> bool:
         """Not before we said hello, and not when another instance stands in our place under our status topic."""
         presence = self.parts.presence
-        return presence.announced and (code != EXIT_UNREACHABLE or presence.twin() is None)
+        return presence.announced and not presence.yielded and (code != EXIT_UNREACHABLE or presence.twin() is None)
 
 
 def _broker(mqtt: MqttSettings) -> str:

@@ -54,16 +54,22 @@ class Presence:
     def __init__(
         self,
         *,
+        mark: str,
         topics: TopicMap,
         outbox: Outbox,
         every_s: Callable[[], float],
         details: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self.instance = uuid.uuid4().hex
+        self._mark = mark
+        self.instance = mark + uuid.uuid4().hex[len(mark) :]
         self.announced = False
         """Whether we have said anything since the start; before that nobody needs to be told that we go."""
         self.problem = ""
         """What the broker does not let us read and what to do, for the operator; empty when it lets us read everything."""
+        self.yielded = False
+        """Another worker was here before us, and the status is its own."""
+        self._claiming = False
+        self._first: str | None = None
         self._wanted: WorkerState = "online"
         self._subscribed: bool | None = None
         """Whether any request can arrive on this connection; None while that is not known, and then nothing is said."""
@@ -134,6 +140,27 @@ class Presence:
             "host": socket.gethostname(),
         }
 
+    # --- the claim -----------------------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Say, before anything is read, that we want to serve this root: of several that start together, whom the broker hears
+        first stays (`claimed_by`). To others this is a worker that lives and that no request reaches yet."""
+        live = next((seen for seen in self.rivals() if seen.live), None)
+        with self._lock:
+            self._claiming, self._first = True, live.instance if live is not None else None
+        self._subscribed = False
+        self._publish()
+        self._subscribed = None
+
+    def claimed_by(self) -> str | None:
+        """The instance whose status came first after `claim`: ours or another's; None while none has come."""
+        with self._lock:
+            return self._first
+
+    def is_earlier_life(self, seen: Seen) -> bool:
+        """Whether this is a status of ours, from before a restart (or of a copy of our state, under our client id)."""
+        return seen.instance.startswith(self._mark)
+
     # --- others --------------------------------------------------------------------------------------------------------
 
     def note(self, delivery: Delivery) -> None:
@@ -141,6 +168,8 @@ class Presence:
         worker = delivery.topic.rpartition("/")[2]
         seen = _read(worker, delivery)
         with self._lock:
+            if self._claiming and self._first is None and seen is not None and seen.live and not seen.gone:
+                self._first = seen.instance
             if seen is None or seen.instance == self.instance:
                 self._seen.pop(worker, None)
             elif worker in self._seen or len(self._seen) < _MAX_SEEN:

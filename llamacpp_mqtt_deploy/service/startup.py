@@ -16,9 +16,11 @@ from llamacpp_mqtt_deploy.worker.recovery import Recovery
 log = structlog.get_logger(__name__)
 
 _SUBSCRIBE_TIMEOUT_S = 10.0
-# With another instance under our own worker id: whoever holds the client id pushes the other off within its first,
-# shortest reconnect pause.
+# With another instance under our own client id: whoever holds it pushes the other off within its first, shortest reconnect
+# pause.
 _TWIN_SETTLES_S = 3.0
+# How long our own status may take to come back from the broker.
+_CLAIM_S = 2.0
 # So many refused topics are named in the status; a worker may have hundreds of routes.
 _MOST_NAMED = 4
 
@@ -48,6 +50,7 @@ class Startup:
         """
         self._look_around()
         if not self.settled:
+            self._claim()
             self._recovery.run()
             self.settled = True
         return self._subscribe()
@@ -71,7 +74,7 @@ class Startup:
 
     def _settle(self, rival: Seen) -> None:
         """Wait until another worker's status turns out to be alive, or stale."""
-        own = rival.worker == self._topics.worker_id
+        own = self._presence.is_earlier_life(rival)
         wait_s = rival.stale_in_s(time.monotonic(), time.time())
         deadline = Deadline(min(wait_s, _TWIN_SETTLES_S) if own else wait_s)
         log.warning("presence.rival_suspected", rival=rival.told(), waiting_s=round(deadline.remaining_s(), 1))
@@ -87,6 +90,23 @@ class Startup:
             if self._waiting(f"waiting to see whether {rival.told()} is alive"):
                 raise ConnectionError("told to stop")
             self._presence.wait_for_news(min(1.0, deadline.remaining_s()))
+
+    def _claim(self) -> None:
+        """Of several workers that start together and have not seen each other, one stays: before any of them reads a request."""
+        self._presence.claim()
+        deadline = Deadline(_CLAIM_S)
+        while (first := self._presence.claimed_by()) is None and not deadline.passed():
+            if self._waiting("waiting for the broker to tell our own status"):
+                raise ConnectionError("told to stop")
+            self._presence.wait_for_news(min(0.5, deadline.remaining_s()))
+        if first is not None and first != self._presence.instance:
+            self._presence.yielded = True
+            rival = next((seen for seen in self._presence.rivals() if seen.instance == first), None)
+            who = rival.told() if rival is not None else f"another worker (instance {first})"
+            raise AnotherWorkerError(
+                f"{who} began to serve the root {self._topics.root!r} just before us: stop it, or give this worker another "
+                "mqtt.root"
+            )
 
     def _ask(self, filters: Sequence[tuple[str, int]], *, retained: bool = False) -> Mapping[str, str]:
         """Subscribe; a broker that hangs must not keep a worker from stopping."""

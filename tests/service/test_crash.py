@@ -46,7 +46,7 @@ def test_after_sigkill_each_of_16_requests_ends_once_and_answers_again_when_sent
         watcher.first(type="queued", request_id=name)
     first.kill()
     assert not _terminals(watcher), "the test is too slow: something ended before the worker was killed"
-    assert watcher.first(_topic="llm/status/w1", state="offline").event["reason"] == "lost"
+    watcher.first(_topic="llm/status/w1", state="offline", reason="lost")
 
     before = watcher.count()
     second = start_worker(broker.port, engine.url, mqtt__protocol=protocol)

@@ -14,8 +14,8 @@ from typing_extensions import override
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall
 from llamacpp_mqtt_deploy.ports import Delivery
 from llamacpp_mqtt_deploy.service import daemon
-from llamacpp_mqtt_deploy.service.assembly import client_id
 from llamacpp_mqtt_deploy.service.daemon import Daemon
+from llamacpp_mqtt_deploy.service.identity import client_id
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from llamacpp_mqtt_deploy.testing.loopback import LoopbackLink
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
@@ -83,7 +83,7 @@ def _settings(bus: Bus) -> dict[str, str]:
 
 def _worker_with(bus: Bus, errors: list[Exception]) -> WholeWorker:
     worker = WholeWorker(broker=bus.broker, engine=ScriptedEngine(), settings=_settings(bus))
-    link = Stubborn(bus.broker, client_id=client_id(worker.loaded.settings.mqtt))
+    link = Stubborn(bus.broker, client_id=client_id(worker.loaded.settings))
     link.errors = errors
     worker.daemon = Daemon(worker.loaded, link=link, engine=worker.engine)
     bus.workers.append(worker)
@@ -151,7 +151,7 @@ class Slow(LoopbackLink):
 
 def test_a_request_that_comes_before_the_greeting_is_not_taken_for_one_that_was_left_behind(bus: Bus) -> None:
     worker = WholeWorker(broker=bus.broker, engine=ScriptedEngine(), settings=_settings(bus))
-    link = Slow(bus.broker, client_id=client_id(worker.loaded.settings.mqtt))
+    link = Slow(bus.broker, client_id=client_id(worker.loaded.settings))
     link.may = threading.Event()
     worker.daemon = Daemon(worker.loaded, link=link, engine=worker.engine)
     bus.workers.append(worker)

@@ -56,7 +56,7 @@ def test_a_worker_with_a_client_certificate_serves_over_tls(
         watcher.terminal(f"r{number}")
         assert check_stream(watcher.of(f"r{number}"))["type"] == "done"
     assert worker.stop() == 0
-    assert watcher.first(_topic="llm/status/w1", state="offline").event["reason"] == "stopped"
+    watcher.first(_topic="llm/status/w1", state="offline", reason="stopped")
 
 
 def test_a_broker_with_a_certificate_of_another_authority_gets_no_password(

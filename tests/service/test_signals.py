@@ -38,7 +38,7 @@ def test_sigterm_lets_running_requests_finish_and_says_goodbye(
     for number in range(4):
         watcher.terminal(f"r{number}")
         assert check_stream(watcher.of(f"r{number}"))["type"] == "done"
-    assert watcher.first(_topic="llm/status/w1", state="offline").event["reason"] == "stopped"
+    watcher.first(_topic="llm/status/w1", state="offline", reason="stopped")
     words = worker.notify.words()
     assert "STOPPING=1" in words
     assert words.index("READY=1") < words.index("STOPPING=1")
@@ -74,7 +74,7 @@ def test_a_second_signal_stops_at_once_with_a_terminal_event_for_each(
         check_stream(watcher.of(f"r{each}"))
         text = "".join(event.get("content", "") for event in watcher.of(f"r{each}") if event["type"] == "chunk")
         assert error["partial_content"] == text
-    watcher.first(_topic="llm/status/w1", state="offline")
+    watcher.first(_topic="llm/status/w1", state="offline", reason="stopped")
     llama_server.idle_within(10)
 
 

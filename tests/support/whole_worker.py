@@ -14,8 +14,8 @@ from llamacpp_mqtt_deploy.config.loading import load
 from llamacpp_mqtt_deploy.core.events import EventReader
 from llamacpp_mqtt_deploy.ports import Delivery, Engine
 from llamacpp_mqtt_deploy.schema.document import validate_admin_ack, validate_event, validate_health, validate_status
-from llamacpp_mqtt_deploy.service.assembly import client_id
 from llamacpp_mqtt_deploy.service.daemon import Daemon
+from llamacpp_mqtt_deploy.service.identity import client_id
 from llamacpp_mqtt_deploy.testing.loopback import LoopbackLink
 from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
@@ -96,7 +96,7 @@ class WholeWorker:
         self.broker = broker
         self.engine = engine
         self.loaded = load(None, dict(settings), environ={})
-        self.client_id = client_id(self.loaded.settings.mqtt)
+        self.client_id = client_id(self.loaded.settings)
         mqtt = self.loaded.settings.mqtt
         link = LoopbackLink(
             broker, client_id=self.client_id, outbox_messages=mqtt.outbox_messages, outbox_mib=mqtt.outbox_mib

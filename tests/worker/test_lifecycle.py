@@ -78,7 +78,7 @@ def test_status_and_health_expire_and_are_renewed_before(bus: Bus) -> None:
 def test_the_will_says_offline_when_the_connection_dies_and_online_comes_back_with_it(bus: Bus) -> None:
     worker = bus.worker()
     bus.broker.drop_connection(worker.client_id)
-    assert bus.listener.until(_topic="llm/status/w1", state="offline")["reason"] == "lost"
+    bus.listener.until(_topic="llm/status/w1", state="offline", reason="lost")
     eventually(lambda: b'"online"' in (bus.broker.retained("llm/status/w1") or b""))
 
 
@@ -371,7 +371,7 @@ def test_nobody_takes_back_that_a_worker_stops(bus: Bus) -> None:
     gate.open()
     worker.join()
     assert bus.listener.terminal("r1")["type"] == "done"
-    bus.listener.until(_topic="llm/status/w1", state="offline")
+    bus.listener.until(_topic="llm/status/w1", state="offline", reason="stopped")
     states = [event["state"] for event in bus.listener.events if event["_topic"] == "llm/status/w1"]
     assert states[-2:] == ["draining", "offline"]
 
