@@ -248,8 +248,12 @@ def _places(rows: list[list[str]], steps: set[tuple[str, str]]) -> dict[str, tup
     return place
 
 
+def _shown(part: str) -> str:
+    return f"{part}/" if (PACKAGE / part).is_dir() else f"{part}.py"
+
+
 def _width(each: str) -> int:
-    return 0 if " " in each else len(each) * 9 + 30
+    return 0 if " " in each else len(_shown(each)) * 9 + 26
 
 
 def drawing() -> str:
@@ -285,11 +289,10 @@ def drawing() -> str:
 
 
 def _box(part: str, x: float, y: float) -> list[str]:
-    name = f"{part}/" if (PACKAGE / part).is_dir() else f"{part}.py"
     width = _width(part)
     return [
         f'<rect x="{x - width / 2:.0f}" y="{y:.0f}" width="{width}" height="{_BOX_HEIGHT}" rx="4" fill="#eef3f7" stroke="#567"/>',
-        f'<text x="{x:.0f}" y="{y + 21:.0f}">{name}</text>',
+        f'<text x="{x:.0f}" y="{y + 21:.0f}">{_shown(part)}</text>',
     ]
 
 
