@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools test test-fast mutants bench hostile audit check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools test test-fast mutants bench hostile audit faults check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -127,6 +127,12 @@ check: install ## lint, format and types
 format: install ## put the code into its format
 	$(BIN)/ruff check --fix $(PROJECT)
 	$(BIN)/ruff format $(PROJECT)
+
+# REQUESTS=10000 FAULTS=300 takes about half an hour. SEED chooses what happens; a run that fails says how to run it again.
+REQUESTS ?= 1000
+FAULTS ?= 60
+faults: install broker ## kill, freeze, cut, fill and flood everything while clients ask, and count what was lost (REQUESTS, FAULTS, SEED)
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.faults --requests $(REQUESTS) --faults $(FAULTS) $(if $(filter command line environment,$(origin SEED)),--seed $(SEED))
 
 # --- the product -----------------------------------------------------------------------------------------------------
 

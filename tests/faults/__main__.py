@@ -1,0 +1,60 @@
+"""`python -m tests.faults --requests 10000 --faults 300 --seed 7`: breaks everything, again and again, and counts what was lost."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.faults.picture import Picture, again, table, write_docs
+from tests.faults.run import Figures, run
+from tests.faults.schedule import KINDS, Fault, make, shrink
+
+
+def main() -> int:
+    options = _options()
+    seed = options.seed if options.seed is not None else secrets.randbelow(10**6)
+    kinds = [kind for kind in KINDS if not options.kinds or any(kind.startswith(k) for k in options.kinds.split(","))]
+    faults = make(seed=seed, requests=options.requests, faults=options.faults, kinds=kinds)
+    if options.only:
+        numbers = {int(number) for number in options.only.split(",")}
+        faults = [fault for fault in faults if fault.number in numbers]
+    command = again(seed=seed, options=options)
+    print(f"seed {seed}: {options.requests} requests, {len(faults)} faults. Again: {command}", flush=True)
+    figures = _run(options, seed, faults)
+    print(table(figures))
+    if figures.broken:
+        print(f"Again: {command}")
+        if options.shrink:
+            fewest = shrink(faults, lambda some: bool(_run(options, seed, some).broken))
+            left = ",".join(str(fault.number) for fault in fewest)
+            print(f"Fewest faults that still fail: {[str(f) for f in fewest]}\nAgain: {command} --only {left}")
+    elif options.write_docs:
+        write_docs(figures, command)
+    return 1 if figures.broken else 0
+
+
+def _run(options: argparse.Namespace, seed: int, faults: Sequence[Fault]) -> Figures:
+    with Picture(sys.stdout) as picture:
+        return run(seed=seed, requests=options.requests, faults=faults, keep=options.keep, show=picture.show)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--seed", type=int, help="chooses requests and faults; random when absent")
+    parser.add_argument("--kinds", default="", help="only kinds that begin so, separated by commas: net.,daemon.kill")
+    parser.add_argument("--only", default="", help="only these faults of the schedule, by number: 3,17")
+    parser.add_argument(
+        "--shrink", action="store_true", help="after a failure look for the fewest faults that still fail"
+    )
+    parser.add_argument("--keep", type=Path, help="folder for histories and logs of a run that failed")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/reliability.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,302 @@
+"""One run: the schedule meets the world, the checker reads along."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults.checker import Checker
+from tests.faults.history import Entry, Reader
+from tests.faults.model import Broken
+from tests.faults.schedule import Fault
+from tests.faults.wishes import LONG, MAX_TOKENS, SHORT, wishes
+from tests.faults.world import World
+from tests.support.bus_client import BusClient
+from tests.support.daemon_process import DEFECTS
+from tests.support.llama_server import LlamaServer
+
+RECOVER_S = 60.0
+"""A request begun after everything was mended ends within this time, or something is stuck."""
+END_S = 120.0
+"""The same for the end of the run."""
+SLACK = 24  # requests beyond those that the next fault waits for
+TICK_S = 0.02
+
+
+@dataclass(slots=True)
+class Happening:
+    """A fault under way, and how long it took until a new request ended well after it."""
+
+    fault: Fault
+    began_at: float
+    mended_at: float | None = None
+    recovered_s: float | None = None
+    stuck: bool = False
+
+
+@dataclass(slots=True)
+class Figures:
+    """What a run shows while it runs and in the end."""
+
+    requests: int
+    planned: int
+    began_at: float
+    happenings: list[Happening] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    took_s: float = 0.0
+    lives: int = 0
+    broken: list[Broken] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Rows of the table: what it is, and how many."""
+
+    def by_kind(self) -> Counter[str]:
+        return Counter(happening.fault.kind for happening in self.happenings)
+
+    def recovery_by_kind(self) -> dict[str, tuple[int, float, float]]:
+        """Times, median and worst for each kind."""
+        found = {}
+        for kind, times in sorted(self.by_kind().items()):
+            seconds = [
+                h.recovered_s for h in self.happenings if h.fault.kind == kind and h.recovered_s is not None
+            ] or [0.0]
+            found[kind] = (times, statistics.median(seconds), max(seconds))
+        return found
+
+    def recoveries(self) -> list[float]:
+        return [happening.recovered_s for happening in self.happenings if happening.recovered_s is not None]
+
+    def median_s(self) -> float:
+        return statistics.median(self.recoveries() or [0.0])
+
+    def worst_s(self) -> float:
+        return max(self.recoveries() or [0.0])
+
+
+Show = Callable[[Figures, Checker, World], None]
+
+
+class Run:
+    def __init__(
+        self,
+        *,
+        seed: int,
+        requests: int,
+        faults: Sequence[Fault],
+        clients: int = 4,
+        window: int = 3,
+        show: Show | None = None,
+    ) -> None:
+        self._seed, self._requests, self._clients, self._window = seed, requests, clients, window
+        self._faults = list(faults)
+        self._show = show or (lambda *_: None)
+        self.figures = Figures(requests, len(self._faults), time.monotonic())
+        self._extra = 0
+        self._quiet_since = time.monotonic()
+
+    def go(self, folder: Path) -> Figures:
+        """Everything; the folder holds the histories and logs afterwards."""
+        figures = self.figures
+        with World(
+            folder, seed=self._seed, clients=self._clients, requests=self._requests, window=self._window
+        ) as world:
+            self._leave_out(world)
+            answers = known_answers(world.engine)
+            planned = {
+                client.name: wishes(client=client.name, seed=self._seed, count=world.count) for client in world.clients
+            }
+            kinds = frozenset(fault.kind for fault in self._faults)
+            self.checker = checker = Checker(planned, answers, kinds)
+            self._readers = {client.name: Reader(folder / f"{client.name}.jsonl") for client in world.clients}
+            self._allow(world)
+            world.start_clients()
+            self._loop(world)
+            self._mend_all(world)
+            figures.broken += self._epilogue(world)
+            self._read()
+            figures.broken += world.broken + checker.close()
+        ends = ", ".join(f"{code} {count}" for code, count in checker.ends.most_common())
+        figures.notes = [
+            f"asked again after a retryable end, sent again | {checker.retries}, {checker.resends}",
+            f"terminal events that came again, identical | {checker.repeats}",
+            f"histories compared | {checker.histories}",
+            f"ends | {ends}",
+        ]
+        figures.took_s = time.monotonic() - figures.began_at
+        figures.lives = len(world.logs())
+        return figures
+
+    def _leave_out(self, world: World) -> None:
+        for kind in {fault.kind for fault in self._faults}:
+            if why := world.why_not(kind):
+                self.figures.left_out[kind] = why
+        self._faults = [fault for fault in self._faults if fault.kind not in self.figures.left_out]
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def _loop(self, world: World) -> None:
+        pause = threading.Event()
+        waiting = list(self._faults)
+        stuck_at = time.monotonic() + END_S
+        seen = (0, 0)
+        while not world.over():
+            pause.wait(TICK_S)
+            now = time.monotonic()
+            self._read()
+            world.watch()
+            self._mend_due(world, now)
+            if waiting and self._may_begin(waiting[0], now):
+                fault = waiting.pop(0)
+                if world.begin(fault):
+                    self.figures.happenings.append(Happening(fault, time.monotonic()))
+            self._next = waiting[0] if waiting else None
+            self._allow(world)
+            self._show(self.figures, self.checker, world)
+            if (at := (self.checker.done, len(self.figures.happenings))) != seen:
+                seen, stuck_at = at, now + END_S
+            if now > stuck_at:
+                self.figures.broken.append(Broken("stuck", "", f"nothing ended for {END_S:g} s"))
+                return
+
+    _next: Fault | None = None
+
+    def _allow(self, world: World) -> None:
+        """The clients keep pace with the faults, and something new is asked after each."""
+        following = self._next if self.figures.happenings or self._next else self._faults[0] if self._faults else None
+        if following is None:
+            world.allow(10**9)
+            return
+        checkers_open = self.checker.open
+        if checkers_open == 0 and (self._unrecovered() or self.checker.begun < following.after):
+            self._extra += 1
+        world.allow((following.after + SLACK) // self._clients + 1 + self._extra)
+
+    def _unrecovered(self) -> list[Happening]:
+        return [h for h in self.figures.happenings if h.recovered_s is None and not h.stuck]
+
+    def _may_begin(self, fault: Fault, now: float) -> bool:
+        if self.checker.begun < fault.after:
+            return False
+        under_way = [h for h in self.figures.happenings if h.mended_at is None]
+        if any(h.fault.target == fault.target for h in under_way):
+            return False
+        return not (fault.alone and self._unrecovered())
+
+    def _mend_due(self, world: World, now: float) -> None:
+        for happening in self.figures.happenings:
+            if happening.mended_at is None and now >= happening.began_at + happening.fault.lasts_s:
+                world.mend(happening.fault)
+                happening.mended_at = time.monotonic()
+        for happening in self._unrecovered():
+            if happening.mended_at is not None and now > happening.mended_at + RECOVER_S:
+                happening.stuck = True
+                what = f"{RECOVER_S:g} s after {happening.fault} nothing new had ended well"
+                self.figures.broken.append(Broken("stuck", "", what))
+
+    def _mend_all(self, world: World) -> None:
+        for happening in self.figures.happenings:
+            if happening.mended_at is None:
+                world.mend(happening.fault)
+                happening.mended_at = time.monotonic()
+
+    def _read(self) -> None:
+        for name, reader in self._readers.items():
+            for entry in reader.news():
+                self.checker.take(name, entry)
+                if entry.what == "ended":
+                    self._recovered(name, entry)
+
+    def _recovered(self, client: str, entry: Entry) -> None:
+        sent_at = self.checker.first_sent.get(entry.request_id)
+        if sent_at is None:
+            return
+        for happening in self._unrecovered():
+            mine = happening.fault.target.startswith("client")
+            who = f"c{min(int(happening.fault.choice * self._clients), self._clients - 1)}"
+            if happening.mended_at is not None and sent_at >= happening.mended_at and (not mine or who == client):
+                happening.recovered_s = entry.at - happening.mended_at
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def _epilogue(self, world: World) -> list[Broken]:
+        """When all is calm: no slot at work, a cancelled request frees its slot before it says so, a clean end, a clean log."""
+        broken: list[Broken] = []
+        assert world.daemon is not None
+        try:
+            world.engine.idle_within(10.0)
+            world.daemon.wait_ready()
+            broken += cancelled_means_free(world)
+        except (AssertionError, TimeoutError, OSError) as error:
+            broken.append(Broken("slot", "", f"the engine is not idle after the last request: {error}"))
+        try:
+            if (code := world.daemon.stop()) != 0:
+                broken.append(Broken("process", "", f"the last SIGTERM brought exit code {code}"))
+        except AssertionError as error:
+            broken.append(Broken("process", "", str(error)))
+        for life in world.logs():
+            broken += [
+                Broken("process", "", f"in {life.log_path.name}: {json.dumps(line)[:1500]}")
+                for line in life.log()
+                if line.get("event") in DEFECTS or "exception" in line
+            ]
+            if "Traceback" in (text := life.log_text()):
+                at = text.index("Traceback")
+                broken.append(Broken("process", "", f"in {life.log_path.name}: {text[at : at + 1500]}"))
+        return broken
+
+
+def cancelled_means_free(world: World) -> list[Broken]:
+    with BusClient(world.broker.port) as client:
+        client.subscribe("llm/reply/probe/#")
+        body = {"request_id": "last-cancel", "messages": [{"role": "user", "content": LONG[0]}], "max_tokens": 1500}
+        client.publish("llm/request/probe/s", json.dumps(body | {"temperature": 0}).encode())
+        while (event := json.loads(client.receive().payload))["type"] != "done":
+            if event["type"] == "error":
+                return [Broken("slot", "last-cancel", f"the last request ended with {event['code']}")]
+            if event["type"] == "chunk" and event["seq"] == 0:
+                client.publish("llm/control/probe/s", b'{"action":"cancel","request_id":"last-cancel"}')
+    busy = world.engine.busy_slots()
+    return [Broken("slot", "last-cancel", f"{busy} slots at work after its end")] if busy else []
+
+
+def known_answers(engine: LlamaServer) -> dict[str, str]:
+    """The engine's own answer to each prompt, asked without anything in between."""
+    return {prompt: _direct(engine, prompt) for prompt in SHORT + LONG}
+
+
+def _direct(engine: LlamaServer, prompt: str) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=30)
+    with contextlib.closing(connection):
+        body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": MAX_TOKENS}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def run(
+    *,
+    seed: int,
+    requests: int,
+    faults: Sequence[Fault],
+    keep: Path | None = None,
+    show: Show | None = None,
+    **more: int,
+) -> Figures:
+    """One run in a folder that is gone afterwards, unless something broke and `keep` names a place for it."""
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    try:
+        figures = Run(seed=seed, requests=requests, faults=faults, show=show, **more).go(folder)
+        if figures.broken and keep is not None:
+            shutil.copytree(folder, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
+        return figures
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
