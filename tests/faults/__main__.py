@@ -37,8 +37,11 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace, seed: int, faults: Sequence[Fault]) -> Figures:
+    without = options.without.split(",")
     with Picture(sys.stdout) as picture:
-        return run(seed=seed, requests=options.requests, faults=faults, keep=options.keep, show=picture.show)
+        return run(
+            seed=seed, requests=options.requests, faults=faults, keep=options.keep, show=picture.show, without=without
+        )
 
 
 def _options() -> argparse.Namespace:
@@ -47,6 +50,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, help="chooses requests and faults; random when absent")
     parser.add_argument("--kinds", default="", help="only kinds that begin so, separated by commas: net.,daemon.kill")
+    parser.add_argument(
+        "--without", default="", help="kinds of requests to leave out, separated by commas: bare,cancel"
+    )
     parser.add_argument("--only", default="", help="only these faults of the schedule, by number: 3,17")
     parser.add_argument(
         "--shrink", action="store_true", help="after a failure look for the fewest faults that still fail"

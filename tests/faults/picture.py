@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Self, TextIO
@@ -76,7 +77,10 @@ def _table_of(figures: Figures, checker: Checker, world: World) -> Table:
 def again(*, seed: int, options: argparse.Namespace) -> str:
     """The command that runs the same once more."""
     kinds = f" --kinds {options.kinds}" if options.kinds else ""
-    return f"python -m tests.faults --requests {options.requests} --faults {options.faults} --seed {seed}{kinds}"
+    without = f" --without {options.without}" if options.without else ""
+    return (
+        f"python -m tests.faults --requests {options.requests} --faults {options.faults} --seed {seed}{kinds}{without}"
+    )
 
 
 def table(figures: Figures) -> str:
@@ -101,7 +105,7 @@ def table(figures: Figures) -> str:
         "| --- | --- | --- | --- |",
     ]
     for kind, (times, median_s, worst_s) in figures.recovery_by_kind().items():
-        lines.append(f"| {kind} | {times} | {median_s:.2f} s | {worst_s:.2f} s |")
+        lines.append(f"| {kind} | {times} | {_seconds(median_s)} | {_seconds(worst_s)} |")
     lines += [f"| {kind} | left out: {why} | | |" for kind, why in figures.left_out.items()]
     lines += ["", *(f"BROKEN {b.promise}: {b.request_id} {b.what}" for b in figures.broken[:40])]
     return "\n".join(lines)
@@ -115,3 +119,7 @@ def write_docs(figures: Figures, command: str) -> None:
     DOCS.write_text(
         f"{before}{BEGIN}\n\nMade by `{command}`.\n{table(figures).rstrip()}\n\n{END}{after}", encoding="utf-8"
     )
+
+
+def _seconds(value: float) -> str:
+    return "not measured" if math.isnan(value) else f"{value:.2f} s"

@@ -162,6 +162,8 @@ def test_a_slow_proxy_changes_nothing_but_the_time(line: Line, bend: Bend) -> No
 
 
 def test_a_cut_ends_both_sides(line: Line) -> None:
+    line.near.sendall(PUBLISH)
+    assert receive(line.far, 9) == PUBLISH  # now the proxy knows both
     line.proxy.change(Bend(), cut=True)
     for end in (line.near, line.far):
         try:

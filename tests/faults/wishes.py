@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,13 +50,14 @@ class Wish:
         return json.dumps(body, separators=(",", ":")).encode()
 
 
-def wishes(*, client: str, seed: int, count: int) -> list[Wish]:
+def wishes(*, client: str, seed: int, count: int, without: Sequence[str] = ()) -> list[Wish]:
     """`count` requests of one client; the question for a conversation's history comes on top."""
     chosen = random.Random(f"{client} {seed}")
+    kinds = [kind for kind in _WEIGHTS if kind not in without]
     made: list[Wish] = []
     conversation, turn = 0, 0
     for number in range(count):
-        kind = chosen.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))[0]
+        kind = chosen.choices(kinds, weights=[_WEIGHTS[kind] for kind in kinds])[0]
         session = f"{client}/s{number % 7}"
         match kind:
             case "short":

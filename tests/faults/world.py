@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -137,13 +137,14 @@ class World:
         self.engine.close()
         self.disk.unmount()
 
-    def start_clients(self) -> None:
+    def start_clients(self, without: Sequence[str] = ()) -> None:
         for client in self.clients:
             client.arguments = [
                 *("--folder", str(self.folder), "--name", client.name, "--port", str(self.wires[client.name].port)),
                 *("--seed", str(self._seed), "--count", str(self.count), "--window", str(self._window)),
                 *("--protocol", client.protocol, "--heartbeat-s", str(HEARTBEAT_S)),
                 *(["--clean"] if client.clean else []),
+                *("--without", ",".join(without)),
             ]
             client.start(self.folder / f"{client.name}.log")
 
