@@ -17,6 +17,7 @@ def main() -> int:
     options = _options()
     seed = options.seed if options.seed is not None else secrets.randbelow(10**6)
     kinds = [kind for kind in KINDS if not options.kinds or any(kind.startswith(k) for k in options.kinds.split(","))]
+    kinds = [kind for kind in kinds if kind not in options.skip.split(",")]
     faults = make(seed=seed, requests=options.requests, faults=options.faults, kinds=kinds)
     if options.only:
         numbers = {int(number) for number in options.only.split(",")}
@@ -40,7 +41,13 @@ def _run(options: argparse.Namespace, seed: int, faults: Sequence[Fault]) -> Fig
     without = options.without.split(",")
     with Picture(sys.stdout) as picture:
         return run(
-            seed=seed, requests=options.requests, faults=faults, keep=options.keep, show=picture.show, without=without
+            seed=seed,
+            requests=options.requests,
+            faults=faults,
+            keep=options.keep,
+            show=picture.show,
+            without=without,
+            window=options.window,
         )
 
 
@@ -53,6 +60,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--without", default="", help="kinds of requests to leave out, separated by commas: bare,cancel"
     )
+    parser.add_argument("--skip", default="", help="kinds of faults to leave out, separated by commas")
+    parser.add_argument("--window", type=int, default=3, help="requests that each client has under way")
     parser.add_argument("--only", default="", help="only these faults of the schedule, by number: 3,17")
     parser.add_argument(
         "--shrink", action="store_true", help="after a failure look for the fewest faults that still fail"

@@ -24,6 +24,7 @@ LINE_EVERY_S = 5.0
 class Picture:
     def __init__(self, out: TextIO) -> None:
         self._out = out
+        # No console of rich's in a pipe: one line is one line there.
         self._live = Live(console=Console(file=out), refresh_per_second=5, transient=True) if out.isatty() else None
         self._printed_at = 0.0
         self._told = 0
@@ -38,10 +39,12 @@ class Picture:
             self._live.stop()
 
     def show(self, figures: Figures, checker: Checker, world: World) -> None:
-        if self._live is not None:
-            self._live.update(_table_of(figures, checker, world))
-            return
         now = time.monotonic()
+        if self._live is not None:
+            if now >= self._printed_at + 0.25:
+                self._printed_at = now
+                self._live.update(_table_of(figures, checker, world))
+            return
         while self._told < len(figures.happenings):
             happening = figures.happenings[self._told]
             self._told += 1
@@ -77,10 +80,10 @@ def _table_of(figures: Figures, checker: Checker, world: World) -> Table:
 def again(*, seed: int, options: argparse.Namespace) -> str:
     """The command that runs the same once more."""
     kinds = f" --kinds {options.kinds}" if options.kinds else ""
+    window = f" --window {options.window}" if options.window != 3 else ""
+    skip = f" --skip {options.skip}" if options.skip else ""
     without = f" --without {options.without}" if options.without else ""
-    return (
-        f"python -m tests.faults --requests {options.requests} --faults {options.faults} --seed {seed}{kinds}{without}"
-    )
+    return f"python -m tests.faults --requests {options.requests} --faults {options.faults} --seed {seed}{kinds}{skip}{without}{window}"
 
 
 def table(figures: Figures) -> str:

@@ -294,11 +294,12 @@ def run(
     keep: Path | None = None,
     show: Show | None = None,
     without: Sequence[str] = (),
+    window: int = 3,
 ) -> Figures:
     """One run in a folder that is gone afterwards, unless something broke and `keep` names a place for it."""
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
-        figures = Run(seed=seed, requests=requests, faults=faults, show=show, without=without).go(folder)
+        figures = Run(seed=seed, requests=requests, faults=faults, show=show, without=without, window=window).go(folder)
         if figures.broken and keep is not None:
             shutil.copytree(folder, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
         return figures

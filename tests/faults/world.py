@@ -31,8 +31,8 @@ END_S = 20.0
 """A worker with a drain of 3 s has ended this long after SIGTERM, whatever hangs."""
 HEARTBEAT_S = 1.0
 
-# A small board's 160 tokens a second instead of this machine's thousands: a stream lasts long enough to be hit.
-ENGINE_BEND = Bend(down_bytes_per_s=40_000)
+# A board's 250 tokens a second instead of this machine's thousands: a stream lasts long enough to be hit.
+ENGINE_BEND = Bend(down_bytes_per_s=60_000)
 UPLINK_BYTES_PER_S = 60_000
 
 # A year is more than any limit of the worker, two hours more than what it remembers.
@@ -92,7 +92,7 @@ class World:
             persistence=True,
             settings=["max_queued_messages 400", "max_inflight_messages 40", "set_tcp_nodelay true"],
         )
-        self.engine = LlamaServer(demo_model.path(), slots=4, n_ctx=2048, alias="demo")
+        self.engine = LlamaServer(demo_model.path(), slots=8, n_ctx=2048, alias="demo")
         self.clock = SetClock(folder / "clock")
         self.clients = [
             ClientProcess(f"c{number}", *KINDS_OF_CLIENTS[number % len(KINDS_OF_CLIENTS)]) for number in range(clients)
@@ -315,7 +315,9 @@ class World:
                 except subprocess.TimeoutExpired:
                     code = None
                     self.daemon.kill()
-                if kind == "term" and code != 0:
+                # Before its first line the worker has not yet asked Python for its signals.
+                early = code == -signal.SIGTERM and not self.daemon.log("worker.starting")
+                if kind == "term" and code != 0 and not early:
                     said = "did not end" if code is None else f"ended with {code}"
                     self.broken.append(Broken("process", "", f"after SIGTERM the worker {said} within {END_S:g} s"))
                 self.away.discard("daemon")
