@@ -19,14 +19,24 @@ EXPLAINED_BY: Mapping[str, Sequence[str]] = {
     "internal": ("disk.full", "disk.lock"),
 }
 
+# How the package's client says that it waited long enough; its program asks again.
+GIVEN_UP = frozenset({"BrokerUnreachable", "NoWorker", "AnswerLost"})
+
 
 class Checker:
     """`take` follows the clients' histories while they grow; `close` tells what is broken."""
 
     def __init__(
-        self, planned: Mapping[str, Sequence[Wish]], answers: Mapping[str, str], kinds: frozenset[str] = frozenset()
+        self,
+        planned: Mapping[str, Sequence[Wish]],
+        answers: Mapping[str, str],
+        kinds: frozenset[str] = frozenset(),
+        *,
+        by_package: frozenset[str] = frozenset(),
     ) -> None:
         self._planned = planned
+        self._by_package = by_package
+        """Clients of which only the whole texts are known."""
         self._answers = answers
         self._explained = EXPLAINED | {code for code, by in EXPLAINED_BY.items() if kinds & set(by)}
         self._stories: dict[str, Story] = {}
@@ -57,11 +67,26 @@ class Checker:
                 self._stories[entry.request_id].cancelled = True
             case "event":
                 self._event(entry)
+            case "answer" | "failed":
+                self._told_by_package(entry)
             case "ended":
                 self._ended(client, entry)
             case "gave_up":
                 self._over.add((client, entry.number))
                 self._broken.append(Broken("lost", entry.request_id, "sent again and again, never answered to its end"))
+
+    def _told_by_package(self, entry: Entry) -> None:
+        """What the package's own client gave to its program: the whole text, or an error that a fault explains."""
+        expected = self._answers.get(self._wishes[entry.request_id].prompt)
+        if entry.what == "failed":
+            self.ends[entry.text] += 1
+            if entry.text not in self._explained | GIVEN_UP:
+                self._broken.append(Broken("code", entry.request_id, entry.text))
+        else:
+            self.ends["stop"] += 1
+            if entry.text != expected:
+                what = f"the package's client gave {entry.text[:200]!r} where {expected!r} is right"
+                self._broken.append(Broken("torn", entry.request_id, what))
 
     @property
     def open(self) -> int:
@@ -96,6 +121,8 @@ class Checker:
             self.retries += 1
         else:
             self.begun += 1
+        if client in self._by_package:
+            return
         expected = self._answers.get(wish.prompt) if wish.known else None
         self._stories[entry.request_id] = Story(
             entry.request_id, wish.session, expected=expected, explained=frozenset(self._explained)

@@ -174,7 +174,10 @@ class RuleClient:
         sessions = {ask.wish.session for ask in self._open.values()}
         held: list[Ask] = []
         while self._waiting and len(self._open) < self._options.window and len(held) < 8:
-            if self._begun_count >= self._allowed() and self._waiting[0].request_id not in self._known_begun:
+            if (
+                self._begun_count >= allowed(self._options.folder)
+                and self._waiting[0].request_id not in self._known_begun
+            ):
                 break
             ask = self._waiting.popleft()
             if ask.wish.session in sessions:
@@ -186,13 +189,6 @@ class RuleClient:
             if ask.request_id not in self._known_begun:
                 self._begun(ask)
         self._waiting.extendleft(reversed(held))
-
-    def _allowed(self) -> int:
-        """How many wishes may have been begun by now: the rig keeps the clients in step with its faults."""
-        try:
-            return int((Path(self._options.folder) / "allowed").read_text())
-        except (OSError, ValueError):
-            return 10**9
 
     def _begun(self, ask: Ask) -> None:
         self._begun_count += 1
@@ -281,7 +277,15 @@ class RuleClient:
         self._history.write(how, request_id=ask.request_id, number=self._position[id(ask.wish)])
 
 
-def main() -> int:
+def allowed(folder: str) -> int:
+    """How many wishes may have been begun by now: the clients are kept in step with the faults."""
+    try:
+        return int((Path(folder) / "allowed").read_text())
+    except (OSError, ValueError):
+        return 10**9
+
+
+def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     for name, kind in (("folder", str), ("name", str), ("port", int), ("seed", int), ("count", int), ("window", int)):
         parser.add_argument(f"--{name}", type=kind, required=True)
@@ -289,7 +293,11 @@ def main() -> int:
     parser.add_argument("--without", default="", help="kinds of requests that are not asked")
     parser.add_argument("--clean", action="store_true")
     parser.add_argument("--heartbeat-s", type=float, default=1.0)
-    return RuleClient(parser.parse_args()).run()
+    return parser.parse_args()
+
+
+def main() -> int:
+    return RuleClient(options_of()).run()
 
 
 if __name__ == "__main__":

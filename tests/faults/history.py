@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """`what`: begun, sent, event, up, down, ended, gave_up, cancel, history."""
+    """`what`: begun, sent, event, up, down, ended, gave_up, cancel; of the package's client answer and failed."""
 
     at: float
     """Monotonic seconds: the same clock in all processes of the machine."""

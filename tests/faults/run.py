@@ -30,7 +30,7 @@ RECOVER_S = 30.0
 """A request begun after everything was mended ends within this time, or something is stuck."""
 END_S = 45.0
 """The same for the end of the run."""
-SLACK = 24  # requests beyond those that the next fault waits for
+SLACK = 10  # requests beyond those that the next fault waits for
 TICK_S = 0.02
 
 
@@ -93,7 +93,7 @@ class Run:
         seed: int,
         requests: int,
         faults: Sequence[Fault],
-        clients: int = 4,
+        clients: int = 5,
         window: int = 3,
         without: Sequence[str] = (),
         show: Show | None = None,
@@ -112,14 +112,17 @@ class Run:
         with World(
             folder, seed=self._seed, clients=self._clients, requests=self._requests, window=self._window
         ) as world:
+            self._world = world
             self._leave_out(world)
             answers = known_answers(world.engine)
             planned = {
-                client.name: wishes(client=client.name, seed=self._seed, count=world.count, without=self._without)
+                client.name: wishes(
+                    client=client.name, seed=self._seed, count=world.count, without=world.without(client, self._without)
+                )
                 for client in world.clients
             }
             kinds = frozenset(fault.kind for fault in self._faults)
-            self.checker = checker = Checker(planned, answers, kinds)
+            self.checker = checker = Checker(planned, answers, kinds, by_package=world.by_package())
             self._readers = {client.name: Reader(folder / f"{client.name}.jsonl") for client in world.clients}
             self._allow(world)
             world.start_clients(self._without)
@@ -224,9 +227,9 @@ class Run:
         if sent_at is None:
             return
         for happening in self._unrecovered():
-            mine = happening.fault.target.startswith("client")
-            who = f"c{min(int(happening.fault.choice * self._clients), self._clients - 1)}"
-            if happening.mended_at is not None and sent_at >= happening.mended_at and (not mine or who == client):
+            fault = happening.fault
+            mine = not fault.target.startswith("client") or self._world.client_of(fault).name == client
+            if happening.mended_at is not None and sent_at >= happening.mended_at and mine:
                 happening.recovered_s = entry.at - happening.mended_at
 
     # --- the end -------------------------------------------------------------------------------------------------------

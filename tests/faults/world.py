@@ -53,16 +53,17 @@ SETTINGS = {
 
 @dataclass(slots=True)
 class ClientProcess:
-    """One client of the rig; its kind is one of four: MQTT 5 or 3.1.1, with a session that outlives it or without."""
+    """One client of the rig; MQTT 5 or 3.1.1, with a session that outlives it or without, or a user of the package's own client."""
 
     name: str
     protocol: str
     clean: bool
+    module: str = "tests.faults.client"
     arguments: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, log: Path) -> None:
-        command = [sys.executable, "-m", "tests.faults.client", *self.arguments]
+        command = [sys.executable, "-m", self.module, *self.arguments]
         with log.open("ab") as file:
             self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
@@ -76,7 +77,16 @@ class ClientProcess:
             self.process.wait(10)
 
 
-KINDS_OF_CLIENTS = (("5", False), ("5", True), ("3.1.1", False), ("3.1.1", True))
+PACKAGE = "tests.faults.package_user"
+KINDS_OF_CLIENTS = (
+    ("5", False),
+    ("5", True),
+    ("3.1.1", False),
+    ("3.1.1", True),
+    ("5", True, PACKAGE),
+)
+# Its program asks for known texts only; what is between ask and answer is the package's business.
+NOT_FOR_PACKAGE = ("chat", "cancel", "bare")
 
 
 class World:
@@ -102,6 +112,7 @@ class World:
         """What a fault took away; anything else that ends ended by itself."""
         self._seed, self._window = seed, window
         self.count = -(-requests // clients)
+        self._chosen: dict[int, ClientProcess] = {}
         self._lives: list[DaemonProcess] = []
         self._lock: sqlite3.Connection | None = None
         self._flooder: paho.Client | None = None
@@ -144,9 +155,16 @@ class World:
                 *("--seed", str(self._seed), "--count", str(self.count), "--window", str(self._window)),
                 *("--protocol", client.protocol, "--heartbeat-s", str(HEARTBEAT_S)),
                 *(["--clean"] if client.clean else []),
-                *("--without", ",".join(without)),
+                *("--without", ",".join(self.without(client, without))),
             ]
             client.start(self.folder / f"{client.name}.log")
+
+    def without(self, client: ClientProcess, without: Sequence[str]) -> list[str]:
+        """The kinds of requests that this client does not ask."""
+        return [*without, *(NOT_FOR_PACKAGE if client.module == PACKAGE else ())]
+
+    def by_package(self) -> frozenset[str]:
+        return frozenset(client.name for client in self.clients if client.module == PACKAGE)
 
     def allow(self, count: int) -> None:
         """So many requests may each client begin by now."""
@@ -196,7 +214,12 @@ class World:
         return self.disk.why_not if kind == "disk.full" else ""
 
     def client_of(self, fault: Fault) -> ClientProcess:
-        return self.clients[min(int(fault.choice * len(self.clients)), len(self.clients) - 1)]
+        """The client that the fault happens to: the same from beginning to end, one that still asks if there is one."""
+        if fault.number not in self._chosen:
+            asking = [client for client in self.clients if client.process and client.process.poll() is None]
+            among = asking or self.clients
+            self._chosen[fault.number] = among[min(int(fault.choice * len(among)), len(among) - 1)]
+        return self._chosen[fault.number]
 
     def begin(self, fault: Fault) -> bool:
         """False where there is nothing left for it to happen to."""
