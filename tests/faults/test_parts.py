@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 import subprocess
@@ -16,7 +17,7 @@ from tests.faults.clock_hook import SetClock
 from tests.faults.history import Entry, Reader, Writer
 from tests.faults.proxy import Bend, Network, connect_client_id, packet_bytes
 from tests.faults.schedule import KINDS, Fault, make, shrink
-from tests.faults.wishes import wishes
+from tests.faults.wishes import Wish, wishes
 
 
 def test_a_seed_makes_the_same_faults_and_the_same_requests_each_time() -> None:
@@ -62,6 +63,35 @@ def test_the_checker_counts_wishes_that_nobody_fulfilled_as_lost() -> None:
     checker = Checker({"c0": planned}, {})
     checker.take("c0", Entry(1.0, "begun", "a", number=0))
     assert [broken.promise for broken in checker.close()] == ["lost", "lost"]
+
+
+@pytest.mark.parametrize(
+    "what, text, promises",
+    [("answer", "right", []), ("answer", "rig", ["torn"]), ("failed", "interrupted", []), ("failed", "busy", ["code"])],
+)
+def test_what_the_package_gives_to_its_program_is_the_right_answer_or_an_explained_error(
+    what: str, text: str, promises: list[str]
+) -> None:
+    planned = [Wish(0, "short", "c4/s0", "Hello")]
+    checker = Checker({"c4": planned}, {"Hello": "right"}, by_package=frozenset({"c4"}))
+    for entry in ("begun", what, "ended"):
+        checker.take("c4", Entry(1.0, entry, "a", number=0, text=text))
+    assert [broken.promise for broken in checker.close()] == promises
+
+
+def test_a_history_that_lacks_a_turn_is_told() -> None:
+    planned = [Wish(0, "chat", "c0/c0", "Hello"), Wish(0, "history", "c0/c0")]
+    checker = Checker({"c0": planned}, {})
+    done = {"type": "done", "request_id": "a", "session_id": "c0/c0", "seq": 0, "final": True}
+    done |= {"finish_reason": "stop", "full_content": "Hi"}
+    ack = {"type": "ack", "action": "history", "status": "ok", "messages": []}
+    checker.take("c0", Entry(1.0, "begun", "a", number=0))
+    checker.take("c0", Entry(1.0, "event", "a", text=json.dumps(done), topic="llm/reply/c0/c0"))
+    checker.take("c0", Entry(1.0, "ended", "a", number=0))
+    checker.take("c0", Entry(1.0, "begun", "b", number=1))
+    checker.take("c0", Entry(1.0, "event", "b", text=json.dumps(ack), topic="llm/reply/c0/c0"))
+    checker.take("c0", Entry(1.0, "ended", "b", number=1))
+    assert [broken.promise for broken in checker.close()] == ["history"]
 
 
 def test_the_clock_of_another_process_jumps_while_it_runs(tmp_path: Path) -> None:
