@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.faults.checker import Checker
 from tests.faults.history import Entry, Reader
@@ -262,17 +263,33 @@ class Run:
 
 
 def cancelled_means_free(world: World) -> list[Broken]:
+    """Cancels a long answer at its first chunk; asks again where the worker still recovers from the last fault."""
     with BusClient(world.broker.port) as client:
         client.subscribe("llm/reply/probe/#")
-        body = {"request_id": "last-cancel", "messages": [{"role": "user", "content": LONG[0]}], "max_tokens": 1500}
-        client.publish("llm/request/probe/s", json.dumps(body | {"temperature": 0}).encode())
-        while (event := json.loads(client.receive().payload))["type"] != "done":
-            if event["type"] == "error":
-                return [Broken("slot", "last-cancel", f"the last request ended with {event['code']}")]
-            if event["type"] == "chunk" and event["seq"] == 0:
-                client.publish("llm/control/probe/s", b'{"action":"cancel","request_id":"last-cancel"}')
+        pause = threading.Event()
+        end = _cancelled(client, "last-cancel-0")
+        for attempt in range(1, 40):
+            if end["type"] == "done":
+                break
+            pause.wait(0.5)
+            end = _cancelled(client, f"last-cancel-{attempt}")
+        else:
+            return [Broken("slot", end["request_id"], f"the last request ended with {end['code']}")]
     busy = world.engine.busy_slots()
-    return [Broken("slot", "last-cancel", f"{busy} slots at work after its end")] if busy else []
+    return [Broken("slot", end["request_id"], f"{busy} slots at work after its end")] if busy else []
+
+
+def _cancelled(client: BusClient, request_id: str) -> dict[str, Any]:
+    """The terminal event of a request that is cancelled at its first chunk."""
+    body = {"request_id": request_id, "messages": [{"role": "user", "content": LONG[0]}], "max_tokens": 1500}
+    client.publish("llm/request/probe/s", json.dumps(body | {"temperature": 0}).encode())
+    while True:
+        event: dict[str, Any] = json.loads(client.receive().payload)
+        if event.get("final") and event["request_id"] == request_id:
+            return event
+        if event["type"] == "chunk" and event["seq"] == 0:
+            cancel = {"action": "cancel", "request_id": request_id}
+            client.publish("llm/control/probe/s", json.dumps(cancel).encode())
 
 
 def known_answers(engine: LlamaServer) -> dict[str, str]:
