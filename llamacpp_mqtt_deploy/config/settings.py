@@ -248,7 +248,8 @@ class LimitsSettings(Section):
     session_queue: Annotated[int, Field(ge=1, le=1000)] = 4
     """Prompts of one session that wait for their turn."""
     max_requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Requests per minute of one first topic level; 0 is no limit."""
+    """Requests and controls per minute of one first topic level; 0 is no limit. Cancels may use another minute's worth in
+    advance."""
     max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 32768
     """Longest answer that a request may ask for, in tokens."""
     max_timeout_s: Annotated[float, Field(gt=0, le=7 * 86400)] = 3600.0

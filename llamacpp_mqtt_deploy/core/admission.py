@@ -155,6 +155,10 @@ class AdmissionQueue:
         self.turns.take(ticket)
         return ticket
 
+    def hold_session(self, session: Hashable) -> None:
+        """Let no prompt of the session go before `leave_session`, as if one of them ran."""
+        self._busy_sessions.add(session)
+
     def leave_session(self, session: Hashable) -> None:
         """The session's running prompt has ended; its next one may go."""
         self._busy_sessions.discard(session)

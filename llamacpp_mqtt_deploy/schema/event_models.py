@@ -339,6 +339,8 @@ class Ack(Emitted):
     """Why not, for people."""
     fields: FaultyFields | None = None
     """The fields at fault, each with what was expected."""
+    retry_after_s: float | None = None
+    """`busy`, `rate_limited`: seconds until sending it again may help."""
     transaction: str | None = None
     """As sent."""
     request_id: str | None = None

@@ -46,7 +46,7 @@ class Operations:
 
     def cancel_all(self) -> int:
         """Cancel every request; returns how many were told to stop."""
-        return sum(map(self._controls.cancel, self._registry.all()))
+        return self._controls.cancel(*self._registry.all())
 
     def drain(self) -> None:
         """Refuse new requests from now on, until `resume`; accepted requests go on."""

@@ -20,6 +20,7 @@ from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger
 from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.background import Background
+from llamacpp_mqtt_deploy.worker.client_work import ClientWork
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.control import Controls
 from llamacpp_mqtt_deploy.worker.counters import Counters
@@ -60,6 +61,7 @@ class Parts:
         self.engine = engine = engine or make_engine(settings, loop)
         self.link = link = link or make_link(settings, loop)
         self.background = Background()
+        self.client_work = ClientWork()
         self.counters = Counters()
         limits = settings.limits
         self.registry = JobRegistry(
@@ -88,9 +90,11 @@ class Parts:
         answers = Answers(link, max_event_bytes=self.max_event_bytes)
         controls = Controls(
             answers=answers,
+            link=link,
             store=store,
             registry=self.registry,
             completion=self.completion,
+            work=self.client_work,
             state=self._ping_state,
             expose_history=lambda: in_force.settings.sessions.expose_history,
             max_event_bytes=self.max_event_bytes,

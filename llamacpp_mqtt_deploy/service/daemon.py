@@ -106,6 +106,7 @@ class Daemon:
             link=parts.link,
             loop=parts.loop,
             background=parts.background,
+            client_work=parts.client_work,
             intake=parts.intake,
             threads=parts.threads,
             in_force=parts.in_force,
@@ -188,6 +189,7 @@ class Daemon:
             raise Ending(EXIT_CONFIGURATION, str(problem)) from problem
         parts.loop.start()
         parts.background.start()
+        parts.client_work.start()
         parts.intake.start()
         parts.threads.ensure(settings.engine.slots or 1)
         parts.engine_watch.start()
@@ -407,6 +409,7 @@ class Daemon:
         end = Deadline(_CLOSE_S)
         self._stop_jobs(end)
         parts.intake.close(end.remaining_s())
+        parts.client_work.close(end.remaining_s() / 2)
         parts.link.flush(end)
         parts.redelivery.last_call()
         last = parts.presence.offline() if self._may_say_offline(code) else None

@@ -8,6 +8,7 @@ from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Link
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.worker.background import Background
+from llamacpp_mqtt_deploy.worker.client_work import ClientWork
 from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.policies import InForce
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
@@ -25,6 +26,7 @@ class Watchdog:
         link: Link,
         loop: IoLoop,
         background: Background,
+        client_work: ClientWork,
         intake: Intake,
         threads: GenerationThreads,
         in_force: InForce,
@@ -32,6 +34,7 @@ class Watchdog:
         self._link = link
         self._loop = loop
         self._background = background
+        self._client_work = client_work
         self._intake = intake
         self._threads = threads
         self._in_force = in_force
@@ -50,7 +53,12 @@ class Watchdog:
             and now - link.last_puback_at > silent_s
         ):
             return f"the broker has acknowledged nothing for {silent_s:g} s"
-        beats = {"io": self._loop.beat_at, "background": self._background.beat_at, "intake": self._intake.beat_at}
+        beats = {
+            "io": self._loop.beat_at,
+            "background": self._background.beat_at,
+            "client-work": self._client_work.beat_at,
+            "intake": self._intake.beat_at,
+        }
         for name, beat_at in beats.items():
             if now - beat_at > _SILENT_THREAD_S:
                 return f"the {name} thread hangs"

@@ -3,90 +3,147 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
 
 from llamacpp_mqtt_deploy.core.addresses import Address
-from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.errors import Busy, RequestError, Unsupported
 from llamacpp_mqtt_deploy.core.events import encode
-from llamacpp_mqtt_deploy.core.requests import ControlCommand, parse_control
-from llamacpp_mqtt_deploy.ports import EntryKey, Store, StoreError
+from llamacpp_mqtt_deploy.core.requests import parse_control
+from llamacpp_mqtt_deploy.ports import EntryKey, Link, Store, StoreError
 from llamacpp_mqtt_deploy.worker.answers import Answers
+from llamacpp_mqtt_deploy.worker.client_work import ClientWork
 from llamacpp_mqtt_deploy.worker.completion import Completion
+from llamacpp_mqtt_deploy.worker.history_reads import HistoryReads
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 
 log = structlog.get_logger(__name__)
 
+_RETRY_S = 1.0
+# How long an answer waits for the broker to take those before it; then its client has long asked again.
+_ROOM_S = 10.0
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A control message and the `ack` that answers it, as far as it is known."""
+
+    address: Address
+    session: tuple[str, str]
+    correlation: bytes | None
+    ack: dict[str, Any]
+
+    @property
+    def first_level(self) -> str:
+        return self.address.first_level
+
 
 class Controls:
-    """Answers control messages in the intake's thread; nothing here waits for an engine."""
+    """Answers control messages. What may wait for the disk is left to `work`, which others do not wait for."""
 
     def __init__(
         self,
         *,
         answers: Answers,
+        link: Link,
         store: Store,
         registry: JobRegistry,
         completion: Completion,
+        work: ClientWork,
         state: Callable[[], Mapping[str, Any]],
         expose_history: Callable[[], bool],
         max_event_bytes: Callable[[], int],
     ) -> None:
         self._answers = answers
+        self._link = link
         self._store = store
         self._registry = registry
         self._completion = completion
+        self._work = work
         self._state = state
         self._expose_history = expose_history
         self._max_event_bytes = max_event_bytes
+        self._histories = HistoryReads()
 
     def handle(self, address: Address, payload: bytes, correlation: bytes | None) -> None:
-        """Do what the message asks and publish its `ack` on the session's reply topic."""
+        """Do what the message asks, and publish its `ack` on the session's reply topic: at once, or when it is done."""
         assert address.session is not None
-        assert address.reply_topic is not None
-        session = (address.route, address.session)
-        ack: dict[str, Any] = {"type": "ack", "action": None, "status": "ok"}
+        ack = {"type": "ack", "action": None, "status": "ok", "session_id": address.session}
+        asked = _Asked(address, (address.route, address.session), correlation, ack)
+        if self._step(asked, lambda: self._begin(asked, payload)):
+            assert address.reply_topic is not None
+            self._answers.publish(address.reply_topic, self._fitted(asked.ack), correlation=correlation)
+
+    def _step(self, asked: _Asked, step: Callable[[], Mapping[str, Any] | None]) -> bool:
+        """Do a step and put what comes of it into the ack; False when it gave None: the rest is left to a later one."""
         try:
-            control = parse_control(payload)
-            ack |= {"action": control.action}
-            if control.request_id:
-                ack["request_id"] = control.request_id
-            if control.transaction is not None:
-                ack["transaction"] = control.transaction
-            ack |= self._do(address, session, control)
+            found = step()
+            if found is None:
+                return False
+            asked.ack |= found
         except RequestError as error:
-            ack |= {"status": "error", "code": error.code, "message": error.message, **error.details}
+            asked.ack |= {"status": "error", "code": error.code, "message": error.message, **error.details}
         except StoreError as problem:
             log.error("journal.failed", step="control", problem=str(problem))
-            ack |= {"status": "error", "code": "internal", "message": "the worker's state cannot be read or written"}
-        ack["session_id"] = address.session
-        log.info("control.answered", action=ack["action"], session=address.session, status=ack["status"])
-        self._answers.publish(address.reply_topic, self._fitted(ack), correlation=correlation)
+            asked.ack |= {
+                "status": "error",
+                "code": "internal",
+                "message": "the worker's state cannot be read or written",
+            }
+        log.info(
+            "control.answered", action=asked.ack["action"], session=asked.address.session, status=asked.ack["status"]
+        )
+        return True
 
-    def _do(self, address: Address, session: tuple[str, str], control: ControlCommand) -> Mapping[str, Any]:
+    def _publish_later(self, asked: _Asked, on_done: Callable[[bool], None] | None = None) -> None:
+        """In the thread of `work`: wait for room among the answers, and give the ack up when there is none for long."""
+        payload = self._fitted(asked.ack)
+        assert asked.address.reply_topic is not None
+        if self._link.room_for_answers(len(payload), timeout_s=_ROOM_S):
+            published = self._link.publish(
+                asked.address.reply_topic, payload, correlation=asked.correlation, on_done=on_done, share="answer"
+            )
+            if published == "queued":
+                return
+        log.warning("control.unanswered", action=asked.ack["action"], session=asked.address.session)
+        if on_done is not None:
+            on_done(False)
+
+    def _begin(self, asked: _Asked, payload: bytes) -> Mapping[str, Any] | None:
+        """In the intake's thread: what is known at once is answered at once."""
+        try:
+            control = parse_control(payload)
+        except RequestError:
+            self._registry.count_control(asked.first_level)
+            raise
+        asked.ack["action"] = control.action
+        if control.request_id:
+            asked.ack["request_id"] = control.request_id
+        if control.transaction is not None:
+            asked.ack["transaction"] = control.transaction
+        self._registry.count_control(asked.first_level, ahead=control.action == "cancel")
         match control.action:
             case "cancel":
-                return self._cancel(address, session, control.request_id)
-            case "reset":
-                cancelled = self._forget(session)
-                self._store.reset(session)
-                return {"cancelled": cancelled}
-            case "delete":
-                cancelled = self._forget(session)
-                self._store.delete(session)
-                return {"cancelled": cancelled}
-            case "history":
-                if not self._expose_history():
-                    return {"status": "error", "code": "unsupported", "message": "this worker does not show histories"}
-                return {"messages": list(self._store.history(session))}
+                return self._cancel(asked, control.request_id)
             case "ping":
                 return dict(self._state())
+            case "history":
+                self._read_soon(asked)
+            case "reset":
+                self._change_soon(asked, self._store.reset)
+            case "delete":
+                self._change_soon(asked, self._store.delete)
+        return None
 
-    def _cancel(self, address: Address, session: tuple[str, str], request_id: str | None) -> Mapping[str, Any]:
+    # --- cancel --------------------------------------------------------------------------------------------------------
+
+    def _cancel(self, asked: _Asked, request_id: str | None) -> Mapping[str, Any]:
         if request_id is None:
-            return {"cancelled": sum(map(self.cancel, self._registry.of_session(session)))}
-        key = EntryKey(*session, request_id)
+            return {"cancelled": self.cancel(*self._registry.of_session(asked.session))}
+        key = EntryKey(*asked.session, request_id)
         job = self._registry.find(key)
         if job is not None:
             state = "queued" if job.phase == "queued" else "running"
@@ -95,22 +152,62 @@ class Controls:
         entry = self._store.find(key)
         if entry is not None and entry.state == "ended":
             return {"state": "ended"}
-        self._registry.remember_cancel(address.first_level, key)
+        self._registry.remember_cancel(asked.first_level, key)
         return {"state": "unknown"}
 
-    def cancel(self, job: Job) -> bool:
-        """Stop a job wherever it is; a queued one ends here, a running one in its own thread."""
-        first = job.stop.set("cancelled")
-        if job.phase == "queued":
-            self._completion.stopped(job)
-        return first
+    def cancel(self, *jobs: Job) -> int:
+        """Stop jobs wherever they are, and return at once with how many were not stopped before."""
+        stopped = sum(job.stop.set("cancelled") for job in jobs)
+        for job in jobs:
+            if self._registry.withdraw(job):
+                # Its end waits for the disk. Without a place for it here the next look at all deadlines ends it.
+                self._work.run(job.address.first_level, partial(self._completion.stopped, job))
+        return stopped
 
-    def _forget(self, session: tuple[str, str]) -> int:
-        """Cancel all of a session, and let none of it write history any more."""
-        jobs = self._registry.of_session(session)
+    # --- what reads or writes the session ------------------------------------------------------------------------------
+
+    def _read_soon(self, asked: _Asked) -> None:
+        if not self._expose_history():
+            raise Unsupported("this worker does not show histories")
+        self._histories.begin(asked.session, asked.first_level)
+        if not self._work.run(asked.first_level, lambda: self._read(asked)):
+            self._histories.end(asked.session)
+            raise _too_many()
+
+    def _read(self, asked: _Asked) -> None:
+        """Publish the history; the next one of this session is read when the broker has this one."""
+        try:
+            self._step(asked, lambda: {"messages": list(self._store.history(asked.session))})
+            self._publish_later(asked, on_done=lambda _: self._histories.end(asked.session))
+        except BaseException:
+            self._histories.end(asked.session)
+            raise
+
+    def _change_soon(self, asked: _Asked, change: Callable[[tuple[str, str]], None]) -> None:
+        """Stop all of the session now, and let the store forget it soon; prompts that come after this wait until it has."""
+        if not self._work.has_place(asked.first_level):
+            raise _too_many()
+        jobs = self._registry.of_session(asked.session)
         for job in jobs:
             job.forgotten = True
-        return sum(map(self.cancel, jobs))
+        self._registry.hold_session(asked.session)
+
+        def forget() -> Mapping[str, Any]:
+            change(asked.session)
+            return {"cancelled": cancelled}
+
+        def run() -> None:
+            try:
+                self._step(asked, forget)
+            finally:
+                self._registry.free_session(asked.session)
+            self._publish_later(asked)
+
+        cancelled = sum(job.stop.set("cancelled") for job in jobs)
+        if not self._work.run(asked.first_level, run):
+            self._registry.free_session(asked.session)
+            raise _too_many()
+        self.cancel(*jobs)
 
     def _fitted(self, ack: dict[str, Any]) -> bytes:
         """The ack as bytes; a long history loses its oldest messages, and says so."""
@@ -122,3 +219,7 @@ class Controls:
             ack["message"] = "the oldest messages are left out: the history is larger than an event"
             payload = encode(ack)
         return payload
+
+
+def _too_many() -> Busy:
+    return Busy("too many of your controls wait already; send this one again", retry_after_s=_RETRY_S)

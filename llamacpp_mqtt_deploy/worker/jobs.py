@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -87,6 +87,7 @@ class JobRegistry:
         self._rates = RateLimiter(max_requests_per_minute)
         self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
         self._early = EarlyCancels()
+        self._changing: Counter[tuple[str, str]] = Counter()
         self._slots = slots
         self._held: set[Job] = set()
         self.wait_reason = "waiting"
@@ -141,6 +142,11 @@ class JobRegistry:
                 if ticket.key in keys:
                     ticket.held = False
             self._call_takers(len(jobs))
+
+    def count_control(self, first_level: str, *, ahead: bool = False) -> None:
+        """Count a control against the level's rate; raises RateLimited. `ahead` as in `RateLimiter.check`."""
+        with self._lock:
+            self._rates.take(first_level, time.monotonic(), ahead=ahead)
 
     def _retry_after_s(self) -> float:
         rounds = (len(self._queue) + 1) / max(1, self._slots)
@@ -221,8 +227,30 @@ class JobRegistry:
             self._call_takers(1)
             self._idle.notify_all()
 
+    def withdraw(self, job: Job) -> bool:
+        """Take a job that waits out of the queue, to be ended by the caller; False when it does not wait (any more)."""
+        with self._lock:
+            return self._queue.remove(job.key) is not None
+
+    def hold_session(self, session: tuple[str, str]) -> None:
+        """Let no further prompt of this session go before as many `free_session`: its history is being changed."""
+        with self._lock:
+            self._changing[session] += 1
+            self._queue.hold_session(session)
+
+    def free_session(self, session: tuple[str, str]) -> None:
+        with self._lock:
+            self._changing[session] -= 1
+            if not self._changing[session]:
+                del self._changing[session]
+            if not self._session_runs(session):
+                self._queue.leave_session(session)
+                self._call_takers(1)
+
     def _session_runs(self, session: tuple[str, str]) -> bool:
-        return any(job.session == session and job.phase != "queued" for job in self._jobs.values())
+        return session in self._changing or any(
+            job.session == session and job.phase != "queued" for job in self._jobs.values()
+        )
 
     # --- looking -------------------------------------------------------------------------------------------------------
 

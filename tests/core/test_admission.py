@@ -360,6 +360,22 @@ def test_the_rate_limiter_gives_a_minutes_worth_at_once_and_then_evenly() -> Non
     rates.take("ada", 1.01)
 
 
+def test_a_minutes_worth_may_be_used_in_advance_by_what_is_allowed_to() -> None:
+    rates = RateLimiter(2)
+    for _ in range(2):
+        rates.take("ada", 0.0)
+    with pytest.raises(RateLimited):
+        rates.take("ada", 0.0)
+    for _ in range(2):
+        rates.take("ada", 0.0, ahead=True)
+    with pytest.raises(RateLimited) as refusal:
+        rates.take("ada", 0.0, ahead=True)
+    assert refusal.value.details["retry_after_s"] == pytest.approx(30.0)
+    with pytest.raises(RateLimited):
+        rates.take("ada", 80.0)
+    rates.take("ada", 91.0)
+
+
 @given(st.lists(st.floats(0, 5), max_size=200), st.integers(1, 30))
 def test_no_minute_holds_more_than_twice_the_limit(gaps: list[float], per_minute: int) -> None:
     rates = RateLimiter(per_minute)
