@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-StopReason = Literal["cancelled", "timeout", "shutting_down", "outbox_full", "put_back", "unjournaled"]
+StopReason = Literal["cancelled", "timeout", "shutting_down", "outbox_full", "put_back", "unjournaled", "engine_away"]
 """`put_back`: it has not reached the engine and stays in the journal for the worker's next start. `unjournaled`: the journal did
-not take it, so it was never accepted."""
+not take it, so it was never accepted. `engine_away`: it has waited long enough for an engine that cannot be reached."""
 
 
 class Stopped(Exception):

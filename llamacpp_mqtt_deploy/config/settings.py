@@ -160,7 +160,8 @@ class EngineSettings(Section):
     chunk_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
     """Seconds without a token or progress after which a generation ends with `idle_timeout`."""
     unavailable_after_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
-    """Seconds for which a request waits for a server that cannot be reached, before `engine_unavailable`."""
+    """Seconds for which a request waits, in the queue or with a slot, for a server that cannot be reached, before
+    `engine_unavailable`."""
     managed: ManagedSettings = ManagedSettings()
 
 

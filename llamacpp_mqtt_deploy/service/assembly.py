@@ -164,6 +164,7 @@ class Parts:
             registry=self.registry,
             end=lambda job: self.background.run(("limit", job.key), lambda: self.completion.stopped(job)),
             heartbeat_s=lambda: in_force.settings.streaming.heartbeat_s,
+            unavailable_after_s=lambda: in_force.settings.engine.unavailable_after_s,
         )
         self.health = HealthReport(worker_id=settings.mqtt.worker_id, registry=self.registry, counters=self.counters)
         self.engine_watch = EngineWatch(engine, on_engine_change)

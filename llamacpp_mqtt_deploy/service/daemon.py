@@ -311,7 +311,12 @@ class Daemon:
     # --- the engine ----------------------------------------------------------------------------------------------------
 
     def _engine_changed(self, info: EngineInfo) -> None:
-        self.parts.registry.wait_reason = _WAIT_REASONS.get(info.state, "engine_restarting")
+        registry = self.parts.registry
+        registry.wait_reason = _WAIT_REASONS.get(info.state, "engine_restarting")
+        if info.state != "unreachable":
+            registry.engine_away_since = None
+        elif registry.engine_away_since is None:
+            registry.engine_away_since = time.monotonic()
         if info.state == "ready":
             if problem := idle_gpu(self._settings.engine, info):
                 log.warning("engine.on_cpu", problem=problem)

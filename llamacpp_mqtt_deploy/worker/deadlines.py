@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -27,12 +27,20 @@ class Deadlines:
     """
 
     def __init__(
-        self, *, registry: JobRegistry, end: Callable[[Job], object], heartbeat_s: Callable[[], float]
+        self,
+        *,
+        registry: JobRegistry,
+        end: Callable[[Job], object],
+        heartbeat_s: Callable[[], float],
+        unavailable_after_s: Callable[[], float],
     ) -> None:
         self._registry = registry
         self._end = end
         self._heartbeat_s = heartbeat_s
+        self._unavailable_after_s = unavailable_after_s
         self._positions_at = 0.0
+        self._answering_at = 0.0
+        self._away_since: float | None = None
 
     def check(self) -> None:
         jobs = self._registry.all()
@@ -43,6 +51,7 @@ class Deadlines:
         if tell_positions:
             self._positions_at = now
         positions = self._registry.positions() if tell_positions else {}
+        self._away_since = self._engine_away_since(jobs, now)
         for job in jobs:
             try:
                 self._look_after(job, now, positions.get(job.key))
@@ -62,6 +71,8 @@ class Deadlines:
     def _limit(self, job: Job, now: float) -> None:
         if now >= job.deadline:
             job.stop.set("timeout")
+        elif self._waited_in_vain(job, now):
+            job.stop.set("engine_away")
         if not job.stop.is_set() or job.phase in ("ending", "ended"):
             return
         if job.phase == "queued":
@@ -69,6 +80,25 @@ class Deadlines:
         elif job.phase == "running" and job.stop.at is not None and now - job.stop.at > _RETURN_S:
             log.error("engine.stuck", request_id=job.key.request_id, reason=job.stop.reason)
             self._end(job)
+
+    def _engine_away_since(self, jobs: Sequence[Job], now: float) -> float | None:
+        """Since when the engine cannot be reached; None when it can.
+
+        A server too busy to say how it is may well be generating: one that answers a request is not away, and a stream that
+        falls silent has a time limit of its own.
+        """
+        if any(job.opened and job.phase == "running" for job in jobs):
+            self._answering_at = now
+        away_since = self._registry.engine_away_since
+        return None if away_since is None else max(away_since, self._answering_at)
+
+    def _waited_in_vain(self, job: Job, now: float) -> bool:
+        """Whether it has waited long enough for an engine that cannot be reached, in the queue or with a slot. All wait at the
+        same time: else each would wait anew when the one before it has given up."""
+        if self._away_since is None or job.opened:
+            return False
+        waits = job.phase == "queued" or (job.phase == "running" and job.wait_reason == "engine_restarting")
+        return waits and now - max(job.received_at, self._away_since) >= self._unavailable_after_s()
 
     def _speak(self, job: Job, now: float) -> None:
         last_at = job.responder.last_event_at

@@ -92,6 +92,8 @@ class JobRegistry:
         self._held: set[Job] = set()
         self.wait_reason = "waiting"
         """What those in the queue wait for, as `queued` tells it; set when the engine comes and goes."""
+        self.engine_away_since: float | None = None
+        """Since when the engine cannot be reached (monotonic seconds); None when it can."""
         self._pausing = False
         self._draining = False
         self._closed = False

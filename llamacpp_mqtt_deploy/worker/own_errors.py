@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from llamacpp_mqtt_deploy.core.errors import EngineLost, Internal, Interrupted, RequestError, ShuttingDown, TimedOut
+from llamacpp_mqtt_deploy.core.errors import (
+    EngineLost,
+    EngineUnavailable,
+    Internal,
+    Interrupted,
+    RequestError,
+    ShuttingDown,
+    TimedOut,
+)
 from llamacpp_mqtt_deploy.stopping import StopReason
 
 
@@ -18,6 +26,10 @@ def stop_error(reason: StopReason | None, *, limit_s: float, started: bool) -> R
             return outbox_full()
         case "unjournaled":
             return Internal("the worker cannot write its journal (is its disk full?); the request was not accepted")
+        case "engine_away":
+            return EngineUnavailable(
+                "the engine cannot be reached; its operator finds why in the worker's log and status"
+            )
         case "cancelled" | "put_back" | None:
             return Internal("the request was stopped without a reason")
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
+from tests.support.llama_server import free_port
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
@@ -192,6 +195,29 @@ def test_the_whole_queue_is_told_that_the_engine_is_away(bus: Bus) -> None:
     assert bus.listener.until(type="queued", request_id="r2")["reason"] == "loading"
     engine.become("ready")
     assert bus.listener.terminal("r2")["type"] == "done"
+
+
+def test_queued_requests_wait_for_an_unreachable_engine_all_at_once(bus: Bus) -> None:
+    settings = EngineSettings(url=f"http://127.0.0.1:{free_port()}", unavailable_after_s=1.0)
+    bus.worker(ServerEngine(settings), engine__unavailable_after_s=1)
+    began = time.monotonic()
+    for number in range(8):
+        bus.ask("x", request_id=f"r{number}", session=f"s{number}")
+    assert _codes(bus, [f"r{number}" for number in range(8)]) == ["engine_unavailable"] * 8
+    assert time.monotonic() - began < 4
+
+
+def test_queued_requests_run_when_the_engine_comes_back_in_time(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    worker = bus.worker(engine, engine__unavailable_after_s=30)
+    engine.become("unreachable", "nobody listens there")
+    eventually(lambda: worker.daemon.parts.registry.engine_away_since)
+    for number in range(3):
+        bus.ask("x", request_id=f"r{number}", session=f"s{number}")
+        assert bus.listener.until(request_id=f"r{number}")["reason"] == "engine_restarting"
+    engine.become("ready")
+    assert _codes(bus, [f"r{number}" for number in range(3)]) == ["done"] * 3
+    eventually(lambda: worker.daemon.parts.registry.engine_away_since is None)
 
 
 def test_a_refusal_for_want_of_a_place_does_not_count_against_the_rate(bus: Bus) -> None:

@@ -30,7 +30,9 @@ class Bench:
         self.registry = JobRegistry(
             limits=QueueLimits(queue_size=9, session_queue=9), aging_s=60.0, max_requests_per_minute=60, slots=1
         )
-        self.deadlines = Deadlines(registry=self.registry, end=self.stopped, heartbeat_s=lambda: HEARTBEAT_S)
+        self.deadlines = Deadlines(
+            registry=self.registry, end=self.stopped, heartbeat_s=lambda: HEARTBEAT_S, unavailable_after_s=lambda: 60.0
+        )
 
     def stopped(self, job: Job) -> None:
         """Stands for `Completion.stopped`."""
@@ -150,6 +152,50 @@ def test_a_queued_request_ends_at_its_time_limit_and_not_before(bench: Bench) ->
     assert (bench.ended, waiting.stop.is_set()) == ([], False)
     bench.after(0.01)
     assert (bench.ended, waiting.stop.reason) == ([waiting], "timeout")
+
+
+def test_all_wait_together_for_an_engine_that_cannot_be_reached(bench: Bench) -> None:
+    running = bench.running("running")
+    running.wait_reason = "engine_restarting"
+    early = bench.waiting("early", position=1)
+    bench.registry.engine_away_since = bench.now
+    bench.after(30.0)
+    late = bench.waiting("late", position=2)
+    bench.after(29.99)
+    assert (bench.ended, running.stop.is_set()) == ([], False)
+    bench.after(0.01)
+    assert (bench.ended, running.stop.reason) == ([early], "engine_away")
+    bench.registry.leave(early)
+    bench.registry.release_slot(running)
+    bench.registry.leave(running)
+    bench.after(29.99)
+    assert not late.stop.is_set(), "each may wait as long as the settings say, from when it came"
+    bench.after(0.01)
+    assert late.stop.reason == "engine_away"
+
+
+def test_an_engine_that_comes_back_ends_the_wait_of_all(bench: Bench) -> None:
+    waiting = bench.waiting("waiting", position=1)
+    bench.registry.engine_away_since = bench.now
+    bench.after(59.0)
+    bench.registry.engine_away_since = None
+    bench.after(60.0)
+    assert not waiting.stop.is_set()
+
+
+def test_a_server_too_busy_to_be_asked_is_not_away_while_an_answer_comes(bench: Bench) -> None:
+    running, waiting = bench.running("running"), bench.waiting("waiting", position=1)
+    running.opened = True
+    bench.registry.engine_away_since = bench.now
+    for _ in range(10):
+        bench.after(30.0)
+    assert (waiting.stop.is_set(), running.stop.is_set()) == (False, False)
+    bench.registry.release_slot(running)
+    bench.registry.leave(running)
+    bench.after(59.99)
+    assert not waiting.stop.is_set()
+    bench.after(0.01)
+    assert waiting.stop.reason == "engine_away"
 
 
 def test_a_running_request_over_its_limit_is_stopped_and_ended_from_outside_when_its_engine_is_stuck(
