@@ -30,6 +30,7 @@ from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
+from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits, topic_map
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
@@ -63,6 +64,7 @@ class Parts:
         self.background = Background()
         self.client_work = ClientWork()
         self.counters = Counters()
+        self.message_log = MessageLog()
         limits = settings.limits
         self.registry = JobRegistry(
             limits=queue_limits(settings),
@@ -98,6 +100,7 @@ class Parts:
             state=self._ping_state,
             expose_history=lambda: in_force.settings.sessions.expose_history,
             max_event_bytes=self.max_event_bytes,
+            message_log=self.message_log,
         )
         self.presence = Presence(
             mark=mark(client_id(settings)),
@@ -125,6 +128,7 @@ class Parts:
                 registry=self.registry,
                 counters=self.counters,
                 max_event_bytes=self.max_event_bytes,
+                message_log=self.message_log,
             ),
             store=store,
             registry=self.registry,
@@ -136,6 +140,7 @@ class Parts:
             policies=in_force.policies,
             redelivery=self.redelivery,
             background=self.background,
+            message_log=self.message_log,
             inbox_messages=settings.mqtt.inbox_messages,
         )
         self.recovery = Recovery(

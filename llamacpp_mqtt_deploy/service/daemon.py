@@ -37,6 +37,7 @@ from llamacpp_mqtt_deploy.service.systemd import Notifier, watchdog_interval_s
 from llamacpp_mqtt_deploy.service.watchdog import Watchdog
 from llamacpp_mqtt_deploy.stopping import Deadline
 from llamacpp_mqtt_deploy.worker.deadlines import CHECK_EVERY_S
+from llamacpp_mqtt_deploy.worker.message_log import TELL_EVERY_S
 
 log = structlog.get_logger(__name__)
 
@@ -203,6 +204,7 @@ class Daemon:
         every(lambda: CHECK_EVERY_S, parts.deadlines.check)
         every(lambda: _SWEEP_EVERY_S, lambda: in_background("sweep", parts.redelivery.sweep))
         every(lambda: _PURGE_EVERY_S, self._purge_soon)
+        every(lambda: TELL_EVERY_S, parts.message_log.tell)
         every(lambda: self._settings.status.every_s, self._renew)
         every(lambda: self._settings.status.health_every_s, self._publish_health)
 

@@ -19,6 +19,7 @@ from llamacpp_mqtt_deploy.worker.client_work import ClientWork
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.history_reads import HistoryReads
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,7 @@ class Controls:
         state: Callable[[], Mapping[str, Any]],
         expose_history: Callable[[], bool],
         max_event_bytes: Callable[[], int],
+        message_log: MessageLog,
     ) -> None:
         self._answers = answers
         self._link = link
@@ -66,6 +68,7 @@ class Controls:
         self._state = state
         self._expose_history = expose_history
         self._max_event_bytes = max_event_bytes
+        self._log = message_log
         self._histories = HistoryReads()
 
     def handle(self, address: Address, payload: bytes, correlation: bytes | None) -> None:
@@ -93,8 +96,12 @@ class Controls:
                 "code": "internal",
                 "message": "the worker's state cannot be read or written",
             }
-        log.info(
-            "control.answered", action=asked.ack["action"], session=asked.address.session, status=asked.ack["status"]
+        self._log.info(
+            "control.answered",
+            asked.first_level,
+            action=asked.ack["action"],
+            session=asked.address.session,
+            status=asked.ack["status"],
         )
         return True
 
@@ -108,7 +115,9 @@ class Controls:
             )
             if published == "queued":
                 return
-        log.warning("control.unanswered", action=asked.ack["action"], session=asked.address.session)
+        self._log.warning(
+            "control.unanswered", asked.first_level, action=asked.ack["action"], session=asked.address.session
+        )
         if on_done is not None:
             on_done(False)
 

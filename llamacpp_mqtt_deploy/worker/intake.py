@@ -25,6 +25,7 @@ from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.inbox import Inbox
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.own_errors import defect
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -73,6 +74,7 @@ class Intake:
         policies: Callable[[], Policies],
         redelivery: Redelivery,
         background: Background,
+        message_log: MessageLog,
         inbox_messages: int,
     ) -> None:
         self._topics = topics
@@ -88,6 +90,7 @@ class Intake:
         self._policies = policies
         self._redelivery = redelivery
         self._background = background
+        self._log = message_log
         self._acknowledger = acknowledger
         self._inbox = Inbox(max_messages=inbox_messages)
         self.offer = self._inbox.offer
@@ -251,10 +254,20 @@ class Intake:
         address = message.address
         if message.delivery.retain:
             self._counters.add("ignored")
-            log.warning("message.ignored", topic=message.shown_topic(), reason="retained: requests are not kept")
+            self._log.warning(
+                "message.ignored",
+                message.first_level,
+                topic=message.shown_topic(),
+                reason="retained: requests are not kept",
+            )
         elif address is None:
             self._counters.add("ignored")
-            log.warning("message.ignored", topic=message.shown_topic(), reason="no session path of the protocol")
+            self._log.warning(
+                "message.ignored",
+                message.first_level,
+                topic=message.shown_topic(),
+                reason="no session path of the protocol",
+            )
         elif address.kind == "admin":
             self._admin(message.delivery, message.correlation)
         else:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import structlog
-
 from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.errors import RequestError
@@ -17,8 +15,7 @@ from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, Store, StoreError
 from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
-
-log = structlog.get_logger(__name__)
+from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 
 _Rejected = Literal["duplicate_request", "reply_topic_forbidden"]
 
@@ -30,6 +27,13 @@ class Received:
     delivery: Delivery
     address: Address | None
     correlation: bytes | None
+
+    @property
+    def first_level(self) -> str:
+        """Whose message it is: by its address, else by where a session path would begin."""
+        if self.address is not None:
+            return self.address.first_level
+        return "".join(self.delivery.topic.split("/")[2:3])[:64]
 
     def shown_topic(self) -> str:
         """The topic for the log; a client may have put anything into it."""
@@ -47,18 +51,21 @@ class Refusals:
         registry: JobRegistry,
         counters: Counters,
         max_event_bytes: Callable[[], int],
+        message_log: MessageLog,
     ) -> None:
         self._answers = answers
         self._store = store
         self._registry = registry
         self._counters = counters
         self._max_event_bytes = max_event_bytes
+        self._log = message_log
 
     def refuse(self, message: Received, address: Address, request_id: str | None, error: RequestError) -> None:
         """Answer with an `error` event, which ends the stream of this request id."""
         self._counters.refused(error.code)
-        log.info(
+        self._log.info(
             "request.refused",
+            message.first_level,
             code=error.code,
             topic=message.shown_topic(),
             bytes=len(message.delivery.payload),
@@ -85,7 +92,7 @@ class Refusals:
             "reply_topic_forbidden": f"answers go to {address.reply_topic} only; leave the Response Topic out or set it so",
         }[code]
         self._counters.refused(code)
-        log.info("request.rejected", code=code, topic=message.shown_topic())
+        self._log.info("request.rejected", message.first_level, code=code, topic=message.shown_topic())
         payload = events.rejected(request_id=request_id, session_id=address.session, code=code, message=text)
         self._answers.publish(address.reply_topic, payload, correlation=message.correlation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -208,6 +209,26 @@ def test_whoever_has_used_up_his_rate_can_still_cancel_what_he_sent(bus: Bus) ->
         assert bus.listener.terminal(f"r{number}")["finish_reason"] == "cancelled"
     bus.control("cancel", session="ada/0", request_id="r0")
     assert bus.listener.until(type="ack", action="cancel", status="error")["code"] == "rate_limited"
+
+
+def test_a_flood_of_bad_messages_leaves_a_few_lines_in_the_log(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = bus.worker()
+    for number in range(100):
+        bus.sender.publish("llm/request/greedy", b'{"prompt": 3}')
+        bus.ask("x", request_id=f"forbidden{number}", session="greedy", model="none")
+        bus.control("explode", session="greedy")
+        bus.sender.publish("llm/request/greedy/too/deep", b"x")
+    bus.sender.publish("llm/request/modest", b'{"prompt": 3, "request_id": "mine"}')
+    bus.control("ping", session="greedy", transaction="last")
+    _ack(bus, "ping", "greedy", transaction="last")
+    told = capsys.readouterr().out
+    assert told.count("control.answered") == 20
+    assert told.count("request.refused") == 21
+    assert told.count("llm/request/modest") == 1
+    worker.daemon.parts.message_log.tell(time.monotonic() + 10)
+    after = capsys.readouterr().out
+    assert "81 more suppressed" in after
+    assert "180 more suppressed" in after
 
 
 def test_two_clients_where_one_floods_with_everything(bus: Bus) -> None:
