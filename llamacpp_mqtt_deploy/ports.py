@@ -323,14 +323,32 @@ class Store(Protocol):
 
     def mark_streaming_soon(self, key: EntryKey) -> Pending: ...
 
-    def finish(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None) -> None:
+    def finish(
+        self,
+        key: EntryKey,
+        terminal: bytes,
+        *,
+        now: float,
+        history: HistoryChange | None = None,
+        chunks: bytes | None = None,
+    ) -> None:
         """Store the terminal event and the change of the history in one transaction, and let go of the payload (the digest
-        stays). A request ends once: a second call changes nothing, its history neither. Under an unknown key only the
+        stays). `chunks` is the record of what the terminal event does not tell (`core/chunk_record.py`); it is kept as long as
+        the entry. A request ends once: a second call changes nothing, its history neither. Under an unknown key only the
         history changes."""
 
     def finish_soon(
-        self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None
+        self,
+        key: EntryKey,
+        terminal: bytes,
+        *,
+        now: float,
+        history: HistoryChange | None = None,
+        chunks: bytes | None = None,
     ) -> Pending: ...
+
+    def chunks(self, key: EntryKey) -> bytes | None:
+        """The record of chunks that `finish` was given; None without one."""
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None: ...
 

@@ -240,6 +240,9 @@ class LimitsSettings(Section):
     """Largest request in bytes."""
     max_event_bytes: Annotated[int, Field(ge=1024, le=256 * 1024 * 1024)] = 131072
     """Largest event in bytes; less when the broker says so."""
+    max_answer_bytes: Annotated[int, Field(ge=1024, le=256 * 1024 * 1024)] = 4 * 1024 * 1024
+    """Longest answer in bytes, reasoning included; an engine that says more is stopped (`finish_reason` `length`). An answer that
+    does not fit into one event is kept up to this size, so that a client can ask for what it lost of it."""
     queue_size: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Requests that wait for a slot, over all sessions."""
     max_queue_mib: Annotated[int, Field(ge=1, le=1_048_576)] = 64

@@ -97,6 +97,7 @@ class Parts:
             registry=self.registry,
             completion=self.completion,
             work=self.client_work,
+            redelivery=self.redelivery,
             state=self._ping_state,
             expose_history=lambda: in_force.settings.sessions.expose_history,
             max_event_bytes=self.max_event_bytes,

@@ -64,6 +64,13 @@ def find(db: sqlite3.Connection, key: EntryKey) -> Entry | None:
     return None if row is None else _entry(row)
 
 
+def chunks(db: sqlite3.Connection, key: EntryKey) -> bytes | None:
+    row = db.execute(
+        f"SELECT record FROM chunks WHERE id = (SELECT id FROM entries WHERE {_BY_KEY})", _named(key)
+    ).fetchone()
+    return None if row is None else bytes(row[0])
+
+
 def unfinished(db: sqlite3.Connection) -> list[Entry]:
     return [_entry(row) for row in db.execute(f"{_SELECT} WHERE state <> 'ended' ORDER BY entries.id").fetchall()]
 
@@ -84,7 +91,9 @@ def set_streaming(db: sqlite3.Connection, key: EntryKey) -> None:
     db.execute(f"UPDATE entries SET state = 'streaming' WHERE {_BY_KEY} AND state = 'accepted'", _named(key))
 
 
-def end(db: sqlite3.Connection, key: EntryKey, terminal: bytes, *, now: float, place: int) -> bool:
+def end(
+    db: sqlite3.Connection, key: EntryKey, terminal: bytes, *, now: float, place: int, chunks: bytes | None
+) -> bool:
     """Store the terminal event and drop the payload; False when the request had ended before."""
     row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(key)).fetchone()
     if row is None:
@@ -94,8 +103,10 @@ def end(db: sqlite3.Connection, key: EntryKey, terminal: bytes, *, now: float, p
     db.execute(
         "UPDATE entries SET state = 'ended', terminal = ?, bytes = ?, delivered = 0, ended_at = ?, ended_order = ? "
         "WHERE id = ?",
-        (terminal, len(terminal), now, place, row[0]),
+        (terminal, len(terminal) + len(chunks or b""), now, place, row[0]),
     )
+    if chunks is not None:
+        db.execute("INSERT INTO chunks (id, record) VALUES (?, ?)", (row[0], chunks))
     db.execute("DELETE FROM payloads WHERE id = ?", (row[0],))
     return True
 
@@ -108,6 +119,7 @@ def set_delivered(db: sqlite3.Connection, keys: Sequence[EntryKey]) -> None:
 
 def drop(db: sqlite3.Connection, ids: Sequence[tuple[int]]) -> None:
     db.executemany("DELETE FROM payloads WHERE id = ?", ids)
+    db.executemany("DELETE FROM chunks WHERE id = ?", ids)
     db.executemany("DELETE FROM entries WHERE id = ?", ids)
 
 

@@ -71,7 +71,12 @@ _V2 = (
     "CREATE INDEX entries_by_level ON entries (first_level, delivered, ended_order, bytes) WHERE state = 'ended'",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2)
+_V3 = (
+    # In a table of its own, as payloads are: it is read only when somebody asks again for an answer that he lost a part of.
+    f"CREATE TABLE chunks (id INTEGER PRIMARY KEY, record BLOB NOT NULL) {_STRICT}",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)
 """Statements that bring a file from version N to N + 1, for N = 0, 1, ...; released steps never change."""
 
 

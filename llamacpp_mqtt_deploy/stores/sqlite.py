@@ -104,22 +104,41 @@ class SqliteStore:
     def mark_streaming_soon(self, key: EntryKey) -> Pending:
         return self._opened().writer.submit(lambda db: rows.set_streaming(db, key), durable=True, urgent=True)
 
-    def finish(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None) -> None:
-        self.finish_soon(key, terminal, now=now, history=history).wait(WRITE_TIMEOUT_S)
+    def finish(
+        self,
+        key: EntryKey,
+        terminal: bytes,
+        *,
+        now: float,
+        history: HistoryChange | None = None,
+        chunks: bytes | None = None,
+    ) -> None:
+        self.finish_soon(key, terminal, now=now, history=history, chunks=chunks).wait(WRITE_TIMEOUT_S)
 
     def finish_soon(
-        self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None
+        self,
+        key: EntryKey,
+        terminal: bytes,
+        *,
+        now: float,
+        history: HistoryChange | None = None,
+        chunks: bytes | None = None,
     ) -> Pending:
         opened = self._opened()
         # Encoded first: what JSON cannot hold is the caller's mistake, not the disk's.
         appended = [] if history is None else histories.encoded(history)
 
         def step(db: sqlite3.Connection) -> None:
-            if rows.end(db, key, terminal, now=now, place=next(opened.places)) and history is not None:
+            ended = rows.end(db, key, terminal, now=now, place=next(opened.places), chunks=chunks)
+            if ended and history is not None:
                 histories.change(db, history, appended, now=now, max_bytes=self._max_history_bytes)
 
-        size = len(terminal) + sum(len(text) for _, text in appended)
+        size = len(terminal) + len(chunks or b"") + sum(len(text) for _, text in appended)
         return opened.writer.submit(step, size=size, durable=True, urgent=True)
+
+    def chunks(self, key: EntryKey) -> bytes | None:
+        with self._read() as db:
+            return rows.chunks(db, key)
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None:
         taken = tuple(keys)

@@ -41,14 +41,18 @@ class AnswerAccumulator:
     finished: Finished | None = None
     dropped_messages: int = 0
     warnings: tuple[str, ...] = ()
+    size: int = 0
+    """UTF-8 bytes of content and reasoning."""
     _arguments_chars: int = 0
 
     def add_text(self, text: str, now: float, pieces: int = 1) -> None:
         self.content.append(text)
+        self.size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
         self._count(now, pieces)
 
     def add_reasoning(self, text: str, now: float, pieces: int = 1) -> None:
         self.reasoning.append(text)
+        self.size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
         self._count(now, pieces)
 
     def add_call(self, delta: ToolCall, now: float) -> dict[str, Any]:

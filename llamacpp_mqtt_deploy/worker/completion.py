@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.chunk_record import omits_text
 from llamacpp_mqtt_deploy.core.deltas import FinishReason
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import interrupted
@@ -156,7 +157,7 @@ class Completion:
     ) -> None:
         """Whatever fails here, the end is sent and the job leaves: else its session and its client wait until a restart."""
         try:
-            self._write(job, terminal, history)
+            self._write(job, terminal, history, self._chunks(job, terminal))
             self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation)
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
@@ -164,22 +165,28 @@ class Completion:
             self._registry.leave(job)
         self._record(job, outcome, error)
 
-    def _write(self, job: Job, terminal: bytes, history: HistoryChange | None) -> None:
+    def _chunks(self, job: Job, terminal: bytes) -> bytes | None:
+        """What only the chunks told, for a client that lost some of them: stored once, with the end."""
+        return job.responder.chunk_record() if omits_text(terminal) or not job.request.full_content else None
+
+    def _write(self, job: Job, terminal: bytes, history: HistoryChange | None, chunks: bytes | None) -> None:
         try:
-            self._store.finish(job.key, terminal, now=time.time(), history=history)
+            self._store.finish(job.key, terminal, now=time.time(), history=history, chunks=chunks)
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
         except StoreError as problem:
             # The client gets its answer all the same; the memory of it follows when the disk takes it.
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
-            self._redelivery.store_later(job.key, terminal, now=time.time(), history=history)
+            self._redelivery.store_later(job.key, terminal, now=time.time(), history=history, chunks=chunks)
+            if job.forgotten and history is not None:
+                self._redelivery.forget(history.session)
         except Exception:
             # A defect, perhaps of these messages: without them the end may still be written.
             log.exception("ending.failed", step="finish", request_id=job.key.request_id)
             if history is not None:
-                self._write(job, terminal, None)
+                self._write(job, terminal, None, chunks)
             else:
-                self._redelivery.store_later(job.key, terminal, now=time.time(), history=None)
+                self._redelivery.store_later(job.key, terminal, now=time.time(), history=None, chunks=chunks)
 
     def _record(self, job: Job, outcome: str, error: RequestError | None) -> None:
         """The one line of the log for each request, and its counts."""

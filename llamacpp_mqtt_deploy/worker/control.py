@@ -20,6 +20,7 @@ from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.history_reads import HistoryReads
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
+from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
 
@@ -54,6 +55,7 @@ class Controls:
         registry: JobRegistry,
         completion: Completion,
         work: ClientWork,
+        redelivery: Redelivery,
         state: Callable[[], Mapping[str, Any]],
         expose_history: Callable[[], bool],
         max_event_bytes: Callable[[], int],
@@ -65,6 +67,7 @@ class Controls:
         self._registry = registry
         self._completion = completion
         self._work = work
+        self._redelivery = redelivery
         self._state = state
         self._expose_history = expose_history
         self._max_event_bytes = max_event_bytes
@@ -202,6 +205,7 @@ class Controls:
         self._registry.hold_session(asked.session)
 
         def forget() -> Mapping[str, Any]:
+            self._redelivery.forget(asked.session)
             change(asked.session)
             return {"cancelled": cancelled}
 

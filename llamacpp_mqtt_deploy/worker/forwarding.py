@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,15 @@ from llamacpp_mqtt_deploy.worker.jobs import Job
 # Protocol, section 3: `progress` at most twice a second. The first one goes at once when there is work worth telling of.
 _PROGRESS_EVERY_S = 0.5
 _PROGRESS_WORTH_TOKENS = 256
+
+
+# Engines make tokens of 4 bytes on average. One that says several times what it was asked for ignores `max_tokens`; where each
+# delta is a token, that is seen from their number, and where it is not, from their length.
+_LONG_TOKEN_BYTES = 16
+
+
+class TooMuch(Exception):
+    """The engine goes on beyond what the request or the worker allows."""
 
 
 class Forwarder:
@@ -34,12 +44,16 @@ class Forwarder:
         worker_id: str,
         opened: Callable[[Job], bool],
         mark: Callable[[Job], Pending | None],
+        max_answer_bytes: int,
+        max_tokens: int | None,
     ) -> None:
         self._job = job
         self._live = native and not job.responder.silent
         self._worker_id = worker_id
         self._opened = opened
         self._mark = mark
+        self._max_answer_bytes = max_answer_bytes
+        self._max_tokens = sys.maxsize if max_tokens is None else max_tokens
         self._marking: Pending | None = None
         self._marked = False
         self._begun = False
@@ -79,6 +93,11 @@ class Forwarder:
                 if self._opened(job):
                     self._begin_marking()
                 self._tell_start()
+        answer = job.answer
+        if answer.size > self._max_answer_bytes or (
+            answer.pieces > self._max_tokens and answer.size > self._max_tokens * _LONG_TOKEN_BYTES
+        ):
+            raise TooMuch
         return job.responder.settle() if self._live and self._begun else 0.0
 
     def finish(self, finished: Finished) -> None:

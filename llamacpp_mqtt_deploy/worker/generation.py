@@ -15,7 +15,7 @@ from llamacpp_mqtt_deploy.ports import Engine
 from llamacpp_mqtt_deploy.stopping import Stopped
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
-from llamacpp_mqtt_deploy.worker.forwarding import Forwarder
+from llamacpp_mqtt_deploy.worker.forwarding import Forwarder, TooMuch
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.own_errors import defect, lost_too_often
@@ -111,10 +111,19 @@ class Generation:
             worker_id=self._worker_id,
             opened=lambda job: self._opened(job, short_prompt=short_prompt),
             mark=lambda job: self._marks.streaming_soon(job.key),
+            max_answer_bytes=self._policies().settings.limits.max_answer_bytes,
+            max_tokens=call.sampling.get("max_tokens"),
         )
-        finished = self._engine.pump(
-            call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason), feed=forwarder.feed
-        )
+        try:
+            finished = self._engine.pump(
+                call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason), feed=forwarder.feed
+            )
+        except TooMuch:
+            log.warning("answer.cut", request_id=job.key.request_id, bytes=job.answer.size, pieces=job.answer.pieces)
+            job.answer.warnings += (
+                "the answer was cut: the engine went on beyond max_tokens or limits.max_answer_bytes",
+            )
+            finished = Finished("length", job.answer.usage())
         forwarder.finish(finished)
         return finished
 

@@ -351,6 +351,6 @@ class Intake:
         else:
             terminal = entry.terminal or self._redelivery.unstored(key)
             if terminal is not None:
-                self._redelivery.send(key, entry.reply_topic, terminal, message.correlation, share="answer")
+                self._redelivery.send(key, entry.reply_topic, terminal, message.correlation, share="answer", again=True)
             # Else its end is being written at this moment, and will be published.
         return True

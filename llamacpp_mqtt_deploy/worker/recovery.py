@@ -102,7 +102,7 @@ class Recovery:
     def _deliver(self, entry: Entry) -> bool:
         """Publish an end that no broker has acknowledged."""
         if entry.terminal is not None:
-            self._publish(entry, entry.terminal)
+            self._publish(entry, entry.terminal, again=True)
         return True
 
     def _take_up(self, entry: Entry) -> bool:
@@ -184,8 +184,8 @@ class Recovery:
             self._redelivery.store_later(entry.key, terminal, now=now, history=None)
         self._publish(entry, terminal)
 
-    def _publish(self, entry: Entry, terminal: bytes) -> None:
-        self._redelivery.send(entry.key, entry.reply_topic, terminal, entry.correlation)
+    def _publish(self, entry: Entry, terminal: bytes, *, again: bool = False) -> None:
+        self._redelivery.send(entry.key, entry.reply_topic, terminal, entry.correlation, again=again)
 
 
 def _terminal(entry: Entry, error: RequestError, *, metadata: dict[str, object] | None) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.chunk_record import unpacked, written
+from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.fitting import fitted, refitted
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Share, Store, StoreError
 
@@ -16,7 +18,10 @@ log = structlog.get_logger(__name__)
 
 # Terminal events that wait for a place in the outbox; the store has every one of them, and the next start delivers it.
 _MAX_WAITING = 10_000
+_MAX_WAITING_BYTES = 32 * 1024 * 1024
+"""Of those that wait: beyond it an event is read from the store when its turn comes."""
 _MAX_UNSTORED = 1000
+_MAX_UNSTORED_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -24,11 +29,38 @@ class _Sending:
     """A terminal event on its way: alone, or as the chunks that it was cut into and the end behind them."""
 
     topic: str
-    terminal: bytes
+    terminal: bytes | None
+    """None: it is in the store."""
     correlation: bytes | None
     share: Share
+    again: bool = False
+    """Chunks of which the end does not tell the text go before it once more."""
     events: list[bytes] = field(default_factory=list)
+    chunks: int = 0
+    """How many of the events are such chunks."""
     sent: int = 0
+
+    def size(self) -> int:
+        return len(self.terminal or b"") + sum(map(len, self.events))
+
+    def next_share(self) -> Share:
+        """Repeated text must not take the place of what others hear for the first time."""
+        return "answer" if self.sent < self.chunks else self.share
+
+    def put_down(self) -> None:
+        """Keep no bytes of it; it begins anew, which its client has to bear."""
+        self.terminal, self.events, self.chunks, self.sent = None, [], 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Unstored:
+    """An end that the store could not take yet."""
+
+    terminal: bytes
+    now: float
+    history: HistoryChange | None
+    chunks: bytes | None
+    size: int
 
 
 class Redelivery:
@@ -45,30 +77,67 @@ class Redelivery:
         self._closing = False
         self._taken: list[EntryKey] = []
         self._given_up: list[tuple[EntryKey, _Sending]] = []
-        self._unstored: OrderedDict[EntryKey, tuple[bytes, float, HistoryChange | None]] = OrderedDict()
+        self._unstored: OrderedDict[EntryKey, _Unstored] = OrderedDict()
         self._waiting: OrderedDict[EntryKey, _Sending] = OrderedDict()
 
-    def store_later(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None) -> None:
+    def store_later(
+        self,
+        key: EntryKey,
+        terminal: bytes,
+        *,
+        now: float,
+        history: HistoryChange | None,
+        chunks: bytes | None = None,
+    ) -> None:
         """An end that the store could not take (a full disk): tried again, or a restart would end the request once more."""
+        size = len(terminal) + len(chunks or b"")
+        size += 0 if history is None else len(encode({"": history.append}))
         with self._lock:
-            self._unstored[key] = (terminal, now, history)
-            if len(self._unstored) > _MAX_UNSTORED:
-                self._unstored.popitem(last=False)
+            self._unstored[key] = _Unstored(terminal, now, history, chunks, size)
+            held = sum(waiting.size for waiting in self._unstored.values())
+            while len(self._unstored) > _MAX_UNSTORED or (held > _MAX_UNSTORED_BYTES and len(self._unstored) > 1):
+                lost, waiting = self._unstored.popitem(last=False)
+                held -= waiting.size
+                log.error("journal.end_lost", request_id=lost.request_id, reason="the disk takes nothing for too long")
 
     def unstored(self, key: EntryKey) -> bytes | None:
         """The terminal event of a request whose end the store could not take yet."""
         with self._lock:
             found = self._unstored.get(key)
-        return found[0] if found is not None else None
+        return found.terminal if found is not None else None
+
+    def forget(self, session: tuple[str, str]) -> None:
+        """A reset: what the store could not take yet of this session's history is not stored later."""
+        with self._lock:
+            for key, waiting in self._unstored.items():
+                if waiting.history is not None and waiting.history.session == session:
+                    self._unstored[key] = replace(waiting, history=None)
 
     def send(
-        self, key: EntryKey, topic: str, terminal: bytes, correlation: bytes | None, *, share: Share = "event"
+        self,
+        key: EntryKey,
+        topic: str,
+        terminal: bytes,
+        correlation: bytes | None,
+        *,
+        share: Share = "event",
+        again: bool = False,
     ) -> None:
         """Publish a terminal event; what finds no place, or a defect of the link, is tried again by `sweep`. One that is told
-        again to whoever sent his request again is an answer."""
-        self._send(key, _Sending(topic, terminal, correlation, share))
+        again to whoever sent his request again is an answer.
+
+        `again`: its client may have lost chunks of which this end does not tell the text; they go before it.
+        """
+        self._send(key, _Sending(topic, terminal, correlation, share, again))
 
     def _send(self, key: EntryKey, sending: _Sending) -> None:
+        with self._lock:
+            before = self._waiting.get(key)
+            if before is not None:
+                if sending.again and not before.again:
+                    sending.share = before.share  # nobody has heard of this end yet
+                    self._keep_waiting(key, sending)
+                return
         try:
             waits = not self._publish(key, sending)
         except Exception:
@@ -76,14 +145,42 @@ class Redelivery:
             waits = True
         if waits:
             with self._lock:
-                self._waiting[key] = sending
-                if len(self._waiting) > _MAX_WAITING:
-                    self._waiting.popitem(last=False)
+                self._keep_waiting(key, sending)
+
+    def _keep_waiting(self, key: EntryKey, sending: _Sending) -> None:
+        held = sum(waiting.size() for waiting in self._waiting.values())
+        if held + sending.size() > _MAX_WAITING_BYTES:
+            sending.put_down()
+        self._waiting[key] = sending
+        if len(self._waiting) > _MAX_WAITING:
+            self._waiting.popitem(last=False)
+
+    def _prepare(self, key: EntryKey, sending: _Sending) -> bool:
+        """Have the events to send; False when the store has forgotten them. Raises StoreError."""
+        if sending.events:
+            return True
+        if sending.terminal is None:
+            entry = self._store.find(key)
+            sending.terminal = self.unstored(key) or (None if entry is None else entry.terminal)
+            if sending.terminal is None:
+                return False
+        chunks = self._recorded(key) if sending.again else []
+        sending.chunks = len(chunks)
+        sending.events = [*chunks, *fitted(sending.terminal, self._max_event_bytes())]
+        return True
+
+    def _recorded(self, key: EntryKey) -> list[bytes]:
+        with self._lock:
+            waiting = self._unstored.get(key)
+        record = self._store.chunks(key) if waiting is None else waiting.chunks
+        if record is None:
+            return []
+        return written(unpacked(record), request_id=key.request_id, session_id=key.session)
 
     def _publish(self, key: EntryKey, sending: _Sending) -> bool:
         """Publish what is left of it; False when the outbox is full."""
-        if not sending.events:
-            sending.events = fitted(sending.terminal, self._max_event_bytes())
+        if not self._prepare(key, sending):
+            return True
         while sending.sent < len(sending.events):
             payload = sending.events[sending.sent]
             is_end = sending.sent == len(sending.events) - 1
@@ -92,7 +189,7 @@ class Redelivery:
                 payload,
                 correlation=sending.correlation,
                 on_done=(lambda ok: self._done(key, sending, taken=ok)) if is_end else None,
-                share=sending.share,
+                share=sending.next_share(),
             )
             if published == "full":
                 return False
@@ -111,6 +208,12 @@ class Redelivery:
         rest = sending.events[sending.sent :]
         if all(len(event) <= limit for event in rest):
             return False
+        assert sending.terminal is not None
+        if sending.sent < sending.chunks:
+            # Chunks keep their borders: without the rest of them, the end alone.
+            sending.events[sending.sent :] = fitted(sending.terminal, limit)
+            sending.chunks = sending.sent
+            return True
         smaller = refitted(rest, sending.sent, limit) if sending.sent else fitted(sending.terminal, limit)
         sending.events[sending.sent :] = smaller
         return max(map(len, smaller)) <= limit
@@ -145,14 +248,18 @@ class Redelivery:
         for key, sending in waiting:
             try:
                 if not self._publish(key, sending):
-                    if sending.share == "answer":
+                    if sending.next_share() == "answer":
                         continue  # Their part of the outbox is full; there may be room for events.
                     return
+            except StoreError as problem:
+                log.warning("journal.failed", step="find", problem=str(problem), request_id=key.request_id)
+                return
             except Exception:
                 # Twice a defect: it is left to the next start, and holds up nobody else.
                 log.exception("terminal.failed", topic=sending.topic, request_id=key.request_id)
             with self._lock:
-                self._waiting.pop(key, None)
+                if self._waiting.get(key) is sending:
+                    del self._waiting[key]
 
     def _send_smaller(self) -> None:
         """Ends that the link gave up: a connection that takes smaller packets gets a smaller one."""
@@ -161,7 +268,9 @@ class Redelivery:
         for key, sending in given_up:
             if len(sending.events[-1]) > self._max_event_bytes():
                 log.info("terminal.shrunk", topic=sending.topic, request_id=key.request_id)
-                self._send(key, _Sending(sending.topic, sending.terminal, sending.correlation, sending.share))
+                self._send(
+                    key, _Sending(sending.topic, sending.terminal, sending.correlation, sending.share, sending.again)
+                )
             else:
                 # A broker that refuses an event for ever must not get it again at every start.
                 with self._lock:
@@ -169,10 +278,19 @@ class Redelivery:
 
     def _store_what_waits(self) -> None:
         with self._lock:
-            unstored = list(self._unstored.items())
-        for key, (terminal, now, history) in unstored:
+            keys = list(self._unstored)
+        for key in keys:
+            with self._lock:
+                waiting = self._unstored.get(key)
+            if waiting is None:
+                continue
+            history = waiting.history
             try:
-                self._store.finish(key, terminal, now=now, history=history)
+                self._store.finish(key, waiting.terminal, now=waiting.now, history=history, chunks=waiting.chunks)
+                with self._lock:
+                    now_waiting = self._unstored.get(key)
+                if history is not None and now_waiting is not None and now_waiting.history is None:
+                    self._store.reset(history.session)  # a reset came while we wrote
             except StoreError:
                 return
             except Exception:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from llamacpp_mqtt_deploy.core.chunk_record import Chunk, omits_text, packed, recorded, written
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.flow import FlowControl
@@ -64,6 +65,7 @@ class Responder:
         self._active_streams = active_streams
         self._lock = threading.Lock()
         self._published: dict[TextKind, list[str]] = {"content": [], "reasoning": []}
+        self._chunks: list[Chunk] = []
         self._told_calls = False
         self._settles = False
         self._wake_is_set = False
@@ -99,6 +101,7 @@ class Responder:
             self._holds = 0
             self._writer.next_seq = self.chunks = self._flow.sent = self._flow.acked = 0
             self._published = {"content": [], "reasoning": []}
+            self._chunks.clear()
             self._told_calls = False
             self.first_chunk_at = None
 
@@ -127,14 +130,36 @@ class Responder:
                 self._publish(self._writer.ping(state=state))
 
     def snapshot(self) -> bool:
-        """Tell what was published so far to a client that sent its request again; False when nothing may be told now."""
+        """Tell what was published so far to a client that sent its request again; False when nothing may be told now.
+
+        What does not fit into one event is told in the chunks that it was told in.
+        """
         with self._lock:
             if not self._may("snapshot"):
                 return False
             content, reasoning = ("".join(self._published[kind]) for kind in ("content", "reasoning"))
             self._look_at_limit()
-            self._publish(self._writer.snapshot(content=content, reasoning=reasoning), share="answer")
+            snapshot = self._writer.snapshot(content=content, reasoning=reasoning)
+            if omits_text(snapshot) and self._chunks:
+                self._repeat_chunks()
+            else:
+                self._publish(snapshot, share="answer")
             return True
+
+    def _repeat_chunks(self) -> None:
+        """Publish all chunks again, as far as there is place for them: whoever misses the rest asks again."""
+        if self._holds:
+            return  # the first of them are only about to go out
+        ids = {"request_id": self._writer.request_id, "session_id": self._writer.session_id}
+        for payload in written(self._chunks, **ids):
+            published = self._outbox.publish(self.topic, payload, correlation=self._correlation, share="answer")
+            if published != "queued":
+                return
+
+    def chunk_record(self) -> bytes | None:
+        """What the chunks said and where one ended, for the journal; None when there were none."""
+        with self._lock:
+            return packed(self._chunks) if self._chunks else None
 
     def _may(self, kind: Any) -> bool:
         return self._tells() and self._writer.allows(kind)
@@ -244,14 +269,18 @@ class Responder:
         if text and self._tells():
             if len(text) > _SURELY_FITS_CHARS:
                 self._look_at_limit()
+            payloads = self._writer.chunks(kind, text)
             self._published[kind].append(text)
-            self._publish_chunks(self._writer.chunks(kind, text))
+            self._chunks += recorded(kind, text, payloads)
+            self._publish_chunks(payloads)
 
     def _tell_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
         if self._tells():
             self._look_at_limit()
             self._told_calls = True
-            self._publish_chunks(self._writer.tool_calls(deltas))
+            payloads = self._writer.tool_calls(deltas)
+            self._chunks += recorded("tool_calls", list(deltas), payloads)
+            self._publish_chunks(payloads)
 
     def _look_at_limit(self) -> None:
         # Not once for each request: a broker may come back with a smaller limit.
@@ -273,6 +302,7 @@ class Responder:
         chunks = [event for event in events if event["type"] == "chunk"]
         self._flow.sent -= len(chunks)
         self._writer.next_seq -= len(chunks)
+        del self._chunks[self._writer.next_seq :]
         self.chunks = self._writer.next_seq
         if not self.chunks:
             self.first_chunk_at = None

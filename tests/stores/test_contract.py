@@ -66,6 +66,17 @@ def test_accepting_an_unfinished_request_again_changes_nothing(store: Store) -> 
     assert [e.key.request_id for e in store.unfinished()] == ["r1", "next"]
 
 
+def test_the_record_of_chunks_is_kept_with_the_end_and_goes_with_it(store: Store) -> None:
+    store.accept([entry(), entry("plain")])
+    assert store.chunks(key()) is None
+    store.finish(key(), b"end", now=NOW, chunks=b"record")
+    store.finish(key(), b"again", now=NOW, chunks=b"another")
+    store.finish(key("plain"), b"end", now=NOW)
+    assert [store.chunks(key(name)) for name in ("r1", "plain", "unknown")] == [b"record", None, None]
+    store.accept([entry()])
+    assert store.chunks(key()) is None
+
+
 def test_accepting_an_ended_request_again_begins_anew_at_the_end_of_the_line(store: Store) -> None:
     store.accept([entry(), entry("next")])
     store.mark_started(key())

@@ -29,6 +29,7 @@ class _Record:
 
     entry: Entry
     ended_order: int
+    chunks: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -96,7 +97,15 @@ class ModelStore:
             if record is not None and record.entry.state == "accepted":
                 record.entry = replace(record.entry, state="streaming")
 
-    def finish(self, key: EntryKey, terminal: bytes, *, now: float, history: HistoryChange | None = None) -> None:
+    def finish(
+        self,
+        key: EntryKey,
+        terminal: bytes,
+        *,
+        now: float,
+        history: HistoryChange | None = None,
+        chunks: bytes | None = None,
+    ) -> None:
         # Encoded first: what JSON cannot hold must not leave half of the change behind.
         appended = [] if history is None else [(_role(m), orjson.dumps(m)) for m in history.append]
         with self._lock:
@@ -109,8 +118,15 @@ class ModelStore:
                     record.entry, state="ended", terminal=terminal, payload=b"", delivered=False, ended_at=now
                 )
                 record.ended_order = self._next()
+                record.chunks = chunks
             if history is not None:
                 self._change(history, appended, now)
+
+    def chunks(self, key: EntryKey) -> bytes | None:
+        with self._lock:
+            self._check_open()
+            record = self._records.get(key)
+            return None if record is None else record.chunks
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None:
         with self._lock:

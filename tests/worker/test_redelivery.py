@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published, StoreError
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, HistoryChange, Published, StoreError
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
@@ -135,3 +135,35 @@ def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None
     assert redelivery.unstored(KEY) is None
     assert store.unfinished() == []
     assert store.undelivered() == []
+
+
+def test_a_history_that_the_disk_refused_does_not_come_back_after_a_reset() -> None:
+    store = FullDisk(None)
+    _store(store)
+    session = ("default", "demo")
+    redelivery = Redelivery(outbox=Outbox(), store=store, max_event_bytes=lambda: 1024)
+    history = HistoryChange(session=session, append=({"role": "user", "content": "secret"},))
+    redelivery.store_later(KEY, b"end", now=1.0, history=history)
+    redelivery.forget(("default", "another"))
+    redelivery.forget(session)
+    store.full = False
+    redelivery.sweep()
+    assert store.unfinished() == []
+    assert store.history(session) == ()
+
+
+def test_a_reset_while_the_history_is_being_stored_wins() -> None:
+    session = ("default", "demo")
+
+    class Slow(SqliteStore):
+        def finish(self, *args: Any, **kwargs: Any) -> None:
+            super().finish(*args, **kwargs)
+            redelivery.forget(session)
+
+    store = Slow(None)
+    _store(store)
+    redelivery = Redelivery(outbox=Outbox(), store=store, max_event_bytes=lambda: 1024)
+    history = HistoryChange(session=session, append=({"role": "user", "content": "secret"},))
+    redelivery.store_later(KEY, b"end", now=1.0, history=history)
+    redelivery.sweep()
+    assert store.history(session) == ()

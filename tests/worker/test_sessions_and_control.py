@@ -8,7 +8,7 @@ import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import PromptProgress
 from llamacpp_mqtt_deploy.core.errors import EngineFailed
-from llamacpp_mqtt_deploy.ports import EntryKey
+from llamacpp_mqtt_deploy.ports import EntryKey, StoreError
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
@@ -317,3 +317,20 @@ def test_forgetting_a_session_says_how_many_requests_it_cancelled(bus: Bus, acti
     bus.listener.until(type="queued", request_id="r2")
     bus.control(action)
     assert bus.listener.until(type="ack", action=action)["cancelled"] == 2
+
+
+def test_a_reset_forgets_what_a_full_disk_could_not_take_yet(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = bus.worker()
+    store = worker.daemon.parts.store
+    with monkeypatch.context() as full_disk:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise StoreError("no space left")
+
+        full_disk.setattr(store, "finish", refuse)
+        bus.ask("secret", request_id="r1")
+        bus.listener.terminal("r1")
+        bus.control("reset")
+        bus.listener.until(type="ack", action="reset", status="ok")
+    eventually(lambda: store.unfinished() == [])
+    assert store.history(("default", "demo")) == ()
