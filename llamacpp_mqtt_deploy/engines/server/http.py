@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -147,13 +148,18 @@ class HttpExchange:
         self._line.release()
 
     def send(self, method: str, path: str, content: bytes | None = None, *, timeout_s: float) -> None:
-        """Send the request and wait for the headers, at most `timeout_s` in silence.
+        """Send the request and wait for the headers, at most `timeout_s` altogether once connected.
 
         Raises `ConnectFailed`, `NoAnswer`, `Silent`.
         """
         headers = dict(self._headers)
         if content is not None:
             headers["Content-Type"] = "application/json"
+        # The timeout of the socket is one of silence, and whoever sends headers byte by byte is never silent.
+        late = threading.Event()
+        alarm = threading.Timer(self._connect_timeout_s + timeout_s, self._cut_late, [late])
+        alarm.daemon = True
+        alarm.start()
         try:
             self._response = self._session.request(
                 method,
@@ -168,8 +174,18 @@ class HttpExchange:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
             # AttributeError: urllib3 looks for the socket of a connection that was reset during its handshake.
+            if late.is_set():
+                raise Silent(f"no answer within {timeout_s:g} s") from error
             failure = NoAnswer if self._line.connected else ConnectFailed
             raise failure(reason_of(error)) from error
+        finally:
+            alarm.cancel()
+        if late.is_set():  # cut in the middle of the headers, which http.client takes for their end
+            raise Silent(f"no answer within {timeout_s:g} s")
+
+    def _cut_late(self, late: threading.Event) -> None:
+        late.set()
+        self._line.cut()
 
     @property
     def status(self) -> int:

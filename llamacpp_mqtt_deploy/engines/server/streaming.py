@@ -8,13 +8,14 @@ import socket
 import ssl
 import time
 from collections.abc import Iterable
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self, cast
 from urllib.parse import urlsplit
 
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
+from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder, PlainBody
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
@@ -77,7 +78,7 @@ class StreamingExchange:
     # --- the request and the headers -----------------------------------------------------------------------------------
 
     def send(self, path: str, content: bytes, *, timeout_s: float) -> None:
-        """Send the request and wait for the headers, at most `timeout_s` in silence.
+        """Send the request and wait for the headers, at most `timeout_s` altogether.
 
         Raises `ConnectFailed`, `NoAnswer`, `Silent`.
         """
@@ -89,9 +90,12 @@ class StreamingExchange:
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: the answer says why
                 self._socket.sendall(self._head(path, len(content)) + content)
-            self._reader = cast("BufferedReader", self._socket.makefile("rb", READ_BYTES))
+            raw = _SocketReader(self._socket, ends_at=time.monotonic() + timeout_s)
+            self._reader = BufferedReader(raw, READ_BYTES)
             self._response = response = http.client.HTTPResponse(cast("socket.socket", _Readable(self._reader)))
             response.begin()
+            raw.ends_at = None
+            self._socket.settimeout(timeout_s)
         except TimeoutError as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -194,6 +198,28 @@ class StreamingExchange:
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
             return self._socket, self._reader.peek()
         return self._socket, b""
+
+
+class _SocketReader(RawIOBase):
+    """Reads a socket, until `ends_at` (monotonic seconds) where that is set: a server that sends headers byte by byte is never
+    silent, and never done. Closing it leaves the socket open."""
+
+    def __init__(self, source: socket.socket, *, ends_at: float) -> None:
+        self._source = source
+        self.ends_at: float | None = ends_at
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: Any) -> int | None:
+        if self.ends_at is not None:
+            self._source.settimeout(max(0.001, self.ends_at - time.monotonic()))
+        try:
+            return self._source.recv_into(buffer)
+        except BlockingIOError:
+            return None
 
 
 class _Readable:
