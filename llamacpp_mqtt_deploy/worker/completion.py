@@ -104,8 +104,9 @@ class Completion:
     def _told(self, job: Job) -> Told:
         """Close the chunks. One that is paced ends with what was told; every other is told to where the engine came."""
         catch_up = job.phase != "pacing"
-        if catch_up and job.answer.begun and not job.responder.silent and not job.responder.chunks:
-            self._marks.streaming(job.key)
+        begins = not (job.responder.silent or job.responder.withheld or job.responder.chunks)
+        if catch_up and job.answer.begun and begins and not self._marks.streaming(job.key):
+            job.responder.withhold_text()
         return job.responder.close_text(content=job.answer.text(), reasoning=job.answer.thoughts(), catch_up=catch_up)
 
     def _done_fields(self, job: Job, finish_reason: FinishReason, told: Told) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
 from llamacpp_mqtt_deploy.core.counts import checked_end
 from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, Opened, PromptProgress, Reasoning, Text, ToolCall
-from llamacpp_mqtt_deploy.ports import Pending
+from llamacpp_mqtt_deploy.ports import Pending, StoreError
 from llamacpp_mqtt_deploy.worker.jobs import Job
 
 # Protocol, section 3: `progress` at most twice a second. The first one goes at once when there is work worth telling of.
@@ -122,11 +122,19 @@ class Forwarder:
     def _await_marking(self) -> None:
         """Before the first chunk: from here on the request is never started again, also after a crash."""
         self._begin_marking()
-        if self._marking is not None and not self._marking.done():
-            responder = self._job.responder
-            responder.hold()
+        responder = self._job.responder
+        if self._marking is None:
+            responder.withhold_text()
+            return
+        responder.hold()
+
+        def over(problem: StoreError | None) -> None:
             # In the store's thread, at once: the end of this request, should it follow closely, is stored after this.
-            self._marking.on_done(lambda _problem: responder.release())
+            if problem is not None:
+                responder.withhold_text()
+            responder.release()
+
+        self._marking.on_done(over)
 
     def _tell_text(self, text: str) -> None:
         if self._sentences is None:

@@ -130,13 +130,16 @@ class Generation:
     def _pace(self, job: Job, finished: Finished) -> None:
         streaming = self._policies().settings.streaming
         self._registry.release_slot(job, pacing=True)
+        if not self._marks.streaming(job.key):
+            job.responder.withhold_text()
+            self._completion.done(job, finished.finish_reason)
+            return
         SimulatedStream(
             job=job,
             finish_reason=finished.finish_reason,
             completion=self._completion,
             loop=self._loop,
             background=self._background,
-            before_first=lambda job: self._marks.streaming(job.key),
             chunk_chars=streaming.chunk_chars,
             interval_s=streaming.chunk_interval_s,
         ).start()

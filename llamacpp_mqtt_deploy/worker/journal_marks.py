@@ -22,12 +22,14 @@ class JournalMarks:
         except StoreError as problem:
             _failed("mark_started", key, problem)
 
-    def streaming(self, key: EntryKey) -> None:
-        """Waits for the disk."""
+    def streaming(self, key: EntryKey) -> bool:
+        """Waits for the disk; False when it failed."""
         try:
             self._store.mark_streaming(key)
         except StoreError as problem:
             _failed("mark_streaming", key, problem)
+            return False
+        return True
 
     def streaming_soon(self, key: EntryKey) -> Pending | None:
         """Only begins to write; None when that failed already."""

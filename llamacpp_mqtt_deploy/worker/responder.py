@@ -23,6 +23,9 @@ _AFTER_READER_S = 0.001
 _SURELY_FITS_CHARS = 100
 
 
+_TYPE_WITHIN_BYTES = 30
+
+
 class Responder:
     """The event stream of one request, from `queued` to the terminal event; may be called from any thread.
 
@@ -71,6 +74,8 @@ class Responder:
         self._wake_is_set = False
         self.overflowed = False
         """The outbox did not take an event: the chunks end there, whatever the engine has said since."""
+        self.withheld = False
+        """No chunk is told; see `withhold_text`."""
         self._closed = False
         self._holds = 0
         self._held: list[tuple[bytes, Callable[[bool], None] | None, Share]] = []
@@ -104,6 +109,17 @@ class Responder:
             self._chunks.clear()
             self._told_calls = False
             self.first_chunk_at = None
+
+    def withhold_text(self) -> None:
+        """The journal could not note that the stream begins: after a crash the request would start again, and another text
+        follow on the first. So no chunk is told, and the terminal event tells everything."""
+        with self._lock:
+            if self._writer.next_seq and not self._holds:
+                return  # too late
+            self.withheld = True
+            chunks = [held for held in self._held if b'"type":"chunk"' in held[0][:_TYPE_WITHIN_BYTES]]
+            self._held = [held for held in self._held if held not in chunks]
+            self._untell([payload for payload, *_ in chunks])
 
     # --- what is not a chunk -------------------------------------------------------------------------------------------
 
@@ -220,7 +236,7 @@ class Responder:
         """
         with self._lock:
             self._flush()
-            if self.silent:
+            if self.silent or self.withheld:
                 told = Told(content, reasoning, calls=True)
             else:
                 if catch_up:
@@ -266,7 +282,7 @@ class Responder:
                 self._tell(kind, text[start : start + self._max_chars] if len(text) > self._max_chars else text)
 
     def _tell(self, kind: TextKind, text: str) -> None:
-        if text and self._tells():
+        if text and self._tells() and not self.withheld:
             if len(text) > _SURELY_FITS_CHARS:
                 self._look_at_limit()
             payloads = self._writer.chunks(kind, text)
@@ -275,7 +291,7 @@ class Responder:
             self._publish_chunks(payloads)
 
     def _tell_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
-        if self._tells():
+        if self._tells() and not self.withheld:
             self._look_at_limit()
             self._told_calls = True
             payloads = self._writer.tool_calls(deltas)
@@ -333,14 +349,14 @@ class Responder:
         """
         with self._lock:
             self._end()
-            return self._writer.done(fields, whole=self.silent)
+            return self._writer.done(fields, whole=self.silent or self.withheld)
 
     def error(self, *, code: str, message: str, retryable: bool, details: Mapping[str, Any]) -> bytes:
         """Close the stream with `error`; as `done`."""
         with self._lock:
             self._end()
             return self._writer.error(
-                code=code, message=message, retryable=retryable, details=details, whole=self.silent
+                code=code, message=message, retryable=retryable, details=details, whole=self.silent or self.withheld
             )
 
     def _end(self) -> None:

@@ -31,7 +31,6 @@ class SimulatedStream:
         completion: Completion,
         loop: IoLoop,
         background: Background,
-        before_first: Callable[[Job], None],
         chunk_chars: int,
         interval_s: float,
     ) -> None:
@@ -40,14 +39,12 @@ class SimulatedStream:
         self._completion = completion
         self._loop = loop
         self._background = background
-        self._before_first = before_first
         self._interval_s = interval_s
         self._pieces = _cut(job.answer, chunk_chars, by_sentence=job.request.stream == "sentence")
         self._due: list[tuple[TextKind, str]] = []
 
     def start(self) -> None:
-        """Write to the journal that the stream begins, and begin. The steps run in the loop, which never waits for the store."""
-        self._before_first(self._job)
+        """Begin; the journal knows that the stream begins. The steps run in the loop, which never waits for the store."""
         self._job.stop.on_stop(lambda: self._end(lambda: self._completion.stopped(self._job)))
         self._loop.soon(self._step)
 
