@@ -12,6 +12,7 @@ import structlog
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
 from llamacpp_mqtt_deploy.core.history import fit, pending_tool_calls
+from llamacpp_mqtt_deploy.core.kept_messages import mended
 from llamacpp_mqtt_deploy.ports import Engine, Store, StoreError
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies, RoutePolicy
@@ -84,7 +85,7 @@ class PromptBuilder:
         if job.request.new:
             return ()
         try:
-            return self._store.history((job.key.route, job.key.session))
+            return mended(self._store.history((job.key.route, job.key.session)))
         except StoreError as problem:
             log.error("history.unreadable", problem=str(problem), session=job.key.session)
             return ()

@@ -8,7 +8,7 @@ import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import PromptProgress
 from llamacpp_mqtt_deploy.core.errors import EngineFailed
-from llamacpp_mqtt_deploy.ports import EntryKey, StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, StoreError
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
@@ -334,3 +334,30 @@ def test_a_reset_forgets_what_a_full_disk_could_not_take_yet(bus: Bus, monkeypat
         bus.listener.until(type="ack", action="reset", status="ok")
     eventually(lambda: store.unfinished() == [])
     assert store.history(("default", "demo")) == ()
+
+
+@pytest.mark.parametrize("odd", [7, [1], {"a": 1}, None])
+def test_a_session_whose_kept_calls_are_of_odd_types_goes_on(bus: Bus, odd: Any) -> None:
+    engine = ScriptedEngine()
+    worker = bus.worker(engine)
+    call = {"id": odd, "type": "function", "function": {"name": odd, "arguments": odd}}
+    worker.daemon.parts.store.finish(
+        EntryKey("default", "demo", "earlier"),
+        b"{}",
+        now=1.0,
+        history=HistoryChange(
+            session=("default", "demo"),
+            append=(
+                {"role": "user", "content": "look"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": odd, "content": "a wall"},
+            ),
+        ),
+    )
+    bus.ask("go on", request_id="r1")
+    assert bus.listener.terminal("r1")["type"] == "done"
+    for message in engine.calls[0].messages:
+        for told in message.get("tool_calls", ()):
+            assert isinstance(told["id"], str)
+            assert isinstance(told["function"]["name"], str)
+        assert isinstance(message.get("tool_call_id", ""), str)
