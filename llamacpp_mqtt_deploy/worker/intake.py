@@ -236,14 +236,15 @@ class Intake:
 
     def _let_go(self, accepted: list[_Accepted]) -> None:
         """Let these requests run."""
-        waiting = [item.job for item in accepted if self._registry.must_wait(item.job)]
-        positions = self._registry.positions() if waiting else {}
-        self._registry.commit([item.job for item in accepted])
-        for item in accepted:
-            job = item.job
+        jobs = [item.job for item in accepted]
+        for job in jobs:
             if self._registry.was_cancelled(job):
-                self._controls.cancel(job)
-            elif job in waiting and job.key in positions:
+                self._controls.cancel(job)  # while it is still held: a quick engine would be done first
+        waiting = [job for job in jobs if self._registry.must_wait(job)]
+        positions = self._registry.positions() if waiting else {}
+        self._registry.commit(jobs)
+        for job in waiting:
+            if job.key in positions:
                 job.position = positions[job.key]
                 job.responder.queued(position=job.position, reason=job.wait_reason)
 

@@ -94,10 +94,10 @@ def test_an_entry_that_failed_in_the_line_leaves_no_place_and_no_session_behind(
 def test_an_entry_for_which_no_end_can_be_made_is_not_tried_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     send = Redelivery.send
 
-    def picky(redelivery: Redelivery, key: EntryKey, *more: Any) -> None:
+    def picky(redelivery: Redelivery, key: EntryKey, *more: Any, **named: Any) -> None:
         if key.request_id == "bad":
             raise RuntimeError("a defect with this end")
-        send(redelivery, key, *more)
+        send(redelivery, key, *more, **named)
 
     monkeypatch.setattr(Redelivery, "send", picky)
     ended = _entry("bad", state="ended", terminal=b"{}", payload=b"")

@@ -158,6 +158,7 @@ def test_a_cancel_that_comes_before_its_request_ends_it_at_once(bus: Bus) -> Non
     assert bus.listener.until(type="ack", action="cancel")["state"] == "unknown"
     bus.ask("one", request_id="r1")
     assert bus.listener.terminal("r1")["finish_reason"] == "cancelled"
+    assert not engine.calls, "the engine is not asked for what nobody wants"
 
 
 def test_a_flood_of_cancels_for_nothing_forgets_nobody_elses(bus: Bus) -> None:
