@@ -243,6 +243,21 @@ def test_a_long_conversation_costs_at_most_four_questions() -> None:
         assert counter.asked <= 4
 
 
+def test_four_misleading_counts_are_followed_before_the_search_goes_on_by_halves() -> None:
+    asked: list[int] = []
+
+    def one_too_many(messages: Sequence[Message]) -> int:
+        asked.append(len(messages) // 2)  # exchanges that are kept
+        return 1001  # hardly too much, so the next guess is hardly less
+
+    history = flat([(user("q" * 60), assistant("a" * 60))] * 40)
+    fit(history, system_prompt=None, newest=[user("c")], budget_tokens=1000, count=one_too_many)
+    steps = [more - fewer for more, fewer in pairwise(asked)]
+    assert asked[0] == 40  # all of it first
+    assert max(steps[:3]) < 10
+    assert steps[3] > 15
+
+
 def test_a_history_of_megabytes_is_cut_down_before_the_engine_is_asked() -> None:
     longest = 0
 
@@ -271,8 +286,8 @@ def test_without_a_budget_everything_is_kept_and_nothing_asked() -> None:
     counter = Counter()
     history = flat([(user("q" * 500), assistant("a" * 1500))] * 100)
     fitted = fit(history, system_prompt=None, newest=[user("c")], budget_tokens=None, count=counter)
-    assert fitted == Fitted(messages=(*history, user("c")))
-    assert counter.asked == 0
+    assert (fitted.messages, fitted.dropped_messages) == ((*history, user("c")), 0)
+    assert (fitted.tokens, fitted.estimated, counter.asked) == (None, False, 0)
 
 
 @pytest.mark.parametrize("answers", [0, 1, 2])

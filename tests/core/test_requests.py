@@ -168,6 +168,8 @@ def test_wishes_over_the_limits_are_lowered_with_a_warning() -> None:
     assert "max_tokens was lowered from 5000" in " ".join(found.warnings)
     assert ask(max_tokens=10**18).sampling["max_tokens"] == 1000
     assert ask(timeout_s=1).timeout_s == 1
+    at_its_limit = ask(timeout_s=600)
+    assert (at_its_limit.timeout_s, at_its_limit.warnings) == (600, ())
     assert ask().warnings == ()
 
 

@@ -358,10 +358,10 @@ def _imports(source: bytes) -> set[str]:
     return names
 
 
-def every_mutation(only: str = "") -> list[Mutation]:
-    paths = sorted(path for folder in FOLDERS for path in (ROOT / PACKAGE / folder).glob("*.py"))
-    names = [str(path.relative_to(ROOT)) for path in paths]
-    return [change for name in names if only in name for change in mutations(name, (ROOT / name).read_bytes())]
+def every_mutation(only: str = "", *, root: Path = ROOT) -> list[Mutation]:
+    paths = sorted(path for folder in FOLDERS for path in (root / PACKAGE / folder).glob("*.py"))
+    names = [str(path.relative_to(root)) for path in paths]
+    return [change for name in names if only in name for change in mutations(name, (root / name).read_bytes())]
 
 
 def main() -> int:
@@ -378,9 +378,8 @@ def main() -> int:
     )
     parser.add_argument("--list", action="store_true", help="show the changes, try none")
     wishes = parser.parse_args()
-    found = every_mutation(wishes.only)
-    samples = {seed: random.Random(seed).sample(found, min(wishes.count, len(found))) for seed in wishes.seed}
     if wishes.list:
+        samples = _samples(every_mutation(wishes.only), wishes.seed, wishes.count)
         for mutation in (mutation for chosen in samples.values() for mutation in chosen):
             print(f"{mutation.path}:{mutation.line}\n{mutation.diff((ROOT / mutation.path).read_bytes())}")
         return 0
@@ -388,6 +387,8 @@ def main() -> int:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         tree = Tree(Path(folder))
+        found = every_mutation(wishes.only, root=tree.root)  # the working tree may change meanwhile
+        samples = _samples(found, wishes.seed, wishes.count)
         if (failure := tree.watch(2 * wishes.limit_s)) is not None:
             print(f"The tests fail without any change: {failure}", file=sys.stderr)
             return 2
@@ -401,6 +402,10 @@ def main() -> int:
             )
             survivors += survived
     return 1 if survivors else 0
+
+
+def _samples(found: Sequence[Mutation], seeds: Sequence[int], count: int) -> dict[int, list[Mutation]]:
+    return {seed: random.Random(seed).sample(found, min(count, len(found))) for seed in seeds}
 
 
 def _survives(tree: Tree, mutation: Mutation, limit_s: float) -> bool:

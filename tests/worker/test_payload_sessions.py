@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
+from llamacpp_mqtt_deploy.worker.answers import Answers
 from tests.support.whole_worker import Bus
 
 GAME: dict[str, Any] = {
@@ -62,11 +63,16 @@ def test_a_refusal_goes_to_the_session_in_the_payload(bus: Bus, payload: bytes, 
         b"plain text",
     ],
 )
-def test_nothing_is_published_for_a_session_that_cannot_be_read(bus: Bus, payload: bytes) -> None:
+def test_nothing_is_published_for_a_session_that_cannot_be_read(
+    bus: Bus, payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals: list[object] = []
+    monkeypatch.setattr(Answers, "publish", lambda _, *answer, **more: refusals.append((answer, more)))
     bus.worker(**GAME)
     _publish(bus, payload)
     _publish(bus, b'{"sessionId":"after","message":{"text":"x"}}')
     _event(bus, "after", type="done")
+    assert refusals == []
     topics = {event["_topic"] for event in bus.listener.events if event["_topic"].startswith("game/")}
     assert topics == {"game/assistant_response/after"}
 
