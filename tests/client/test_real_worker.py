@@ -18,6 +18,7 @@ from tests.client.worker import PASSWORDS
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
 from tests.support.sham_server import DONE, ShamServer, delta, stream
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
@@ -41,7 +42,9 @@ def working(engine_url: str, guarded: Mosquitto, environment: dict[str, str], tm
         )
     try:
         with BusClient("127.0.0.1", guarded.port, username="alice", password=PASSWORDS["alice"]) as client:
-            assert client.status(wait_s=30)["real"]["state"] == "online", (tmp_path / "worker.log").read_text()
+            client.status(wait_s=30)
+            # A worker that starts says `offline` until it is subscribed.
+            eventually(lambda: client.status()["real"]["state"] == "online", 30.0)
             yield client
     finally:
         worker.terminate()
