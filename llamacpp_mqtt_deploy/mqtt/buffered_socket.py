@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
+import sys
 
 READ_BYTES = 65_536
 MOST_UNSENT_BYTES = 256 * 1024
 """Beyond it the writer is told to try again, as by a full socket: large events are not held twice."""
+
+_QUICK_READS = 16
+"""So many reads at the start of a connection are acknowledged by TCP at once. CONNACK, SUBACK and retained messages come in turn
+with what we send: where the broker leaves Nagle's algorithm on (mosquitto's default), each delayed acknowledgement of ours
+would hold back the next of them for 40 ms."""
 
 
 class BufferedSocket:
@@ -24,6 +31,7 @@ class BufferedSocket:
         self._ahead = memoryview(b"")
         self._dry = False
         self._failure: OSError | None = None
+        self._quick_reads = _QUICK_READS if sock.family in (socket.AF_INET, socket.AF_INET6) else 0
         self._tls: ssl.SSLSocket | None = sock if isinstance(sock, ssl.SSLSocket) else None
 
     # --- what paho calls -----------------------------------------------------------------------------------------------
@@ -49,6 +57,8 @@ class BufferedSocket:
             if self._failure is not None:
                 raise self._failure
             read = self._socket.recv(READ_BYTES)
+            if self._quick_reads:
+                self._acknowledge_quickly()
             if not read:
                 return read
             # TLS gives a record at a time and may hold another.
@@ -56,6 +66,13 @@ class BufferedSocket:
             ahead = memoryview(read)
         self._ahead = ahead[size:]
         return bytes(ahead[:size])
+
+    def _acknowledge_quickly(self) -> None:
+        self._quick_reads -= 1
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                # The kernel falls back to delayed ones by itself, so it is told again and again.
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def pending(self) -> int:
         """Bytes that can be read although the socket does not show it."""
