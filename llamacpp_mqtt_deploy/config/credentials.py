@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.config.settings import EngineSettings, Settings
 
 MQTT_PASSWORD = "mqtt-password"  # noqa: S105 - the name of a credential
 ENGINE_API_KEY = "engine-api-key"
@@ -32,7 +32,12 @@ def engine_api_key(settings: Settings, *, environ: Mapping[str, str] = os.enviro
 
     None when there is none; an empty credential counts as none. Raises CredentialError.
     """
-    return _secret(settings.engine.api_key, settings.engine.api_key_file, ENGINE_API_KEY, environ)
+    return server_key(settings.engine, environ=environ)
+
+
+def server_key(engine: EngineSettings, *, environ: Mapping[str, str] = os.environ) -> str | None:
+    """As `engine_api_key`, for whoever knows the engine's settings alone; an empty `environ` names no credential."""
+    return _secret(engine.api_key, engine.api_key_file, ENGINE_API_KEY, environ)
 
 
 def _secret(value: SecretStr | None, file: Path | None, name: str, environ: Mapping[str, str]) -> str | None:

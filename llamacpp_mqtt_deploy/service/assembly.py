@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import SecretStr
-
+from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import Settings
@@ -204,13 +203,12 @@ class Parts:
 
 def make_engine(settings: Settings, loop: IoLoop) -> Engine:
     """The engine that `engine.kind` names."""
-    key = engine_api_key(settings)
-    engine = settings.engine.model_copy(update={"api_key": SecretStr(key) if key else None, "api_key_file": None})
+    engine = settings.engine
     match engine.kind:
         case "server":
             from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 
-            return ServerEngine(engine, loop=loop)
+            return ServerEngine(engine, loop=loop, read_key=lambda: _hidden(engine_api_key(settings)))
         case "managed":
             from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
 
@@ -232,4 +230,12 @@ def make_link(settings: Settings, loop: IoLoop) -> Link:
     """The link to the broker of `[mqtt]`."""
     from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 
-    return MqttLink(settings.mqtt, client_id=client_id(settings), password=lambda: mqtt_password(settings), loop=loop)
+    return MqttLink(
+        settings.mqtt, client_id=client_id(settings), password=lambda: _hidden(mqtt_password(settings)), loop=loop
+    )
+
+
+def _hidden(secret: str | None) -> str | None:
+    """A secret that may have been renewed on disk since the log was told what to hide."""
+    logs.hide(secret)
+    return secret

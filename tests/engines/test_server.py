@@ -259,6 +259,45 @@ def test_a_key_file_that_is_missing_is_found_at_the_start(sham: ShamServer, tmp_
         engine_for(sham, api_key_file=tmp_path / "none")
 
 
+def test_a_key_that_is_renewed_on_disk_is_used_at_the_next_request(sham: ShamServer, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("first-key\n")
+    engine = engine_for(sham, api_key_file=file)
+    sham.on(CHAT, GOOD)
+    play(engine)
+    file.write_text("second-key\n")
+    assert engine.probe().state == "ready"
+    assert sham.asked[-1][1]["authorization"] == "Bearer second-key"
+    play(engine)
+    assert sham.asked[-1][1]["authorization"] == "Bearer second-key"
+
+
+@pytest.mark.parametrize("gone", [Path.unlink, Path.touch], ids=["missing", "empty"])
+def test_a_key_file_that_is_just_being_replaced_leaves_the_last_key(
+    gone: Callable[[Path], None], sham: ShamServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("first-key\n")
+    engine = engine_for(sham, api_key_file=file)
+    file.write_text("")
+    gone(file)
+    sham.on(CHAT, GOOD)
+    play(engine)
+    assert sham.asked[-1][1]["authorization"] == "Bearer first-key"
+
+
+def test_neither_the_renewed_key_nor_the_one_before_is_shown_in_an_error(sham: ShamServer, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("first-key\n")
+    engine = engine_for(sham, api_key_file=file)
+    file.write_text("second-key\n")
+    sham.on(CHAT, reply(500, {"error": {"message": "neither first-key nor second-key is good"}}))
+    with pytest.raises(RequestError) as caught:
+        play(engine)
+    assert "first-key" not in caught.value.message
+    assert "second-key" not in caught.value.message
+
+
 def test_a_server_that_refuses_the_key_is_reported_as_failed(sham: ShamServer) -> None:
     sham.on("/props", reply(401, {"error": {"message": "Invalid API Key"}}))
     info = engine_for(sham).probe()

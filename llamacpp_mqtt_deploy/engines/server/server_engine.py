@@ -10,6 +10,7 @@ from dataclasses import replace
 import orjson
 import structlog
 
+from llamacpp_mqtt_deploy.config.credentials import CredentialError, server_key
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.completions import error_from
 from llamacpp_mqtt_deploy.core.control_tokens import WARNING, clean_call
@@ -22,6 +23,7 @@ from llamacpp_mqtt_deploy.core.errors import (
 )
 from llamacpp_mqtt_deploy.engines.draining import drain
 from llamacpp_mqtt_deploy.engines.server import dialects
+from llamacpp_mqtt_deploy.engines.server.api_key import ApiKey
 from llamacpp_mqtt_deploy.engines.server.controls import LearnedControls, unproven
 from llamacpp_mqtt_deploy.engines.server.describing import Description, NotDescribed, describe
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
@@ -46,17 +48,24 @@ __all__ = ["ServerEngine", "SlotProgress"]
 class ServerEngine:
     """Speaks to one server. Holds no connection between calls and no thread of its own; see `ports.Engine`.
 
-    `loop` reads the answers of `pump`; without it the calling thread does.
+    `loop` reads the answers of `pump`; without it the calling thread does. `read_key` gives the API key, each time that it is
+    wanted; without it the settings say where it is.
     """
 
     def __init__(
-        self, settings: EngineSettings, *, url: str | None = None, kind: str = "server", loop: IoLoop | None = None
+        self,
+        settings: EngineSettings,
+        *,
+        url: str | None = None,
+        kind: str = "server",
+        loop: IoLoop | None = None,
+        read_key: Callable[[], str | None] | None = None,
     ) -> None:
         self._settings = settings
         self._address = ServerAddress(url or settings.url)
         self._kind = kind
         self._loop = loop
-        self._api_key: str | None = settings.api_key.get_secret_value() if settings.api_key else None
+        self._key = ApiKey(read_key or (lambda: server_key(settings, environ={})))
         self._lock = threading.Lock()  # guards the three below; held for arithmetic only
         self._dialect: dialects.Dialect | None = None if settings.dialect == "auto" else settings.dialect
         self._described = False
@@ -76,13 +85,10 @@ class ServerEngine:
         """Read the key; nothing is asked yet. Raises ValueError when a file is missing that the settings name."""
         if self._settings.ca_file is not None and not self._settings.ca_file.is_file():
             raise ValueError(f"engine.ca_file: there is no file {self._settings.ca_file}")
-        path = self._settings.api_key_file
-        if self._api_key is None and path is not None:
-            try:
-                lines = path.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"engine.api_key_file: {path} cannot be read: {error}") from error
-            self._api_key = lines[0].strip() if lines else None
+        try:
+            self._key.open()
+        except CredentialError as error:
+            raise ValueError(f"engine.api_key_file: {error}") from error
 
     def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
         deadline = None if timeout_s is None else Deadline(timeout_s)
@@ -180,9 +186,9 @@ class ServerEngine:
         except RequestError as error:
             if stop.is_set():
                 raise Stopped(stop.reason) from error
-            if self._api_key and self._api_key in error.message:
-                without = type(error)(error.message.replace(self._api_key, "[key]"), **error.details)
-                without.quoted = error.quoted.replace(self._api_key, "[key]")
+            if (message := self._key.hidden(error.message)) != error.message:
+                without = type(error)(message, **error.details)
+                without.quoted = self._key.hidden(error.quoted)
                 raise without from None
             raise
 
@@ -239,7 +245,7 @@ class ServerEngine:
         self._refuse_when_closed()
         exchange = StreamingExchange(
             self._address,
-            api_key=self._api_key,
+            api_key=self._key.current(),
             connect_timeout_s=self._settings.connect_timeout_s,
             ca_file=self._settings.ca_file,
             stops=(stop, self._closing),
@@ -318,7 +324,7 @@ class ServerEngine:
         limit_s = self._settings.connect_timeout_s
         return HttpExchange(
             self._address,
-            api_key=self._api_key,
+            api_key=self._key.current(),
             connect_timeout_s=limit_s if connect_timeout_s is None else min(limit_s, connect_timeout_s),
             ca_file=self._settings.ca_file,
             stops=(*stops, self._closing),
