@@ -12,6 +12,7 @@ from tests.support.amqtt_broker import AmqttBroker
 from tests.support.cable import Cable
 from tests.support.certificates import Authority
 from tests.support.mosquitto import Mosquitto
+from tests.support.other_brokers import OtherBroker
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +44,23 @@ def amqtt_broker() -> Iterator[AmqttBroker]:
     broker = AmqttBroker().start()
     yield broker
     broker.close()
+
+
+@pytest.fixture(scope="session")
+def broker_named(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
+    """The running broker of this name, shared: `broker_named("nats")`. mosquitto, amqtt, and those of `OtherBroker`."""
+    others: dict[str, OtherBroker] = {}
+
+    def find(name: str) -> Any:
+        if name in ("mosquitto", "amqtt"):
+            return request.getfixturevalue("mosquitto" if name == "mosquitto" else "amqtt_broker")
+        if name not in others:
+            others[name] = OtherBroker(name).start()
+        return others[name]
+
+    yield find
+    for broker in others.values():
+        broker.close()
 
 
 @pytest.fixture(scope="session")
