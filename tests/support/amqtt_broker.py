@@ -32,6 +32,10 @@ class AmqttBroker:
         eventually(self._listens, 20.0)
         return self
 
+    def stop(self) -> None:
+        """It keeps nothing, so there is nothing to be saved."""
+        self.close()
+
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()

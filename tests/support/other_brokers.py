@@ -18,9 +18,35 @@ from tests.support.waiting import eventually
 CHOSEN = tuple(os.environ.get("BROKERS", "").split())
 """Names of further brokers, as in BROKERS="nats rabbitmq aedes". Then gaps that are known are measured instead of skipped."""
 
+_NATS_WAITS = "it delivers again after 30 s (`ack_wait`), not at the reconnect, and the tests wait 15 s."
+_RABBIT_EXACT = (
+    "it hands a retained message only to whoever subscribes to that very topic, not to a filter with wildcards. "
+    "The next renewal of the status, within 30 s, reaches everybody."
+)
+_DOTS = "it translates `/` into `.` and back, so a dot in a name is a level more or not allowed."
+_IN_MEMORY = "it keeps everything in memory."
+_AMQTT_FORGETS = "it loses QoS 1 messages for a client that is away."
+_AMQTT_AGAIN = "it does not deliver unacknowledged messages again."
+
 CHOSEN_MEMBERS = tuple(f"{name}-3.1.1" for name in CHOSEN)
 
-REASONS: dict[tuple[str, str], str] = {}
+REASONS = {
+    ("nats", "test_what_was_not_acknowledged_is_delivered_again_after_a_reconnect"): _NATS_WAITS,
+    ("nats", "test_a_full_inbox_makes_the_broker_deliver_again_in_order"): _NATS_WAITS,
+    ("rabbitmq", "test_a_retained_message_is_delivered_on_request_and_flagged"): _RABBIT_EXACT,
+    ("rabbitmq", "test_a_client_that_comes_later_reads_the_retained_status"): _RABBIT_EXACT,
+    ("rabbitmq", "test_a_session_whose_name_has_a_dot_stays_itself"): _DOTS,
+    ("nats", "test_a_session_whose_name_has_a_dot_stays_itself"): _DOTS,
+    ("amqtt", "test_requests_sent_while_the_worker_is_away_are_kept_for_it"): _AMQTT_FORGETS,
+    ("amqtt", "test_requests_published_while_the_worker_is_away_run_when_it_is_back"): _AMQTT_FORGETS,
+    ("amqtt", "test_requests_that_wait_at_the_broker_outlive_its_restart"): _IN_MEMORY,
+    ("aedes", "test_requests_that_wait_at_the_broker_outlive_its_restart"): _IN_MEMORY,
+    ("amqtt", "test_what_was_not_acknowledged_is_delivered_again_after_a_reconnect"): _AMQTT_AGAIN,
+    ("amqtt", "test_a_full_inbox_makes_the_broker_deliver_again_in_order"): _AMQTT_AGAIN,
+    ("amqtt", "test_acknowledgements_are_sent_before_the_link_closes"): _AMQTT_AGAIN,
+    ("amqtt", "test_a_callback_that_raises_ends_nothing"): "it delivers QoS 0 messages at QoS 1.",
+}
+"""Why a promise does not hold on a broker, by broker and test; for docs/brokers.md."""
 
 _NODE_MODULES = Path(__file__).parents[2] / ".venv" / "node" / "node_modules"
 _PATHS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/rabbitmq/bin"])
