@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import regex
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,31 @@ def test_text_that_waits_is_joined_and_kinds_are_kept_apart() -> None:
     for kind, text in (("reasoning", "hm"), ("content", "b"), ("content", "c"), ("reasoning", "oh")):
         coalescer.feed(kind, text)  # type: ignore[arg-type]
     assert coalescer.take() == [("reasoning", "hm"), ("content", "bc"), ("reasoning", "oh")]
+
+
+@pytest.mark.parametrize(
+    "another",
+    [
+        {"index": 1, "arguments": "}"},
+        {"index": 0, "id": "c2", "arguments": "{"},
+        {"index": 0, "name": "g", "arguments": "{"},
+    ],
+)
+def test_a_piece_of_another_tool_call_is_not_joined_to_the_call_before(another: dict[str, Any]) -> None:
+    coalescer = Coalescer()
+    first = {"index": 0, "id": "c", "name": "f", "arguments": "{"}
+    coalescer.feed_call(first)
+    coalescer.feed_call(another)
+    assert coalescer.take() == [("tool_calls", [first, another])]
+
+
+def test_arguments_of_the_same_tool_call_are_joined() -> None:
+    coalescer = Coalescer()
+    coalescer.feed("content", "look: ")
+    coalescer.feed_call({"index": 1, "id": "c", "name": "f", "arguments": "{"})
+    coalescer.feed_call({"index": 1, "arguments": "}"})
+    joined = {"index": 1, "id": "c", "name": "f", "arguments": "{}"}
+    assert coalescer.take() == [("content", "look: "), ("tool_calls", [joined])]
 
 
 GRAPHEMES = st.text(alphabet=st.sampled_from("ab \n\u0301\u200d👩👨👧🏽🇩🇪\U0001f3fbक्षि"))
