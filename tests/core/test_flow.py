@@ -106,3 +106,9 @@ def test_two_chunks_are_never_closer_than_the_pause_and_never_both_in_flight(
         else:
             due_in_s = flow.due_in_s(now)
             assert (due_in_s is None) == bool(flow.in_flight())
+
+
+def test_without_an_interval_only_the_acknowledgement_is_awaited() -> None:
+    flow = FlowControl()
+    flow.sent, flow.sent_at, flow.acked = 1, 100.0, 1
+    assert (flow.may_send(100.0), flow.due_in_s(100.0)) == (True, 0.0)

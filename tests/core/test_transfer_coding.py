@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder
+from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder, PlainBody
 
 
 def _framed(bodies: list[bytes], extension: bytes = b"") -> bytes:
@@ -38,3 +38,30 @@ def test_any_bytes_give_a_body_or_a_refusal(raw: bytes) -> None:
             decoder.feed(raw[at : at + 1])
     except BadChunk:
         pass
+
+
+def _cut(raw: bytes, data: st.DataObject) -> list[bytes]:
+    pieces = []
+    while raw:
+        size = data.draw(st.integers(1, len(raw)))
+        pieces.append(raw[:size])
+        raw = raw[size:]
+    return pieces
+
+
+@given(st.binary(max_size=50), st.binary(max_size=9), st.data())
+def test_a_body_of_a_known_length_ends_there_at_any_cut(body: bytes, behind: bytes, data: st.DataObject) -> None:
+    decoder = PlainBody(len(body))
+    assert (decoder.ends_with_connection, decoder.ended) == (False, not body)
+    found = b""
+    for piece in _cut(body + behind, data):
+        found += decoder.feed(piece)
+        assert decoder.ended == (len(found) == len(body))
+    assert found == body
+
+
+def test_a_body_without_a_length_goes_on_until_the_connection_ends() -> None:
+    decoder = PlainBody(None)
+    assert [decoder.feed(piece) for piece in (b"one", b"", b"two")] == [b"one", b"", b"two"]
+    assert (decoder.ends_with_connection, decoder.ended) == (True, False)
+    assert not ChunkedDecoder().ends_with_connection

@@ -13,7 +13,7 @@ from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
-from llamacpp_mqtt_deploy.worker.deadlines import Deadlines
+from llamacpp_mqtt_deploy.worker.deadlines import CHECK_EVERY_S, Deadlines
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.responder import Responder
 
@@ -216,3 +216,24 @@ def test_a_request_that_is_ending_is_not_ended_a_second_time(bench: Bench, phase
     running.phase = phase
     bench.after(60.0)
     assert bench.ended == []
+
+
+def test_an_answer_that_is_being_stored_is_not_taken_for_one_that_is_still_paced(bench: Bench) -> None:
+    whole, paced = bench.running("whole"), bench.job("paced")
+    bench.registry.release_slot(whole)
+    taken = bench.registry.take(0.0)
+    assert taken is paced
+    bench.registry.release_slot(paced, pacing=True)
+    assert (whole.phase, paced.phase) == ("ending", "pacing")
+
+
+def test_a_request_that_comes_right_after_a_check_gets_its_first_event_within_a_second(bench: Bench) -> None:
+    bench.running("running")
+    bench.after(0.0)
+    bench.job("late").position = 1
+    told, waited_s = bench.after(CHECK_EVERY_S), CHECK_EVERY_S
+    while not told:
+        told = bench.after(CHECK_EVERY_S)
+        waited_s += CHECK_EVERY_S
+    assert (told[0]["type"], told[0]["request_id"]) == ("queued", "late")
+    assert waited_s < 1.0

@@ -252,3 +252,26 @@ def test_after_an_event_that_the_outbox_refused_only_the_end_goes_out_and_it_has
     assert (responder.first_chunk_at is not None) == bool(chunks)
     assert len(overflows) == responder.overflowed
     assert len(broker.events) <= places or not overflows
+
+
+@pytest.mark.parametrize("how", ["done", "error"])
+def test_an_end_keeps_to_the_limit_that_the_broker_has_by_then(how: str) -> None:
+    broker, limit = SlowBroker(), 4096
+    responder = Responder(
+        outbox=broker,
+        topic="llm/reply/demo",
+        writer=EventWriter(request_id="r", session_id="demo", max_bytes=limit),
+        correlation=None,
+        silent=False,
+        wake=lambda _s, call: call(),
+        max_event_bytes=lambda: limit,
+    )
+    responder.start({"worker": "w", "created": 1})
+    responder.text("content", "x" * 600)
+    limit = 512
+    if how == "done":
+        end = responder.done({"full_content": "x" * 600, "finish_reason": "stop"})
+    else:
+        end = responder.error(code="timeout", message="late", retryable=True, details={"partial_content": "x" * 600})
+    assert len(end) <= limit
+    assert json.loads(end)["content_omitted"]
