@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 TextKind = Literal["content", "reasoning"]
@@ -31,6 +32,10 @@ class Coalescer:
         else:
             self._parts.append((kind, [text]))
 
+    def feed_apart(self, kind: TextKind, text: str) -> None:
+        """Text that is not joined to what was fed before it: a sentence."""
+        self._parts.append((kind, [text]))
+
     def feed_call(self, delta: dict[str, Any]) -> None:
         """A piece of a tool call, as its chunk tells it; arguments of the same call are joined."""
         if not self._parts or self._parts[-1][0] != "tool_calls":
@@ -42,13 +47,25 @@ class Coalescer:
         else:
             deltas.append(delta)
 
-    def take(self) -> list[Piece]:
-        """All that waits, in order."""
+    def take(self, most_chars: int = sys.maxsize, most_pieces: int = sys.maxsize) -> list[Piece]:
+        """What waits, in order, up to so much of it: the rest stays, and a text is cut only when it is too long by itself."""
         pieces: list[Piece] = []
-        for kind, items in self._parts:
+        left = most_chars
+        for place, (kind, items) in enumerate(self._parts):
+            if len(pieces) >= most_pieces:
+                del self._parts[:place]
+                return pieces
             if kind == "tool_calls":
                 pieces.append((kind, items))
-            else:
-                pieces.append((kind, items[0] if len(items) == 1 else "".join(items)))
+                continue
+            text = items[0] if len(items) == 1 else "".join(items)
+            if len(text) > left:
+                if not pieces:
+                    pieces.append((kind, text[:left]))
+                    text = text[left:]
+                self._parts[: place + 1] = [(kind, [text])]
+                return pieces
+            left -= len(text)
+            pieces.append((kind, text))
         self._parts.clear()
         return pieces

@@ -6,6 +6,15 @@ KEEP_UP_S = 0.02
 """How long a reader lets the broker keep up before it reads on: far above a round trip in a local network, far below what a
 cancel or the engine's own buffers would notice."""
 
+MOST_IN_FLIGHT = 32
+"""Sentences of one stream that may go out before the broker has acknowledged the first of them: enough for any network, and some
+ten kilobytes of the outbox."""
+
+MOST_CHUNKS_AT_ONCE = 256
+MOST_CHARS_AT_ONCE = 262_144
+"""What one stream hands to the outbox at once of a text that has waited for a slow broker; the rest follows when that is
+acknowledged, so that no stream fills the outbox by itself."""
+
 
 class FlowControl:
     """The pace of one stream. The first chunk goes at once; after it one at a time, the next when all before it are acknowledged.
@@ -35,6 +44,10 @@ class FlowControl:
     def in_flight(self) -> int:
         """Chunks that are not acknowledged."""
         return self.sent - self.acked
+
+    def may_send_apart(self) -> bool:
+        """Whether one more piece may go out beside those that are not acknowledged: sentences wait for none of them, up to a number."""
+        return self.in_flight() < MOST_IN_FLIGHT
 
     def may_send(self, now: float) -> bool:
         """Whether a chunk may go out now."""

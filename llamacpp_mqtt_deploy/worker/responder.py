@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import orjson
 from llamacpp_mqtt_deploy.core.chunk_record import Chunk, omits_text, packed, recorded, written
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
-from llamacpp_mqtt_deploy.core.flow import FlowControl
+from llamacpp_mqtt_deploy.core.flow import MOST_CHARS_AT_ONCE, MOST_CHUNKS_AT_ONCE, FlowControl
 from llamacpp_mqtt_deploy.ports import Outbox, Published, Share
 from llamacpp_mqtt_deploy.worker.accumulator import Told
 
@@ -63,6 +64,7 @@ class Responder:
         self._max_event_bytes = max_event_bytes or (lambda: writer.max_bytes)
         self._wake = wake
         self._max_chars = coalesce_max_chars
+        self._most_chars = min(MOST_CHARS_AT_ONCE, MOST_CHUNKS_AT_ONCE * coalesce_max_chars)
         self._coalescer = Coalescer()
         self._flow = FlowControl(min_interval_s=coalesce_min_s)
         self._active_streams = active_streams
@@ -213,10 +215,15 @@ class Responder:
             return 0.0 if self._send_waiting(now) else self._flow.rest_s(now)
 
     def piece(self, kind: TextKind, text: str) -> None:
-        """A piece that is published as it is, now (paced and sentence modes), after what was generated before it."""
+        """A piece that is published as it is (paced and sentence modes), after what was generated before it: now, unless the
+        broker has left too many before it unacknowledged."""
         with self._lock:
-            self._flush()
-            self._tell(kind, text)
+            self._coalescer.feed_apart(kind, text)
+            now = time.monotonic()
+            if self._flow.may_send_apart():
+                self._flush(now, self._most_chars, MOST_CHUNKS_AT_ONCE)
+            else:
+                self._send_waiting(now)
 
     def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
         """Whole tool calls, published as they are, now (paced modes)."""
@@ -254,8 +261,8 @@ class Responder:
     def _send_waiting(self, now: float) -> bool:
         """Publish what waits, if it may go; True when nothing is left."""
         if self._flow.may_send(now):
-            self._flush(now)
-            return True
+            self._flush(now, self._most_chars, MOST_CHUNKS_AT_ONCE)
+            return not self._coalescer
         if not self._coalescer:
             return True
         due_in_s = self._flow.due_in_s(now)
@@ -269,8 +276,8 @@ class Responder:
             self._wake_is_set = False
             self._send_waiting(time.monotonic())
 
-    def _flush(self, now: float | None = None) -> None:
-        pieces = self._coalescer.take()
+    def _flush(self, now: float | None = None, most_chars: int = sys.maxsize, most_pieces: int = sys.maxsize) -> None:
+        pieces = self._coalescer.take(most_chars, most_pieces)
         if pieces:
             self._flow.sent_at = time.monotonic() if now is None else now
         for piece in pieces:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.chunking import MAX_SENTENCE_CHARS, SentenceCutter, pieces
-from llamacpp_mqtt_deploy.core.coalescer import Coalescer
+from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
 
 
 @given(st.lists(st.tuples(st.sampled_from(["content", "reasoning"]), st.text(min_size=1)), max_size=50), st.data())
@@ -98,3 +98,25 @@ def test_text_without_an_end_is_not_held_back_for_ever() -> None:
     found = [part for _ in range(80) for part in cutter.feed("no end in sight and ")]
     assert found
     assert max(map(len, found)) <= MAX_SENTENCE_CHARS
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["content", "reasoning"]), st.text(min_size=1, max_size=20), st.booleans())),
+    st.integers(1, 30),
+    st.integers(1, 5),
+)
+def test_what_is_taken_in_parts_is_the_same_text_in_the_same_order(
+    fed: list[tuple[TextKind, str, bool]], most_chars: int, most_pieces: int
+) -> None:
+    coalescer = Coalescer()
+    for kind, text, apart in fed:
+        (coalescer.feed_apart if apart else coalescer.feed)(kind, text)
+    taken: list[Any] = []
+    while coalescer:
+        part = coalescer.take(most_chars, most_pieces)
+        assert 0 < sum(len(text) for _, text in part) <= most_chars
+        assert len(part) <= most_pieces
+        taken += part
+    assert [(kind, char) for kind, text in taken for char in text] == [
+        (kind, char) for kind, text, _ in fed for char in text
+    ]

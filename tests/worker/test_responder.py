@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.core.flow import MOST_CHARS_AT_ONCE, MOST_IN_FLIGHT
 from llamacpp_mqtt_deploy.ports import Delivery, Published
 from llamacpp_mqtt_deploy.worker.responder import Responder
 
@@ -100,6 +101,46 @@ def test_text_left_by_a_slow_broker_goes_out_with_its_acknowledgement_while_the_
     assert broker.chunks() == ["one "]
     broker.acknowledge_next()
     assert broker.chunks() == ["one ", "two "]
+
+
+def test_sentences_that_the_broker_does_not_acknowledge_wait_beyond_a_number_and_keep_their_borders() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker)
+    sentences = [f"Sentence {number}. " for number in range(200)]
+    for sentence in sentences:
+        responder.piece("content", sentence)
+        responder.settle()
+    assert broker.chunks() == sentences[:MOST_IN_FLIGHT]
+    for _ in range(MOST_IN_FLIGHT):
+        broker.acknowledge_next()
+    assert broker.chunks() == sentences
+    assert [event["seq"] for event in broker.events if event["type"] == "chunk"] == list(range(200))
+
+
+def test_sentences_that_still_wait_go_out_before_the_end() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker)
+    for number in range(200):
+        responder.piece("content", f"Sentence {number}. ")
+    told = responder.close_text(content="", reasoning="", catch_up=False)
+    assert len(broker.chunks()) == 200
+    assert told.content == "".join(broker.chunks())
+
+
+def test_a_long_text_that_has_waited_for_the_broker_goes_out_in_parts_as_it_acknowledges() -> None:
+    broker = SlowBroker()
+    responder = _responder(broker, max_bytes=100_000)
+    text = "".join(f"{number:07} " for number in range(100_000))
+    responder.text("content", "first")
+    for start in range(0, len(text), 1000):
+        responder.text("content", text[start : start + 1000])
+    assert broker.chunks() == ["first"]
+    most = 0
+    while broker.pending:
+        most = max(most, sum(map(len, broker.chunks())) - sum(map(len, broker.chunks()[: -len(broker.pending)])))
+        broker.acknowledge_next()
+    assert most <= MOST_CHARS_AT_ONCE
+    assert "".join(broker.chunks()) == "first" + text
 
 
 def test_many_streams_at_once_send_fewer_chunks_each() -> None:
