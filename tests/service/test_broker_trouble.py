@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from llamacpp_mqtt_deploy.core.events import EventReader
 from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import Watcher
 from tests.support.cable import SUBACK, Cable
+from tests.support.daemon_process import DaemonProcess
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
 
@@ -207,3 +209,63 @@ def test_a_request_that_waits_ends_by_its_time_limit_also_while_the_broker_is_aw
     assert watcher.terminal("r")["code"] == "timeout"
     worker.send(signal.SIGTERM)
     assert worker.wait() == 0
+
+
+def _threads_and_files(worker: DaemonProcess) -> tuple[int, int]:
+    own = Path(f"/proc/{worker.process.pid}")
+    return len(list((own / "task").iterdir())), len(list((own / "fd").iterdir()))
+
+
+def test_a_broker_that_is_gone_for_long_costs_nothing_and_everything_is_delivered_when_it_is_back(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, llama_server: LlamaServer, watch: Watch
+) -> None:
+    broker = start_mosquitto(settings=[MUCH])
+    watcher = watch(broker.port)
+    worker = start_worker(
+        broker.port,
+        llama_server.url,
+        mqtt__outbox_messages=100,
+        mqtt__reconnect_max_s=0.1,  # as many attempts in seconds as else in an hour
+        status__every_s=1,
+        status__health_every_s=1,
+    )
+    payloads = {}
+    for number in range(8):
+        stream = "sentence" if number % 2 else True
+        payloads[f"r{number}"] = watcher.ask(
+            f"s{number}", "go on", request_id=f"r{number}", max_tokens=1500, stream=stream
+        )
+    for name in payloads:
+        watcher.first(request_id=name)  # its first event: it is accepted
+    broker.kill()
+    worker.until(lambda: len(worker.log("request.finished")) == 8, 30, "ends without a broker")
+    (threads, files), memory_before = _threads_and_files(worker), worker.rss_bytes()
+    long_at = time.monotonic() + 6
+    worker.until(lambda: time.monotonic() > long_at, 10, "a long time")
+    threads_then, files_then = _threads_and_files(worker)
+    assert threads_then <= threads
+    assert files_then <= files + 1  # an attempt may be on its way
+    assert worker.rss_bytes() - memory_before < 4 * 2**20
+    # It is told, to the log and to systemctl, and not for each attempt.
+    why = worker.log("link.lost") + worker.log("link.refused")
+    assert str(broker.port) in why[-1]["why"]
+    assert len(why) < 10, why
+    assert any(word.startswith("STATUS=") and f":{broker.port}" in word for word in worker.notify.words())
+    broker.start()
+    worker.until(lambda: len(worker.log("link.online")) >= 2, 10, "reconnect")
+    assert worker.log("link.online")[-1]["unacknowledged"] <= 100
+    watcher.wait_back()
+    for name, payload in payloads.items():
+        if not _ends(watcher, name):
+            watcher.publish(f"llm/request/s{name[1:]}", payload)
+    for name in payloads:
+        done = watcher.terminal(name)
+        assert done["type"] == "done", done
+        reader = _read(watcher, name)
+        assert reader.content == done["full_content"]
+        assert reader.terminal == done
+    assert {line["starts"] for line in worker.log("request.finished")} == {1}
+    watcher.ask("s", "hello", request_id="new", max_tokens=3)
+    assert watcher.terminal("new")["type"] == "done"
+    assert watch(broker.port).first(_topic="llm/status/w1").event["state"] == "online"
+    assert worker.stop() == 0
