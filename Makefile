@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools test test-fast mutants bench hostile brokers audit faults check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools test test-fast mutants bench hostile flood brokers audit faults check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,6 +108,11 @@ bench: install inprocess broker ## measure what the bus costs beside the engine 
 HOSTILE_MESSAGES ?= 100000
 hostile: install broker ## send HOSTILE_MESSAGES hostile messages with good requests among them, and print what it cost
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" HOSTILE_MESSAGES=$(HOSTILE_MESSAGES) $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/service/test_hostile.py -k flood
+
+# Some minutes, and some seconds with FLOOD_MESSAGES=200, which is what the suite does.
+FLOOD_MESSAGES ?= 5000
+flood: install broker ## let one client flood the worker with FLOOD_MESSAGES of each kind while another one chats, and print what that one saw
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" FLOOD_MESSAGES=$(FLOOD_MESSAGES) $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/service/test_two_clients.py
 
 # About ten minutes. nats-server and rabbitmq-server come from apt and are tested where they are installed.
 brokers: install broker ## try the promises on every broker that is installed, and write the table in docs/brokers.md
