@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal
 
 TextKind = Literal["content", "reasoning"]
 ChunkKind = Literal["content", "reasoning", "tool_calls"]
 Piece = tuple[TextKind, str] | tuple[Literal["tool_calls"], list[dict[str, Any]]]
 """What goes out as one chunk (a text over the limits as several)."""
+
+ALL = 1 << 62
+"""No limit to what is taken."""
 
 
 class Coalescer:
@@ -47,7 +49,7 @@ class Coalescer:
         else:
             deltas.append(delta)
 
-    def take(self, most_chars: int = sys.maxsize, most_pieces: int = sys.maxsize) -> list[Piece]:
+    def take(self, most_chars: int = ALL, most_pieces: int = ALL) -> list[Piece]:
         """What waits, in order, up to so much of it: the rest stays, and a text is cut only when it is too long by itself."""
         pieces: list[Piece] = []
         left = most_chars

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import orjson
 
 from llamacpp_mqtt_deploy.core.chunk_record import Chunk, omits_text, packed, recorded, written
-from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
+from llamacpp_mqtt_deploy.core.coalescer import ALL, Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.flow import MOST_CHARS_AT_ONCE, MOST_CHUNKS_AT_ONCE, FlowControl
 from llamacpp_mqtt_deploy.ports import Outbox, Published, Share
@@ -276,7 +275,7 @@ class Responder:
             self._wake_is_set = False
             self._send_waiting(time.monotonic())
 
-    def _flush(self, now: float | None = None, most_chars: int = sys.maxsize, most_pieces: int = sys.maxsize) -> None:
+    def _flush(self, now: float | None = None, most_chars: int = ALL, most_pieces: int = ALL) -> None:
         pieces = self._coalescer.take(most_chars, most_pieces)
         if pieces:
             self._flow.sent_at = time.monotonic() if now is None else now
