@@ -156,38 +156,75 @@ class Completion:
         outcome: str,
         error: RequestError | None = None,
     ) -> None:
-        """Whatever fails here, the end is sent and the job leaves: else its session and its client wait until a restart."""
+        """Whatever fails here, the end is sent and the job leaves: else its session and its client wait until a restart.
+
+        Told is what the journal has: a history that is asked for at once has the answer, and no crash ends the request anew.
+        """
+
+        def tell() -> None:
+            try:
+                self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation)
+            except Exception:
+                log.exception("ending.failed", request_id=job.key.request_id)
+            finally:
+                self._registry.leave(job)
+            self._record(job, outcome, error)
+
         try:
-            self._write(job, terminal, history, self._chunks(job, terminal))
-            self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation)
+            stored = self._write(job, terminal, history, self._chunks(job, terminal), tell)
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
-        finally:
-            self._registry.leave(job)
-        self._record(job, outcome, error)
+            stored = True
+        if stored:
+            tell()
 
     def _chunks(self, job: Job, terminal: bytes) -> bytes | None:
         """What only the chunks told, for a client that lost some of them: stored once, with the end."""
         return job.responder.chunk_record() if omits_text(terminal) or not job.request.full_content else None
 
-    def _write(self, job: Job, terminal: bytes, history: HistoryChange | None, chunks: bytes | None) -> None:
+    def _write(
+        self,
+        job: Job,
+        terminal: bytes,
+        history: HistoryChange | None,
+        chunks: bytes | None,
+        tell: Callable[[], None],
+    ) -> bool:
+        """Store the end; False when the store does not take it now: then `tell` is called as soon as it does, or after a while."""
+        began = time.monotonic()
         try:
             self._store.finish(job.key, terminal, now=time.time(), history=history, chunks=chunks)
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
         except StoreError as problem:
-            # The client gets its answer all the same; the memory of it follows when the disk takes it.
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
-            self._redelivery.store_later(job.key, terminal, now=time.time(), history=history, chunks=chunks)
-            if job.forgotten and history is not None:
-                self._redelivery.forget(history.session)
+            self._tell_later(job, terminal, history, chunks, tell, since=began)
+            return False
         except Exception:
             # A defect, perhaps of these messages: without them the end may still be written.
             log.exception("ending.failed", step="finish", request_id=job.key.request_id)
             if history is not None:
-                self._write(job, terminal, None, chunks)
-            else:
-                self._redelivery.store_later(job.key, terminal, now=time.time(), history=None, chunks=chunks)
+                return self._write(job, terminal, None, chunks, tell)
+            self._tell_later(job, terminal, None, chunks, tell, since=began)
+            return False
+        return True
+
+    def _tell_later(
+        self,
+        job: Job,
+        terminal: bytes,
+        history: HistoryChange | None,
+        chunks: bytes | None,
+        tell: Callable[[], None],
+        *,
+        since: float,
+    ) -> None:
+        self._registry.hold_end(job)
+        self._redelivery.store_later(
+            job.key, terminal, now=time.time(), history=history, chunks=chunks, then=tell, since=since
+        )
+        if job.forgotten and history is not None:
+            self._redelivery.forget(history.session)
 
     def _record(self, job: Job, outcome: str, error: RequestError | None) -> None:
         """The one line of the log for each request, and its counts."""

@@ -214,6 +214,12 @@ class JobRegistry:
             self._queue.remove(job.key)
             return True
 
+    def hold_end(self, job: Job) -> None:
+        """Its terminal event waits for the journal: it is ending until `leave`, and its session's next prompt waits too."""
+        with self._lock:
+            if job.phase != "ended":
+                job.phase = "ending"
+
     def leave(self, job: Job) -> None:
         """The terminal event is stored: the job is gone, and its session's next prompt may go.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import structlog
 
 from llamacpp_mqtt_deploy.core.chunk_record import unpacked, written
-from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.fitting import fitted, refitted
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Share, Store, StoreError
+from llamacpp_mqtt_deploy.worker.unstored_ends import UnstoredEnds
 
 log = structlog.get_logger(__name__)
 
@@ -20,8 +21,6 @@ log = structlog.get_logger(__name__)
 _MAX_WAITING = 10_000
 _MAX_WAITING_BYTES = 32 * 1024 * 1024
 """Of those that wait: beyond it an event is read from the store when its turn comes."""
-_MAX_UNSTORED = 1000
-_MAX_UNSTORED_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -52,17 +51,6 @@ class _Sending:
         self.terminal, self.events, self.chunks, self.sent = None, [], 0, 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Unstored:
-    """An end that the store could not take yet."""
-
-    terminal: bytes
-    now: float
-    history: HistoryChange | None
-    chunks: bytes | None
-    size: int
-
-
 class Redelivery:
     """Delivers terminal events at least once. `sweep` has to be called about once a second.
 
@@ -77,7 +65,7 @@ class Redelivery:
         self._closing = False
         self._taken: list[EntryKey] = []
         self._given_up: list[tuple[EntryKey, _Sending]] = []
-        self._unstored: OrderedDict[EntryKey, _Unstored] = OrderedDict()
+        self._unstored = UnstoredEnds(store)
         self._waiting: OrderedDict[EntryKey, _Sending] = OrderedDict()
 
     def store_later(
@@ -88,30 +76,22 @@ class Redelivery:
         now: float,
         history: HistoryChange | None,
         chunks: bytes | None = None,
+        then: Callable[[], object] | None = None,
+        since: float | None = None,
     ) -> None:
-        """An end that the store could not take (a full disk): tried again, or a restart would end the request once more."""
-        size = len(terminal) + len(chunks or b"")
-        size += 0 if history is None else len(encode({"": history.append}))
-        with self._lock:
-            self._unstored[key] = _Unstored(terminal, now, history, chunks, size)
-            held = sum(waiting.size for waiting in self._unstored.values())
-            while len(self._unstored) > _MAX_UNSTORED or (held > _MAX_UNSTORED_BYTES and len(self._unstored) > 1):
-                lost, waiting = self._unstored.popitem(last=False)
-                held -= waiting.size
-                log.error("journal.end_lost", request_id=lost.request_id, reason="the disk takes nothing for too long")
+        """An end that the store could not take (a locked database, a full disk): tried again, or a restart would end the
+        request once more. `then` runs once: when it is stored, or `TELL_AFTER_S` after `since` (monotonic seconds; now)."""
+        since = time.monotonic() if since is None else since
+        self._unstored.add(key, terminal, now=now, history=history, chunks=chunks, then=then, since=since)
 
     def unstored(self, key: EntryKey) -> bytes | None:
         """The terminal event of a request whose end the store could not take yet."""
-        with self._lock:
-            found = self._unstored.get(key)
+        found = self._unstored.find(key)
         return found.terminal if found is not None else None
 
     def forget(self, session: tuple[str, str]) -> None:
         """A reset: what the store could not take yet of this session's history is not stored later."""
-        with self._lock:
-            for key, waiting in self._unstored.items():
-                if waiting.history is not None and waiting.history.session == session:
-                    self._unstored[key] = replace(waiting, history=None)
+        self._unstored.forget(session)
 
     def send(
         self,
@@ -170,8 +150,7 @@ class Redelivery:
         return True
 
     def _recorded(self, key: EntryKey) -> list[bytes]:
-        with self._lock:
-            waiting = self._unstored.get(key)
+        waiting = self._unstored.find(key)
         record = self._store.chunks(key) if waiting is None else waiting.chunks
         if record is None:
             return []
@@ -228,16 +207,18 @@ class Redelivery:
 
     def last_call(self) -> None:
         """The link is about to close and gives up what no broker has acknowledged: the next start delivers that."""
+        self._unstored.keep_back()
         with self._lock:
             self._closing = True
 
     def sweep(self) -> None:
         """Tick off in the store what the broker has taken, and try again what found no place or was given up as too large."""
-        self._store_what_waits()
+        self._unstored.catch_up()
         self._send_smaller()
+        unstored = self._unstored.keys()
         with self._lock:
-            taken = [key for key in self._taken if key not in self._unstored]
-            self._taken = [key for key in self._taken if key in self._unstored]
+            taken = [key for key in self._taken if key not in unstored]
+            self._taken = [key for key in self._taken if key in unstored]
             waiting = list(self._waiting.items())
         if taken:
             try:
@@ -275,27 +256,3 @@ class Redelivery:
                 # A broker that refuses an event for ever must not get it again at every start.
                 with self._lock:
                     self._taken.append(key)
-
-    def _store_what_waits(self) -> None:
-        with self._lock:
-            keys = list(self._unstored)
-        for key in keys:
-            with self._lock:
-                waiting = self._unstored.get(key)
-            if waiting is None:
-                continue
-            history = waiting.history
-            try:
-                self._store.finish(key, waiting.terminal, now=waiting.now, history=history, chunks=waiting.chunks)
-                with self._lock:
-                    now_waiting = self._unstored.get(key)
-                if history is not None and now_waiting is not None and now_waiting.history is None:
-                    self._store.reset(history.session)  # a reset came while we wrote
-            except StoreError:
-                return
-            except Exception:
-                log.exception("journal.failed", step="finish", request_id=key.request_id)
-            else:
-                log.info("journal.caught_up", request_id=key.request_id)
-            with self._lock:
-                self._unstored.pop(key, None)

@@ -330,10 +330,11 @@ def test_a_reset_forgets_what_a_full_disk_could_not_take_yet(bus: Bus, monkeypat
 
         full_disk.setattr(store, "finish", refuse)
         bus.ask("secret", request_id="r1")
-        bus.listener.terminal("r1")
+        eventually(lambda: worker.daemon.parts.redelivery.unstored(EntryKey("default", "demo", "r1")) is not None)
         bus.control("reset")
         bus.listener.until(type="ack", action="reset", status="ok")
-    eventually(lambda: store.unfinished() == [])
+    bus.listener.terminal("r1")
+    assert store.unfinished() == []
     assert store.history(("default", "demo")) == ()
 
 
