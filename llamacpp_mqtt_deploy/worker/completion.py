@@ -104,6 +104,8 @@ class Completion:
     def _told(self, job: Job) -> Told:
         """Close the chunks. One that is paced ends with what was told; every other is told to where the engine came."""
         catch_up = job.phase != "pacing"
+        if job.marking is not None and not self._marks.written(job.marking):
+            job.responder.withhold_text()
         begins = not (job.responder.silent or job.responder.withheld or job.responder.chunks)
         if catch_up and job.answer.begun and begins and not self._marks.streaming(job.key):
             job.responder.withhold_text()
@@ -117,7 +119,7 @@ class Completion:
             job.answer,
             told=told,
             finish_reason=finish_reason,
-            with_text=job.request.full_content,
+            with_text=_with_text(job),
             timings=timings,
             metadata=job.request.metadata,
             warnings=(*job.request.warnings, *job.answer.warnings),
@@ -260,6 +262,11 @@ class Completion:
         return error.message.replace(error.quoted, f"({len(error.quoted)} characters of the engine, not logged)")
 
 
+def _with_text(job: Job) -> bool:
+    """Whether the end tells the text: where no chunk did, it has to."""
+    return job.request.full_content or job.responder.withheld
+
+
 def _error_event(job: Job, error: RequestError, told: Told) -> bytes:
     details = _error_details(job, error, told)
     return job.responder.error(code=error.code, message=error.message, retryable=error.retryable, details=details)
@@ -268,7 +275,7 @@ def _error_event(job: Job, error: RequestError, told: Told) -> bytes:
 def _error_details(job: Job, error: RequestError, told: Told) -> dict[str, Any]:
     answer = job.answer
     details: dict[str, Any] = dict(error.details)
-    if answer.begun and job.request.full_content:
+    if answer.begun and _with_text(job):
         details["partial_content"] = told.content
     if answer.begun or answer.progress is not None:
         details["usage"] = usage_fields(answer.usage())

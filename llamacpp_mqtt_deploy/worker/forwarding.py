@@ -126,6 +126,7 @@ class Forwarder:
         if self._marking is None:
             responder.withhold_text()
             return
+        self._job.marking = self._marking
         responder.hold()
 
         def over(problem: StoreError | None) -> None:

@@ -16,7 +16,7 @@ from llamacpp_mqtt_deploy.core.errors import ShuttingDown
 from llamacpp_mqtt_deploy.core.rates import RateLimiter
 from llamacpp_mqtt_deploy.core.requests import Generate
 from llamacpp_mqtt_deploy.core.turns import LANES, Ticket
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Pending
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from llamacpp_mqtt_deploy.worker.accumulator import AnswerAccumulator
 from llamacpp_mqtt_deploy.worker.responder import Responder
@@ -53,6 +53,8 @@ class Job:
     """The engine has taken it up; before that it only waits for the engine."""
     live: bool = False
     """Its chunks go out as they are generated; otherwise the answer is collected and paced."""
+    marking: Pending | None = None
+    """What writes to the journal that the stream begins; the chunks wait for it."""
     forgotten: bool = False
     ticket: Ticket | None = None
     """Its place in the queue, also when it waits no more."""

@@ -8,6 +8,8 @@ from llamacpp_mqtt_deploy.ports import EntryKey, Pending, Store, StoreError
 
 log = structlog.get_logger(__name__)
 
+_MARK_TIMEOUT_S = 10.0
+
 
 class JournalMarks:
     """`streaming` before the first chunk: from then on the request is never started again, also after a crash."""
@@ -28,6 +30,14 @@ class JournalMarks:
             self._store.mark_streaming(key)
         except StoreError as problem:
             _failed("mark_streaming", key, problem)
+            return False
+        return True
+
+    def written(self, mark: Pending) -> bool:
+        """Waits for the disk, if it has not answered yet; False when it failed, which is logged already."""
+        try:
+            mark.wait(_MARK_TIMEOUT_S)
+        except StoreError:
             return False
         return True
 

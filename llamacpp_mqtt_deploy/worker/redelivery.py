@@ -215,7 +215,7 @@ class Redelivery:
         """Tick off in the store what the broker has taken, and try again what found no place or was given up as too large."""
         self._unstored.catch_up()
         self._send_smaller()
-        unstored = self._unstored.keys()
+        unstored = self._unstored.waiting()
         with self._lock:
             taken = [key for key in self._taken if key not in unstored]
             self._taken = [key for key in self._taken if key in unstored]

@@ -84,7 +84,7 @@ class UnstoredEnds:
         with self._lock:
             return self._ends.get(key)
 
-    def keys(self) -> set[EntryKey]:
+    def waiting(self) -> set[EntryKey]:
         with self._lock:
             return set(self._ends)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+from functools import partial
 from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.ports import EntryKey, StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, Store, StoreError
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from llamacpp_mqtt_deploy.worker import unstored_ends
@@ -33,7 +34,7 @@ def _ended(bus: Bus, request_id: str = "r1") -> bool:
     return any(event.get("final") for event in bus.listener.of(request_id))
 
 
-def _refuse(monkeypatch: pytest.MonkeyPatch, store: SqliteStore, *keys: EntryKey) -> None:
+def _refuse(monkeypatch: pytest.MonkeyPatch, store: Store, *keys: EntryKey) -> None:
     """The disk has no place for the ends of these."""
     finish = store.finish
 
@@ -52,8 +53,7 @@ def test_an_end_waits_while_another_program_locks_the_database(bus: Bus, mode: s
     worker = bus.worker(engine, streaming__mode=mode)
     bus.ask("hi", request_id="r1")
     assert gate.reached.wait(10)
-    if mode == "native":
-        bus.listener.until(type="chunk", request_id="r1")
+    bus.listener.until(type="chunk" if mode == "native" else "start", request_id="r1")
     lock = _lock(bus)
     gate.open()
     _waits(worker)
@@ -159,11 +159,9 @@ def test_the_oldest_ends_are_told_when_too_many_wait_for_the_disk(monkeypatch: p
     ends = unstored_ends.UnstoredEnds(store)
     for number in ("1", "2", "3"):
         key = EntryKey("default", "demo", number)
-        ends.add(
-            key, b"end", now=1.0, history=None, chunks=None, then=lambda number=number: told.append(number), since=0.0
-        )
+        ends.add(key, b"end", now=1.0, history=None, chunks=None, then=partial(told.append, number), since=0.0)
     assert told == ["1"]
-    assert {key.request_id for key in ends.keys()} == {"2", "3"}
+    assert {key.request_id for key in ends.waiting()} == {"2", "3"}
 
 
 def test_a_worker_that_stops_tells_no_end_that_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:

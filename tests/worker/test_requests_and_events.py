@@ -26,7 +26,7 @@ from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineFailed, Engi
 from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, StoreError
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence, Wait
-from llamacpp_mqtt_deploy.worker import completion
+from llamacpp_mqtt_deploy.worker import completion, unstored_ends
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
@@ -271,6 +271,7 @@ def test_a_broken_copy_does_not_end_the_good_request_in_its_clients_eyes(bus: Bu
 
 
 def test_an_end_that_the_disk_refused_is_told_and_told_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unstored_ends, "TELL_AFTER_S", 0.2)
     worker = bus.worker()
     store = worker.daemon.parts.store
     finish = store.finish

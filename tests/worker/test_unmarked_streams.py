@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,30 @@ def test_chunks_that_waited_for_the_mark_are_not_told_when_it_failed(bus: Bus, m
     gate.open()
     assert bus.listener.terminal("r1")["full_content"] == "one two three"
     assert bus.listener.read("r1").content == "one two three"
+    assert not any(event["type"] == "chunk" for event in bus.listener.of("r1"))
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_an_answer_that_ends_before_its_mark_failed_counts_no_chunks(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, with_text: bool
+) -> None:
+    engine, worker_waits = ScriptedEngine(), threading.Event()
+    engine.play("one ", "two")
+    worker = bus.worker(engine)
+
+    class Slow(_Failing):
+        def wait(self, timeout_s: float) -> None:
+            worker_waits.set()
+            eventually(self.done)
+            super().wait(timeout_s)
+
+    write = Slow()
+    monkeypatch.setattr(worker.daemon.parts.store, "mark_streaming_soon", lambda _: write)
+    bus.ask("hi", request_id="r1", full_content=with_text)
+    assert worker_waits.wait(10), "the end waits for the mark"
+    write.fail()
+    assert bus.listener.terminal("r1")["seq"] == 0
+    assert bus.listener.terminal("r1")["full_content"] == "one two"
     assert not any(event["type"] == "chunk" for event in bus.listener.of("r1"))
 
 
