@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.config.loading import load
 from llamacpp_mqtt_deploy.core.admission import QueueLimits
+from llamacpp_mqtt_deploy.core.chunk_record import packed
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
@@ -24,6 +26,7 @@ from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 WALL = 1_700_000_000.0
 NOW = 5000.0
 MAX_STARTS = 2
+QUEUE_SIZE = 9
 TIMEOUT_S = 200.0
 
 
@@ -43,7 +46,10 @@ class NextLife:
         ).settings
         policies = Policies.of(settings)
         self.registry = JobRegistry(
-            limits=QueueLimits(queue_size=9, session_queue=9), aging_s=60.0, max_requests_per_minute=60, slots=1
+            limits=QueueLimits(queue_size=QUEUE_SIZE, session_queue=9),
+            aging_s=60.0,
+            max_requests_per_minute=60,
+            slots=1,
         )
         self.recovery = Recovery(
             store=self.store,
@@ -175,3 +181,53 @@ def test_an_end_that_no_broker_has_taken_is_published_again_as_it_was(life: Next
 
 def test_an_empty_journal_leaves_nothing_to_do(life: NextLife) -> None:
     assert (life.recovery.run(), life.events) == (Recovered(), [])
+
+
+def test_half_a_second_before_its_time_limit_a_request_is_still_run(life: NextLife) -> None:
+    life.left_behind("just in time", expires_at=WALL + 0.5)
+    assert life.recovery.run() == Recovered(run_again=1)
+    assert life.job().deadline == NOW + 0.5
+
+
+def test_more_requests_than_the_queue_holds_are_all_run_after_a_restart(life: NextLife) -> None:
+    for number in range(QUEUE_SIZE + 3):
+        life.left_behind(f"r{number}")
+    assert life.recovery.run() == Recovered(run_again=QUEUE_SIZE + 3)
+
+
+def test_a_payload_in_which_no_request_stands_any_more_ends_in_interrupted(life: NextLife) -> None:
+    life.left_behind("blank", payload=b"  ")
+    assert life.recovery.run() == Recovered(ended=1)
+    assert life.told("blank") == [("error", "interrupted")]
+
+
+def test_an_entry_that_the_worker_failed_on_is_told_again_until_a_broker_has_taken_its_end(
+    life: NextLife, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    key = life.left_behind("bad")
+    monkeypatch.setattr(JobMaker, "make", broken)
+    assert life.recovery.run() == Recovered(ended=1)
+    assert life.told("bad") == [("error", "internal")]
+    assert [entry.key for entry in life.store.undelivered()] == [key]
+
+
+def test_the_log_says_what_an_earlier_life_left_and_nothing_of_an_empty_journal(life: NextLife) -> None:
+    with capture_logs() as said:
+        life.recovery.run()
+    assert said == []
+    life.left_behind("r1")
+    with capture_logs() as said:
+        life.recovery.run()
+    (line,) = [each for each in said if each["event"] == "journal.recovered"]
+    assert (line["run_again"], line["ended"], line["delivered_again"]) == (1, 0, 0)
+
+
+def test_an_end_without_its_text_is_published_again_behind_the_chunks_that_told_it(life: NextLife) -> None:
+    key = life.left_behind("r1")
+    end = b'{"type": "done", "request_id": "r1", "seq": 2, "content_omitted": true}'
+    life.store.finish(key, end, now=WALL - 1.0, chunks=packed([("content", "one "), ("content", "two")]))
+    assert life.recovery.run() == Recovered(delivered_again=1)
+    assert [(event["seq"], event.get("content")) for event in life.events] == [(0, "one "), (1, "two"), (2, None)]

@@ -363,3 +363,17 @@ def test_a_session_whose_kept_calls_are_of_odd_types_goes_on(bus: Bus, odd: Any)
             assert isinstance(told["id"], str)
             assert isinstance(told["function"]["name"], str)
         assert isinstance(message.get("tool_call_id", ""), str)
+
+
+def test_a_cancel_of_one_request_says_that_it_stopped_one_and_where_it_was(bus: Bus) -> None:
+    engine, gate = ScriptedEngine(slots=1), Gate()
+    engine.play(gate)
+    bus.worker(engine)
+    bus.ask("x", request_id="r1", session="a")
+    assert gate.reached.wait(10)
+    bus.ask("y", request_id="r2", session="b")
+    bus.listener.until(type="queued", request_id="r2")
+    for session, request_id, state in (("b", "r2", "queued"), ("a", "r1", "running")):
+        bus.control("cancel", session=session, request_id=request_id)
+        ack = bus.listener.until(type="ack", action="cancel", request_id=request_id)
+        assert (ack["state"], ack["cancelled"]) == (state, 1)
