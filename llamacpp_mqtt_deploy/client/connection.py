@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -338,7 +339,8 @@ class Connection:
             log.info("bus.lost broker=%s reason=%s", self.address, reason)
             _guarded(self._on_lost)
 
-    def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+    def _received(self, client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        _acknowledge_now(client.socket())
         try:
             topic = message.topic
         except UnicodeDecodeError:
@@ -358,6 +360,13 @@ def _guarded(call: Callable[..., None], *arguments: Any) -> None:
         call(*arguments)
     except Exception:
         log.exception("bus.callback_failed")
+
+
+def _acknowledge_now(sock: Any) -> None:
+    """Let TCP acknowledge a message at once: a broker with Nagle's algorithm on holds back the next one until then, for 40 ms."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a unix socket, the wrapper of a websocket
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
