@@ -42,6 +42,10 @@ class Timer:
     def cancel(self) -> None:
         self._call = None
 
+    def is_cancelled(self) -> bool:
+        """Whether it was cancelled, or has run."""
+        return self._call is None
+
     def run(self) -> None:
         call, self._call = self._call, None
         if call is not None:
@@ -188,6 +192,8 @@ class IoLoop:
 
     def _until_next(self, now: float) -> float:
         with self._lock:
+            while self._heap and self._heap[0][2].is_cancelled():  # nobody needs to be woken for it
+                heapq.heappop(self._heap)
             return min(_LONGEST_WAIT_S, max(0.0, self._heap[0][0] - now)) if self._heap else _LONGEST_WAIT_S
 
     def _run_due(self) -> None:

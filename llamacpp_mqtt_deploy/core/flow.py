@@ -66,6 +66,10 @@ class FlowControl:
             soonest if interval_s <= self.min_interval_s else max(soonest, (sent_at // interval_s + 1.0) * interval_s)
         )
 
+    def after_sending_s(self) -> float:
+        """For how long reading on is of no use after a chunk was sent, where more text is sure to come in that time."""
+        return min(self.interval_s, KEEP_UP_S)
+
     def rest_s(self, now: float) -> float:
         """For how long reading on is of no use, when text waits: it could not be sent before."""
         due_in_s = self.due_in_s(now)

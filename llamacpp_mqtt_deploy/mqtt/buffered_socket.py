@@ -17,7 +17,7 @@ class BufferedSocket:
     reads each packet's first bytes one by one.
 
     `send` only collects and `flush` writes. `recv` gives from what one read of the socket brought; when that is used up it raises
-    BlockingIOError once without asking the socket, which had no more.
+    BlockingIOError without asking the socket, which had no more, until `readable` says otherwise.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -47,7 +47,6 @@ class BufferedSocket:
         ahead = self._ahead
         if not ahead:
             if self._dry:
-                self._dry = False
                 raise BlockingIOError
             if self._failure is not None:
                 raise self._failure
@@ -75,6 +74,10 @@ class BufferedSocket:
     def pending(self) -> int:
         """Bytes that can be read although the socket does not show it."""
         return len(self._ahead) + (0 if self._tls is None else self._tls.pending())
+
+    def readable(self) -> None:
+        """The socket says that it has more: ask it again."""
+        self._dry = False
 
     def fileno(self) -> int:
         return self._socket.fileno()

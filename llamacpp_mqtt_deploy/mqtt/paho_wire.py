@@ -218,6 +218,8 @@ class PahoWire:
     def on_readable(self) -> None:
         """Read what is there; callbacks run in here."""
         if self.closed() is None:
+            if self._client.buffered is not None:
+                self._client.buffered.readable()
             self._client.loop_read()
             self._notice_end()
 
@@ -226,6 +228,7 @@ class PahoWire:
         if self.wants_write():
             self._client.loop_write()
             if self._client.buffered is not None and not self._client.buffered.flush():
+                self._client.buffered.readable()
                 self._client.loop_read()  # paho learns the same way that the connection has ended
             self._notice_end()
 

@@ -63,6 +63,7 @@ class Forwarder:
     def feed(self, deltas: Sequence[Delta]) -> float:
         """Pass on what the engine said; gives the seconds for which more of it may collect."""
         job, now = self._job, time.monotonic()
+        before = job.answer.pieces
         for delta in deltas:
             # A token's way is the first branch.
             if type(delta) is Text:
@@ -98,7 +99,8 @@ class Forwarder:
             answer.pieces > self._max_tokens and answer.size > self._max_tokens * _LONG_TOKEN_BYTES
         ):
             raise TooMuch
-        return job.responder.settle() if self._live and self._begun else 0.0
+        # Several tokens in one read: the engine is quicker than chunks may follow each other.
+        return job.responder.settle(more_comes=answer.pieces > before + 1) if self._live and self._begun else 0.0
 
     def finish(self, finished: Finished) -> None:
         """The engine is done: what still waits goes out, or it would pass for an answer to be paced."""

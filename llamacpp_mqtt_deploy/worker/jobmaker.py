@@ -7,7 +7,7 @@ from collections.abc import Callable
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import Generate
-from llamacpp_mqtt_deploy.io_loop import IoLoop
+from llamacpp_mqtt_deploy.io_loop import IoLoop, Timer
 from llamacpp_mqtt_deploy.ports import Entry, Outbox
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies
@@ -64,8 +64,8 @@ class JobMaker:
         responder.on_overflow = lambda: job.stop.set("outbox_full")
         return job
 
-    def _wake(self, seconds: float, call: Callable[[], None]) -> None:
+    def _wake(self, seconds: float, call: Callable[[], None]) -> Timer | None:
         if seconds > 0:
-            self._loop.after(seconds, call)
-        else:
-            self._loop.call_soon(call)
+            return self._loop.after(seconds, call)
+        self._loop.call_soon(call)
+        return None

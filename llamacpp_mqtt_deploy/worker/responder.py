@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.core.chunk_record import Chunk, omits_text, packed, re
 from llamacpp_mqtt_deploy.core.coalescer import ALL, Coalescer, TextKind
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.flow import MOST_CHARS_AT_ONCE, MOST_CHUNKS_AT_ONCE, FlowControl
+from llamacpp_mqtt_deploy.io_loop import Timer
 from llamacpp_mqtt_deploy.ports import Outbox, Published, Share
 from llamacpp_mqtt_deploy.worker.accumulator import Told
 
@@ -44,7 +45,7 @@ class Responder:
         writer: EventWriter,
         correlation: bytes | None,
         silent: bool,
-        wake: Callable[[float, Callable[[], None]], object],
+        wake: Callable[[float, Callable[[], None]], Timer | None],
         coalesce_min_s: float = 0.0,
         active_streams: Callable[[], int] = lambda: 1,
         coalesce_max_chars: int = 8000,
@@ -72,7 +73,7 @@ class Responder:
         self._chunks: list[Chunk] = []
         self._told_calls = False
         self._settles = False
-        self._wake_is_set = False
+        self._alarm: Timer | None = None
         self.overflowed = False
         """The outbox did not take an event: the chunks end there, whatever the engine has said since."""
         self.withheld = False
@@ -200,18 +201,21 @@ class Responder:
             if not self._settles:
                 self._send_waiting(time.monotonic())
 
-    def settle(self) -> float:
+    def settle(self, *, more_comes: bool = False) -> float:
         """What came together may go out as one; gives the seconds for which reading on is of no use.
 
         What the engine says meanwhile collects in its socket, where it costs nothing: it could not be published before the
         broker has acknowledged anyway, and one read then takes all of it. Once called, `text` only collects.
+        `more_comes`: the engine is so quick that its next text is there before it may go.
         """
         with self._lock:
             self._settles = True
             self._flow.share(self._active_streams())
             now = time.monotonic()
+            if not self._send_waiting(now):
+                return self._flow.rest_s(now)
             # Of a slow engine the next token may go at once.
-            return 0.0 if self._send_waiting(now) else self._flow.rest_s(now)
+            return self._flow.after_sending_s() if more_comes else 0.0
 
     def piece(self, kind: TextKind, text: str) -> None:
         """A piece that is published as it is (paced and sentence modes), after what was generated before it: now, unless the
@@ -265,17 +269,19 @@ class Responder:
         if not self._coalescer:
             return True
         due_in_s = self._flow.due_in_s(now)
-        if due_in_s is not None and not self._wake_is_set:
-            self._wake_is_set = True
-            self._wake(due_in_s + _AFTER_READER_S, self._send_later)
+        if due_in_s is not None and self._alarm is None:
+            self._alarm = self._wake(due_in_s + _AFTER_READER_S, self._send_later)
         return False
 
     def _send_later(self) -> None:
         with self._lock:
-            self._wake_is_set = False
+            self._alarm = None
             self._send_waiting(time.monotonic())
 
     def _flush(self, now: float | None = None, most_chars: int = ALL, most_pieces: int = ALL) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
         pieces = self._coalescer.take(most_chars, most_pieces)
         if pieces:
             self._flow.sent_at = time.monotonic() if now is None else now

@@ -76,6 +76,13 @@ def test_the_pauses_of_many_streams_end_together() -> None:
     assert late.due_in_s(100.024) == pytest.approx(0.016)
 
 
+def test_after_a_chunk_of_a_quick_engine_a_reader_rests_for_the_pause_and_never_long() -> None:
+    flow = FlowControl(min_interval_s=0.005)
+    assert flow.after_sending_s() == 0.005
+    flow.share(64)
+    assert flow.after_sending_s() == KEEP_UP_S
+
+
 @given(st.floats(0, 1e6), st.floats(0.001, 1), st.integers(0, 300))
 def test_a_stream_among_many_waits_between_the_shortest_pause_and_its_share(
     sent_at: float, min_interval_s: float, streams: int

@@ -59,6 +59,7 @@ def test_one_read_serves_many_small_ones_and_says_when_there_is_no_more(ends: En
     there.sendall(b"later")
     with pytest.raises(BlockingIOError):  # the socket was dry when it was read; the loop says when it is not
         buffered.recv(1)
+    buffered.readable()
     assert buffered.recv(10) == b"later"
 
 
@@ -69,6 +70,7 @@ def test_the_end_of_the_connection_is_told(ends: Ends) -> None:
     assert buffered.recv(1) == b"x"
     with pytest.raises(BlockingIOError):
         buffered.recv(1)
+    buffered.readable()
     assert buffered.recv(1) == b""
 
 

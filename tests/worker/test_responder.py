@@ -143,6 +143,28 @@ def test_a_long_text_that_has_waited_for_the_broker_goes_out_in_parts_as_it_ackn
     assert "".join(broker.chunks()) == "first" + text
 
 
+def test_a_reader_rests_after_a_chunk_where_the_engine_is_quick_and_reads_on_where_it_is_slow() -> None:
+    broker = SlowBroker()
+    responder = Responder(
+        outbox=broker,
+        topic="llm/reply/demo",
+        writer=EventWriter(request_id="r", session_id="demo", max_bytes=4096),
+        correlation=None,
+        silent=False,
+        wake=lambda _s, _call: None,
+        coalesce_min_s=0.01,
+    )
+    responder.start({"worker": "w", "created": 1})
+    responder.settle()
+    responder.text("content", "one ")
+    assert responder.settle(more_comes=True) == 0.01
+    broker.acknowledge_next()
+    responder._flow.sent_at = -1.0
+    responder.text("content", "two ")
+    assert responder.settle() == 0.0
+    assert broker.chunks() == ["one ", "two "]
+
+
 def test_many_streams_at_once_send_fewer_chunks_each() -> None:
     broker = SlowBroker()
     active_streams = 8

@@ -84,7 +84,7 @@ class Pump:
             self._end(error)
 
     def _read(self) -> None:
-        while not self._ended.is_set() and self._rest is None:
+        while not (self._ended.is_set() or self._is_resting()):
             try:
                 raw = self._socket.recv(READ_BYTES)
             except (BlockingIOError, ssl.SSLWantReadError):
@@ -116,10 +116,16 @@ class Pump:
             self._end(None)
 
     def _rested(self) -> None:
-        if not self._ended.is_set():
-            self._go_on()
-            if self._pending is not None:  # what TLS holds makes no socket readable
-                self._safely(self._read)
+        """Read at once: something has collected, most likely, and where it makes the next rest the selector need not be told."""
+        if self._ended.is_set():
+            return
+        self._rest = None
+        self._safely(self._read)
+        if not (self._is_resting() or self._ended.is_set()):
+            self._loop.watch(self._fd, READ, self._ready)
+
+    def _is_resting(self) -> bool:
+        return self._rest is not None
 
     def _go_on(self) -> None:
         if self._rest is not None:
