@@ -32,8 +32,6 @@ KINDS = (
     "wire.cut",
     "wire.double",
 )
-# Lost chunks of an ended answer that was wanted without its text are not published again.
-WITHOUT = ("bare",)
 
 
 @pytest.mark.parametrize("seed", [1, None], ids=["fixed", "random"])
@@ -42,9 +40,8 @@ def test_nothing_is_lost_doubled_or_torn_whatever_breaks(seed: int | None, tmp_p
         seed = secrets.randbelow(10**6)
     faults = make(seed=seed, requests=REQUESTS, faults=FAULTS, kinds=KINDS)
     command = f"python -m tests.faults --requests {REQUESTS} --faults {FAULTS} --seed {seed} --kinds {','.join(KINDS)}"
-    command += f" --without {','.join(WITHOUT)}"
     print(f"again: {command}")
-    figures = run(seed=seed, requests=REQUESTS, faults=faults, keep=tmp_path / "kept", without=WITHOUT)
+    figures = run(seed=seed, requests=REQUESTS, faults=faults, keep=tmp_path / "kept")
     lines = "\n".join(f"{broken.promise}: {broken.request_id} {broken.what}" for broken in figures.broken)
     assert not figures.broken, (
         f"seed {seed} broke a promise:\n{lines}\nhistories and logs in {tmp_path}/kept; again: {command}"
