@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools test test-fast mutants bench hostile flood brokers audit faults check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools test test-fast mutants bench hostile flood brokers audit faults soak check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -143,6 +143,11 @@ REQUESTS ?= 1000
 FAULTS ?= 60
 faults: install broker ## kill, freeze, cut, fill and flood everything while clients ask, and count what was lost (REQUESTS, FAULTS, SEED)
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.faults --requests $(REQUESTS) --faults $(FAULTS) $(if $(filter command line environment,$(origin SEED)),--seed $(SEED))
+
+# MINUTES=5 for a look.
+MINUTES ?= 30
+soak: install broker ## MINUTES at full load with cancels: memory, threads, descriptors and rows have to stay what they were
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 # --- the product -----------------------------------------------------------------------------------------------------
 

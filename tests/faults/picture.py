@@ -17,7 +17,6 @@ from tests.faults.run import Figures
 from tests.faults.world import World
 
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
-BEGIN, END = "<!-- measured: faults -->", "<!-- end of faults -->"
 LINE_EVERY_S = 5.0
 
 
@@ -115,13 +114,15 @@ def table(figures: Figures) -> str:
 
 
 def write_docs(figures: Figures, command: str) -> None:
-    """Put the table between its marks."""
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCS.write_text(
-        f"{before}{BEGIN}\n\nMade by `{command}`.\n{table(figures).rstrip()}\n\n{END}{after}", encoding="utf-8"
-    )
+    write_between("faults", f"Made by `{command}`.\n{table(figures).rstrip()}")
+
+
+def write_between(name: str, text: str) -> None:
+    """Put a text between its marks in the documentation."""
+    begin, end = f"<!-- measured: {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = DOCS.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    DOCS.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def _seconds(value: float) -> str:
