@@ -51,6 +51,7 @@ _PURGE_EVERY_S = 5.0
 # While more is left than one purge may drop, in pieces that no request has to wait for.
 _PURGE_AGAIN_S = 0.2
 _SWEEP_EVERY_S = 1.0
+_LOOK_AT_STORE_EVERY_S = 1.0
 _STORE_AGAIN_S = 5.0
 # After the drain: for terminal events to be written, acknowledged by the broker, and threads to end.
 _CLOSE_S = 5.0
@@ -60,7 +61,7 @@ _CLOSE_S = 5.0
 class Note:
     """Something for the main thread, from a callback or a signal handler."""
 
-    kind: Literal["online", "lost", "engine", "signal", "reload", "start_up"]
+    kind: Literal["online", "lost", "engine", "signal", "reload", "start_up", "store"]
     value: Any = None
 
 
@@ -204,6 +205,7 @@ class Daemon:
         every(lambda: CHECK_EVERY_S, parts.deadlines.check)
         every(lambda: _SWEEP_EVERY_S, lambda: in_background("sweep", parts.redelivery.sweep))
         every(lambda: _PURGE_EVERY_S, self._purge_soon)
+        every(lambda: _LOOK_AT_STORE_EVERY_S, lambda: in_background("store", self._look_at_store))
         every(lambda: TELL_EVERY_S, parts.message_log.tell)
         every(lambda: self._settings.status.every_s, self._renew)
         every(lambda: self._settings.status.health_every_s, self._publish_health)
@@ -253,6 +255,8 @@ class Daemon:
                 self._lost(note.value)
             case "engine":
                 self._engine_changed(note.value)
+            case "store":
+                self._store_changed(note.value)
             case "reload":
                 if self.ready:
                     self._notifier.reloading()
@@ -301,6 +305,21 @@ class Daemon:
     def _renew(self) -> None:
         if self._online:
             self.parts.presence.renew()
+
+    def _look_at_store(self) -> None:
+        trouble = self.parts.store.trouble()
+        if trouble != self.parts.presence.unwritable:
+            self._notes.put(Note("store", trouble))
+
+    def _store_changed(self, trouble: str) -> None:
+        """The disk begins to refuse writes, or takes them again."""
+        if trouble:
+            log.error("store.troubled", problem=trouble)
+        else:
+            log.info("store.well_again")
+        self.parts.presence.unwritable = trouble
+        self._renew()
+        self._say()
 
     def _publish_health(self) -> None:
         parts = self.parts

@@ -64,8 +64,10 @@ class Presence:
         self.instance = mark + uuid.uuid4().hex[len(mark) :]
         self.announced = False
         """Whether we have said anything since the start; before that nobody needs to be told that we go."""
-        self.problem = ""
+        self.unreadable = ""
         """What the broker does not let us read and what to do, for the operator; empty when it lets us read everything."""
+        self.unwritable = ""
+        """The same for what the disk does not let us write."""
         self.yielded = False
         """Another worker was here before us, and the status is its own."""
         self._claiming = False
@@ -92,6 +94,11 @@ class Presence:
         return Retained(topic=self._topics.status_topic, payload=encode(self._core("offline") | {"reason": "stopped"}))
 
     @property
+    def problem(self) -> str:
+        """What hinders us although we are connected, for the operator; empty when nothing does."""
+        return " ".join(each for each in (self.unreadable, self.unwritable) if each)
+
+    @property
     def state(self) -> WorkerState:
         """What we say of ourselves: whatever we would like to be, a worker that no request can reach is `offline`."""
         return "offline" if self._subscribed is False else self._wanted
@@ -106,7 +113,7 @@ class Presence:
 
     def connected(self, *, subscribed: bool, problem: str = "") -> None:
         """Say how we are on this connection; `subscribed` tells whether any request can arrive."""
-        self._subscribed, self.problem = subscribed, problem
+        self._subscribed, self.unreadable = subscribed, problem
         self._publish()
 
     def renew(self) -> None:

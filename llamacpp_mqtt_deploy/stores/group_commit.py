@@ -33,6 +33,9 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 PROBE_EVERY_S = 0.25
 """Seconds between two looks whether a program that locked the database has let go of it."""
 
+_TRY_EVERY_S = 2.0
+"""The same for a disk that failed: a look that writes."""
+
 _LOG_PAGES = 1000
 """SQLite's own choice: the write-ahead log is folded into the database at 4 MiB."""
 
@@ -51,6 +54,9 @@ _DISK = (
     sqlite3.SQLITE_PROTOCOL,
 )
 """Errors that concern the whole batch; any other is that of one statement."""
+
+_FOR_GOOD = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+"""One part of the file is damaged; that another can be written heals nothing."""
 
 _LOCKS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
@@ -125,6 +131,9 @@ class GroupCommit:
         self._queue: deque[Write] = deque()
         self._queued_bytes = 0
         self._locked_out: StoreError | None = None
+        self.trouble: StoreError | None = None
+        """What hinders all writes; None once one has succeeded again."""
+        self._damaged = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -171,7 +180,7 @@ class GroupCommit:
         while True:
             with self._condition:
                 if not self._queue and not self._closing:
-                    self._condition.wait(None if self._locked_out is None else PROBE_EVERY_S)
+                    self._condition.wait(self._look_again_s())
                 batch = self._take()
             if batch:
                 self._commit(batch)
@@ -179,6 +188,14 @@ class GroupCommit:
                 return
             elif self._locked_out is not None:
                 self._probe()
+            elif self.trouble is not None:
+                self._try()
+
+    def _look_again_s(self) -> float | None:
+        """Seconds until the next look whether writes succeed again, where there is nothing to write."""
+        if self._locked_out is not None:
+            return PROBE_EVERY_S
+        return _TRY_EVERY_S if self.trouble is not None else None
 
     def _take(self) -> list[Write]:
         batch: list[Write] = []
@@ -211,6 +228,7 @@ class GroupCommit:
             if self._short_of_room and not all(write.urgent for write in batch):
                 db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}").fetchall()
                 self._short_of_room = False
+            changes = db.total_changes
             db.execute("BEGIN IMMEDIATE")
             try:
                 for write in batch:
@@ -221,6 +239,8 @@ class GroupCommit:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+            if db.total_changes > changes:
+                self._well_again()
 
     def _step(self, db: sqlite3.Connection, write: Write) -> None:
         """One write of a transaction; what is wrong with it alone costs the others nothing."""
@@ -240,6 +260,8 @@ class GroupCommit:
             self._one_by_one(batch)
             return []
         problem = self._explain(error)
+        if _code(error) in _DISK:
+            self._hindered(error, problem)
         waiting: list[Write] = []
         if _code(error) in _LOCKS:
             log.error("store.locked", problem=str(problem))
@@ -262,6 +284,7 @@ class GroupCommit:
                 error = self._alone(write)
             if error is not None:
                 write.problem = self._explain(error)
+                self._hindered(error, write.problem)
 
     def _alone(self, write: Write) -> Exception | None:
         try:
@@ -296,6 +319,23 @@ class GroupCommit:
         with self._condition:
             self._locked_out = None
         log.info("store.unlocked_again")
+        self._well_again()
+
+    def _try(self) -> None:
+        """Write what is there already: a read-only disk begins and ends a transaction without changes as if it could."""
+        with self._connection_lock, contextlib.suppress(sqlite3.Error):
+            db = self._connection
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            db.execute(f"PRAGMA user_version = {version}").fetchall()
+            self._well_again()
+
+    def _hindered(self, error: Exception, problem: StoreError) -> None:
+        if self.trouble is None or not self._damaged:
+            self.trouble, self._damaged = problem, _code(error) in _FOR_GOOD
+
+    def _well_again(self) -> None:
+        if not self._damaged:
+            self.trouble = None
 
 
 def _code(error: Exception) -> int:

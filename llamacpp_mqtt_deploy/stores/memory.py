@@ -28,8 +28,9 @@ class MemoryFile:
         """None: another connection would see another database, and there is no disk to wait for."""
         return None
 
-    def suspect(self, error: sqlite3.Error) -> None:
-        """Nothing to look at again: a database in memory does not outlive its damage."""
+    def suspect(self, error: sqlite3.Error) -> bool:
+        """False: there is nothing to look at again, a database in memory does not outlive its damage."""
+        return False
 
     def full(self) -> StoreError | None:
         """None: there is no disk."""

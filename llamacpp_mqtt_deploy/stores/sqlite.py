@@ -50,6 +50,8 @@ class SqliteStore:
         self._file: StateFile | MemoryFile = MemoryFile() if path is None else StateFile(path)
         self._lock = threading.Lock()
         self._open: _Open | None = None
+        self._damage: StoreError | None = None
+        """What a read found; writes may go on for a while."""
 
     @property
     def path(self) -> Path:
@@ -63,6 +65,7 @@ class SqliteStore:
         with self._lock:
             if self._open is None:
                 self._open = _Open(self._file, self._explained)
+                self._damage = None  # what opening met, it mended
 
     def close(self) -> None:
         """Commit what waits, fold the log into the file and let go of the lock; idempotent, never raises."""
@@ -70,6 +73,11 @@ class SqliteStore:
             if self._open is not None:
                 self._open.close()
                 self._open = None
+
+    def trouble(self) -> str:
+        opened = self._open
+        found = None if opened is None else self._damage or opened.writer.trouble or self._file.full()
+        return "" if found is None else str(found)
 
     # --- journal -----------------------------------------------------------------------------------------------------
 
@@ -215,9 +223,10 @@ class SqliteStore:
     def _explained(self, error: Exception) -> StoreError:
         if not isinstance(error, sqlite3.Error):
             return StoreError(f"{self.path} cannot hold this: {type(error).__name__}: {error}.")
-        self._file.suspect(error)
         problem = translated(error, self.path)
         problem.__cause__ = error
+        if self._file.suspect(error):
+            self._damage = problem
         return problem
 
 

@@ -167,10 +167,11 @@ class StateFile:
 
     # --- the lock ----------------------------------------------------------------------------------------------------
 
-    def suspect(self, error: sqlite3.Error) -> None:
-        """Note in the lock file that the database showed damage, so that the next start looks at all of it."""
+    def suspect(self, error: sqlite3.Error) -> bool:
+        """Whether this is damage; if so, note it in the lock file, so that the next start looks at all of the database."""
         if _is_damage(error) and self._lock_fd is not None:
             self._write_notes(_SUSPECT)
+        return _is_damage(error)
 
     def _lock(self) -> bytes:
         """Take the lock; returns what its last holder noted, nothing when no worker has used this path before."""
@@ -221,8 +222,9 @@ class StateFile:
                 raise StoreError(message) from error
             # A worker without an operator must come back by itself; the old file is kept for whoever wants to look.
             self.moved_aside = self._move_aside()
-            log.exception(
+            log.error(
                 "store.moved_aside",
+                reason=str(error),
                 path=str(self.path),
                 moved_to=str(self.moved_aside),
                 lost="all session histories and the requests that were accepted and not yet answered",

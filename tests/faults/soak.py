@@ -269,7 +269,7 @@ def table(found: Soaked) -> str:
         *(_row(f"{sample.at_s / 60:.1f}", sample) for sample in found.samples[step - 1 :: step]),
         *(_row(f"{sample.at_s / 60:.1f}, at rest", sample) for sample in found.rests),
         "",
-        f"Median memory after the first {found.minutes * WARM_UP:g} minutes {_mib(early)}, in the end {_mib(late)}.",
+        f"Median memory after the first {found.minutes * WARM_UP:.1f} minutes {_mib(early)}, in the end {_mib(late)}.",
     ]
     return "\n".join(lines)
 

@@ -352,6 +352,33 @@ except StoreError as error:
     store.close()
 
 
+def test_a_disk_that_fails_is_told_as_trouble_until_it_takes_a_write_again(path: Path) -> None:
+    failing = """
+import resource, signal, threading
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store.open()
+store.accept([entry("before")])
+print(repr(store.trouble()), flush=True)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+try:
+    store.accept([entry("meanwhile", payload=bytes(100_000))])
+except StoreError:
+    print(repr(store.trouble()), flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+for _ in range(100):
+    if not store.trouble():
+        break
+    threading.Event().wait(0.1)
+print(repr(store.trouble()), flush=True)
+"""
+    with child(failing, path) as process:
+        assert process.stdout is not None
+        before, meanwhile, after = process.stdout.read().splitlines()
+    assert before == after == "''"
+    assert "look for disk errors" in meanwhile or "full" in meanwhile
+
+
 def test_a_read_only_disk_says_which_setting_to_change(small_disk: Path) -> None:
     filled(small_disk / "state.db")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
