@@ -235,3 +235,36 @@ def test_the_first_and_the_last_of_all_pairs_come_out_whole(letter: str) -> None
     events = [b'{"choices":[{"delta":{"content":"' + half.encode() + b'"}}]}' for half in (high, low)]
     deltas, _ = read(*events, chunk("stop"))
     assert joined(deltas) == letter
+
+
+@pytest.mark.parametrize(
+    "status,text,leaf,said",
+    [
+        (401, "no", "EngineUnavailable", "engine.api_key_file"),
+        (403, "no", "EngineUnavailable", "engine.api_key_file"),
+        (404, "no such model", "ModelNotFound", "no such model"),
+        (400, "model x not found", "ModelNotFound", "model x not found"),
+        (404, "Not Found", "EngineUnavailable", "engine.url"),
+        (405, "Method Not Allowed", "EngineUnavailable", "engine.url"),
+        (413, "too big", "PayloadTooLarge", "too big"),
+        (501, "not compiled in", "Unsupported", "not compiled in"),
+        (500, "image input is not supported", "Unsupported", "image input"),
+        (400, "odd", "EngineFailed", "refused the request: odd"),
+        (499, "", "EngineFailed", "refused the request."),
+        (500, "odd", "EngineFailed", "failed: odd"),
+        (None, "", "EngineFailed", "failed."),
+    ],
+)
+def test_each_status_of_an_engine_has_its_error(status: int | None, text: str, leaf: str, said: str) -> None:
+    made = error_from({"message": text}, status)
+    assert type(made).__name__ == leaf
+    assert said in made.message
+
+
+def test_a_code_in_the_error_goes_before_the_status() -> None:
+    assert type(error_from({"message": "x", "code": 501}, 500)).__name__ == "Unsupported"
+    assert type(error_from({"message": "x", "code": True}, 501)).__name__ == "Unsupported"
+    overflow = error_from(
+        {"type": "exceed_context_size_error", "message": "x", "n_ctx": 512, "n_prompt_tokens": -1}, 400
+    )
+    assert (type(overflow).__name__, overflow.details) == ("ContextOverflow", {"n_ctx": 512})

@@ -377,3 +377,17 @@ def test_a_cancel_of_one_request_says_that_it_stopped_one_and_where_it_was(bus: 
         bus.control("cancel", session=session, request_id=request_id)
         ack = bus.listener.until(type="ack", action="cancel", request_id=request_id)
         assert (ack["state"], ack["cancelled"]) == (state, 1)
+
+
+def test_a_session_that_the_store_cannot_read_is_told_so(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise StoreError("disk I/O error")
+
+    worker = bus.worker()
+    for name in ("history", "reset", "find"):
+        monkeypatch.setattr(worker.daemon.parts.store, name, broken)
+    for control in ({"action": "history"}, {"action": "reset"}, {"action": "cancel", "request_id": "r1"}):
+        bus.control(**control)
+        ack = bus.listener.until(type="ack", action=control["action"])
+        assert (ack["status"], ack["code"]) == ("error", "internal")
+        assert "disk I/O" not in ack["message"], "what is wrong with the disk is for the operator's log"
