@@ -102,6 +102,7 @@ class ConnectionThread:
         self._wire: PahoWire | None = None
         self._attempts = Attempts(settings, where=self.where)
         self._reminder = Reminder()
+        self._full_reminder = Reminder()
         self._generation = self._connections = 0
         self._online_since = 0.0
         self._deliveries = Deliveries(self._receipts)
@@ -267,7 +268,7 @@ class ConnectionThread:
             self._failed(refusal)
             return
         if wire.closed() is None:
-            if self._own_end is explain.INBOX_FULL:
+            if self._own_end is explain.INBOX_FULL and self._full_reminder.due("", time.monotonic()):
                 log.warning("inbox.full", broker=self.where, why="connecting again so that the broker delivers again")
             wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
         self._ended(wire, wire.closed() or Closed())
@@ -343,7 +344,8 @@ class ConnectionThread:
             self._state, self._detail = "online", ""
             info = self._info()
         self._sending.connected_at = now
-        self._deliveries.stalled_until = self._own_end = None
+        self._deliveries.connected()
+        self._own_end = None
         # Where connections break as fast as they come, the log tells of both at growing pauses only.
         (log.info if self._loud else log.debug)(
             "link.online",
@@ -379,8 +381,16 @@ class ConnectionThread:
         own_end, self._own_end = self._own_end, None
         if lived_s >= STABLE_AFTER_S:
             self._reminder.clear()
+            self._full_reminder.clear()
+        # A flood that is being read: mosquitto before 2.0.13 sends another window for each PUBACK, so that what waits there overruns
+        # the inbox again and again, and whoever else asks would wait for ever longer pauses.
+        in_a_flood = own_end is explain.INBOX_FULL and self._deliveries.taken
         self._attempts.lost(
-            closed, now, lived_s=lived_s, in_flight=bool(self._outgoing.flying), ours=own_end is not None
+            closed,
+            now,
+            lived_s=max(lived_s, STABLE_AFTER_S) if in_a_flood else lived_s,
+            in_flight=bool(self._outgoing.flying),
+            ours=own_end is not None,
         )
         if closed.from_broker and closed.code == explain.TAKEN_OVER:
             self._went_down(explain.of_disconnect(closed.code, closed.name), state="taken_over")

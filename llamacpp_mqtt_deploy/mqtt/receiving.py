@@ -123,6 +123,12 @@ class Deliveries:
         self.take: Callable[[Delivery], bool] = _take_none
         self.stalled_until: float | None = None
         """When to connect again because the inbox was full; None while all is well."""
+        self.taken = False
+        """Whether the daemon has taken any on this connection."""
+
+    def connected(self) -> None:
+        """A new connection: all is well, and nothing was taken."""
+        self.stalled_until, self.taken = None, False
 
     def arrived(self, generation: int, mid: int, delivery: Delivery) -> None:
         if delivery.qos == 0:
@@ -146,4 +152,5 @@ class Deliveries:
             self._receipts.give(delivery)
             return True
         self._faults = 0
+        self.taken = self.taken or taken
         return taken

@@ -20,6 +20,8 @@ from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.config.credentials import mqtt_password
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
+from llamacpp_mqtt_deploy.mqtt import receiving
+from llamacpp_mqtt_deploy.mqtt.backoff import FIRST_PAUSE_S
 from llamacpp_mqtt_deploy.mqtt.connection_thread import ConnectionThread
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
@@ -377,6 +379,39 @@ def test_a_connection_that_hangs_half_open_is_noticed(
     cable.cut()
     cable.resume()
     case.online()
+
+
+def test_a_flood_that_overruns_the_inbox_again_and_again_is_not_paused_for_longer_each_time(
+    mosquitto: Mosquitto, new_case: NewCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    pause = ConnectionThread._pause
+
+    def recorded(thread: ConnectionThread, seconds: float) -> None:
+        pauses.append(seconds)
+        pause(thread, min(seconds, 0.1))
+
+    monkeypatch.setattr(ConnectionThread, "_pause", recorded)
+    monkeypatch.setattr(receiving, "STALL_S", 0.05)
+    case = new_case(port=mosquitto.port, client_id="overrun")
+    refused: set[bytes] = set()
+
+    def take(delivery: Delivery) -> bool:
+        if delivery.payload not in refused and not delivery.payload.endswith(b"9"):
+            return case._take(delivery)
+        full = delivery.payload not in refused
+        refused.add(delivery.payload)
+        return not full and case._take(delivery)
+
+    case.take = take
+    subscribed(case, "overrun/#")
+    with BusClient(mosquitto.port) as client:
+        for number in range(70):
+            client.publish("overrun/a", str(number).encode())
+        assert [int(case.receive(15).payload) for _ in range(70)] == list(range(70))
+    assert len(refused) == 7
+    assert len(pauses) >= 7
+    assert max(pauses) <= FIRST_PAUSE_S
 
 
 def test_a_password_that_is_renewed_in_its_file_is_used_at_the_next_attempt(
