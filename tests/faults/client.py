@@ -229,7 +229,8 @@ class RuleClient:
             return
         ask.heard_at = time.monotonic()
         if ask.wish.kind == "history":
-            if event.get("type") == "ack":
+            # A question that came twice is refused once: the other one's answer comes too.
+            if event.get("type") == "ack" and event.get("code") != "busy":
                 self._over(ask, "ended")
             return
         self._follow(ask, event)

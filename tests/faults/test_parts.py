@@ -94,6 +94,18 @@ def test_a_history_that_lacks_a_turn_is_told() -> None:
     assert [broken.promise for broken in checker.close()] == ["history"]
 
 
+def test_a_doubled_question_for_a_history_may_be_refused_once() -> None:
+    checker = Checker({"c0": [Wish(0, "history", "c0/c0")]}, {})
+    busy = {"type": "ack", "action": "history", "status": "error", "code": "busy"}
+    ack = {"type": "ack", "action": "history", "status": "ok", "messages": []}
+    checker.take("c0", Entry(1.0, "begun", "b", number=0))
+    for told in (busy, ack):
+        checker.take("c0", Entry(1.0, "event", "b", text=json.dumps(told), topic="llm/reply/c0/c0"))
+    checker.take("c0", Entry(1.0, "ended", "b", number=0))
+    assert checker.histories == 1
+    assert checker.close() == []
+
+
 def test_the_clock_of_another_process_jumps_while_it_runs(tmp_path: Path) -> None:
     clock = SetClock(tmp_path)
     code = "import time\nfor line in iter(input, 'end'): print(int(time.time()), flush=True)"
