@@ -1,11 +1,11 @@
 """A short run of the rig: real broker, real engine, the worker as a process, and everything that can go wrong with them.
 
-The long one is `make faults`. A seed that fails says how to run it again.
+The long one is `make faults`, with a new seed each time: what a new one finds shall not turn somebody's unrelated change red. A
+seed that fails says how to run it again.
 """
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 import pytest
@@ -34,10 +34,8 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("seed", [1, None], ids=["fixed", "random"])
-def test_nothing_is_lost_doubled_or_torn_whatever_breaks(seed: int | None, tmp_path: Path) -> None:
-    if seed is None:
-        seed = secrets.randbelow(10**6)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nothing_is_lost_doubled_or_torn_whatever_breaks(seed: int, tmp_path: Path) -> None:
     faults = make(seed=seed, requests=REQUESTS, faults=FAULTS, kinds=KINDS)
     command = f"python -m tests.faults --requests {REQUESTS} --faults {FAULTS} --seed {seed} --kinds {','.join(KINDS)}"
     print(f"again: {command}")
