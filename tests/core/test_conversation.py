@@ -149,7 +149,9 @@ def test_tool_choice_names_an_offered_tool() -> None:
     assert ask(tools=[WEATHER], tool_choice=choice).tool_choice == choice
     own = RequestPolicy(tool_names=("get_weather",))
     assert parse({"prompt": "x", "tool_choice": choice}, own).tool_choice == choice
-    assert "tool_choice.function.name" in refused({"prompt": "x", "tool_choice": choice})
+    assert "none is offered" in refused({"prompt": "x", "tool_choice": choice})["tool_choice.function.name"]
+    other = {"prompt": "x", "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "fly"}}}
+    assert "(get_weather)" in refused(other)["tool_choice.function.name"]
     assert "tool_choice.function.name" in refused({"prompt": "x", "tools": [], "tool_choice": choice}, own)
     assert ask(tool_choice="auto").tool_choice is None
 

@@ -12,7 +12,7 @@ from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.errors import BadRequest
 from llamacpp_mqtt_deploy.core.route_checks import check_routes
 from llamacpp_mqtt_deploy.core.routes import MAX_TOPIC_BYTES, RouteTopics, is_session, route_topics
-from llamacpp_mqtt_deploy.core.topics import filters_overlap, topic_fault, topic_matches
+from llamacpp_mqtt_deploy.core.topics import filter_fault, filters_overlap, topic_fault, topic_matches
 
 LEVEL = st.text("ABCXYZabcxyz0189_.-", min_size=1, max_size=64)
 SHORT = st.text("abz0_.-", min_size=1, max_size=8)
@@ -323,3 +323,10 @@ def test_a_character_that_a_broker_may_disconnect_for_is_a_fault_of_a_topic(char
 @pytest.mark.parametrize("character", [" ", "~", "\xa0", "\ufdcf", "\ufdf0", "\ufffd", "\U00010000", "é"])
 def test_characters_beside_those_are_none(character: str) -> None:
     assert topic_fault(f"a/{character}") is None
+
+
+def test_a_topic_and_a_filter_have_at_most_200_levels() -> None:
+    most = "/".join(["a"] * 200)
+    for fault in (topic_fault, filter_fault):
+        assert fault(most) is None
+        assert "200 levels" in (fault(f"{most}/a") or "")

@@ -10,6 +10,7 @@ import pytest
 
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.admission import QueueLimits
+from llamacpp_mqtt_deploy.core.errors import ShuttingDown
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
@@ -237,3 +238,11 @@ def test_a_request_that_comes_right_after_a_check_gets_its_first_event_within_a_
         waited_s += CHECK_EVERY_S
     assert (told[0]["type"], told[0]["request_id"]) == ("queued", "late")
     assert waited_s < 1.0
+
+
+def test_a_registry_that_is_closed_gives_out_no_job_and_takes_none(bench: Bench) -> None:
+    bench.job("waiting")
+    bench.registry.close()
+    assert bench.registry.take(0.0) is None
+    with pytest.raises(ShuttingDown):
+        bench.job("late")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.deltas import Finished, Text, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.core.deltas import Finished, PromptProgress, Text, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.ports import Published
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -108,3 +109,17 @@ def test_a_stream_of_which_the_outbox_refused_a_chunk_ends_interrupted_without_a
     assert len(refusals) == 1
     bus.ask("again", request_id="r2")
     assert bus.listener.terminal("r2")["type"] == "done"
+
+
+def test_an_error_tells_the_tokens_that_were_used_and_none_where_the_engine_told_none(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play(EngineFailed("at once"))
+    engine.play(PromptProgress(5, 7, 3), EngineFailed("in the prompt"))
+    engine.play("one ", "two", EngineFailed("in the answer"))
+    bus.worker(engine)
+    for number in range(3):
+        bus.ask("hi", request_id=f"r{number}")
+    at_once, in_the_prompt, in_the_answer = (bus.listener.terminal(f"r{number}") for number in range(3))
+    assert "usage" not in at_once
+    assert (in_the_prompt["usage"]["prompt_tokens"], in_the_prompt["usage"]["cached_tokens"]) == (7, 3)
+    assert in_the_answer["usage"]["completion_tokens"] == 2
