@@ -349,6 +349,57 @@ def test_everybody_admitted_is_taken_exactly_once_and_sessions_keep_their_order(
         assert [key for key in order if key in mine] == mine
 
 
+def test_a_queue_holds_sixty_four_mebibytes_and_half_of_it_for_one_level_where_nothing_else_is_said() -> None:
+    mib = 1024 * 1024
+    line = AdmissionQueue(limits=QueueLimits(queue_size=10, session_queue=4), aging_s=30.0)
+    _admit(line, _ticket("m", level="modest", size=1))
+    _admit(line, _ticket("g0", level="greedy", size=1), _ticket("g1", level="greedy", size=32 * mib - 1))
+    with pytest.raises(Busy, match="your share"):
+        line.admit(_ticket("g2", level="greedy", size=1), retry_after_s=5.0)
+    assert line.remove("m") is not None
+    _admit(line, _ticket("g2", level="greedy", size=32 * mib))
+    with pytest.raises(Busy, match=r"64 MiB of requests wait"):
+        line.admit(_ticket("g3", level="greedy", size=1), retry_after_s=5.0)
+
+
+def test_the_lanes_are_counted_by_their_names() -> None:
+    line = _line()
+    assert line.by_lane() == {"interactive": 0, "normal": 0, "batch": 0}
+    _admit(line, *[_ticket(f"{n}", lane=lane) for n, lane in enumerate((0, 2, 2))])
+    assert line.by_lane() == {"interactive": 1, "normal": 0, "batch": 2}
+
+
+def test_a_ticket_is_taken_out_once() -> None:
+    line = _line()
+    ticket = _ticket("one")
+    _admit(line, ticket)
+    assert line.remove("one") is ticket
+    assert line.remove("one") is None
+    assert len(line) == 0
+
+
+def test_a_session_that_is_held_waits_until_it_is_let_go() -> None:
+    line = _line()
+    line.hold_session("s")
+    _admit(line, _ticket("one", session="s"))
+    assert line.next(0.0) is None
+    assert line.front(5, 0.0) == set()
+    line.leave_session("s")
+    assert line.front(0, 0.0) == line.front(-1, 0.0) == set()
+    assert line.front(1, 0.0) == {"one"}
+    assert line.next(0.0) is not None
+
+
+def test_one_prompt_of_an_idle_session_goes_at_once_and_does_not_count_as_waiting() -> None:
+    line = _line(session_queue=1)
+    _admit(line, _ticket("goes", session="s"), _ticket("waits", session="s"))
+    with pytest.raises(SessionBusy) as refusal:
+        line.admit(_ticket("more", session="s"), retry_after_s=7.0)
+    assert refusal.value.details["retry_after_s"] == 7.0
+    assert "1 prompts" in refusal.value.message
+    _admit(line, _ticket("other", session="t"), _ticket("stateless"))
+
+
 def test_the_rate_limiter_gives_a_minutes_worth_at_once_and_then_evenly() -> None:
     rates = RateLimiter(60)
     for _ in range(60):
@@ -389,3 +440,51 @@ def test_no_minute_holds_more_than_twice_the_limit(gaps: list[float], per_minute
             pass
     for start in taken:
         assert sum(1 for at in taken if start <= at < start + 60) <= 2 * per_minute + 1
+
+
+def test_a_rate_of_nothing_limits_nothing() -> None:
+    for off in (0, -1):
+        rates = RateLimiter(off)
+        for _ in range(1000):
+            rates.take("ada", 0.0)
+
+
+def test_whoever_waits_a_little_less_than_it_takes_is_told_of_a_tenth_of_a_second() -> None:
+    rates = RateLimiter(60)
+    for _ in range(60):
+        rates.take("ada", 0.0)
+    with pytest.raises(RateLimited) as refusal:
+        rates.check("ada", 0.99)
+    assert refusal.value.details["retry_after_s"] == 0.1
+    with pytest.raises(
+        RateLimited, match=r"more than 60 messages in a minute; the next one is taken in 0\.7 s"
+    ) as refusal:
+        rates.take("ada", 0.26)
+    assert refusal.value.details["retry_after_s"] == 0.7
+    rates.check("ada", 1.0)
+    rates.check("ada", 1.0)  # which counts nothing
+
+
+def test_a_level_that_was_quiet_for_long_has_no_more_than_a_minutes_worth() -> None:
+    rates = RateLimiter(3)
+    rates.take("ada", 0.0)
+    for _ in range(3):
+        rates.take("ada", 10_000.0)
+    with pytest.raises(RateLimited):
+        rates.take("ada", 10_000.0)
+
+
+def test_the_last_four_thousand_levels_are_told_apart() -> None:
+    rates = RateLimiter(2)
+    rates.take("ada", 0.0)
+    rates.take("bob", 0.0)
+    rates.take("ada", 0.0)
+    for number in range(4094):
+        rates.take(f"other{number}", 0.0)
+    with pytest.raises(RateLimited):
+        rates.check("ada", 0.0)
+    rates.take("one too many", 0.0)  # bob, who was quiet for longest, is forgotten
+    rates.take("bob", 0.0)
+    rates.take("bob", 0.0)
+    with pytest.raises(RateLimited):
+        rates.check("bob", 0.0)

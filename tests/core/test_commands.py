@@ -72,6 +72,42 @@ def test_the_ack_of_a_bad_control_message_can_carry_what_was_readable() -> None:
     assert caught.value.details["transaction"] == "t2"
 
 
+@pytest.mark.parametrize("transaction", ["t" * 64, ""])
+def test_a_transaction_may_have_sixty_four_characters(transaction: str) -> None:
+    assert parse_control(encoded({"action": "ping", "transaction": transaction})).transaction == transaction
+    with pytest.raises(BadRequest) as caught:
+        parse_control(encoded({"action": "explode", "transaction": transaction}))
+    assert caught.value.details["transaction"] == transaction
+
+
+def test_the_ack_of_a_bad_message_carries_nothing_that_could_not_be_sent_back() -> None:
+    for unfit in ("t" * 65, 7, None):
+        with pytest.raises(BadRequest) as caught:
+            parse_control(encoded({"action": "explode", "transaction": unfit}))
+        assert "transaction" not in caught.value.details
+
+
+def test_words_that_are_no_order_are_not_taken_for_the_order_they_begin_with() -> None:
+    for parser, words in ((parse_control, b"cancel r1"), (parse_control, b"cancel it now"), (parse_admin, b"drain it")):
+        try:
+            found = parser(words)
+        except BadRequest as refusal:
+            assert "action" in refusal.details["fields"] or "level" in refusal.details["fields"]
+        else:
+            pytest.fail(f"{words!r} was taken for {found}")
+
+
+def test_a_null_in_a_control_message_is_as_good_as_absent() -> None:
+    assert parse_control(b'{"action":"cancel","request_id":null,"transaction":null}') == ControlCommand(action="cancel")
+
+
+def test_a_control_message_may_have_four_kibibytes() -> None:
+    whole = b'{"action":"cancel","x":"' + b"x" * (4096 - 26) + b'"}'
+    assert parse_control(whole).action == "cancel"
+    with pytest.raises(PayloadTooLarge):
+        parse_control(b" " + whole)
+
+
 def test_a_control_message_is_small() -> None:
     with pytest.raises(PayloadTooLarge):
         parse_control(b'{"action":"cancel","x":"' + b"x" * 5000 + b'"}')

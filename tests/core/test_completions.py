@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy.core.completions import MAX_MESSAGE_CHARS, CompletionReader, clean, error_from
 from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, PromptProgress, Reasoning, Text, TokenUsage, ToolCall
 from llamacpp_mqtt_deploy.core.errors import EngineFailed, RequestError
+from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
 
 
 def chunk(finish_reason: str | None = None, **delta: Any) -> bytes:
@@ -268,3 +269,255 @@ def test_a_code_in_the_error_goes_before_the_status() -> None:
         {"type": "exceed_context_size_error", "message": "x", "n_ctx": 512, "n_prompt_tokens": -1}, 400
     )
     assert (type(overflow).__name__, overflow.details) == ("ContextOverflow", {"n_ctx": 512})
+
+
+# --- what servers do differently --------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_done_when_the_server_says_so() -> None:
+    reader = CompletionReader()
+    reader.read(chunk(content="a"))
+    assert not reader.done
+    assert reader.read(b"[DONE]") == []
+    assert reader.done
+
+
+def test_a_completion_that_is_not_streamed_is_read_from_its_message() -> None:
+    message = {"role": "assistant", "content": "Hi", "reasoning": "hm"}
+    whole = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}], "usage": {"prompt_tokens": 3}}
+    deltas, finished = read(json.dumps(whole).encode())
+    assert deltas == [Reasoning("hm"), Text("Hi")]
+    assert (finished.finish_reason, finished.usage.prompt_tokens) == ("stop", 3)
+
+
+def test_thinking_that_is_no_text_is_left_out() -> None:
+    assert read(chunk(reasoning_content={"text": "hm"}, content="a"))[0] == [Text("a")]
+
+
+def test_parts_of_content_without_text_are_left_out() -> None:
+    assert joined(read(chunk(content=[{"type": "text", "text": None}, "odd", {"text": "b"}]))[0]) == "b"
+
+
+def test_what_was_held_back_as_a_tag_comes_before_what_the_server_sends_apart() -> None:
+    for apart in (chunk(reasoning_content="hm"), chunk(tool_calls=[CALL])):
+        reader = CompletionReader(thinking=ThinkingSplitter("<think>", "</think>"))
+        assert reader.splits
+        assert reader.read(chunk(content="<th")) == []
+        first, second = reader.read(apart)
+        assert first == Text("<th")
+        assert second in (Reasoning("hm"), ToolCall(0, "c", "f", "{}"))
+
+
+def test_a_server_that_sends_thinking_apart_leaves_no_tags_in_the_answer() -> None:
+    reader = CompletionReader(thinking=ThinkingSplitter("<think>", "</think>"))
+    reader.read(chunk(reasoning_content="hm"))
+    assert not reader.splits
+    assert reader.read(chunk(content="<think>")) == [Text("<think>")]
+
+
+def test_thinking_that_a_server_leaves_in_the_content_is_split_off() -> None:
+    reader = CompletionReader(thinking=ThinkingSplitter("<think>", "</think>"))
+    assert reader.read(chunk(content="<think>hm</think>a<think>")) == [Reasoning("hm"), Text("a<think>")]
+    assert reader.read(b"[DONE]") == []
+    cut = CompletionReader(thinking=ThinkingSplitter("<think>", "</think>"))
+    assert cut.read(chunk(content="<th")) == []
+    assert cut.read(b"[DONE]") == [Text("<th")]
+    assert cut.rest() == []
+
+
+def test_half_a_pair_is_known_to_wait_for_the_other_half() -> None:
+    reader = CompletionReader()
+    assert not reader.holds_half
+    reader.read(b'{"choices":[{"delta":{"content":"\\ud83d"}}]}')
+    assert reader.holds_half
+    reader.read(b'{"choices":[{"delta":{"content":"\\ude00"}}]}')
+    assert not reader.holds_half
+
+
+def test_text_that_was_read_elsewhere_is_counted_too() -> None:
+    reader = CompletionReader()
+    reader.read(chunk(content="a"))
+    reader.count(4)
+    assert reader.finished().usage.completion_tokens == 5
+
+
+def test_a_reason_that_nobody_knows_is_an_ordinary_end() -> None:
+    assert read(chunk("eos_token"))[1].finish_reason == "stop"
+    assert read(chunk(content="a"))[1].finish_reason == "stop"
+    assert read(chunk("function_call"))[1].finish_reason == "tool_calls"
+
+
+def test_a_stop_reason_that_is_no_text_is_no_stop_sequence() -> None:
+    assert read(b'{"choices":[{"finish_reason":"stop","stop_reason":128001,"delta":{}}]}')[1].stop_sequence is None
+
+
+def test_figures_stay_when_later_events_have_none() -> None:
+    figures = f'{{"choices":[],{USAGE},{TIMINGS}}}'.encode()
+    assert read(figures, chunk("stop"))[1] == read(chunk("stop"), figures)[1]
+
+
+# --- tool calls -------------------------------------------------------------------------------------------------------
+
+
+def _calls(*pieces: dict[str, Any]) -> list[ToolCall]:
+    deltas, _ = read(*(chunk(tool_calls=[piece]) for piece in pieces))
+    assert all(isinstance(delta, ToolCall) for delta in deltas)
+    return [delta for delta in deltas if isinstance(delta, ToolCall)]
+
+
+def _piece(index: int | None, call_id: str | None, name: str | None, arguments: Any) -> dict[str, Any]:
+    return {"index": index, "id": call_id, "function": {"name": name, "arguments": arguments}}
+
+
+def test_pieces_of_several_calls_may_come_in_turn() -> None:
+    assert _calls(
+        _piece(0, "a", "f", "1"),
+        _piece(1, "b", "g", "2"),
+        _piece(2, "c", "h", "3"),
+        _piece(0, None, None, "4"),
+        _piece(1, None, None, "5"),
+        _piece(2, None, None, "6"),
+    ) == [
+        ToolCall(0, "a", "f", "1"),
+        ToolCall(1, "b", "g", "2"),
+        ToolCall(2, "c", "h", "3"),
+        ToolCall(0, None, None, "4"),
+        ToolCall(1, None, None, "5"),
+        ToolCall(2, None, None, "6"),
+    ]
+
+
+@pytest.mark.parametrize("index", [None, 0])
+def test_calls_without_numbers_of_their_own_are_told_apart_by_id_and_name(index: int | None) -> None:
+    assert _calls(
+        _piece(index, "a", "f", "1"),
+        _piece(index, "a", "f", "2"),  # llama-cpp-python
+        _piece(index, "b", "f", "3"),
+        _piece(index, None, None, "4"),
+    ) == [
+        ToolCall(0, "a", "f", "1"),
+        ToolCall(0, None, None, "2"),
+        ToolCall(1, "b", "f", "3"),
+        ToolCall(1, None, None, "4"),
+    ]
+
+
+def test_an_id_or_a_name_alone_begins_no_new_call() -> None:
+    assert _calls(_piece(0, "a", "f", "1"), _piece(0, "b", None, "2"), _piece(0, None, "g", "3")) == [
+        ToolCall(0, "a", "f", "1"),
+        ToolCall(0, None, None, "2"),
+        ToolCall(0, None, None, "3"),
+    ]
+
+
+def test_an_id_and_a_name_that_come_late_are_passed_on_once() -> None:
+    assert _calls(
+        _piece(0, None, None, ""), _piece(0, "a", None, ""), _piece(0, "a", "f", ""), _piece(0, "", "", "1")
+    ) == [
+        ToolCall(0, None, None, ""),
+        ToolCall(0, "a", None, ""),
+        ToolCall(0, None, "f", ""),
+        ToolCall(0, None, None, "1"),
+    ]
+    assert _calls(_piece(0, None, "f", "1"), _piece(0, "a", "f", "2")) == [
+        ToolCall(0, None, "f", "1"),
+        ToolCall(0, "a", None, "2"),
+    ]
+
+
+def test_a_piece_of_a_call_that_brings_nothing_is_left_out() -> None:
+    assert _calls(_piece(0, "a", "f", None), _piece(0, "a", "f", None), _piece(0, None, None, "")) == [
+        ToolCall(0, "a", "f", "")
+    ]
+
+
+def test_arguments_that_a_server_sends_as_an_object_become_json() -> None:
+    assert _calls(_piece(0, "a", "f", {"city": "Ulm"})) == [ToolCall(0, "a", "f", '{"city":"Ulm"}')]
+
+
+# --- progress and figures ---------------------------------------------------------------------------------------------
+
+
+def _progress(**fields: Any) -> bytes:
+    return json.dumps({"choices": [], "prompt_progress": fields}).encode()
+
+
+def test_progress_is_told_when_it_moves_and_what_the_server_leaves_out_is_nothing() -> None:
+    deltas, finished = read(_progress(total=9), _progress(total=9), _progress(total=9, processed=4, cache=2))
+    assert deltas == [PromptProgress(0, 9, 0), PromptProgress(4, 9, 2)]
+    assert finished.usage.prompt_tokens == 9, "known from the progress where no figures come"
+
+
+def test_figures_come_from_the_best_that_a_server_tells() -> None:
+    timed = read(b'{"choices":[],"timings":{"cache_n":20}}')[1].usage
+    assert (timed.prompt_tokens, timed.cached_tokens) == (20, 20)
+    timed = read(b'{"choices":[],"timings":{"prompt_n":8}}')[1].usage
+    assert (timed.prompt_tokens, timed.cached_tokens) == (8, 0)
+    details = {"prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 3}}
+    counted = {"prompt_tokens": 0, "completion_tokens": 0}
+    event = {"choices": [], "usage": counted | details, "timings": {"cache_n": 20, "prompt_n": 8, "predicted_n": 5}}
+    usage = read(chunk(content="a"), json.dumps(event).encode())[1].usage
+    assert usage == TokenUsage(prompt_tokens=0, completion_tokens=0, cached_tokens=4, reasoning_tokens=3)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"error": {"message": "out of memory"}},
+        {"choices": [], "error": {"message": "out of memory"}},
+        {"choices": None, "error": "out of memory"},
+        {"code": 500, "message": "out of memory"},
+        {"type": "server_error", "message": "out of memory"},
+    ],
+)
+def test_an_error_in_a_stream_is_an_error_in_each_of_its_shapes(event: dict[str, Any]) -> None:
+    with pytest.raises(EngineFailed, match="out of memory"):
+        read(json.dumps(event).encode())
+
+
+@pytest.mark.parametrize(
+    "event", [{"message": "hello"}, {"code": 200}, {"error": None}, {"choices": [], "error": None}]
+)
+def test_an_event_that_only_looks_like_an_error_is_none(event: dict[str, Any]) -> None:
+    assert read(json.dumps(event).encode())[0] == []
+
+
+def test_what_the_engine_wrote_is_known_to_be_its_own_words() -> None:
+    assert error_from({"detail": "no such thing"}, 500).quoted == "no such thing"
+    assert error_from("plain", 500).quoted == "plain"
+    assert error_from({"code": "context_length_exceeded", "message": "9 of 8"}).quoted == ""
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 500, None])
+@pytest.mark.parametrize(
+    "text",
+    ["This model's maximum context length is 8 tokens, however you asked for 9", "the context size is exceeded"],
+)
+def test_a_prompt_that_is_too_long_is_known_by_the_words_of_the_engine(status: int | None, text: str) -> None:
+    assert type(error_from(text, status)).__name__ == "ContextOverflow"
+
+
+def test_words_about_the_context_alone_are_no_overflow() -> None:
+    assert type(error_from("the context size is 8", 400)).__name__ == "EngineFailed"
+    assert type(error_from("the queue is too long", 400)).__name__ == "EngineFailed"
+    assert type(error_from("maximum context length exceeded", 503)).__name__ == "EngineFailed"
+    assert type(error_from({"code": "context_length_exceeded"}, 503)).__name__ == "ContextOverflow"
+    assert type(error_from({"type": "exceed_context_size_error"}, 503)).__name__ == "ContextOverflow"
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_field_that_the_engine_refuses_is_the_clients(status: int) -> None:
+    told = {"type": "invalid_request_error", "message": "Field min_p must be a number"}
+    assert type(error_from(told, status)).__name__ == "BadRequest"
+    assert type(error_from(told, 500)).__name__ == "EngineFailed"
+    assert type(error_from(told | {"type": "server_error"}, status)).__name__ == "EngineFailed"
+    assert type(error_from(told | {"message": "Bad field"}, status)).__name__ == "EngineFailed"
+
+
+def test_an_engines_text_is_cut_to_five_hundred_characters() -> None:
+    assert clean("x" * 500) == "x" * 500
+    assert clean("x" * 501) == "x" * 499 + "…"
+    assert clean("http://" + "x" * 1993 + " and more") == "[address]", "what is looked at is bounded, too"

@@ -31,6 +31,8 @@ def test_messages_in_openais_shape_come_out_unchanged() -> None:
     assert list(found.messages) == MESSAGES
     assert found.has_images
     assert not parse({"messages": MESSAGES[2:]}).has_images
+    only_text = {"role": "user", "content": [{"type": "text", "text": "What is it?"}]}
+    assert not parse({"messages": [only_text]}).has_images
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,7 @@ def test_the_number_of_messages_and_parts_is_bounded() -> None:
     assert len(parse({"messages": [HELLO] * 2048}).messages) == 2048
     parts = [{"type": "text", "text": "x"}] * 257
     assert "messages[0].content" in refused({"messages": [{"role": "user", "content": parts}]})
+    assert len(parse({"messages": [{"role": "user", "content": parts[1:]}]}).messages[0]["content"]) == 256
 
 
 def test_a_megabyte_of_wrong_messages_is_refused_at_once() -> None:
@@ -154,6 +157,19 @@ def test_tool_choice_names_an_offered_tool() -> None:
     assert "(get_weather)" in refused(other)["tool_choice.function.name"]
     assert "tool_choice.function.name" in refused({"prompt": "x", "tools": [], "tool_choice": choice}, own)
     assert ask(tool_choice="auto").tool_choice is None
+    assert [ask(tools=[WEATHER], tool_choice=word).tool_choice for word in ("auto", "none", "required")] == [
+        "auto",
+        "none",
+        "required",
+    ]
+    assert "tools to choose from" in refused({"prompt": "x", "tool_choice": "required"})["tool_choice"]
+
+
+def test_at_most_eight_of_the_offered_tools_are_named_in_a_refusal() -> None:
+    tools = [{"type": "function", "function": {"name": f"f{n}"}} for n in range(9)]
+    choice = {"type": "function", "function": {"name": "fly"}}
+    fields = refused({"prompt": "x", "tools": tools, "tool_choice": choice})
+    assert "(f0, f1, f2, f3, f4, f5, f6, f7)" in fields["tool_choice.function.name"]
 
 
 DEEP: dict[str, Any] = {}

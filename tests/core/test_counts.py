@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.counts import MAX_COUNT, MAX_RATE, checked_end
+from llamacpp_mqtt_deploy.core.counts import MAX_COUNT, MAX_RATE, checked_end, count, rate
 from llamacpp_mqtt_deploy.core.deltas import Finished, TokenUsage
 
 
@@ -17,6 +17,13 @@ def test_numbers_that_can_be_true_are_passed_on_as_they_are() -> None:
     assert checked_end(told) == told
     most = Finished("length", TokenUsage(prompt_tokens=MAX_COUNT), tokens_per_second=MAX_RATE)
     assert checked_end(most) == most
+
+
+def test_the_least_and_the_largest_numbers_that_can_be_true() -> None:
+    assert (count(0), count(2**31 - 1), count(2**31), count(7.0)) == (0, 2**31 - 1, None, 7)
+    assert (rate(0), rate(0.001), rate(1e9), rate(1e9 + 1), rate(7)) == (None, 0.001, 1e9, None, 7.0)
+    assert [count(value) for value in (True, "7", None)] == [None] * 3
+    assert [rate(value) for value in (True, "7", None)] == [None] * 3
 
 
 @pytest.mark.parametrize("number", [-1, True, "7", None, math.nan, math.inf, MAX_COUNT + 1])

@@ -55,6 +55,15 @@ def test_chunks_of_an_end_have_the_same_borders_under_a_little_smaller_limit() -
     assert fitted(terminal, 4000)[:-1] == fitted(terminal, 1500)[:-1]
 
 
+def _first(limit: int) -> int:
+    return len(json.loads(fitted(_done("x" * 60_000), limit)[0])["content"])
+
+
+def test_chunks_of_an_end_have_one_of_two_sizes_unless_the_limit_is_below_both() -> None:
+    assert [_first(limit) for limit in (1000, 1024, 16_383)] == [600, 624, 624]
+    assert [_first(limit) for limit in (16_384, 50_000)] == [15_984, 15_984]
+
+
 @given(st.text(min_size=2000, max_size=9000), st.integers(0, 3))
 def test_a_limit_that_shrinks_on_the_way_cuts_the_rest_and_goes_on_counting(content: str, sent: int) -> None:
     events = fitted(_done(content * 9, reasoning="hm" * 4000, calls=[CALL]), 16384)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
-from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, RequestError, Unsupported
+from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, PayloadTooLarge, RequestError, Unsupported
 from llamacpp_mqtt_deploy.core.names import REQUEST_FIELDS, check_fields, nearest
 from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
 from tests.support.parsing import HELLO, MAZE, OPEN, PNG, PORTAL, WEATHER, ask, encoded, parse, parse_request, refused
@@ -60,6 +60,15 @@ def test_each_mode_is_known_by_its_field(body: dict[str, Any], mode: str) -> Non
 )
 def test_none_or_several_of_the_three_is_refused(body: dict[str, Any]) -> None:
     assert "exactly one of prompt, messages and tool_results" in refused(body)["prompt"]
+
+
+def test_a_refusal_for_none_or_several_of_the_three_names_what_was_found() -> None:
+    assert list(refused({})) == ["prompt"]
+    assert list(refused({"prompt": "x", "messages": [HELLO]})) == ["prompt", "messages"]
+    with pytest.raises(BadRequest, match="tool_results, found none"):
+        parse({})
+    with pytest.raises(BadRequest, match="tool_results, found prompt and messages"):
+        parse({"prompt": "x", "messages": [HELLO]})
 
 
 def test_a_request_without_a_prompt_is_told_which_of_its_fields_might_have_been_one() -> None:
@@ -143,6 +152,50 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
+def _tools(number: int) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": f"f{n}"}} for n in range(number)]
+
+
+def _results(number: int) -> list[dict[str, Any]]:
+    return [{"tool_call_id": f"c{n}", "content": "x"} for n in range(number)]
+
+
+FARTHEST: dict[str, list[Any]] = {
+    "temperature": [0, 5],
+    "top_p": [0, 1],
+    "min_p": [0, 1],
+    "max_tokens": [1],
+    "top_k": [0, 1_000_000],
+    "seed": [-1, 2**32 - 1],
+    "thinking_budget": [0, 10_000_000],
+    "presence_penalty": [-2, 2],
+    "frequency_penalty": [-2, 2],
+    "repeat_penalty": [0.01, 10],
+    "stream": [True, False, "sentence"],
+    "stop": [["x" * 256] * 16],
+    "logit_bias": [{"1" * 8: 100, "2": -100}, dict.fromkeys(map(str, range(1024)), 1)],
+    "request_id": ["a", "aA0_.-" + "a" * 58],
+    "timeout_s": [0.001],
+    "metadata": [{}, {"a": "x" * 4088}],
+    "model": ["x" * 256],
+    "tools": [[], _tools(128)],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in FARTHEST.items() for value in values])
+def test_a_value_at_the_end_of_its_range_is_taken_as_it_is(name: str, value: Any) -> None:
+    found = parse({"prompt": "Hello", name: value}, RequestPolicy(models=None))
+    taken = found.sampling[name] if name in SAMPLING_FIELDS else getattr(found, name)
+    assert (list(taken) if name == "tools" else taken) == value
+    assert found.warnings == ()
+
+
+def test_tools_and_their_results_are_bounded_in_number() -> None:
+    assert "tools" in refused({"prompt": "x", "tools": _tools(129)})
+    assert len(parse({"tool_results": _results(128)}).tool_results) == 128
+    assert "tool_results" in refused({"tool_results": _results(129)})
+
+
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_type_or_range_is_refused_by_name(name: str, value: Any) -> None:
     fields = refused({"prompt": "Hello"} | {name: value})
@@ -173,6 +226,41 @@ def test_wishes_over_the_limits_are_lowered_with_a_warning() -> None:
     assert ask().warnings == ()
 
 
+def test_a_wish_that_is_at_its_limit_is_not_lowered() -> None:
+    found = ask(max_tokens=1000, timeout_s=600, priority="normal")
+    assert (found.sampling, found.timeout_s, found.priority) == ({"max_tokens": 1000}, 600, "normal")
+    assert found.warnings == ()
+
+
+def test_where_the_worker_limits_nothing_wishes_are_taken_as_they_are() -> None:
+    found = parse({"prompt": "x", "max_tokens": 10**6, "timeout_s": 10**6}, RequestPolicy())
+    assert (found.sampling["max_tokens"], found.timeout_s, found.warnings) == (10**6, 10**6, ())
+    assert parse({"prompt": "x"}, RequestPolicy()).timeout_s is None
+    assert parse({"prompt": "x"}, RequestPolicy(max_timeout_s=5)).timeout_s is None
+    assert parse({"prompt": "x"}, RequestPolicy(max_timeout_s=5, default_timeout_s=9)).timeout_s == 5
+    assert parse({"prompt": "x"}, RequestPolicy(default_timeout_s=9)).timeout_s == 9
+
+
+def test_a_request_may_have_one_mebibyte_where_nothing_else_is_said() -> None:
+    assert parse_request(b"x" * 2**20, policy=RequestPolicy()) is not None
+    with pytest.raises(PayloadTooLarge):
+        parse_request(b"x" * (2**20 + 1), policy=RequestPolicy())
+
+
+def test_a_route_allows_everything_but_sessions_and_models_in_the_payload_where_nothing_else_is_said() -> None:
+    plain = RequestPolicy()
+    assert parse({"prompt": "x", "system_prompt": "y", "tools": [WEATHER]}, plain).system_prompt == "y"
+    assert parse({"messages": [HELLO]}, plain).mode == "messages"
+    assert parse({"prompt": "x", "session_id": "s"}, plain).session_id is None
+    assert list(refused({"prompt": "x", "model": "any"}, plain, ModelNotFound)) == ["model"]
+
+
+def test_routes_with_the_same_settings_have_equal_policies() -> None:
+    assert RequestPolicy(fields={"prompt": "q"}) == RequestPolicy(fields={"prompt": "q"})
+    assert RequestPolicy(fields={"prompt": "q"}) != RequestPolicy()
+    assert repr(RequestPolicy(fields={"prompt": "q"})).count("'q'") == 1
+
+
 def test_a_priority_is_lowered_to_the_lane_of_the_route() -> None:
     slow = RequestPolicy(max_priority="batch", default_priority="normal")
     assert parse({"prompt": "x"}, slow).priority == "batch"
@@ -195,6 +283,16 @@ def test_a_model_must_be_one_of_those_that_are_served() -> None:
     assert refused({"prompt": "x", "model": "gpt"}, kind=ModelNotFound) == {"model": "one of tiny, large"}
     assert "model" in refused({"prompt": "x", "model": "tiny"}, RequestPolicy(), ModelNotFound)
     assert parse({"prompt": "x", "model": "any"}, RequestPolicy(models=None)).model == "any"
+
+
+def test_at_most_eight_of_the_models_are_named_in_a_refusal() -> None:
+    many = RequestPolicy(models=tuple(f"m{n}" for n in range(9)))
+    assert refused({"prompt": "x", "model": "gpt"}, many, ModelNotFound) == {
+        "model": "one of m0, m1, m2, m3, m4, m5, m6, m7"
+    }
+    assert refused({"prompt": "x", "model": "gpt"}, RequestPolicy(), ModelNotFound) == {
+        "model": "nothing: requests cannot choose here"
+    }
 
 
 def test_an_alias_stands_for_a_model_or_for_the_default_one() -> None:
@@ -243,12 +341,44 @@ def test_a_forbidden_system_prompt_cannot_be_smuggled_in_as_a_message(role: str)
     assert list(fields) == ["messages[1].role"]
 
 
+def test_of_many_forbidden_system_messages_the_first_is_named() -> None:
+    system = {"role": "system", "content": "x"}
+    closed = RequestPolicy(allow_system_prompt=False)
+    assert list(refused({"messages": [system, HELLO, system]}, closed, Unsupported)) == ["messages[0].role"]
+    assert parse({"messages": [HELLO]}, closed).mode == "messages"
+    assert parse({"prompt": "x"}, closed).mode == "prompt"
+
+
 def test_fields_that_exclude_each_other_are_refused() -> None:
     assert "system_prompt" in refused({"messages": [HELLO], "system_prompt": "x"})
     results = [{"tool_call_id": "c1", "content": "x"}]
     assert "new" in refused({"tool_results": results, "new": True})
     assert "tool_results" in refused({"tool_results": results * 2})
-    assert "new was ignored" in parse({"messages": [HELLO], "new": True}).warnings[0]
+    stateless = parse({"messages": [HELLO], "new": True})
+    assert (stateless.new, stateless.warnings) == (
+        False,
+        ("new was ignored: messages do not touch the history",),
+    )
+
+
+def test_a_prompt_may_begin_a_new_conversation() -> None:
+    assert (ask(new=True).new, ask(new=True).warnings) == (True, ())
+    assert [ask(new=False).new, ask().new, parse({"messages": [HELLO]}).new] == [False] * 3
+    assert parse({"messages": [HELLO], "new": False}).warnings == ()
+
+
+def test_what_a_request_adds_to_its_session() -> None:
+    assert ask().new_messages() == ({"role": "user", "content": "Hello"},)
+    results = parse({"tool_results": [{"tool_call_id": "c1", "content": "12 °C", "x": 1}]})
+    assert results.new_messages() == ({"role": "tool", "tool_call_id": "c1", "content": "12 °C"},)
+
+
+def test_an_end_without_text_is_asked_for_expressly() -> None:
+    assert [ask(full_content=False).full_content, ask(full_content=True).full_content, ask().full_content] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_session_id_counts_only_where_the_route_trusts_it() -> None:

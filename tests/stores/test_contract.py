@@ -12,10 +12,11 @@ import orjson
 import pytest
 
 from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
-from llamacpp_mqtt_deploy.stores.bounds import PURGE_BYTES, PURGE_ROWS, ROW_BYTES, UNDELIVERED_S
 from tests.support.store_cases import MEMBERS, NOW, SESSION, change, entry, key, new_store, talk
 
 OTHER = ("default", "hall")
+DAY_S = 86400.0
+MIB = 1024 * 1024
 
 
 @pytest.fixture(params=MEMBERS)
@@ -309,8 +310,8 @@ def test_delivered_ends_are_remembered_for_a_while_and_undelivered_ones_for_a_da
     assert purge(store, now=NOW + 600) == {"entries": 0, "sessions": 0}
     assert purge(store, now=NOW + 601) == {"entries": 1, "sessions": 0}
     assert store.find(key("delivered")) is None
-    assert purge(store, now=NOW + UNDELIVERED_S) == {"entries": 0, "sessions": 0}
-    assert purge(store, now=NOW + UNDELIVERED_S + 1) == {"entries": 1, "sessions": 0}
+    assert purge(store, now=NOW + DAY_S) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + DAY_S + 1) == {"entries": 1, "sessions": 0}
     assert [e.key.request_id for e in store.unfinished()] == ["waiting"]
 
 
@@ -359,23 +360,23 @@ def test_the_session_with_a_request_stays_and_the_next_one_goes(store: Store) ->
     assert [bool(store.history(("default", f"greedy/{n}"))) for n in range(3)] == [True, False, True]
 
 
-def test_one_purge_drops_a_bounded_number_of_rows(tmp_path: Path) -> None:
+def test_one_purge_drops_five_hundred_requests_and_sessions_at_most(tmp_path: Path) -> None:
     for member in ("memory", "sqlite"):
         store = new_store(member, tmp_path)
         store.open()
-        names = [f"r{n}" for n in range(PURGE_ROWS + 7)]
+        names = [f"r{n}" for n in range(507)]
         store.accept([entry(name) for name in names])
         for name in names:
             store.finish(key(name), b"", now=NOW, history=change("q", "a", session=("default", name)))
         store.mark_delivered([key(name) for name in names])
         limits = {"ttl_s": 1.0, "max_sessions": 3}
-        assert purge(store, now=NOW + 1000, **limits) == {"entries": PURGE_ROWS, "sessions": PURGE_ROWS, "more": 1}
+        assert purge(store, now=NOW + 1000, **limits) == {"entries": 500, "sessions": 500, "more": 1}
         assert purge(store, now=NOW + 1000, **limits) == {"entries": 7, "sessions": 7}
         store.close()
 
 
-def test_one_purge_drops_a_bounded_number_of_bytes(store: Store) -> None:
-    size = PURGE_BYTES // 4
+def test_one_purge_drops_four_mebibytes_at_most(store: Store) -> None:
+    size = MIB
     for n in range(6):
         store.accept([entry(f"r{n}")])
         history = change("q", "x" * 3_000_000, session=("default", f"s{n}"))
@@ -387,11 +388,11 @@ def test_one_purge_drops_a_bounded_number_of_bytes(store: Store) -> None:
 
 
 def ended(store: Store, first_level: str, numbers: range, *, delivered: bool = True) -> None:
-    """Ended requests of one first level; each takes about 10 KiB."""
+    """Ended requests of one first level; each takes 10 KiB with what it is beside its end."""
     keys = [key(f"r{n}", ("default", f"{first_level}/{n % 3}")) for n in numbers]
     store.accept([entry(k.request_id, (k.route, k.session)) for k in keys])
     for k in keys:
-        store.finish(k, bytes(10_240 - ROW_BYTES), now=NOW)
+        store.finish(k, bytes(10_240 - 512), now=NOW)
     if delivered:
         store.mark_delivered(keys)
 
