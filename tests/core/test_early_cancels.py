@@ -5,16 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.core.early_cancels import KEPT_S, EarlyCancels
+from llamacpp_mqtt_deploy.core.early_cancels import EarlyCancels
 
 
 def test_a_cancel_that_came_first_holds_for_a_minute_and_for_one_request() -> None:
     early = EarlyCancels()
     early.add("ada", "r1", 0.0)
     early.add("ada", "r2", 0.0)
-    assert early.take("ada", "r1", KEPT_S - 1)
-    assert not early.take("ada", "r1", KEPT_S - 1)
-    assert not early.take("ada", "r2", KEPT_S)
+    assert early.take("ada", "r1", 59.0)
+    assert not early.take("ada", "r1", 59.0)
+    assert not early.take("ada", "r2", 60.0)
     assert len(early) == 0
 
 
@@ -43,8 +43,32 @@ def test_what_is_over_a_minute_old_gives_way_before_what_is_not() -> None:
     for number in range(5):
         early.add("old", number, 0.0)
     for number in range(6):
-        early.add("new", number, KEPT_S + 1)
-    assert [early.take("new", number, KEPT_S + 1) for number in range(6)] == [True] * 6
+        early.add("new", number, 61.0)
+    assert [early.take("new", number, 61.0) for number in range(6)] == [True] * 6
+
+
+def test_a_level_has_a_hundred_early_cancels_and_all_together_ten_thousand() -> None:
+    early = EarlyCancels()
+    for number in range(101):
+        early.add("greedy", number, 0.0)
+    assert len(early) == 100
+    for number in range(10_000):
+        early.add(f"level{number // 100}", number, 0.0)
+    assert len(early) == 10_000
+    assert not early.take("level0", 0, 0.0), "of those that hold most the first gives way"
+    assert early.take("level99", 9999, 0.0)
+
+
+def test_a_cancel_that_is_sent_again_counts_once_and_from_then_on() -> None:
+    early = EarlyCancels(per_level=2)
+    early.add("ada", "r1", 0.0)
+    early.add("ada", "r2", 10.0)
+    early.add("ada", "r1", 20.0)
+    assert len(early) == 2
+    early.add("ada", "r3", 30.0)
+    assert not early.take("ada", "r2", 30.0), "the oldest gave way"
+    assert early.take("ada", "r1", 79.0)
+    assert early.take("ada", "r3", 89.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("aaab"), st.integers(0, 9), st.booleans()), max_size=60))

@@ -100,6 +100,24 @@ def test_text_without_an_end_is_not_held_back_for_ever() -> None:
     assert max(map(len, found)) <= MAX_SENTENCE_CHARS
 
 
+def test_at_a_thousand_characters_a_text_is_cut_behind_a_blank_or_where_it_has_none_at_once() -> None:
+    cutter = SentenceCutter()
+    assert cutter.feed("x" * 1000) == []
+    assert cutter.feed("y") == ["x" * 1000]
+    assert cutter.flush() == ["y"]
+    assert cutter.feed("x" * 998 + " " + "y" * 10) == ["x" * 998 + " "]
+    assert cutter.flush() == ["y" * 10]
+    assert cutter.feed("x" * 999 + " y") == ["x" * 999 + " "]
+    cutter = SentenceCutter()
+    assert cutter.feed(" " + "x" * 1000) == [" "], "the first blank is one, too"
+    assert cutter.flush() == ["x" * 1000]
+    assert cutter.flush() == []
+
+
+def test_several_sentences_of_one_piece_are_told_one_by_one() -> None:
+    assert SentenceCutter().feed("One. Two! Three? Four") == ["One.", " Two!", " Three?"]
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(["content", "reasoning"]), st.text(min_size=1, max_size=20), st.booleans())),
     st.integers(1, 30),

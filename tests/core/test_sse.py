@@ -113,3 +113,51 @@ def test_an_event_without_end_is_refused_before_it_fills_the_memory(endless: byt
     chunks = [endless[start : start + size] for start in range(0, len(endless), size)]
     with pytest.raises(EventTooLong):
         deque(map(decoder.feed, chunks), maxlen=0)
+
+
+def test_an_event_may_have_eight_mebibytes_where_nothing_else_is_said() -> None:
+    most = 8 * 1024 * 1024
+    for head in (b"", b": in a comment\n"):  # the way for whole events, and the general one
+        value = b"x" * (most - len(b"data: \n\n") - len(head))
+        assert SseDecoder().feed(head + b"data: " + value + b"\n\n") == [value]
+    with pytest.raises(EventTooLong, match="8388608 bytes"):
+        SseDecoder().feed(b"x" * (most + 1))
+    decoder = SseDecoder()
+    assert decoder.feed(b"x" * most) == []
+
+
+def test_an_event_of_many_lines_is_bounded_by_their_sum_and_each_event_begins_anew() -> None:
+    decoder = SseDecoder(max_event_bytes=20)
+    for _ in range(5):
+        assert decoder.feed(b"data: 0123456789\ndata:\n") == []
+        assert decoder.feed(b"data: 0123456789\n") == []
+        assert decoder.feed(b"\n") == [b"0123456789\n\n0123456789"]
+    with pytest.raises(EventTooLong):
+        decoder.feed(b"data: 0123456789\ndata: 0123456789x\n")
+
+
+def test_it_is_known_whether_a_part_of_an_event_is_held() -> None:
+    decoder = SseDecoder()
+    assert decoder.between_events
+    for part, between in (
+        (b"da", False),
+        (b"ta: a\n", False),
+        (b"\n", True),
+        (b": b\n", True),
+        (b"\r", False),
+        (b"\n", True),
+    ):
+        decoder.feed(part)
+        assert decoder.between_events is between, part
+    decoder.feed(b"data: [DONE]")
+    assert decoder.end() == [b"[DONE]"]
+    assert decoder.between_events
+    assert decoder.end() == []
+
+
+def test_a_mark_of_byte_order_counts_at_the_beginning_alone() -> None:
+    mark = b"\xef\xbb\xbf"
+    assert decode(mark + b"data: a\n\n") == [b"a"]
+    assert decode(b"data: a\n\n" + mark + b"data: b\n\n") == [b"a"]
+    assert decode(b"data: a\n\n", mark + b"data: b\n\n") == [b"a"]
+    assert decode(b"\n", mark + b"data: b\n\n") == []
