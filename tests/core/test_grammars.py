@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.gbnf import MAX_CHARS, MAX_DEPTH, MAX_REPEATS, NotConvertible, grammar_of, tool_grammar
+from llamacpp_mqtt_deploy.core.gbnf import NotConvertible, grammar_of, tool_grammar
 from llamacpp_mqtt_deploy.core.toolparse import ToolStyle
 from tests.support.gbnf_reader import fits
 
@@ -138,19 +139,77 @@ def test_a_grammar_of_tools_takes_calls_as_the_template_writes_them(style: ToolS
         assert not fits(single, TWO[style])
 
 
-def test_depth_repeats_and_length_go_up_to_their_bounds() -> None:
-    def nested(levels: int) -> Any:
-        return {"type": "array", "items": nested(levels - 1)} if levels else {"type": "integer"}
+def _nested(wrap: Callable[[Any], Any], levels: int) -> Any:
+    schema: Any = {"type": "integer"}
+    for _ in range(levels):
+        schema = wrap(schema)
+    return schema
 
-    assert fits(grammar_of(nested(MAX_DEPTH)), "[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH)
+
+@pytest.mark.parametrize(
+    "levels,wrap",
+    [
+        (32, lambda inner: {"type": "array", "items": inner}),
+        (32, lambda inner: {"prefixItems": [inner]}),
+        (32, lambda inner: {"properties": {"a": inner}}),
+        (32, lambda inner: {"additionalProperties": inner}),
+        (32, lambda inner: {"anyOf": [inner]}),
+        (32, lambda inner: {"oneOf": [{"type": "null"}, inner]}),
+        (16, lambda inner: {"type": ["array"], "items": inner}),
+        (16, lambda inner: {"allOf": [{"properties": {"a": inner}}]}),
+    ],
+)
+def test_a_schema_may_be_nested_thirty_two_levels_deep(levels: int, wrap: Callable[[Any], Any]) -> None:
+    grammar_of(_nested(wrap, levels))
     with pytest.raises(NotConvertible, match="deep"):
-        grammar_of(nested(MAX_DEPTH + 1))
-    grammar_of({"type": "string", "maxLength": MAX_REPEATS})
-    for bounds in ({"maxLength": MAX_REPEATS + 1}, {"minItems": -1}, {"minLength": 1.5}, {"maxItems": True}):
-        with pytest.raises(NotConvertible, match="whole number"):
+        grammar_of(_nested(wrap, levels + 1))
+
+
+def test_a_chain_of_references_and_allOf_in_allOf_go_as_deep() -> None:  # noqa: N802
+    def chain(links: int) -> Any:
+        definitions: dict[str, Any] = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(links - 1)}
+        return {"$ref": "#/$defs/d0", "$defs": definitions | {f"d{links - 1}": {"type": "integer"}}}
+
+    def parents(number: int) -> Any:
+        return {"allOf": [parents(number - 1)]} if number else {"properties": {"a": {"type": "integer"}}}
+
+    assert fits(grammar_of(chain(32)), "1")
+    with pytest.raises(NotConvertible, match="deep"):
+        grammar_of(chain(33))
+    assert fits(grammar_of(parents(31)), '{"a": 1}')
+    with pytest.raises(NotConvertible, match="allOf"):
+        grammar_of(parents(40))
+
+
+def test_repeats_go_up_to_a_thousand() -> None:
+    assert fits(grammar_of({"maxItems": 1000}), json.dumps([0] * 1000))
+    grammar_of({"type": "string", "minLength": 1000, "maxLength": 1000})
+    for bounds in ({"maxLength": 1001}, {"minItems": -1}, {"minLength": 1.5}, {"maxItems": True}, {"minItems": "1"}):
+        with pytest.raises(NotConvertible, match="whole number from 0 to 1000"):
             grammar_of(bounds)
+
+
+def test_a_grammar_has_four_thousand_rules_and_256_kibibytes_at_most() -> None:
+    assert grammar_of({"anyOf": [{"const": 1}] * 3999}).count("\nr") == 4001  # and one is called root
     with pytest.raises(NotConvertible, match="large"):
-        grammar_of({"enum": ["x" * MAX_CHARS]})
+        grammar_of({"anyOf": [{"const": 1}] * 4000})
+    spare = 256 * 1024 - len(grammar_of({"enum": [""]}))
+    assert len(grammar_of({"enum": ["x" * spare]})) == 256 * 1024
+    with pytest.raises(NotConvertible, match="large"):
+        grammar_of({"enum": ["x" * (spare + 1)]})
+
+
+def test_a_long_name_of_the_clients_is_repeated_in_part_only() -> None:
+    with pytest.raises(NotConvertible) as caught:
+        grammar_of({"properties": {"x" * 300: 3}})
+    assert str(caught.value) == f"the schema/{'x' * 189}: a schema must be an object"
+    name = "d" * 100
+    with pytest.raises(NotConvertible) as caught:
+        grammar_of({"$ref": f"#/$defs/{name}", "$defs": {name: 3}})
+    assert str(caught.value) == f"#/$defs/{'d' * 72}: a schema must be an object"
+    with pytest.raises(NotConvertible) as caught:
+        grammar_of({"type": "t" * 100})
+    assert str(caught.value) == f"the schema: unknown type '{'t' * 79}"
 
 
 @pytest.mark.parametrize(
