@@ -28,7 +28,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # The largest integers that the JSON writer of events, SQLite and most other languages can hold.
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
-_MAX_INT_CHARS = 21
+_MAX_INT_CHARS = 20
 
 
 def decode_payload(payload: bytes, *, max_bytes: int) -> str | dict[str, Any] | None:

@@ -196,6 +196,30 @@ def test_a_schema_that_is_too_large_or_leads_outside_is_refused(schema: Any) -> 
     assert list(refused({"prompt": "x", "tools": [tool]})) == ["tools[0].function.parameters"]
 
 
+def test_a_schema_may_have_sixteen_kibibytes_and_twenty_four_levels() -> None:
+    def deep(levels: int) -> dict[str, Any]:
+        return {"items": deep(levels - 1)} if levels > 1 else {}
+
+    def wide(size: int) -> dict[str, Any]:
+        return {"description": "x" * (size - 18)}
+
+    for schema, fits in ((wide(16_384), True), (wide(16_385), False), (deep(24), True), (deep(25), False)):
+        body = {"prompt": "x", "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+        if fits:
+            assert parse(body).tools
+        else:
+            assert "16384 bytes" in str(refused(body)) or "24 levels" in str(refused(body))
+    listed = {"enum": [[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]}
+    assert ask(response_format={"type": "json_schema", "json_schema": {"schema": listed}}).response_format
+
+
+def test_tools_of_a_route_that_share_a_name_are_told() -> None:
+    assert check_tools([WEATHER, WEATHER]) == ["two tools are called get_weather"]
+    assert check_tools([{"type": "function", "function": {}}]) == [
+        "tools[0].function.name: expected a value; it is missing"
+    ]
+
+
 def test_response_formats() -> None:
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"const": None}}}
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}

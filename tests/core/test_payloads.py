@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
-from llamacpp_mqtt_deploy.core.payloads import MAX_DEPTH, decode_payload, nesting, shown
+from llamacpp_mqtt_deploy.core.payloads import decode_payload, nesting, shown
 
 MIB = 1024 * 1024
 SCALARS = st.one_of(
@@ -56,7 +56,7 @@ def test_any_bytes_give_a_letter_or_a_refusal(payload: bytes) -> None:
 @given(OBJECTS, st.booleans(), st.sampled_from([b"", b"\xef\xbb\xbf", b" \r\n\t"]))
 def test_an_object_comes_out_as_it_went_in(body: dict[str, object], escaped: bool, before: bytes) -> None:
     text = json.dumps(body, ensure_ascii=escaped)
-    if nesting(text.encode()) <= MAX_DEPTH:
+    if nesting(text.encode()) <= 32:
         assert read(before + text.encode()) == body
 
 
@@ -86,8 +86,8 @@ def test_nesting_is_counted_as_a_parser_would(value: object) -> None:
 
 
 def test_the_deepest_allowed_nesting_is_read_and_one_more_is_refused() -> None:
-    assert isinstance(read(b'{"a":' + b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1) + b"}"), dict)
-    assert "nested" in refusal(b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}").message
+    assert isinstance(read(b'{"a":' + b"[" * 31 + b"]" * 31 + b"}"), dict)
+    assert "nested" in refusal(b'{"a":' + b"[" * 32 + b"]" * 32 + b"}").message
 
 
 BOMBS = {
@@ -162,3 +162,19 @@ def test_a_payload_over_the_limit_is_too_large() -> None:
 def test_a_clients_word_is_shown_short_and_printable() -> None:
     assert shown("a\n\ud800é") == '"a\\n\\ud800\\u00e9"'
     assert len(shown("x" * 1000)) < 100
+    assert shown("x" * 64) == '"' + "x" * 64 + '"'
+    assert shown("x" * 65) == '"' + "x" * 64 + '..."'
+
+
+def test_a_refusal_repeats_the_beginning_of_a_number_and_of_a_name_only() -> None:
+    refused = refusal(b'{"' + b"k" * 100 + b'":[' + b"8" * 40 + b"," + b"9" * 40 + b"]}")
+    assert refused.message == f"payload: the number {'8' * 24}... is too large"
+    named = refusal(b'{"' + b"k" * 100 + b'":' + b"9" * 40 + b"}")
+    assert named.message == f'payload: the number {"9" * 24}... in "{"k" * 64}..." is too large'
+    assert list(named.details["fields"]) == ["k" * 64]
+    assert refusal(b'{"a":1' + b"0" * 400 + b".5}").message == f"payload: the number 1{'0' * 23} is too large"
+
+
+def test_a_half_pair_is_named_by_its_field_and_a_key_that_stands_twice_by_itself() -> None:
+    assert list(refusal(b'{"a":1,"b":"\\ud83d"}').details["fields"]) == ["b"]
+    assert list(refusal(b'{"a":{"c":1,"b":1,"b":2}}').details["fields"]) == ["b"]

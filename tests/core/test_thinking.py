@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.answering import AnswerReader
-from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text
+from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.core.stopwords import StopWords, held_back
 from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
+from llamacpp_mqtt_deploy.core.toolparse import ToolCallReader
 
 TAGS = ("<think>", "</think>")
 ALPHABET = "<>/think ab\n"
@@ -109,3 +110,69 @@ def test_an_answer_without_thinking_and_tools_passes_up_to_its_stop_text() -> No
     out = [*reader.feed("one "), *reader.feed("two E"), *reader.feed("ND three"), *reader.end()]
     assert "".join(piece.text for piece in out if isinstance(piece, Text)) == "one two "
     assert (reader.stopped_at, reader.thinking, reader.calls_begun, reader.calls_complete) == ("END", False, 0, 0)
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    reader = AnswerReader(stop=["END"], thinking=ThinkingSplitter(*TAGS))
+    assert reader.may_begin_to_think
+    assert reader.feed("<thi") == []
+    assert reader.may_begin_to_think
+    assert not reader.thinking
+    assert reader.end() == [Text("<thi")]
+    reader = AnswerReader(stop=["END"], thinking=ThinkingSplitter(*TAGS))
+    assert reader.feed("<think>hm EN") == [Reasoning("hm")]
+    assert (reader.thinking, reader.may_begin_to_think) == (True, False)
+    assert reader.end() == [Reasoning(" EN")]
+    assert reader.stopped_at is None
+
+
+def test_tools_are_called_in_the_answer_and_not_in_the_thinking() -> None:
+    tools = ToolCallReader("hermes", names=("f",), new_id=lambda: "id")
+    reader = AnswerReader(thinking=ThinkingSplitter(*TAGS), tools=tools)
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    out = [*reader.feed(f"<think>{call}</think>"), *reader.feed(call[:30])]
+    assert out == [Reasoning(call)]
+    assert (reader.calls_begun, reader.calls_complete) == (0, 0)
+    assert reader.feed(call[30:39])[0] == ToolCall(0, "id", "f", "")
+    assert (reader.calls_begun, reader.calls_complete) == (1, 0)
+    reader.feed(call[39:])
+    assert (reader.calls_begun, reader.calls_complete) == (1, 1)
+    unfinished = AnswerReader(tools=ToolCallReader("hermes", names=("f",), new_id=lambda: "id"))
+    assert unfinished.feed("<tool_c") == []
+    assert unfinished.end() == [Text("<tool_c")]
+
+
+def test_the_models_own_tags_may_be_others_than_the_usual_ones() -> None:
+    splitter = ThinkingSplitter(*TAGS, others=[("[THINK]", "[/THINK]")])
+    assert (splitter.undecided, splitter.inside) == (True, False)
+    assert splitter.feed("[TH") == []
+    assert splitter.undecided
+    assert splitter.feed("INK]a</think>b") == [Reasoning("a</think>b")]
+    assert (splitter.undecided, splitter.inside) == (False, True)
+    assert splitter.feed("[/THINK]c") == [Text("c")]
+    assert (splitter.undecided, splitter.inside) == (False, False)
+    assert splitter.end() == []
+
+
+def test_blanks_around_thinking_are_dropped_and_those_inside_are_kept() -> None:
+    splitter = ThinkingSplitter(*TAGS, inside=True)
+    assert splitter.feed(" \n") == []
+    assert splitter.feed(" a ") == [Reasoning("a")]
+    assert splitter.feed(" b \n") == [Reasoning("  b")]
+    assert splitter.feed("</think> \n") == []
+    assert splitter.feed("\n c ") == [Text("c ")]
+    assert splitter.feed(" d") == [Text(" d")]
+    ended = ThinkingSplitter(*TAGS, inside=True)
+    assert ended.feed("a </") == [Reasoning("a")]
+    assert ended.end() == [Reasoning("</")]
+    assert ended.end() == []
+
+
+def test_of_two_stop_texts_at_one_place_the_longer_one_is_found() -> None:
+    stop = StopWords(["", "EN", "END"])
+    assert stop.feed("a END b") == "a "
+    assert (stop.found, stop.feed("more"), stop.end()) == ("END", "", "")
+    stop = StopWords(["END"])
+    assert (stop.feed("a E"), stop.feed("x E"), stop.end(), stop.end()) == ("a ", "Ex ", "E", "")
+    assert held_back("a", []) == 0
+    assert held_back("abc", ["abcd", "c"]) == 3

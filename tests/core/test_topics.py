@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.errors import BadRequest
 from llamacpp_mqtt_deploy.core.route_checks import check_routes
-from llamacpp_mqtt_deploy.core.routes import MAX_TOPIC_BYTES, RouteTopics, is_session, route_topics
+from llamacpp_mqtt_deploy.core.routes import MAX_TOPIC_BYTES, RouteTopics, TopicTemplate, is_session, route_topics
 from llamacpp_mqtt_deploy.core.topics import filter_fault, filters_overlap, topic_fault, topic_matches
 
 LEVEL = st.text("ABCXYZabcxyz0189_.-", min_size=1, max_size=64)
@@ -330,3 +330,96 @@ def test_a_topic_and_a_filter_have_at_most_200_levels() -> None:
     for fault in (topic_fault, filter_fault):
         assert fault(most) is None
         assert "200 levels" in (fault(f"{most}/a") or "")
+
+
+# --- borders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_topic_has_two_hundred_bytes_at_most() -> None:
+    session = "s" * 64 + "/" + "t" * 64
+    for less, found in ((0, True), (1, False)):
+        tail = "x" * (200 - len(f"a/{session}/") + less)
+        map_ = TopicMap("llm", "w", (custom(request=f"a/{{session}}/{tail}"),))
+        assert (map_.address(f"a/{session}/{tail}") is not None) is found
+        map_ = TopicMap("llm", "w", (custom(reply=f"b/{{session}}/{tail}"),))
+        assert (map_.address(f"maze/{session}/ask") is not None) is found
+        assert map_.address("maze/short/ask") is not None
+
+
+def test_a_session_that_makes_the_reply_topic_too_long_is_refused_with_that_reason() -> None:
+    map_ = TopicMap("llm", "w", (custom(request="a", reply="b" * 110 + "/{session}", trust_payload_session=True),))
+    with pytest.raises(BadRequest, match="shorter: the reply topic must not be longer than 200 bytes"):
+        map_.with_session("maze", "s" * 64 + "/" + "t" * 64)
+    with pytest.raises(BadRequest, match="mySession: expected one or two levels") as caught:
+        map_.with_session("maze", None, field_name="mySession")
+    assert list(caught.value.details["fields"]) == ["mySession"]
+    assert map_.find_session("maze", "s" * 64) is not None
+    assert map_.find_session("maze", "a b") is None
+
+
+@pytest.mark.parametrize("rest,long", [("a/" + "r" * 133, False), ("a/" + "r" * 134, True)])
+def test_a_template_leaves_sixty_four_bytes_for_the_session(rest: str, long: bool) -> None:
+    assert (faults(custom(request=f"{rest}/{{session}}")) == []) is not long
+    fixed = rest + "r" * 64
+    assert (faults(custom(request=fixed, trust_payload_session=True)) == []) is not long
+
+
+@pytest.mark.parametrize("character", map(chr, (0x1F, 0x7F, 0x80, 0x9F, 0xD800, 0xDFFF, 0xFEFF)))
+def test_a_character_for_which_a_broker_hangs_up_is_refused_in_a_template(character: str) -> None:
+    assert any("control character" in fault for fault in faults(custom(request=f"a{character}/{{session}}")))
+
+
+@pytest.mark.parametrize("character", [" ", "~", "\xa0", "\ud7ff", "\ue000", "\ufefe", "é"])
+def test_a_character_beside_those_is_taken_in_a_template(character: str) -> None:
+    assert faults(custom(request=f"a{character}/{{session}}")) == []
+
+
+def test_a_long_topic_is_shown_in_part_only() -> None:
+    (fault,) = faults(custom(request="+" * 90 + "/{session}"))
+    assert "+" * 80 in fault
+    assert "+" * 81 not in fault
+
+
+def test_a_route_is_below_the_root_unless_its_topics_are_named() -> None:
+    named = route_topics(root="llm", name="maze", request="a/{session}", reply="b/{session}", control="c/{session}")
+    assert (named.request, named.reply, named.control) == ("a/{session}", "b/{session}", "c/{session}")
+    assert not named.trust_payload_session
+    default = route_topics(root="llm", name="default")
+    assert (default.request, default.reply, default.control) == tuple(
+        f"llm/{kind}/{{session}}" for kind in ("request", "reply", "control")
+    )
+
+
+def test_the_default_route_is_there_once_and_first() -> None:
+    assert [route.name for route in TopicMap("llm", "w", (PORTAL,)).routes] == ["default", "portal"]
+    default = route_topics(root="llm", name="default")
+    assert [route.name for route in TopicMap("llm", "w", (PORTAL, default)).routes] == ["portal", "default"]
+
+
+def test_maps_of_the_same_topics_are_equal_and_show_their_routes_once() -> None:
+    one, other = (TopicMap("llm", "orin1", (PORTAL,)) for _ in range(2))
+    assert one == other
+    assert len({one, other}) == 1
+    assert repr(one).count("name='portal'") == 1
+
+
+def test_a_template_reads_what_it_fills() -> None:
+    for text in ("a/{session}/b", "{session}", "{session}/b", "a/{session}"):
+        template = TopicTemplate.cut(text)
+        for session in ("s", "u/s"):
+            assert template.read(template.fill(session).split("/")) == session
+        assert template.read(template.fill("u/s/t").split("/")) is None
+        assert template.read(template.fill("u s").split("/")) is None
+    fixed = TopicTemplate.cut("a/b")
+    assert (fixed.filters(), fixed.fill("s")) == (["a/b"], "a/b")
+    assert (fixed.read(["a", "b"]), fixed.read(["a"]), fixed.read(["a", "c"])) == ("", None, None)
+    assert TopicTemplate.cut("a/{session}/b").filters() == ["a/+/b", "a/+/+/b"]
+    between = TopicTemplate.cut("a/{session}/b")
+    assert between.read(["x", "s", "b"]) is None
+    assert between.read(["a", "s", "x"]) is None
+
+
+def test_a_topic_has_65535_bytes_at_most() -> None:
+    assert topic_fault("x" * 65_535) is None
+    assert "65536 bytes" in (topic_fault("x" * 65_536) or "")
+    assert filter_fault("é" * 32_768) is not None

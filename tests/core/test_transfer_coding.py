@@ -65,3 +65,30 @@ def test_a_body_without_a_length_goes_on_until_the_connection_ends() -> None:
     assert [decoder.feed(piece) for piece in (b"one", b"", b"two")] == [b"one", b"", b"two"]
     assert (decoder.ends_with_connection, decoder.ended) == (True, False)
     assert not ChunkedDecoder().ends_with_connection
+
+
+def test_a_size_may_have_sixteen_digits_and_its_line_eight_kibibytes() -> None:
+    decoder = ChunkedDecoder()
+    assert decoder.feed(b"0" * 15 + b"3\r\nabc\r\n0\r\n\r\n") == b"abc"
+    assert decoder.ended
+    with pytest.raises(BadChunk, match="no size"):
+        ChunkedDecoder().feed(b"0" * 16 + b"3\r\nabc")
+    decoder = ChunkedDecoder()
+    assert decoder.feed(b"3;" + b"x" * 8190) == b""
+    assert decoder.feed(b"\r\nabc") == b"abc"
+    decoder = ChunkedDecoder()
+    decoder.feed(b"3;" + b"x" * 8190)
+    with pytest.raises(BadChunk, match="without end"):
+        decoder.feed(b"x")
+
+
+def test_bytes_behind_the_end_of_a_body_are_left_alone() -> None:
+    decoder = ChunkedDecoder()
+    assert decoder.feed(b"2\r\nab\r\n0\r\nnot a chunk") == b"ab"
+    assert decoder.feed(b"5\r\nhello") == b""
+    assert decoder.ended
+
+
+def test_more_bytes_than_a_chunk_said_are_refused() -> None:
+    with pytest.raises(BadChunk, match="more bytes"):
+        ChunkedDecoder().feed(b"2\r\nabc\r\n")
