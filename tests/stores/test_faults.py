@@ -473,8 +473,10 @@ def test_damage_met_at_work_is_an_error_and_the_next_start_begins_anew(path: Pat
 
     with pytest.raises(StoreError, match="damaged: restart the worker"):
         work()
+    assert "damaged: restart the worker" in store.trouble()
     store.close()
     store.open()
+    assert store.trouble() == "", "what opening met, it mended"
     assert store.moved_aside is not None
     assert store.moved_aside.exists()
     talk(store, SESSION)
@@ -484,14 +486,14 @@ def test_damage_met_at_work_is_an_error_and_the_next_start_begins_anew(path: Pat
 def test_a_disk_that_damages_the_file_again_and_again_is_not_filled_with_copies(path: Path) -> None:
     filled(path)
     seen = []
-    for _ in range(statefile.KEPT_CORRUPT_FILES + 3):
+    for _ in range(6):
         noise(path)
         store = SqliteStore(path)
         store.open()
         assert store.moved_aside is not None
         seen.append(store.moved_aside)
         store.close()
-    assert copies(path) == seen[-statefile.KEPT_CORRUPT_FILES :]
+    assert copies(path) == seen[-3:]
 
 
 def test_a_file_that_never_was_ours_is_left_alone(tmp_path: Path) -> None:

@@ -182,3 +182,93 @@ def test_closing_does_not_wait_for_ever(journal: Journal) -> None:
     assert not journal.writer.close(0.05)
     go_on()
     assert journal.writer.close(20)
+
+
+MIB = 1024 * 1024
+
+
+def test_a_transaction_has_256_writes_and_four_mebibytes_at_most(journal: Journal) -> None:
+    go_on = journal.hold()
+    writes = [journal.add(str(n)) for n in range(513)]
+    go_on()
+    writes[-1].wait(10)
+    assert journal.commits() == 3
+    go_on = journal.hold()
+    writes = [journal.add(f"large {n}", size=2 * MIB) for n in range(2)] + [journal.add("small", size=1)]
+    go_on()
+    writes[-1].wait(10)
+    assert journal.commits() == 2
+
+
+def nothing(_: sqlite3.Connection) -> None:
+    pass
+
+
+def test_4096_writes_may_wait_and_a_quarter_of_the_places_is_for_urgent_ones(journal: Journal) -> None:
+    go_on = journal.hold()
+    for _ in range(3072):
+        journal.writer.submit(nothing)
+    with pytest.raises(StoreError, match="3072 writes"):
+        journal.writer.submit(nothing)
+    for _ in range(1024):
+        journal.writer.submit(nothing, urgent=True)
+    with pytest.raises(StoreError, match="4096 writes"):
+        journal.writer.submit(nothing, urgent=True)
+    go_on()
+
+
+def test_64_mebibytes_may_wait_and_a_quarter_of_them_is_for_urgent_writes(journal: Journal) -> None:
+    go_on = journal.hold()
+    journal.writer.submit(nothing, size=1)
+    journal.writer.submit(nothing, size=48 * MIB - 1)
+    with pytest.raises(StoreError, match="too slow"):
+        journal.writer.submit(nothing, size=1)
+    last = journal.writer.submit(nothing, size=16 * MIB, urgent=True)
+    with pytest.raises(StoreError, match=f"{64 * MIB} bytes"):
+        journal.writer.submit(nothing, size=1, urgent=True)
+    go_on()
+    last.wait(10)
+    journal.writer.submit(nothing, size=48 * MIB).wait(10)  # nothing of what is done counts on
+
+
+def test_the_log_is_short_from_a_full_disk_on_until_something_is_written_that_is_not_urgent(journal: Journal) -> None:
+    journal.add("before").wait(10)
+    journal.writer._free_room()
+    assert "PRAGMA wal_autocheckpoint = 16" in journal.statements
+    journal.statements.clear()
+    journal.add("an end", urgent=True).wait(10)
+    assert not any("autocheckpoint" in statement for statement in journal.statements)
+    journal.add("a request").wait(10)
+    journal.add("another one").wait(10)
+    assert journal.statements.count("PRAGMA wal_autocheckpoint = 1000") == 1
+
+
+def test_a_thread_without_work_looks_again_only_while_something_is_wrong(journal: Journal) -> None:
+    assert journal.writer._look_again_s() is None
+    journal.writer.trouble = StoreError("a disk that failed")
+    assert journal.writer._look_again_s() == 2.0
+    journal.writer._locked_out = StoreError("another program")
+    assert journal.writer._look_again_s() == 0.25
+
+
+def test_syncing_is_set_once_for_writes_of_one_kind(journal: Journal) -> None:
+    for _ in range(3):
+        journal.writer.submit(nothing, durable=True).wait(10)
+    assert [each for each in journal.statements if "synchronous" in each] == ["PRAGMA synchronous = FULL"]
+    journal.writer.submit(nothing).wait(10)
+    assert [each for each in journal.statements if "synchronous" in each][1:] == ["PRAGMA synchronous = NORMAL"]
+
+
+def test_what_somebody_asks_after_the_end_of_a_write_is_answered_at_once(journal: Journal) -> None:
+    write = journal.add("a")
+    write.wait(10)
+    told: list[object] = []
+    write.on_done(told.append)
+    assert told == [None]
+    assert write.done()
+    twice = journal.add("a")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="explained: UNIQUE"):
+            twice.wait(10)
+    twice.on_done(told.append)
+    assert isinstance(told[1], StoreError)

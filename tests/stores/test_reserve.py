@@ -47,3 +47,56 @@ def test_a_file_system_that_cannot_keep_room_does_not_stop_the_worker(
 
     monkeypatch.setattr(os, "posix_fallocate", cannot)
     assert Reserve(tmp_path / "reserve", size=SIZE).there()
+
+
+def test_one_mebibyte_is_kept_where_nothing_else_is_said(tmp_path: Path) -> None:
+    assert Reserve(tmp_path / "reserve").there()
+    assert (tmp_path / "reserve").stat().st_size == 1024 * 1024
+
+
+def test_a_file_of_holes_is_filled(tmp_path: Path) -> None:
+    file = tmp_path / "reserve"
+    with file.open("wb") as sparse:
+        sparse.truncate(SIZE)
+    assert file.stat().st_blocks == 0
+    assert Reserve(file, size=SIZE).there()
+    assert file.stat().st_blocks * 512 >= SIZE
+
+
+def test_room_that_is_there_already_is_not_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "reserve"
+    assert Reserve(file, size=SIZE).there()
+
+    def unexpected(*_: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(os, "posix_fallocate", unexpected)
+    assert Reserve(file, size=SIZE).there()
+
+
+def test_room_is_looked_for_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("llamacpp_mqtt_deploy.stores.reserve.time.monotonic", lambda: now[0])
+    file = tmp_path / "reserve"
+    reserve = Reserve(file, size=SIZE)
+    assert reserve.there()
+    assert reserve.give_up()
+    now[0] = 100.9
+    assert not reserve.there()
+    now[0] = 101.0
+    assert reserve.there()
+    assert file.stat().st_size == SIZE
+    assert reserve.give_up()
+    file.unlink()
+    assert not reserve.give_up(), "nothing to give up"
+
+
+@pytest.mark.parametrize("number, there", [(errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EROFS, True)])
+def test_a_file_that_cannot_be_made_is_missed_only_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, there: bool
+) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "open", failing)
+    assert Reserve(tmp_path / "reserve", size=SIZE).there() is there
