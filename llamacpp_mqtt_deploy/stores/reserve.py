@@ -51,7 +51,7 @@ class Reserve:
 
     def _take(self) -> bool:
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             return error.errno not in _FULL
         try:

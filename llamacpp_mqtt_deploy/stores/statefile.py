@@ -175,7 +175,7 @@ class StateFile:
 
     def _lock(self) -> bytes:
         """Take the lock; returns what its last holder noted, nothing when no worker has used this path before."""
-        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         self._lock_fd = fd
         held = os.pread(fd, 200, 0)
         try:
@@ -243,7 +243,7 @@ class StateFile:
     def _connect(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         # Created by us first: SQLite would take the umask, and gives its side files the mode of the main one.
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=128
         )

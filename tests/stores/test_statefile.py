@@ -1,0 +1,251 @@
+"""The file that holds the state: what is said of its errors, whose file it is, and what it gives back to the disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamacpp_mqtt_deploy.ports import StoreError, StoreFull
+from llamacpp_mqtt_deploy.stores import schema
+from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
+from tests.support.store_cases import NOW, SESSION, entry, key, talk
+
+PATH = Path("/var/lib/lmd/state.db")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "state.db"
+
+
+def filled(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    for number in range(30):
+        talk(store, SESSION, at=NOW + number, text=f"{number} " + "x" * 300)
+    store.close()
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code,words",
+    [
+        (sqlite3.SQLITE_FULL, "The disk that holds /var/lib/lmd/state.db is full: free some space there"),
+        (sqlite3.SQLITE_READONLY, "cannot be written: set sessions.path"),
+        (sqlite3.SQLITE_READONLY_DBMOVED, "cannot be written: set sessions.path"),
+        (sqlite3.SQLITE_CANTOPEN, "cannot be written: set sessions.path"),
+        (sqlite3.SQLITE_PERM, "cannot be written: set sessions.path"),
+        (sqlite3.SQLITE_AUTH, "cannot be written: set sessions.path"),
+        (sqlite3.SQLITE_BUSY, "Another program holds /var/lib/lmd/state.db"),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, "Another program holds /var/lib/lmd/state.db"),
+        (sqlite3.SQLITE_LOCKED, "Another program holds /var/lib/lmd/state.db"),
+        (sqlite3.SQLITE_CORRUPT, "is damaged: restart the worker"),
+        (sqlite3.SQLITE_NOTADB, "is damaged: restart the worker"),
+        (sqlite3.SQLITE_IOERR, "look for disk errors (dmesg)"),
+        (sqlite3.SQLITE_IOERR_WRITE, "look for disk errors (dmesg)"),
+        (sqlite3.SQLITE_CONSTRAINT, "SQLite refused to work on /var/lib/lmd/state.db"),
+        (None, "SQLite refused to work on /var/lib/lmd/state.db"),
+    ],
+)
+def test_each_error_of_the_database_says_what_to_do(code: int | None, words: str) -> None:
+    error = sqlite3.OperationalError("odd")
+    if code is not None:
+        error.sqlite_errorcode, error.sqlite_errorname = code, "SQLITE_NAME"
+    told = translated(error, PATH)
+    assert words in str(told)
+    assert str(told).endswith("(odd; SQLITE_NAME)." if code is not None else "(odd; OperationalError).")
+    assert isinstance(told, StoreFull) is (code == sqlite3.SQLITE_FULL)
+
+
+@pytest.mark.parametrize("number, full", [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_each_error_of_the_file_system_says_what_to_do(number: int, full: bool) -> None:
+    told = translated(OSError(number, os.strerror(number)), PATH)
+    assert isinstance(told, StoreFull) is full
+    assert ("full: free some space" if full else "cannot be opened: set sessions.path") in str(told)
+    assert str(told).endswith(f"({os.strerror(number)}).")
+    assert str(translated(OSError("odd"), PATH)).endswith("(odd).")
+
+
+# --- locks and disks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_does_not_stop_the_worker(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def without(*_: int) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    store = SqliteStore(path)
+    store.open()
+    talk(store, SESSION)
+    store.close()
+
+
+def test_a_lock_that_fails_otherwise_stops_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: int) -> None:
+        raise OSError(errno.EIO, "a bad disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", failing)
+        with pytest.raises(StoreError, match="a bad disk"):
+            SqliteStore(path).open()
+
+
+def test_a_disk_with_less_than_a_quarter_of_a_mebibyte_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = StateFile(tmp_path / "state.db")
+    disk = os.statvfs(tmp_path)
+    for blocks, full in ((64, False), (63, True)):
+        found = os.statvfs_result([disk[0], 4096, *disk[2:4], blocks, *disk[5:]])
+        monkeypatch.setattr(os, "statvfs", lambda _, found=found: found)
+        assert file._disk_is_full() is full
+
+    def failing(_: object) -> None:
+        raise OSError(errno.EIO, "a bad disk")
+
+    monkeypatch.setattr(os, "statvfs", failing)
+    assert not file._disk_is_full()
+
+
+def test_without_a_second_connection_reads_take_turns_with_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = StateFile(path)
+    assert file.reader() is None, "nothing says yet that there is a write-ahead log"
+    monkeypatch.setattr(StateFile, "reader", lambda _: None)
+    store = SqliteStore(path)
+    store.open()
+    talk(store, SESSION)
+    assert len(store.history(SESSION)) == 2
+    store.close()
+
+
+def test_the_second_connection_only_reads(path: Path) -> None:
+    file = StateFile(path)
+    connection = file.open(lambda _: None)
+    reader = file.reader()
+    assert reader is not None
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        reader.execute("DELETE FROM entries")
+    reader.close()
+    connection.close()
+    file.release()
+    file.release()
+
+
+def test_a_database_that_is_open_is_waited_for_one_second(path: Path) -> None:
+    file = StateFile(path)
+    connection = file.open(lambda _: None)
+    reader = file.reader()
+    assert reader is not None
+    for each in (connection, reader):
+        assert each.execute("PRAGMA busy_timeout").fetchone() == (1000,)
+        each.close()
+    file.release()
+
+
+def test_a_log_is_cut_to_eight_mebibytes_and_forgotten_text_is_overwritten(path: Path) -> None:
+    file = StateFile(path)
+    connection = file.open(lambda _: None)
+    found = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in SETTINGS}
+    assert found == SETTINGS
+    connection.close()
+    file.release()
+
+
+SETTINGS = {
+    "journal_mode": "wal",
+    "journal_size_limit": 8 * 1024 * 1024,
+    "secure_delete": 2,  # FAST
+    "temp_store": 2,  # MEMORY
+    "synchronous": 2,  # FULL
+    "auto_vacuum": 2,  # INCREMENTAL
+    "application_id": 0x4C4D4451,
+    "user_version": 3,
+}
+
+
+# --- whose file it is ------------------------------------------------------------------------------------------------
+
+
+def damaged_copy(path: Path, directory: Path) -> Path:
+    """Half of a database, as a copy that a kill left behind: without what a worker notes beside its own file."""
+    directory.mkdir()
+    copy = directory / "state.db"
+    shutil.copy(path, copy)
+    os.truncate(copy, path.stat().st_size // 2 // 4096 * 4096)
+    (directory / "state.db-wal").write_bytes(b"left by a kill")
+    return copy
+
+
+def test_a_damaged_copy_of_a_state_file_is_known_by_its_header(path: Path, tmp_path: Path) -> None:
+    filled(path)
+    copy = damaged_copy(path, tmp_path / "restored")
+    store = SqliteStore(copy)
+    store.open()
+    assert store.moved_aside is not None
+    store.close()
+
+
+@pytest.mark.parametrize("number", [0x4C4D4450, 0x4C4D4451 + 2**24, 0])
+def test_a_damaged_database_of_another_program_is_left_alone(path: Path, tmp_path: Path, number: int) -> None:
+    filled(path)
+    db = sqlite3.connect(path)
+    db.execute(f"PRAGMA application_id = {number}")
+    db.close()
+    copy = damaged_copy(path, tmp_path / "restored")
+    before = copy.read_bytes()
+    with pytest.raises(StoreError, match="not a state file of this program"):
+        SqliteStore(copy).open()
+    assert copy.read_bytes() == before
+
+
+# --- size ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_purge_gives_back_one_mebibyte_at_a_time_and_one_stays_for_what_comes_next(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    names = [f"r{n}" for n in range(200)]
+    store.accept([entry(name) for name in names])
+    for name in names:
+        store.finish(key(name), bytes(20_000), now=NOW)
+    store.mark_delivered([key(name) for name in names])
+
+    def spare_pages_after_a_purge() -> int:
+        store.purge(now=NOW + 1000, remember_s=600, ttl_s=1e9, max_sessions=1000)
+        with store._read() as db:
+            return int(db.execute("PRAGMA freelist_count").fetchone()[0])
+
+    before = spare_pages_after_a_purge()
+    assert before > 2 * 256
+    assert [spare_pages_after_a_purge() for _ in range(3)] == [before - 256, 256, 256]
+    store.close()
+
+
+def test_an_end_larger_than_what_one_purge_drops_is_dropped_alone(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    store.accept([entry("huge"), entry("next")])
+    store.finish(key("huge"), bytes(5 * 1024 * 1024), now=NOW)
+    store.finish(key("next"), b"", now=NOW)
+    store.mark_delivered([key("huge"), key("next")])
+    limits: dict[str, Any] = {"now": NOW + 1000, "remember_s": 600, "ttl_s": 1e9, "max_sessions": 1000}
+    assert [(purged.entries, purged.more) for purged in (store.purge(**limits), store.purge(**limits))] == [
+        (1, True),
+        (1, False),
+    ]
+    store.close()
+
+
+def test_the_version_of_the_file_is_the_number_of_its_migrations() -> None:
+    assert len(schema.MIGRATIONS) == SETTINGS["user_version"]
