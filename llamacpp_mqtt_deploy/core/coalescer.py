@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 TextKind = Literal["content", "reasoning"]
@@ -9,7 +10,7 @@ ChunkKind = Literal["content", "reasoning", "tool_calls"]
 Piece = tuple[TextKind, str] | tuple[Literal["tool_calls"], list[dict[str, Any]]]
 """What goes out as one chunk (a text over the limits as several)."""
 
-ALL = 1 << 62
+ALL = sys.maxsize
 """No limit to what is taken."""
 
 

@@ -52,18 +52,18 @@ class TokenLines:
                 return None
         text = b"".join([event[size:] for event in events])
         # An escaped surrogate half belongs to its own event; joined with a neighbour's it would read as something else.
-        if not text or b"\\u" in text:
+        if b"\\u" in text:
             return None
         try:
             decoded: str = orjson.loads(b'"' + text + b'"')
         except orjson.JSONDecodeError:
             return None
-        return kind(decoded, len(events)) if decoded else None
+        return kind(decoded, len(events))
 
     def _learn(self, body: bytes) -> bytes:
         """The tail of this stream's events, from the last one of the body; empty when it is none that we know."""
         start = body.rfind(_TAIL_START)
-        if start < 0 or _TAIL.match(body, start) is None:
+        if _TAIL.match(body, start) is None:  # nor does any match where there is no start: a body begins with a head
             return b""
         self._tail = body[start:]
         return self._tail

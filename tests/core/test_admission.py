@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.errors import Busy, RateLimited, SessionBusy
 from llamacpp_mqtt_deploy.core.rates import RateLimiter
-from llamacpp_mqtt_deploy.core.turns import Ticket
+from llamacpp_mqtt_deploy.core.turns import Ticket, Turns
 
 
 def _line(
@@ -398,6 +398,60 @@ def test_one_prompt_of_an_idle_session_goes_at_once_and_does_not_count_as_waitin
     assert refusal.value.details["retry_after_s"] == 7.0
     assert "1 prompts" in refusal.value.message
     _admit(line, _ticket("other", session="t"), _ticket("stateless"))
+
+
+def test_a_queue_shared_evenly_by_two_gives_half_to_the_second_one() -> None:
+    line = _line(queue_size=2)
+    _flood(line, "a", 2)
+    assert _evicted(line, _ticket("b0", level="b")) == ["a1"]
+    with pytest.raises(Busy):
+        line.admit(_ticket("b1", level="b"), retry_after_s=5.0)
+
+
+def test_paced_answers_of_others_leave_as_many_places_again() -> None:
+    line = _line(queue_size=2)
+    paced = [_ticket(f"p{n}", level=f"l{n}") for n in range(3)]
+    assert line.admit(_ticket("new", level="new"), retry_after_s=5.0, paced=paced) == []
+    with pytest.raises(Busy):
+        line.admit(_ticket("newer", level="newer"), retry_after_s=5.0, paced=paced)
+
+
+def test_a_request_moves_up_one_lane_each_time_it_has_waited_so_long() -> None:
+    for now, order in ((105.0, ["normal", "batch"]), (109.9, ["normal", "batch"]), (110.0, ["batch", "normal"])):
+        line = _line(aging_s=10.0)
+        _admit(line, _ticket("batch", lane=2, at=100.0), _ticket("normal", lane=1, at=104.0))
+        assert _order(line, now=now) == order
+
+
+def test_a_level_that_had_no_turn_yet_goes_before_one_that_had() -> None:
+    line = _line()
+    _admit(line, _ticket("a0", level="a"))
+    assert line.next(0.0) is not None
+    _admit(line, _ticket("a1", level="a", at=1.0), _ticket("b0", level="b", at=2.0))
+    assert _order(line, now=2.0) == ["b0", "a1"]
+
+
+def test_the_turns_of_four_thousand_levels_and_sessions_are_remembered() -> None:
+    turns = Turns(aging_s=30.0)
+
+    def take(name: str) -> None:
+        turns.take(_ticket(name, level=name, session=f"{name}/s"))
+
+    take("quiet")
+    take("busy")
+    for number in range(4094):
+        take(f"other{number}")
+    assert len(turns._levels) == len(turns._sessions) == 4096
+    take("busy")
+    take("one more")
+    assert len(turns._levels) == len(turns._sessions) == 4096
+    assert ("quiet" in turns._levels, "busy" in turns._levels) == (False, True)
+    assert ("quiet/s" in turns._sessions, "busy/s" in turns._sessions) == (False, True)
+
+
+def test_a_new_ticket_is_not_held_and_of_no_size() -> None:
+    ticket = Ticket(key="k", lane=1, first_level="a", session=None, arrived=0.0)
+    assert (ticket.size, ticket.held) == (0, False)
 
 
 def test_the_rate_limiter_gives_a_minutes_worth_at_once_and_then_evenly() -> None:

@@ -58,3 +58,24 @@ def test_what_is_no_list_of_calls_is_none(calls: Any) -> None:
 
 def test_what_is_no_message_is_left_out() -> None:
     assert mended([5, None, "text", [], {}, {"role": "robot"}, {"role": ["user"]}, USER]) == (USER,)
+
+
+def test_calls_may_come_as_a_tuple_too() -> None:
+    good = {**_calling(), "tool_calls": tuple(_calling()["tool_calls"])}
+    assert mended([good]) == (good,)
+    (message,) = mended([{**good, "tool_calls": ({**good["tool_calls"][0], "id": 7}, 5)}])
+    assert [call["id"] for call in message["tool_calls"]] == ["7"]
+
+
+@pytest.mark.parametrize("odd, text", [(7, "7"), (1.5, "1.5"), (None, ""), (["c"], "")])
+def test_the_id_of_a_result_is_a_text_afterwards_and_the_rest_stays(odd: Any, text: str) -> None:
+    message = {"role": "tool", "tool_call_id": odd, "content": None, "name": "look"}
+    assert mended([message]) == ({**message, "tool_call_id": text},)
+
+
+def test_of_several_calls_the_good_ones_stay_as_they_are() -> None:
+    good = _calling()["tool_calls"][0]
+    (message,) = mended([{**_calling(), "content": "text", "tool_calls": [good, {"id": "c1"}, {**good, "id": ""}]}])
+    assert message["tool_calls"][0] is good
+    assert [call["id"] for call in message["tool_calls"]] == ["c0", "call_2"]
+    assert message["content"] == "text"

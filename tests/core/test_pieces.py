@@ -138,3 +138,17 @@ def test_what_is_taken_in_parts_is_the_same_text_in_the_same_order(
     assert [(kind, char) for kind, text in taken for char in text] == [
         (kind, char) for kind, text, _ in fed for char in text
     ]
+
+
+def test_what_is_taken_fills_the_limit_to_the_character_and_cuts_no_call() -> None:
+    coalescer = Coalescer()
+    for text in ("ab", "cd", "ef"):
+        coalescer.feed_apart("content", text)
+    assert coalescer.take(most_chars=4) == [("content", "ab"), ("content", "cd")]
+    coalescer.feed_apart("content", "gh")
+    assert coalescer.take(most_chars=3) == [("content", "ef")]
+    assert coalescer.take(most_chars=1) == [("content", "g")]
+    call = {"index": 0, "id": "c", "name": "f", "arguments": "long"}
+    coalescer.feed_call(call)
+    assert coalescer.take(most_chars=1) == [("content", "h"), ("tool_calls", [call])]
+    assert not coalescer
