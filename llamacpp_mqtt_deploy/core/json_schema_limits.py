@@ -161,7 +161,7 @@ def _components(edges: Sequence[Sequence[int]]) -> list[int]:
     """The strongly connected component of each node; edges between components lead to lower numbers (Tarjan, 1972)."""
     component = [-1] * len(edges)
     index = [-1] * len(edges)
-    low = [0] * len(edges)
+    low = list(index)
     stack: list[int] = []
     clock = found = 0
     for start in range(len(edges)):

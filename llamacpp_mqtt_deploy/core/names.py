@@ -57,7 +57,7 @@ class FieldNames:
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
-    _tree: _Tree = field(init=False, repr=False, compare=False)
+    _tree: _Tree = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_tree", _tree(self.fields))

@@ -61,7 +61,7 @@ class RequestPolicy:
     tool_names: tuple[str, ...] = ()
     default_priority: Lane = "normal"
     max_priority: Lane = "normal"
-    names: FieldNames = field(init=False, repr=False, compare=False)
+    names: FieldNames = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", FieldNames(self.fields))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest
 from llamacpp_mqtt_deploy.core.guessing import MAX_GUESS_BYTES, guess_ids
-from llamacpp_mqtt_deploy.core.names import REQUEST_FIELDS, FieldNames, check_fields
+from llamacpp_mqtt_deploy.core.names import REQUEST_FIELDS, FieldNames, check_fields, nearest
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
 from llamacpp_mqtt_deploy.core.routes import is_level, is_session
 from tests.support.parsing import MAZE, OPEN, PORTAL, encoded, parse, refused
@@ -130,6 +130,43 @@ def test_paths_that_cannot_work_are_refused_at_start(fields: dict[str, str], fau
     found = check_fields(fields)
     assert len(found) == 1, found
     assert fault in found[0]
+
+
+def test_every_fault_of_a_table_is_told_in_a_sentence() -> None:
+    assert check_fields({"prompt": "x", "messages": "x"}) == ['two fields are called "x"']
+    assert check_fields({"prompt": ""}) == ['prompt is called "": the name is empty']
+    assert check_fields({"zzz": "x"}) == ['"zzz" is not a field of a request']
+    assert check_fields({"prompt": ".".join("a" * 31)}) == []
+
+
+def test_a_field_is_found_where_its_clients_write_it() -> None:
+    names = FieldNames({"prompt": "message.text", "session_id": "sessionId"})
+    assert (names.of("prompt"), names.of("seed")) == ("message.text", "seed")
+    assert (names.of_path("prompt[2].x"), names.of_path("messages[1].content")) == (
+        "message.text[2].x",
+        "messages[1].content",
+    )
+    assert [names.at(path) for path in (["message", "text"], ["sessionId"], ["message"], ["text"], ["seed", "x"])] == [
+        "prompt",
+        "session_id",
+        None,
+        None,
+        None,
+    ]
+    assert repr(names) == "FieldNames(fields={'prompt': 'message.text', 'session_id': 'sessionId'})"
+
+
+def test_eight_unknown_names_are_told_and_no_word_is_lost_about_others() -> None:
+    names = FieldNames()
+    eight = [f"zz{number}" for number in range(8)]
+    assert names.warnings(eight)[-1] == '"zz7" is not a field of a request and was ignored'
+    nine = names.warnings([*eight, "zz8"])
+    assert (len(nine), nine[-1]) == (8, '"zz7" is not a field of a request and was ignored; so were 1 others')
+
+
+def test_a_name_is_looked_at_as_far_as_sixty_four_characters() -> None:
+    assert nearest("_" * 60 + "stop") == "stop"
+    assert nearest("_" * 62 + "stop") is None
 
 
 def test_paths_beside_each_other_can_be_used() -> None:

@@ -81,6 +81,17 @@ def test_what_is_accepted_can_be_followed_to_its_end_and_what_is_refused_cannot(
     assert (reference_fault(schema) is None) == ends
 
 
+def test_a_schema_may_have_fifty_thousand_parts_with_each_reference_counted_as_what_it_leads_to() -> None:
+    def parts(more: int) -> dict[str, Any]:
+        # Itself, the definition, and 494 references to it.
+        choices = [{"$ref": "#/$defs/hundred"}] * 494 + [{}] * more
+        return {"anyOf": [dict(choice) for choice in choices], "$defs": {"hundred": {"anyOf": [{} for _ in range(99)]}}}
+
+    assert 1 + 100 + 494 * 101 + 5 == 50_000
+    assert reference_fault(parts(5)) is None
+    assert "at most 50000 parts" in (reference_fault(parts(6)) or "")
+
+
 @pytest.mark.parametrize("keyword", ["allOf", "properties"])
 def test_the_largest_schemas_are_checked_in_little_time(keyword: str) -> None:
     def holding(name: str) -> dict[str, Any]:
