@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.deltas import Text, ToolCall
 from llamacpp_mqtt_deploy.core.gbnf import NotConvertible, grammar_of, literal, tool_grammar
-from llamacpp_mqtt_deploy.core.toolparse import ToolCallReader, ToolStyle, style_of
+from llamacpp_mqtt_deploy.core.toolparse import JsonExtent, ToolCallReader, ToolStyle, style_of
 
 NAMES = ("get_weather", "get_time")
 
@@ -151,6 +151,79 @@ def test_a_long_unfinished_head_costs_no_quadratic_time() -> None:
 )
 def test_the_form_is_known_from_the_template(template: str, style: ToolStyle | None) -> None:
     assert style_of(template) == style
+
+
+@pytest.mark.parametrize(
+    "pieces,end",
+    [
+        (["{}"], 2),
+        (['{"a": [1, {"b": "}"}]}x'], 22),
+        (["[1]x"], 3),
+        (['"a" '], 3),
+        (['"a\\"b" '], 6),
+        (['"a\\\\" '], 5),
+        (["12,"], 2),
+        ([" 12 "], 3),
+        (["true}"], 4),
+        (["12]"], 2),
+        (["}"], 0),
+        ([","], 0),
+        (["  "], None),
+        (["12"], None),
+        (['{"a": 1'], None),
+        (['"a\\', '"'], None),
+        (['"a\\', '"" '], 2),
+        (['{"a"', ": {}", "}"], 1),
+        (["1", "2", " "], 0),
+        ([" ", " 1", ","], 0),
+    ],
+)
+def test_the_end_of_a_json_value_is_found_in_its_last_piece(pieces: list[str], end: int | None) -> None:
+    extent = JsonExtent()
+    *before, last = pieces
+    assert [extent.feed(piece) for piece in before] == [None] * len(before)
+    assert extent.feed(last) == end
+
+
+def test_the_end_of_a_json_value_is_looked_for_from_a_place_on() -> None:
+    assert JsonExtent().feed('"}{}', 2) == 4
+
+
+def test_what_may_become_a_name_is_held_back_for_five_hundred_characters() -> None:
+    reader = ToolCallReader("mistral_args", names=NAMES, new_id=lambda: "id")
+    held = "get_time[CALL_ID]" + "x" * 495
+    assert reader.feed("[TOOL_CALLS]" + held) == []
+    (given,) = reader.feed("x")[:1]
+    assert given == Text("[TOOL_CALLS]")
+    assert "".join(delta.text for delta in [*reader.feed("!"), *reader.end()] if isinstance(delta, Text)).endswith("!")
+
+
+def test_keys_behind_the_arguments_are_read_over_for_four_thousand_characters() -> None:
+    reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
+    reader.feed('<tool_call>{"name": "get_time", "arguments": {}, ')
+    reader.feed('"note": "' + "x" * (4096 - 9))
+    assert (reader.begun, reader.complete) == (1, 0)
+    reader.feed("x")
+    assert reader.complete == 1
+
+
+@pytest.mark.parametrize(
+    "tail",
+    ['"id": "7"}', '"id": 7}', '"a": {"b": [1]}, "id": null}', '"a": "}" , "b": "\\"}"}', ' , "id" : 7 }', "}", " \n}"],
+)
+def test_other_keys_of_a_call_are_left_out(tail: str) -> None:
+    text = '<tool_call>{"name": "get_time", "arguments": {"a": 1}, ' + tail + "</tool_call> Done."
+    for pieces in ([text], list(text)):
+        said, calls, reader = read("hermes", pieces)
+        assert (said, calls) == ("Done.", [("get_time", '{"a": 1}')])
+        assert (reader.begun, reader.complete) == (1, 1)
+
+
+def test_text_between_and_behind_calls_keeps_its_blanks_only_where_it_stands_alone() -> None:
+    assert read("hermes", ["one  ", HERMES, "  two  ", HERMES, "  "])[0] == "onetwo"
+    assert read("hermes", ["one  "])[0] == "one  "
+    assert read("mistral_args", ["one [TOOL_CALLS]get_time[ARGS]{} two "])[0] == "onetwo "
+    assert read("llama3", ['{"name": "get_time", "parameters": {}} two '])[0] == "two "
 
 
 # --- grammars --------------------------------------------------------------------------------------------------------
