@@ -327,11 +327,11 @@ def test_thinking_that_a_server_leaves_in_the_content_is_split_off() -> None:
 
 def test_half_a_pair_is_known_to_wait_for_the_other_half() -> None:
     reader = CompletionReader()
-    assert not reader.holds_half
-    reader.read(b'{"choices":[{"delta":{"content":"\\ud83d"}}]}')
-    assert reader.holds_half
-    reader.read(b'{"choices":[{"delta":{"content":"\\ude00"}}]}')
-    assert not reader.holds_half
+    halves = []
+    for text in ("a", "\\ud83d", "\\ude00"):
+        reader.read(f'{{"choices":[{{"delta":{{"content":"{text}"}}}}]}}'.encode())
+        halves.append(reader.holds_half)
+    assert halves == [False, True, False]
 
 
 def test_text_that_was_read_elsewhere_is_counted_too() -> None:

@@ -209,8 +209,6 @@ def test_a_schema_may_have_sixteen_kibibytes_and_twenty_four_levels() -> None:
             assert parse(body).tools
         else:
             assert "16384 bytes" in str(refused(body)) or "24 levels" in str(refused(body))
-    listed = {"enum": [[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]}
-    assert ask(response_format={"type": "json_schema", "json_schema": {"schema": listed}}).response_format
 
 
 def test_tools_of_a_route_that_share_a_name_are_told() -> None:

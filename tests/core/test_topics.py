@@ -364,7 +364,7 @@ def test_a_template_leaves_sixty_four_bytes_for_the_session(rest: str, long: boo
     assert (faults(custom(request=fixed, trust_payload_session=True)) == []) is not long
 
 
-@pytest.mark.parametrize("character", map(chr, (0x1F, 0x7F, 0x80, 0x9F, 0xD800, 0xDFFF, 0xFEFF)))
+@pytest.mark.parametrize("character", list(map(chr, (0x1F, 0x7F, 0x80, 0x9F, 0xD800, 0xDFFF, 0xFEFF))))
 def test_a_character_for_which_a_broker_hangs_up_is_refused_in_a_template(character: str) -> None:
     assert any("control character" in fault for fault in faults(custom(request=f"a{character}/{{session}}")))
 

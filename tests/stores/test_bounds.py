@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -94,7 +95,7 @@ def test_sixty_four_mebibytes_of_ended_requests_are_remembered_where_nothing_els
         store.accept([entry(str(number))])
     for number in range(8):
         store.finish(key(str(number)), bytes(4 * MIB - 512), now=NOW)
-    limits = {"now": NOW, "remember_s": 600.0, "ttl_s": 600.0, "max_sessions": 10}
+    limits: dict[str, Any] = {"now": NOW, "remember_s": 600.0, "ttl_s": 600.0, "max_sessions": 10}
     assert store.purge(**limits).entries == 0
     store.finish(key("8"), b"", now=NOW)
     assert store.purge(**limits).entries == 1
