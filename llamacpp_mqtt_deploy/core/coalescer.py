@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal
 
 TextKind = Literal["content", "reasoning"]
@@ -10,7 +9,7 @@ ChunkKind = Literal["content", "reasoning", "tool_calls"]
 Piece = tuple[TextKind, str] | tuple[Literal["tool_calls"], list[dict[str, Any]]]
 """What goes out as one chunk (a text over the limits as several)."""
 
-ALL = sys.maxsize
+ALL = 1 << 62
 """No limit to what is taken."""
 
 
