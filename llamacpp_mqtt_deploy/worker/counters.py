@@ -17,9 +17,10 @@ class Counters:
         self._errors: Counter[str] = Counter()
         self._told_tokens = 0
 
-    def add(self, name: str, by: int = 1) -> None:
+    def accepted(self, requests: int) -> None:
+        """So many requests are in the journal."""
         with self._lock:
-            self._counts[name] += by
+            self._counts["accepted"] += requests
 
     def ended(self, outcome: str, *, error: bool, usage: TokenUsage) -> None:
         """One accepted request ended: `outcome` is its finish reason or its error code."""

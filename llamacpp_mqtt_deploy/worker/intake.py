@@ -206,7 +206,7 @@ class Intake:
         if problem is not None:
             self._background.run(receipt, lambda: self._not_journaled(jobs, receipt, problem))
             return
-        self._counters.add("accepted", len(jobs))
+        self._counters.accepted(len(jobs))
         self._acknowledger.ready(receipt)
         for job in jobs:
             job.responder.release()
@@ -254,7 +254,6 @@ class Intake:
         """Everything but requests: control, admin, and what is not for us."""
         address = message.address
         if message.delivery.retain:
-            self._counters.add("ignored")
             self._log.warning(
                 "message.ignored",
                 message.first_level,
@@ -262,7 +261,6 @@ class Intake:
                 reason="retained: requests are not kept",
             )
         elif address is None:
-            self._counters.add("ignored")
             self._log.warning(
                 "message.ignored",
                 message.first_level,

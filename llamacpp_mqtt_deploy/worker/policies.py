@@ -102,8 +102,7 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
     for field in SAMPLING_FIELDS:
         for level in (generation, route):
             value = getattr(level, field, None)
-            # A route inherits its class defaults from nobody: only what was written counts.
-            if value is not None and (level is generation or field in route.model_fields_set):
+            if value is not None:
                 sampling[field] = list(value) if isinstance(value, tuple) else value
     models = tuple(dict.fromkeys(m for m in (engine.model, *engine.models, route.model, *engine_models) if m))
     timeout_s = route.timeout_s or generation.timeout_s

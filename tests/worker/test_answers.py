@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.deltas import Text
+from llamacpp_mqtt_deploy.ports import Published
+from llamacpp_mqtt_deploy.testing.loopback import LoopbackLink
+from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
+from llamacpp_mqtt_deploy.worker.answers import Answers
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
@@ -83,3 +89,65 @@ def test_a_worker_stops_in_time_while_no_answer_finds_room(bus: Bus) -> None:
 def _acks(bus: Bus) -> int:
     bus.listener.of("")
     return sum(json.loads(d.payload).get("type") == "ack" for d in bus.listener.deliveries if "/reply/" in d.topic)
+
+
+class _Link(LoopbackLink):
+    """A link with so much room for answers; `says` is what becomes of each publish."""
+
+    def __init__(self) -> None:
+        super().__init__(LoopbackBroker())
+        self.rooms: list[int] = []
+        self.waits_s: list[float] = []
+        self.says: list[Published] = []
+        self.sent: list[tuple[str, bytes, bytes | None]] = []
+
+    @override
+    def room_for_answers(self, largest: int, *, timeout_s: float = 0.0) -> int:
+        assert largest == 1024
+        self.waits_s.append(timeout_s)
+        return self.rooms.pop(0)
+
+    @override
+    def publish(self, topic: str, payload: bytes, *, correlation: bytes | None = None, **wishes: Any) -> Published:
+        assert wishes == {"share": "answer"}
+        said = self.says.pop(0) if self.says else "queued"
+        if said == "queued":
+            self.sent.append((topic, payload, correlation))
+        return said
+
+
+def test_as_many_messages_may_be_read_as_answers_find_room_now() -> None:
+    link = _Link()
+    answers = Answers(link, max_event_bytes=lambda: 1024)
+    link.rooms = [0]
+    assert answers.room(timeout_s=1.5) == 0
+    link.rooms = [1, 7]
+    assert answers.room(timeout_s=1.5) == 7
+    assert link.waits_s == [1.5, 1.5, 0.0], "it waits for the first place only"
+
+
+def test_answers_that_found_no_place_go_out_in_order_before_anything_more_is_read() -> None:
+    link = _Link()
+    answers = Answers(link, max_event_bytes=lambda: 1024)
+    link.says = ["full"]
+    for payload in (b"1", b"2", b"3"):
+        answers.publish("llm/reply/demo", payload, correlation=b"c" + payload)
+    assert link.sent == [], "the second must not overtake the first"
+    link.rooms, link.says = [3], ["queued", "full"]
+    assert answers.room(timeout_s=0.0) == 0, "nothing more is read while one waits"
+    link.rooms, link.says = [3, 5], []
+    assert answers.room(timeout_s=0.0) == 5
+    answers.publish("llm/reply/demo", b"4", correlation=None)
+    assert link.sent == [
+        *(("llm/reply/demo", each, b"c" + each) for each in (b"1", b"2", b"3")),
+        ("llm/reply/demo", b"4", None),
+    ]
+
+
+def test_an_answer_that_no_broker_could_take_holds_up_no_other() -> None:
+    link = _Link()
+    answers = Answers(link, max_event_bytes=lambda: 1024)
+    link.says = ["unfit"]
+    answers.publish("llm/reply/demo", b"1", correlation=None)
+    answers.publish("llm/reply/demo", b"2", correlation=None)
+    assert [payload for _, payload, _ in link.sent] == [b"2"]

@@ -114,3 +114,28 @@ def test_work_is_done_in_order_once_under_its_name_and_what_fails_ends_nothing()
     background.close(10)
     assert done == ["a", "c"]
     assert not background.run("d", lambda: None)
+
+
+def test_work_beyond_the_bound_is_refused_but_not_what_waits_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.background._MAX_WAITING", 2)
+    background = Background()
+    assert [background.run(name, lambda: None) for name in ("a", "b", "c", "a")] == [True, True, False, True]
+
+
+def test_what_comes_later_is_done_at_once_and_the_beat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    background, done = Background(), threading.Event()
+    wait = background._changed.wait
+    monkeypatch.setattr(background._changed, "wait", lambda _: wait(60.0))  # it looks by itself in a minute only
+    background.start()
+    eventually(lambda: background._changed._waiters)  # type: ignore[attr-defined]
+    began = background.beat_at = time.monotonic() - 100
+    assert background.run("a", done.set)
+    assert done.wait(10)
+    eventually(lambda: background.beat_at > began and background._changed._waiters)  # type: ignore[attr-defined]
+    background.close(10)
+    assert not background._thread.is_alive()
+    background.close(10)
+
+
+def test_a_background_that_never_ran_closes_at_once() -> None:
+    Background().close(60)

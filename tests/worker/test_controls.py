@@ -9,8 +9,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Published
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
+from llamacpp_mqtt_deploy.worker.client_work import ClientWork
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus, Event, WholeWorker
 
@@ -247,3 +250,146 @@ def test_two_clients_where_one_floods_with_everything(bus: Bus) -> None:
     history = json.dumps({"action": "history"}).encode()
     bus.sender.publish("llm/control/modest/1", history)
     assert _ack(bus, "history", "modest/1")["messages"]
+
+
+def test_a_history_that_does_not_fit_into_an_event_loses_its_oldest_messages_and_says_so(bus: Bus) -> None:
+    worker = bus.worker(limits__max_event_bytes=1024)
+    for number in range(5):
+        change = HistoryChange(
+            session=("default", "demo"),
+            append=tuple({"role": role, "content": f"{number} " + "w" * 90} for role in ("user", "assistant")),
+        )
+        worker.daemon.parts.store.finish(EntryKey("default", "demo", f"before{number}"), b"{}", now=1.0, history=change)
+    bus.control("history", transaction="t")
+    ack = bus.listener.until(type="ack", action="history")
+    assert (ack["status"], ack["transaction"]) == ("ok", "t")
+    assert "oldest messages are left out" in ack["message"]
+    numbers = [int(message["content"][0]) for message in ack["messages"]]
+    assert numbers == [2, 3, 3, 4, 4], "a quarter at a time: ten, eight, six, five"
+    assert len(bus.listener.deliveries[-1].payload) <= 1024
+    bus.control("history", session="short")
+    assert "message" not in bus.listener.until(type="ack", session_id="short")
+
+
+def test_no_more_messages_are_left_out_of_a_short_history_than_have_to_be(bus: Bus) -> None:
+    worker = bus.worker(limits__max_event_bytes=1024)
+    append = tuple({"role": "user", "content": letter * size} for letter, size in (("a", 600), ("b", 300), ("c", 300)))
+    change = HistoryChange(session=("default", "demo"), append=append)
+    worker.daemon.parts.store.finish(EntryKey("default", "demo", "before"), b"{}", now=1.0, history=change)
+    bus.control("history")
+    ack = bus.listener.until(type="ack", action="history")
+    assert [message["content"][0] for message in ack["messages"]] == ["b", "c"]
+
+
+def test_a_history_of_one_message_that_does_not_fit_is_left_out_altogether(bus: Bus) -> None:
+    worker = bus.worker(limits__max_event_bytes=1024)
+    change = HistoryChange(session=("default", "demo"), append=({"role": "user", "content": "w" * 2000},))
+    worker.daemon.parts.store.finish(EntryKey("default", "demo", "before"), b"{}", now=1.0, history=change)
+    bus.control("history")
+    ack = bus.listener.until(type="ack", action="history")
+    assert ack["messages"] == []
+    assert "oldest messages are left out" in ack["message"]
+
+
+def _ack_again(bus: Bus, action: str, transaction: str) -> Event:
+    """Ask until it is not too early any more."""
+
+    def answered() -> bool:
+        bus.control(action, transaction=transaction)
+        eventually(lambda: bus.listener.of("") == [] and any(_is(event) for event in bus.listener.events))
+        return any(_is(event) and event["status"] == "ok" for event in bus.listener.events)
+
+    def _is(event: Event) -> bool:
+        return event.get("transaction") == transaction
+
+    eventually(answered)
+    return bus.listener.until(transaction=transaction, status="ok")
+
+
+@pytest.mark.parametrize("how", ["no room", "full"])
+def test_an_answer_that_finds_no_room_is_given_up_and_the_next_one_comes(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    worker = bus.worker()
+    link = worker.daemon.parts.link
+    waits_s: list[float] = []
+    room, publish = link.room_for_answers, link.publish
+
+    def no_room(largest: int, *, timeout_s: float = 0.0) -> int:
+        if threading.current_thread().name != "client-work":
+            return room(largest, timeout_s=timeout_s)
+        waits_s.append(timeout_s)
+        return 0 if how == "no room" else 1
+
+    def full(topic: str, payload: bytes, **more: Any) -> Published:
+        return "full" if threading.current_thread().name == "client-work" else publish(topic, payload, **more)
+
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(link, "room_for_answers", no_room)
+        patch.setattr(link, "publish", full)
+        bus.control("history", transaction="lost")
+        bus.control("reset")
+        eventually(lambda: sum(line["event"] == "control.unanswered" for line in lines) == 2)
+    assert waits_s == [10.0, 10.0], "longer its client does not wait"
+    assert _ack_again(bus, "history", "again")["messages"] == []
+    assert not [event for event in bus.listener.events if event.get("transaction") == "lost"]
+
+
+def test_a_history_that_cannot_be_read_for_a_defect_may_be_asked_for_again(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = bus.worker()
+
+    def broken(*_: object) -> Any:
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(worker.daemon.parts.store, "history", broken)
+        bus.control("history", transaction="lost")
+        eventually(lambda: any(line["event"] == "client_work.failed" for line in lines))
+    assert _ack_again(bus, "history", "again")["messages"] == []
+
+
+@pytest.mark.parametrize("action", ["history", "reset"])
+def test_a_control_that_finds_no_place_leaves_nothing_behind(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    bus.worker()
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientWork, "run", lambda *_: False)
+        bus.control(action, transaction="refused")
+        refused = bus.listener.until(transaction="refused")
+        assert (refused["status"], refused["code"], refused["retry_after_s"]) == ("error", "busy", 1.0)
+    bus.ask("hi", request_id="r1")
+    assert bus.listener.terminal("r1")["type"] == "done", "its session is free"
+    assert _ack_again(bus, action, "again")["status"] == "ok"
+
+
+def test_a_ping_names_no_request_and_an_answer_only_what_was_asked(bus: Bus) -> None:
+    bus.worker()
+    bus.control("ping")
+    ack = bus.listener.until(type="ack", action="ping")
+    assert not {"request_id", "transaction"} & set(ack)
+    bus.control("ping", session="ada/1", transaction="")
+    assert bus.listener.until(type="ack", session_id="ada/1")["transaction"] == ""
+
+
+def test_what_was_cancelled_before_is_not_counted_again(bus: Bus) -> None:
+    engine = ScriptedEngine(slots=1)
+    worker = bus.worker(engine)
+    disk_full = threading.Event()
+    finish = worker.daemon.parts.store.finish
+
+    def slow(*given: Any, **more: Any) -> None:
+        assert disk_full.wait(30)
+        finish(*given, **more)
+
+    worker.daemon.parts.store.finish = slow  # type: ignore[method-assign]
+    engine.play(Gate())
+    bus.ask("x", request_id="r1")
+    eventually(lambda: engine.busy == 1)
+    for transaction, cancelled in (("one", 1), ("two", 0)):
+        bus.control("cancel", transaction=transaction)
+        assert bus.listener.until(transaction=transaction)["cancelled"] == cancelled
+    disk_full.set()
+    assert bus.listener.terminal("r1")["finish_reason"] == "cancelled"

@@ -8,8 +8,8 @@ from llamacpp_mqtt_deploy.worker.counters import Counters
 
 def test_each_request_is_counted_once_by_how_it_ended() -> None:
     counters = Counters()
-    counters.add("accepted")
-    counters.add("accepted", 3)
+    counters.accepted(1)
+    counters.accepted(3)
     usage = TokenUsage(prompt_tokens=10, completion_tokens=7, cached_tokens=4)
     counters.ended("stop", error=False, usage=usage)
     counters.ended("cancelled", error=False, usage=usage)

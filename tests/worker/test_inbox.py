@@ -79,3 +79,55 @@ def test_what_comes_while_the_inbox_closes_is_left_to_the_broker() -> None:
     assert taken is not None
     assert [delivery.payload for delivery in taken] == [b"before"]
     assert inbox.take(10, timeout_s=0.0) is None
+
+
+def test_a_message_counts_with_all_that_a_client_can_put_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.inbox._MAX_BYTES", 100)
+    first = Delivery(topic="t" * 10, payload=b"p" * 20, qos=1, response_topic="r" * 30, correlation=b"c" * 15)
+    for size, taken in ((25, True), (26, False)):
+        inbox = Inbox(max_messages=10)
+        assert inbox.offer(first)
+        assert inbox.offer(Delivery(topic="t" * size, payload=b"", qos=1)) is taken
+
+
+def test_the_place_of_what_was_read_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.inbox._MAX_BYTES", 100)
+    inbox = Inbox(max_messages=3)
+    for _ in range(5):
+        for number in range(3):
+            assert inbox.offer(Delivery(topic="t", payload=bytes([number]) * 30, qos=1))
+        assert not inbox.offer(Delivery(topic="t", payload=b"", qos=1)), "three are as many as may wait"
+        first = inbox.take(2, timeout_s=0.0)
+        last = inbox.take(2, timeout_s=0.0)
+        assert [delivery.payload[0] for delivery in [*(first or ()), *(last or ())]] == [0, 1, 2]
+        assert (len(first or ()), len(inbox)) == (2, 0)
+
+
+def test_a_flood_is_told_once_when_all_of_it_was_read_and_names_what_is_lost_for_good() -> None:
+    inbox = Inbox(max_messages=2)
+    with capture_logs() as lines:
+        taken = [inbox.offer(_delivery(qos=qos)) for qos in (1, 0, 1, 0, 0)]
+        assert taken == [True, True, False, False, False]
+        inbox.take(1, timeout_s=0.0)
+        assert lines == [], "not over yet"
+        inbox.take(1, timeout_s=0.0)
+        assert [(line["messages"], line["lost"]) for line in lines] == [(3, 2)]
+        for _ in range(2):
+            inbox.offer(_delivery())
+            inbox.take(9, timeout_s=0.0)
+    assert len(lines) == 1
+
+
+def test_a_reader_waits_for_messages_and_is_woken_by_them_and_by_the_end() -> None:
+    inbox = Inbox(max_messages=2)
+    assert inbox.take(9, timeout_s=0.01) == []
+    read: list[object] = []
+    for wake in (lambda: inbox.offer(_delivery()), inbox.close):
+        reader = threading.Thread(target=lambda: read.append(inbox.take(9, timeout_s=60.0)), daemon=True)
+        reader.start()
+        eventually(lambda: inbox._changed._waiters)  # type: ignore[attr-defined]
+        wake()
+        reader.join(10)
+        assert not reader.is_alive()
+    assert read == [[_delivery()], None]
+    assert inbox.closed

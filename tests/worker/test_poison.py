@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.errors import EngineLost
+from llamacpp_mqtt_deploy.core.errors import EngineLost, Unsupported
 from llamacpp_mqtt_deploy.ports import EntryKey
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from llamacpp_mqtt_deploy.worker.poison import KEPT, KEPT_S, PoisonSchemas, schema_digest
@@ -93,6 +93,55 @@ def test_poison_is_forgotten_after_its_time_and_bounded_in_number() -> None:
     assert not poison.is_known("0", now=1.0), "the oldest made room"
     assert poison.is_known("1", now=1.0)
     assert not poison.is_known("1", now=KEPT_S + 1.0)
+
+
+def test_poison_is_known_to_the_end_of_its_time_and_two_deaths_of_begun_answers_make_it() -> None:
+    poison = PoisonSchemas()
+    poison.died("a", begun=False, now=0.0)
+    assert poison.is_known("a", now=KEPT_S)
+    assert not poison.is_known("a", now=KEPT_S + 0.1)
+    assert not poison.is_known("never seen", now=0.0)
+    poison.died("b", begun=True, now=0.0)
+    assert not poison.is_known("b", now=1.0)
+    poison.died("b", begun=True, now=2.0)
+    assert poison.is_known("b", now=3.0)
+    assert poison.is_known("b", now=KEPT_S + 2.0), "it counts from the last death"
+
+
+def test_whoever_is_refused_for_a_schema_learns_for_how_long() -> None:
+    poison = PoisonSchemas()
+    poison.refuse("a", now=0.0)
+    poison.died("a", begun=False, now=0.0)
+    with pytest.raises(Unsupported, match="for 10 minutes"):
+        poison.refuse("a", now=1.0)
+
+
+def test_the_most_recent_deaths_are_remembered() -> None:
+    poison = PoisonSchemas()
+    for number in range(KEPT):
+        poison.died(str(number), begun=False, now=0.0)
+    poison.died("0", begun=False, now=1.0)
+    poison.died("one more", begun=False, now=2.0)
+    assert [poison.is_known(name, now=3.0) for name in ("0", "1", "2")] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ({}, {"tool_choice": "auto"}, True),
+        ({"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "required"}, False),
+        ({"tools": TOOLS}, {"tools": tuple(TOOLS)}, True),
+        ({"response_format": FORMAT}, {"response_format": FORMAT, "tool_choice": "auto"}, True),
+        ({"response_format": FORMAT}, {"response_format": FORMAT, "tools": TOOLS}, False),
+        ({"response_format": {"type": "text"}}, {"response_format": {"type": "json_object"}}, True),
+        ({"tools": TOOLS}, {"tools": TOOLS, "response_format": {"type": "json_object"}}, True),
+    ],
+)
+def test_what_the_engine_makes_a_grammar_of_is_told_apart_and_nothing_else(
+    one: dict[str, Any], other: dict[str, Any], same: bool
+) -> None:
+    nothing: dict[str, Any] = {"response_format": None, "tools": None, "tool_choice": None}
+    assert (schema_digest(**(nothing | one)) == schema_digest(**(nothing | other))) is same
 
 
 def test_what_matters_is_the_schema_and_the_tools_not_the_prompt() -> None:
