@@ -25,12 +25,13 @@ def _done(answer: AnswerAccumulator, told: Told, **more: Any) -> dict[str, Any]:
 
 def test_text_and_thinking_are_counted_in_bytes_and_deltas() -> None:
     answer = AnswerAccumulator()
-    assert not answer.begun
+    begun = [answer.begun]
     answer.add_text("ab", 1.0)
+    begun.append(answer.begun)
     answer.add_reasoning("é", 2.0, 3)
     answer.add_text("\ud800", 3.0, 2)  # half a surrogate pair
     answer.add_reasoning("xyz", 4.0)
-    assert answer.begun
+    assert begun == [False, True]
     assert (answer.text(), answer.thoughts()) == ("ab\ud800", "éxyz")
     assert (answer.size, answer.pieces) == (2 + 2 + 1 + 3, 7)
     assert (answer.first_at, answer.last_at) == (1.0, 4.0)

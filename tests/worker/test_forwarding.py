@@ -200,9 +200,9 @@ def test_the_chunks_wait_for_the_journal_and_go_when_it_has_the_mark() -> None:
     bench = Bench()
     bench.feed(Opened("m"), PromptProgress(0, 9, 0))
     assert bench.marks == [], "during its prompt a request may still be started again"
-    assert not bench.job.prompt_done
+    prompt_done = [bench.job.prompt_done]
     bench.feed(Text("a"), Text("b"))
-    assert bench.job.prompt_done
+    assert [*prompt_done, bench.job.prompt_done] == [False, True]
     assert bench.heard.without("start", "settle") == ["hold", ("content", "a"), ("content", "b")]
     (mark,) = bench.marks
     assert bench.job.marking is mark
@@ -263,7 +263,8 @@ def test_the_start_names_the_model_as_the_engine_does_or_else_as_the_request_did
     engine: str | None, asked: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: 1234.9)
-    bench = Bench(**({"model": asked} if asked else {}))
+    fields: dict[str, Any] = {"model": asked} if asked else {}
+    bench = Bench(**fields)
     bench.feed(Opened(engine))
     assert bench.job.opened
     assert bench.heard.told == [("start", {"model": told, "worker": "w1", "created": 1234})]

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
+from typing_extensions import override
 
-from llamacpp_mqtt_deploy.core.deltas import Opened
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Opened
 from llamacpp_mqtt_deploy.core.errors import EngineLost
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey
-from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Wait
+from llamacpp_mqtt_deploy.ports import EntryKey
+from llamacpp_mqtt_deploy.stopping import StopSignal
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus, WholeWorker
 from tests.worker.test_background import HeldStore
 
 
-def _entry(worker: WholeWorker, request_id: str = "r1") -> Entry:
-    entry = worker.daemon.parts.store.find(EntryKey("default", "demo", request_id))
-    assert entry is not None
-    return entry
-
-
 def _becomes(worker: WholeWorker, state: str, starts: int) -> None:
-    eventually(lambda: (_entry(worker).state, _entry(worker).starts) == (state, starts))
+    def noted() -> bool:
+        entry = worker.daemon.parts.store.find(EntryKey("default", "demo", "r1"))
+        return entry is not None and (entry.state, entry.starts) == (state, starts)
+
+    eventually(noted)
+
+
+class SlowToOpen(ScriptedEngine):
+    """Says that it loads, and nothing more until the gate opens."""
+
+    gate = Gate()
+
+    @override
+    def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+        on_wait("loading")
+        self.gate.wait(stop, 10)
+        yield from super().stream(call, stop=stop, on_wait=on_wait)
 
 
 @pytest.mark.parametrize("chars, noted", [(4000, ("streaming", 0)), (4001, ("accepted", 1))])
@@ -130,8 +143,8 @@ def test_a_defect_ends_its_request_with_internal_and_costs_no_other_one(
 
 
 def test_whoever_sends_his_request_again_while_it_waits_for_the_engine_hears_what_it_waits_for(bus: Bus) -> None:
-    engine, gate = ScriptedEngine(), Gate()
-    engine.play(Wait("loading"), gate, "hi")
+    engine = SlowToOpen()
+    engine.gate = gate = Gate()
     bus.worker(engine)
     bus.ask("hi", request_id="r1")
     assert gate.reached.wait(10)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from llamacpp_mqtt_deploy.ports import EntryKey, StoreError
+from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, StoreError
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from llamacpp_mqtt_deploy.worker.control import Controls
 from tests.support.waiting import eventually
@@ -250,15 +250,18 @@ def test_what_is_not_read_is_left_to_the_broker_when_a_worker_stops_before_it_be
 
 
 def test_ignored_messages_leave_a_line_that_says_why(bus: Bus) -> None:
-    bus.sender.publish("llm/request/kept", b"old", retain=True)
+    worker = bus.worker()
     with capture_logs() as lines:
-        bus.worker()
-        bus.sender.publish("llm/request/too/deep/down", b"x")
+        bus.sender.publish("llm/request/a b", b"x")
+        kept = Delivery(topic="llm/request/kept", payload=b"x", qos=1, retain=True)
+        assert worker.daemon.parts.intake.offer(kept)
         bus.ask("x", request_id="r1")
         bus.listener.terminal("r1")
     told = {line["topic"]: line["reason"] for line in lines if line["event"] == "message.ignored"}
-    assert "llm/request/too/deep/down" in told
-    assert told["llm/request/too/deep/down"] == "no session path of the protocol"
+    assert told == {
+        "llm/request/a b": "no session path of the protocol",
+        "llm/request/kept": "retained: requests are not kept",
+    }
 
 
 def test_the_watchdog_sees_the_intake_come_round(bus: Bus) -> None:

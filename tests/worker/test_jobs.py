@@ -28,7 +28,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def _waiting(jobs: JobRegistry, name: str, **more: Any) -> Job:
-    job = lone_job(name, **({"session": name, "received_at": time.monotonic()} | more))
+    given: dict[str, Any] = {"session": name, "received_at": time.monotonic()} | more
+    job = lone_job(name, **given)
     jobs.enter(job)
     jobs.commit([job])
     return job
@@ -270,12 +271,12 @@ def test_an_end_is_written_by_one_alone_and_takes_the_job_out_of_the_queue() -> 
     assert [jobs.claim_end(job), jobs.claim_end(job)] == [True, False]
     assert jobs.take(0.0) is None
     assert jobs.find(job.key) is job, "it is there until its end is stored"
-    jobs.hold_end(job)
-    assert job.phase == "ending"
-    jobs.leave(job)
-    assert (job.phase, jobs.find(job.key)) == ("ended", None)
-    jobs.hold_end(job)
-    assert job.phase == "ended"
+    phases: list[str] = []
+    for step in (jobs.hold_end, jobs.leave, jobs.hold_end):
+        step(job)
+        phases.append(job.phase)
+    assert phases == ["ending", "ended", "ended"]
+    assert jobs.find(job.key) is None
 
 
 def test_the_next_prompt_of_a_session_goes_when_the_one_before_it_has_left() -> None:

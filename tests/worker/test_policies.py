@@ -83,7 +83,7 @@ def test_the_default_route_is_there_beside_those_of_the_settings() -> None:
 
 def test_the_queue_has_the_bounds_of_the_settings() -> None:
     limits = {"queue_size": 7, "session_queue": 3, "max_queue_mib": 2, "queue_share": 0.25}
-    queue = queue_limits(Settings(limits=limits))  # type: ignore[arg-type]  # read by pydantic
+    queue = queue_limits(Settings(limits=limits))
     assert (queue.queue_size, queue.session_queue, queue.max_bytes, queue.share) == (7, 3, 2 * 1024 * 1024, 0.25)
 
 

@@ -123,7 +123,7 @@ def test_pictures_go_to_a_model_that_can_see_and_to_no_other(vision: bool) -> No
         with pytest.raises(Unsupported) as told:
             bench.call(messages=messages)
         assert "messages" in told.value.details["fields"]
-    assert bench.call(messages=[{"role": "user", "content": "no picture"}])
+    assert len(bench.call(messages=[{"role": "user", "content": "no picture"}]).messages) == 1
 
 
 @pytest.mark.parametrize(
