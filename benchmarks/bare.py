@@ -38,8 +38,13 @@ def _chat(llama: Any, text: str, max_tokens: int) -> int:
 
 
 def _generate(llama: Any, text: str, max_tokens: int) -> int:
-    """The loop below it: tokens and their bytes, no template, no stop words, no events."""
-    tokens = llama.tokenize(text.encode())
+    """The loop below it: tokens and their bytes, no stop words, no events."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    # The same prompt as for a chat: the model's work grows with what it has read.
+    formatter = Jinja2ChatFormatter(llama.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
+    rendered = formatter(messages=[{"role": "user", "content": text}]).prompt
+    tokens = llama.tokenize(rendered.encode(), special=True)
     count = 0
     sampling = {"temp" if name == "temperature" else name: value for name, value in SAMPLING.items()}
     for token in llama.generate(tokens, **sampling):

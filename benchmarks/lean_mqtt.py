@@ -31,6 +31,7 @@ class LeanClient:
         self._confirmed: set[int] = set()
         self._last_id = 0
         self._awaited = 0
+        self._owed = b""
         self._waiting: deque[bytes] = deque()
         self._socket = socket.create_connection(("127.0.0.1", port), 10.0)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,8 +60,8 @@ class LeanClient:
         self._awaited += qos
         self._socket.sendall(packet)
 
-    def step(self, timeout_s: float) -> None:
-        """Wait for the socket and take in what one read brings."""
+    def step(self, timeout_s: float, *, ack: bool = True) -> None:
+        """Wait for the socket and take in what one read brings; without `ack` what it asks for is sent by `acknowledge`."""
         self._socket.settimeout(timeout_s)
         try:
             data = self._socket.recv(262144)
@@ -70,9 +71,18 @@ class LeanClient:
         if not data:
             raise LoadFailed("the broker closed the connection of the benchmark's client")
         answers = self._take(self._buffer + data if self._buffer else data, at)
-        if answers:
+        self._owed += answers
+        if ack:
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        if self._owed:
+            owed, self._owed = self._owed, b""
             self._socket.settimeout(10.0)
-            self._socket.sendall(answers)
+            self._socket.sendall(owed)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def close(self) -> None:
         self._socket.close()

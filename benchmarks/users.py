@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from benchmarks.bench import Bench, Pair, plural
+from benchmarks.bench import TOKENS, Bench, Pair, plural
 from benchmarks.figures import percentile
 from benchmarks.samples import Sample
 
-_SECONDS = 2.0
 _STREAMS = 8
 
 
 def paced(bench: Bench) -> None:
     """(i) an engine with the pace of a real model."""
     for pace in (20, 50, 200):
-        tokens = round(pace * (0.5 if bench.quick else _SECONDS))
+        tokens = pace // 2 if bench.quick else TOKENS
         name = f"{pace} tokens/s, {plural(_STREAMS)}"
         with bench.world.pace(pace) as port, bench.world.daemon(f"http://127.0.0.1:{port}") as daemon:
             pairs = bench.interleaved(
-                name, daemon, port, rounds=10, streams=_STREAMS, requests=1, tokens=tokens, word=b"word"
+                name, daemon, port, rounds=6, streams=_STREAMS, requests=1, tokens=tokens, word=b"word"
             )
         target = ">= 0.995" if pace == 50 else ""
         bench.median("i", f"tokens/s, bus / direct, {name}", [pair.ratio for pair in pairs], target=target)

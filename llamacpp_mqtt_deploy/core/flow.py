@@ -6,6 +6,9 @@ KEEP_UP_S = 0.02
 """How long a reader lets the broker keep up before it reads on: far above a round trip in a local network, far below what a
 cancel or the engine's own buffers would notice."""
 
+SHORTEST_REST_S = 0.001
+"""A rest that is shorter costs more turns of the loop than it brings."""
+
 MOST_IN_FLIGHT = 32
 """Sentences of one stream that may go out before the broker has acknowledged the first of them: enough for any network, and some
 ten kilobytes of the outbox."""
@@ -26,7 +29,7 @@ class FlowControl:
     no acknowledgement has to wait for a lock.
     """
 
-    __slots__ = ("acked", "interval_s", "min_interval_s", "sent", "sent_at")
+    __slots__ = ("acked", "interval_s", "min_interval_s", "round_trip_s", "sent", "sent_at")
 
     def __init__(self, *, min_interval_s: float = 0.0) -> None:
         self.min_interval_s = min_interval_s
@@ -35,6 +38,8 @@ class FlowControl:
         self.acked = 0
         self.sent_at: float | None = None
         """When the latest chunk of generated text went out."""
+        self.round_trip_s = SHORTEST_REST_S
+        """How long the broker takes to acknowledge, smoothed."""
 
     def share(self, streams: int) -> None:
         """Many streams at once share what one may take of processor, broker and clients: two go at full pace, eight at a quarter
@@ -44,6 +49,12 @@ class FlowControl:
     def in_flight(self) -> int:
         """Chunks that are not acknowledged."""
         return self.sent - self.acked
+
+    def acknowledge(self, now: float) -> None:
+        """One more chunk has arrived at the broker."""
+        self.acked += 1
+        if self.sent_at is not None:
+            self.round_trip_s += (now - self.sent_at - self.round_trip_s) / 4
 
     def may_send_apart(self) -> bool:
         """Whether one more piece may go out beside those that are not acknowledged: sentences wait for none of them, up to a number."""
@@ -73,4 +84,6 @@ class FlowControl:
     def rest_s(self, now: float) -> float:
         """For how long reading on is of no use, when text waits: it could not be sent before."""
         due_in_s = self.due_in_s(now)
-        return KEEP_UP_S if due_in_s is None else min(due_in_s, KEEP_UP_S)
+        if due_in_s is None:
+            due_in_s = max(self.round_trip_s, SHORTEST_REST_S)
+        return min(due_in_s, KEEP_UP_S)

@@ -343,7 +343,7 @@ class Responder:
 
     def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
-        self._flow.acked += 1
+        self._flow.acknowledge(time.monotonic())
         if self._coalescer:
             self._wake(0.0, self._send_later)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.core.flow import KEEP_UP_S, FlowControl
+from llamacpp_mqtt_deploy.core.flow import KEEP_UP_S, SHORTEST_REST_S, FlowControl
 
 
 def sent_one(*, at: float, min_interval_s: float = 1.0) -> FlowControl:
@@ -44,12 +44,27 @@ def test_no_time_is_named_while_an_acknowledgement_is_awaited() -> None:
 
 def test_a_reader_rests_until_text_may_go_and_never_long() -> None:
     flow = sent_one(at=100.0, min_interval_s=0.01)
-    assert flow.rest_s(100.0) == KEEP_UP_S  # the broker has not answered
-    flow.acked += 1
+    assert flow.rest_s(100.0) == SHORTEST_REST_S  # the broker has not answered
+    flow.acknowledge(100.0)
+    assert flow.in_flight() == 0
     assert flow.rest_s(100.0) == pytest.approx(0.01)
     assert flow.rest_s(101.0) == 0.0
     flow.share(64)
     assert flow.rest_s(100.0) == KEEP_UP_S
+
+
+def test_a_reader_that_awaits_an_acknowledgement_rests_as_long_as_this_broker_takes() -> None:
+    flow = FlowControl()
+    for number in range(40):
+        flow.sent, flow.sent_at = flow.sent + 1, float(number)
+        flow.acknowledge(number + 0.008)
+    flow.sent += 1
+    assert flow.rest_s(40.0) == pytest.approx(0.008, rel=0.01)
+    flow.sent_at = 40.0
+    flow.acknowledge(40.1)  # one that came late counts for a quarter
+    flow.sent += 1
+    assert flow.rest_s(41.0) == KEEP_UP_S
+    assert flow.round_trip_s == pytest.approx(0.75 * 0.008 + 0.25 * 0.1, rel=0.01)
 
 
 @pytest.mark.parametrize("streams,factor", [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (9, 4)])
