@@ -18,6 +18,7 @@ from benchmarks.cancelling import cancels
 from benchmarks.ceiling import ceiling
 from benchmarks.chat import second_turn
 from benchmarks.figures import aligned, rows
+from benchmarks.floor import floor
 from benchmarks.footprint import footprint
 from benchmarks.inprocess import in_process
 from benchmarks.page import write
@@ -37,6 +38,7 @@ CASES: Mapping[str, Callable[[Bench], None]] = {
     "g": cancels,
     "h": in_process,
     "i": paced,
+    "k": floor,
 }
 
 

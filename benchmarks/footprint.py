@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,7 +38,17 @@ def _start(bench: Bench) -> None:
     bench.median("f", "exec to `online`", seconds[1:], unit="s", target="<= 0.45")
 
 
+def _imports_mib() -> float:
+    """Resident memory of a Python that has only imported what the worker stands on."""
+    names = "pydantic_settings, paho.mqtt.client, requests, tenacity, structlog, orjson, regex, sqlite3, click"
+    # As the daemon does: without what structlog would load for tracebacks in colour.
+    code = f"import sys; sys.modules['rich'] = None; import {names}; print(open('/proc/self/smaps_rollup').read())"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30).stdout
+    return int(next(line for line in text.splitlines() if line.startswith("Rss:")).split()[1]) / 1024
+
+
 def _memory(bench: Bench) -> None:
+    bench.median("f", "memory of Python with the same packages imported (RSS)", [_imports_mib()], unit="MiB")
     with bench.world.daemon(bench.world.llama.url) as daemon:
         daemon.bus.listen(2.0)
         bench.median("f", "memory idle (RSS)", [daemon.memory_mib("Rss")], unit="MiB", target="<= 46")

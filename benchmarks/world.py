@@ -57,8 +57,7 @@ class Daemon:
 
     def cpu_s(self) -> float:
         """The processor time of the daemon so far, of all its threads: user and system."""
-        # The kernel's clock of another process (see clock_getcpuclockid(3)); /proc counts in steps of 10 ms.
-        return time.clock_gettime((~self.process.process.pid << 3) | 2)
+        return processor_time_s(self.process.process.pid)
 
     def rss_mib(self) -> float:
         return self.process.rss_bytes() / 2**20
@@ -75,6 +74,21 @@ class Daemon:
             if at > self.process.started_at and b"/status/" in topic and json.loads(payload)["state"] == "online":
                 return at
         return None
+
+
+class RelayProcess:
+    """A running bare relay (`benchmarks/relay.py`) with a client of its broker."""
+
+    def __init__(self, process: subprocess.Popen[bytes], bus: Bus) -> None:
+        self._process = process
+        self._bus = bus
+
+    def run(self, **load: Any) -> Load:
+        """A load over the relay, with the processor time that it took."""
+        before = processor_time_s(self._process.pid)
+        result = self._bus.run(**load)
+        result.daemon_cpu_s = processor_time_s(self._process.pid) - before
+        return result
 
 
 class World:
@@ -136,6 +150,21 @@ class World:
                 process.kill()
 
     @contextlib.contextmanager
+    def relay(self, engine_port: int, *, pause_s: float) -> Iterator[RelayProcess]:
+        """The bare relay in front of this engine; `pause_s` is its shortest pause between two chunks."""
+        folder = Path(tempfile.mkdtemp(prefix="relay", dir=self.folder))
+        numbers = [str(self.broker.port), str(engine_port), folder.name, str(folder), str(pause_s)]
+        command = [sys.executable, "-m", "benchmarks.relay", *numbers]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            try:
+                assert process.stdout is not None
+                process.stdout.readline()
+                with Bus(self.broker.port, root=folder.name) as bus:
+                    yield RelayProcess(process, bus)
+            finally:
+                process.kill()
+
+    @contextlib.contextmanager
     def daemon(
         self,
         engine: str | None,
@@ -192,6 +221,12 @@ class World:
                 "paho-mqtt": _package("paho-mqtt"),
             },
         }
+
+
+def processor_time_s(pid: int) -> float:
+    """What a process has used so far, in all its threads: user and system."""
+    # The kernel's clock of another process (see clock_getcpuclockid(3)); /proc counts in steps of 10 ms.
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def file_system(path: Path) -> str:

@@ -1,0 +1,61 @@
+"""(k) what this machine and Python allow: a bare relay that does the least there is to do, in turn with the daemon and direct."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.bench import TOKENS, Bench, plural
+from benchmarks.direct import run_direct
+from benchmarks.figures import percentile
+from benchmarks.samples import Load
+
+_PAUSE_S = 0.005
+"""The daemon's own shortest pause between two chunks."""
+
+
+def floor(bench: Bench) -> None:
+    """(k) a bare relay in Python, which is what a worker could cost at the least."""
+    llama = bench.world.llama
+    with (
+        bench.world.daemon(llama.url) as daemon,
+        bench.world.relay(llama.port, pause_s=_PAUSE_S) as relay,
+        bench.world.relay(llama.port, pause_s=0.0) as uncoalesced,
+    ):
+        for streams in (1, 8):
+            name = plural(streams)
+            load: dict[str, Any] = {"streams": streams, "requests": 6 if streams == 1 else 4, "max_tokens": TOKENS}
+            ways: dict[str, Callable[[], Load]] = {
+                "direct": partial(run_direct, llama.port, **load),
+                "relay": partial(relay.run, **load),
+                "daemon": partial(daemon.run, **load),
+            }
+            loads: dict[str, list[Load]] = {way: [] for way in ways}
+            for run in ways.values():
+                run()
+            for _ in bench.rounds(name, 40):
+                for way, run in ways.items():
+                    loads[way].append(run())
+            for way in ("relay", "daemon"):
+                pairs = zip(loads[way], loads["direct"], strict=True)
+                bench.median(
+                    "k",
+                    f"tokens/s, {way} / direct, {name}",
+                    [one.tokens_per_s / bare.tokens_per_s for one, bare in pairs],
+                )
+            for way in ("relay", "daemon"):
+                for share, label in ((0.5, "p50"), (0.99, "p99")):
+                    later = _first_ms(loads[way], share) - _first_ms(loads["direct"], share)
+                    bench.median("k", f"first token later, {label}, {way}, {name}", [later], unit="ms")
+            for way in ("relay", "daemon"):
+                each = [1e6 * one.daemon_cpu_s / one.tokens for one in loads[way]]
+                bench.median("k", f"processor time per token, {way}, {name}", each, unit="us")
+            load["requests"] = 2
+            chunks = [uncoalesced.run(**load) for _ in bench.rounds(f"uncoalesced, {name}", 8)]
+            each = [1e6 * one.daemon_cpu_s / one.chunks for one in chunks]
+            bench.median("k", f"processor time per uncoalesced chunk, relay, {name}", each, unit="us")
+
+
+def _first_ms(loads: Sequence[Load], share: float) -> float:
+    return percentile([1e3 * sample.first_token_s for load in loads for sample in load.samples], share)
