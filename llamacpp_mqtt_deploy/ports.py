@@ -35,7 +35,6 @@ class EngineInfo:
     thinking: bool = False
     json_schema: bool = False
     streams: bool = True
-    can_restart: bool = False
 
 
 class Engine(Protocol):
@@ -211,7 +210,7 @@ class Link(Outbox, Protocol):
     def flush(self, deadline: Deadline) -> bool:
         """Wait until nothing is unacknowledged; False when the deadline passed."""
 
-    def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
+    def close(self, deadline: Deadline, *, last_message: Retained | None = None) -> None:
         """Publish the last retained message (`offline`), wait for its PUBACK, DISCONNECT; idempotent."""
 
 

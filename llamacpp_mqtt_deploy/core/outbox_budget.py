@@ -65,7 +65,7 @@ class OutboxBudget(_Tally):
         return True
 
     def force(self, size: int) -> None:
-        """Count a message in whether or not there is a place for it: the farewell."""
+        """Count a message in whether or not there is a place for it: the last message of a connection."""
         self.put(size)
 
     def give_back(self, size: int, *, answer: bool = False) -> None:

@@ -20,7 +20,7 @@ class Closing:
 
     deadline: Deadline
     grace: Deadline
-    farewell: Publish | None
+    last_message: Publish | None
     said: bool = False
 
     def over(self, *, online: bool, left: int) -> bool:
@@ -32,5 +32,5 @@ class Closing:
         return min(seconds, self.deadline.remaining_s(), self.grace.remaining_s() + 0.001)
 
     def needs_will(self) -> bool:
-        """Without the farewell's PUBACK the broker must say `offline` for us: the will, which a clean DISCONNECT would suppress."""
-        return self.farewell is not None and not self.said
+        """Without the PUBACK of the last message the broker must say `offline` for us: the will, which a clean DISCONNECT would suppress."""
+        return self.last_message is not None and not self.said

@@ -40,7 +40,7 @@ CONNACK_TIMEOUT_S = 10.0
 DOUBTFUL_CONNACK_TIMEOUT_S = 3.0
 """Where the broker may not know MQTT 5 and silence may be its answer."""
 
-PUBACK_PATIENCE_S = 20.0
+PUBACK_TIMEOUT_S = 20.0
 """So long may a living connection acknowledge nothing that we publish; a broker that syncs a slow disk needs a second or two."""
 
 SHORT_LIVES = 3
@@ -165,8 +165,8 @@ class ConnectionThread:
     def flush(self, deadline: Deadline) -> bool:
         return self._sending.flush(deadline)
 
-    def close(self, deadline: Deadline, farewell: Retained | None) -> None:
-        """Say the farewell, end the connection and the thread; idempotent."""
+    def close(self, deadline: Deadline, last_message: Retained | None) -> None:
+        """Publish the last message, end the connection and the thread; idempotent."""
         thread = self._thread
         with self._changed:
             if thread is None or self._state == "closed":
@@ -174,8 +174,10 @@ class ConnectionThread:
                 return
             if self._closing is None:
                 last = None
-                if farewell is not None and self._state != "taken_over":
-                    last = Publish(farewell.topic, farewell.payload, 1, True, None, None, self._farewell_done)
+                if last_message is not None and self._state != "taken_over":
+                    last = Publish(
+                        last_message.topic, last_message.payload, 1, True, None, None, self._last_message_done
+                    )
                     self._outgoing.take_last(last)
                 self._closing = Closing(deadline, Deadline(OFFLINE_GRACE_S), last)
                 self._changed.notify_all()
@@ -255,15 +257,15 @@ class ConnectionThread:
             # A host that cannot be one, for example a label over 63 characters.
             self._failed(Refusal(f"{self.where} is no address: {error}. Check mqtt.host."))
             return
-        patience_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._attempts.versions.in_doubt else CONNACK_TIMEOUT_S
-        self._connack_by = time.monotonic() + patience_s
+        timeout_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._attempts.versions.in_doubt else CONNACK_TIMEOUT_S
+        self._connack_by = time.monotonic() + timeout_s
         self._wire_loop.run(wire)
         if wire.closed() is None and self._finished():
             self._leave(wire)
             return
         if wire.closed() is None and self._state != "online":
             wire.abort()
-            refusal = explain.of_no_connack(self.where, patience_s)
+            refusal = explain.of_no_connack(self.where, timeout_s)
             self._attempts.unanswered(refusal)
             self._failed(refusal)
             return
@@ -283,8 +285,8 @@ class ConnectionThread:
             return now >= self._connack_by
         if self._deliveries.stalled_until is not None and now >= self._deliveries.stalled_until:
             self._own_end = explain.INBOX_FULL
-        elif self._sending.overdue(now, patience_s=PUBACK_PATIENCE_S):
-            self._own_end = explain.of_no_pubacks(self.where, PUBACK_PATIENCE_S)
+        elif self._sending.overdue(now, timeout_s=PUBACK_TIMEOUT_S):
+            self._own_end = explain.of_no_pubacks(self.where, PUBACK_TIMEOUT_S)
         return self._own_end is not None
 
     def _work(self) -> None:
@@ -474,7 +476,7 @@ class ConnectionThread:
             wire.abort()
         self._outgoing.requeue()
 
-    def _farewell_done(self, well: bool) -> None:
+    def _last_message_done(self, well: bool) -> None:
         if self._closing is not None:
             self._closing.said = well
 

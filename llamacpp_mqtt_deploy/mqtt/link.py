@@ -121,8 +121,8 @@ class MqttLink:
     def flush(self, deadline: Deadline) -> bool:
         return self._connection.flush(deadline)
 
-    def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
-        self._connection.close(deadline, farewell)
+    def close(self, deadline: Deadline, *, last_message: Retained | None = None) -> None:
+        self._connection.close(deadline, last_message)
         if self._own_loop:
             self._loop.close()
 

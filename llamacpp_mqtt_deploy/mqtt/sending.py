@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _PASSED_OVER = 10
-"""So many times the patience with all PUBACKs is the patience with a single one, while others come."""
+"""So many times longer than for all PUBACKs a single one is waited for, while others come."""
 
 
 class Sending:
@@ -63,7 +63,7 @@ class Sending:
                 self._waiters -= 1
         return self._budget.room_for_answers(largest)
 
-    def overdue(self, now: float, *, patience_s: float) -> bool:
+    def overdue(self, now: float, *, timeout_s: float) -> bool:
         """Whether the connection takes publishes and acknowledges none, for longer than this.
 
         A slow line with a full window acknowledges each of them late: so any PUBACK counts, but not for ever, since PUBACKs
@@ -73,14 +73,7 @@ class Sending:
         if oldest is None:
             return False
         since = max(oldest.sent_at, self.connected_at)
-        return now - max(since, self.last_puback_at or 0.0) > patience_s or now - since > _PASSED_OVER * patience_s
-
-    def may_go(self, now: float) -> bool:
-        """Whether something waits that may be sent now."""
-        outgoing = self.outgoing
-        if not outgoing.waiting or outgoing.quiet_s(now) > 0:
-            return False
-        return len(outgoing.flying) < (1 if outgoing.on_probation else outgoing.window)
+        return now - max(since, self.last_puback_at or 0.0) > timeout_s or now - since > _PASSED_OVER * timeout_s
 
     def pump(self, wire: PahoWire) -> None:
         """Give the wire what may be sent now; the link's thread alone, as all that follows.

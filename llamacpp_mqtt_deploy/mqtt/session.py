@@ -73,7 +73,7 @@ class Outgoing:
         return True
 
     def take_last(self, publish: Publish) -> None:
-        """Queue the farewell, for which there is always a place."""
+        """Queue the last message of a connection, for which there is always a place."""
         self._budget.force(publish.size)
         self.waiting.append(publish)
 

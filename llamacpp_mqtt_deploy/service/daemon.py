@@ -439,7 +439,7 @@ class Daemon:
         parts.link.flush(end)
         parts.redelivery.last_call()
         last = parts.presence.offline() if self._may_say_offline(code) else None
-        parts.link.close(Deadline(max(1.0, end.remaining_s())), farewell=last)
+        parts.link.close(Deadline(max(1.0, end.remaining_s())), last_message=last)
         parts.background.close(max(1.0, end.remaining_s()))
         parts.redelivery.sweep()
         parts.engine_watch.close(1.0)

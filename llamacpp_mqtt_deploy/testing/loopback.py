@@ -159,18 +159,18 @@ class LoopbackLink:
         with self._changed:
             return self._changed.wait_for(lambda: not self._outbox, deadline.remaining_s())
 
-    def close(self, deadline: Deadline, *, farewell: Retained | None = None) -> None:
+    def close(self, deadline: Deadline, *, last_message: Retained | None = None) -> None:
         thread = self._thread
         if thread is None or self._state == "closed":
             self._state = "closed"
             return
-        said = farewell is None or self._state == "taken_over"
-        if not said and farewell is not None and self._state == "online":
+        said = last_message is None or self._state == "taken_over"
+        if not said and last_message is not None and self._state == "online":
             done = threading.Event()
             with self._changed:
                 self._put(
-                    farewell.topic,
-                    farewell.payload,
+                    last_message.topic,
+                    last_message.payload,
                     1,
                     True,
                     None,

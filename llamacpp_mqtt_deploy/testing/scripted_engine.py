@@ -198,7 +198,6 @@ class ScriptedEngine:
             thinking=True,
             json_schema=True,
             streams=self._streams,
-            can_restart=True,
         )
 
     def probe(self) -> EngineInfo:

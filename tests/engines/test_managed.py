@@ -148,7 +148,6 @@ def test_it_starts_a_server_and_answers(make: Make) -> None:
     info = engine.probe()
     assert (info.state, info.kind, info.slots, info.n_ctx, info.backend) == ("ready", "managed", 2, 16384, "cpu")
     assert info.models == ("tiny.gguf",)
-    assert info.can_restart
 
 
 def test_a_request_that_comes_while_it_loads_waits_and_is_answered(make: Make) -> None:

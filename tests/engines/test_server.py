@@ -344,7 +344,7 @@ def test_a_server_that_loads_at_first_contact_is_waited_for(sham: ShamServer) ->
 
 
 @pytest.mark.parametrize("status, reason", [(429, "waiting"), (502, "engine_restarting"), (503, "engine_restarting")])
-def test_a_gateways_refusal_is_waited_for_with_patience(sham: ShamServer, status: int, reason: str) -> None:
+def test_a_gateways_refusal_is_waited_for(sham: ShamServer, status: int, reason: str) -> None:
     sham.on(CHAT, reply(status, b"upstream"))
     waits: list[str] = []
     with pytest.raises(EngineUnavailable):

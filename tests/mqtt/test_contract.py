@@ -77,7 +77,7 @@ class Bus:
             )
             link = MqttLink(settings, client_id=self.client_id)
         case = LinkCase(link, will_topic=self.topic("status"), acknowledges=acknowledges, only_below=self.root)
-        self._open.append(lambda: case.close(farewell=False, seconds=1.0))
+        self._open.append(lambda: case.close(last_message=False, seconds=1.0))
         return case.open(wait=wait)
 
     def client(self) -> Any:
@@ -225,7 +225,7 @@ def test_nothing_that_was_published_is_lost_over_a_broken_connection(bus: Bus) -
 def test_requests_sent_while_the_worker_is_away_are_kept_for_it(bus: Bus) -> None:
     bus.needs("offline-queue")
     case = subscribed(bus.case(), bus.topic("request/#"))
-    case.close(farewell=False)
+    case.close(last_message=False)
     client = bus.client()
     for number in range(60):
         client.publish(bus.topic("request/a"), str(number).encode())
@@ -363,7 +363,7 @@ def test_answers_get_a_third_of_the_outbox_and_leave_the_rest_to_events(bus: Bus
     assert case.publish(bus.topic("x"), b"x" * size, share="answer")
 
 
-def test_closing_says_farewell_and_not_the_will(bus: Bus) -> None:
+def test_closing_says_the_last_message_and_not_the_will(bus: Bus) -> None:
     case = bus.case()
     client = bus.client()
     client.subscribe(bus.topic("status"))
@@ -384,11 +384,11 @@ def test_closing_without_time_lets_the_will_speak(bus: Bus) -> None:
     assert client.receive().payload in (b"offline", b"bye")
 
 
-def test_closing_without_farewell_says_nothing(bus: Bus) -> None:
+def test_closing_without_a_last_message_says_nothing(bus: Bus) -> None:
     case = bus.case()
     client = bus.client()
     client.subscribe(bus.topic("status"))
-    case.close(farewell=False)
+    case.close(last_message=False)
     client.publish(bus.topic("status"), b"last")
     assert client.receive().payload == b"last"
 
@@ -401,7 +401,7 @@ def test_acknowledgements_are_sent_before_the_link_closes(bus: Bus) -> None:
         client.publish(bus.topic("request/a"), str(number).encode())
     for delivery in [case.receive() for _ in range(3)]:
         case.link.acknowledge(delivery)
-    case.close(farewell=False)
+    case.close(last_message=False)
     client.publish(bus.topic("request/a"), b"new")
     assert bus.case().receive().payload == b"new"
 

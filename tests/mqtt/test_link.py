@@ -66,7 +66,7 @@ def new_case() -> Iterator[NewCase]:
 
     yield new
     for case in cases:
-        case.close(farewell=False, seconds=1.0)
+        case.close(last_message=False, seconds=1.0)
 
 
 def subscribed(case: LinkCase, topic_filter: str = "request/#") -> LinkCase:
@@ -152,7 +152,7 @@ def test_a_stranger_on_the_port_is_no_broker(new_case: NewCase) -> None:
         thread.start()
         detail(case, "does not speak MQTT")
         thread.join(5)
-        case.close(farewell=False, seconds=0.1)
+        case.close(last_message=False, seconds=0.1)
 
 
 # --- TLS ---
@@ -280,7 +280,7 @@ def test_a_broker_that_says_it_knows_only_3_1_1_is_believed_at_once(new_case: Ne
         thread.start()
         case = new_case(port=server.getsockname()[1])
         assert case.link.info().protocol == "3.1.1"
-        case.close(farewell=False)
+        case.close(last_message=False)
         thread.join(5)
 
 
@@ -332,7 +332,7 @@ def test_an_old_receipt_acknowledges_nothing_after_a_restart_without_saved_state
     assert old.receipt[1] == new.receipt[1]  # type: ignore[index]
     case.link.acknowledge(old)
     assert case.publish("x", b"after the old receipt")
-    case.close(farewell=False)
+    case.close(last_message=False)
     again = new_case(port=broker.port)
     assert again.receive().payload == b"new"
 
@@ -467,7 +467,7 @@ def test_a_certificate_that_is_renewed_on_disk_is_used_at_the_next_attempt(
 def test_events_that_a_living_connection_does_not_acknowledge_are_sent_again_on_a_new_one(
     mosquitto: Mosquitto, new_case: NewCase, cable_to: LayCable, monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
-    monkeypatch.setattr("llamacpp_mqtt_deploy.mqtt.connection_thread.PUBACK_PATIENCE_S", 1.0)
+    monkeypatch.setattr("llamacpp_mqtt_deploy.mqtt.connection_thread.PUBACK_TIMEOUT_S", 1.0)
     cable = cable_to(mosquitto.port)
     client = BusClient(mosquitto.port)
     client.subscribe("events/#")
@@ -491,7 +491,7 @@ def test_events_that_a_living_connection_does_not_acknowledge_are_sent_again_on_
 def test_pubacks_that_never_come_give_up_no_event(
     mosquitto: Mosquitto, new_case: NewCase, cable_to: LayCable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamacpp_mqtt_deploy.mqtt.connection_thread.PUBACK_PATIENCE_S", 0.5)
+    monkeypatch.setattr("llamacpp_mqtt_deploy.mqtt.connection_thread.PUBACK_TIMEOUT_S", 0.5)
     cable = cable_to(mosquitto.port)
     case = new_case(port=cable.port)
     cable.eat(PUBACK)
@@ -774,7 +774,7 @@ def test_a_connection_lost_while_subscribing_is_an_error(new_case: NewCase) -> N
         with pytest.raises(ConnectionError):
             case.link.subscribe([("a", 1)], timeout_s=10)
         thread.join(5)
-        case.close(farewell=False, seconds=0.1)
+        case.close(last_message=False, seconds=0.1)
 
 
 def test_a_filter_that_the_broker_refuses_comes_with_its_reason(new_case: NewCase) -> None:
@@ -796,5 +796,5 @@ def test_a_filter_that_the_broker_refuses_comes_with_its_reason(new_case: NewCas
         assert set(refused) == {"b", "c"}
         assert "ACL" in refused["b"]
         assert "QoS 0" in refused["c"]
-        case.close(farewell=False, seconds=0.5)
+        case.close(last_message=False, seconds=0.5)
         thread.join(5)

@@ -21,7 +21,7 @@ def broker() -> LoopbackBroker:
 def case(broker: LoopbackBroker) -> Iterator[LinkCase]:
     case = LinkCase(LoopbackLink(broker, client_id="link"), acknowledges=False).open()
     yield case
-    case.close(farewell=False)
+    case.close(last_message=False)
 
 
 def test_held_pubacks_come_when_they_are_released(broker: LoopbackBroker, case: LinkCase) -> None:

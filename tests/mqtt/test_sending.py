@@ -83,15 +83,15 @@ def test_a_publish_that_is_unfit_for_the_client_ends_at_once_and_costs_no_connec
 
 def test_pubacks_are_overdue_when_none_comes_and_not_while_a_slow_line_goes_on_acknowledging() -> None:
     sending = Sending(threading.Condition(), OutboxBudget(most_messages=5000, most_bytes=64 * MIB))
-    assert not sending.overdue(1000.0, patience_s=1.0), "nothing is in flight"
+    assert not sending.overdue(1000.0, timeout_s=1.0), "nothing is in flight"
     for mid in range(20):
         publish = Publish("events/a", b"x", 1, False, None, None, None, sent_at=100.0)
         sending.outgoing.flying[mid] = publish
     for now in (100.9, 101.8, 102.7):
-        assert not sending.overdue(now, patience_s=1.0)
+        assert not sending.overdue(now, timeout_s=1.0)
         sending.last_puback_at = now
-    assert sending.overdue(103.8, patience_s=1.0)
+    assert sending.overdue(103.8, timeout_s=1.0)
     sending.last_puback_at = 110.5
-    assert sending.overdue(110.6, patience_s=1.0), "others come, but the oldest was passed over"
+    assert sending.overdue(110.6, timeout_s=1.0), "others come, but the oldest was passed over"
     sending.connected_at = 110.6
-    assert not sending.overdue(111.5, patience_s=1.0), "a new connection begins anew"
+    assert not sending.overdue(111.5, timeout_s=1.0), "a new connection begins anew"

@@ -68,9 +68,9 @@ class LinkCase:
         eventually(lambda: self.link.info().state == state, timeout_s)
         return self.link.info()
 
-    def close(self, *, farewell: bool = True, seconds: float = 5.0) -> None:
-        last = Retained(topic=self.will.topic, payload=b"bye") if farewell else None
-        self.link.close(Deadline(seconds), farewell=last)
+    def close(self, *, last_message: bool = True, seconds: float = 5.0) -> None:
+        last = Retained(topic=self.will.topic, payload=b"bye") if last_message else None
+        self.link.close(Deadline(seconds), last_message=last)
 
     def _take(self, delivery: Delivery) -> bool:
         if delivery.topic.startswith(self._only_below):

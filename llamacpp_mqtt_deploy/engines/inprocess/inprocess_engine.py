@@ -59,9 +59,7 @@ class InprocessEngine:
         self._closing = StopSignal()
         self._slots = Slots(1)
         self._changed = threading.Condition()  # guards what follows; held for arithmetic only
-        self._info = EngineInfo(
-            state="starting", kind="inprocess", detail="The model was not loaded yet.", can_restart=True
-        )
+        self._info = EngineInfo(state="starting", kind="inprocess", detail="The model was not loaded yet.")
         self._waiting: deque[Run] = deque()
         self._running: Run | None = None
         self._reload = False

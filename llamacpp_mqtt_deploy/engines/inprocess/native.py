@@ -258,12 +258,9 @@ class Model:
         return self._ends[token]
 
     def grammar_sampler(self, grammar: str) -> Any:
-        """A sampler that holds to the grammar, or None when llama.cpp cannot parse it. Free it with `free_sampler`."""
+        """A sampler that holds to the grammar, or None when llama.cpp cannot parse it. Freed with `llama_sampler_free`."""
         # A NULL in a chain is a segmentation fault, so it is looked at before anything else gets it.
         return self._c.llama_sampler_init_grammar(self._vocab, grammar.encode(), b"root") or None
-
-    def free_sampler(self, sampler: Any) -> None:
-        self._c.llama_sampler_free(sampler)
 
     def close(self) -> None:
         handle, self.handle = self.handle, None

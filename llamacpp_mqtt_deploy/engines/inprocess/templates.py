@@ -62,7 +62,6 @@ class ChatTemplate:
         self.thinking_tags: tuple[str, str] | None = next(
             (tags for tags in THINKING_TAGS if tags[1] in self.source), None
         )
-        self.can_switch_thinking = "enable_thinking" in self.source
         self._wants_parts = not self._shows(_NEEDLE) and self._shows([{"type": "text", "text": _NEEDLE}])
 
     def render(

@@ -69,7 +69,6 @@ class ManagedEngine:
             slots=settings.slots or launching.default_slots(),
             models=tuple(dict.fromkeys(((settings.model,) if settings.model else ()) + settings.models)),
             n_ctx=settings.context_tokens,
-            can_restart=True,
         )
         self._closing = StopSignal()
         self._hurry = False  # start now, without the rest of the pause
@@ -126,7 +125,7 @@ class ManagedEngine:
         if phase != "ready" or inner is None:
             return replace(known, state=phase, detail=detail)
         said = inner.info()
-        return replace(said, can_restart=True, backend=known.backend, gpu_layers=known.gpu_layers)
+        return replace(said, backend=known.backend, gpu_layers=known.gpu_layers)
 
     def probe(self) -> EngineInfo:
         with self._changed:
@@ -419,7 +418,7 @@ class ManagedEngine:
                 return
             life.ready_at = now
             self._verdicts.ready()
-            self._known = replace(said, can_restart=True, backend=life.log.backend, gpu_layers=life.log.gpu_layers)
+            self._known = replace(said, backend=life.log.backend, gpu_layers=life.log.gpu_layers)
             self._enter("ready", "")
         seconds = round(now - life.started_at, 2)
         log.info("llama_server.ready", pid=life.child.pid, seconds=seconds, backend=life.log.backend)

@@ -32,7 +32,7 @@ from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
 from llamacpp_mqtt_deploy.engines.server.questions import COMPLETIONS, COUNT_WITHIN_S, Questions, SlotProgress
 from llamacpp_mqtt_deploy.engines.server.reply import Reply, idle
 from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
-from llamacpp_mqtt_deploy.engines.server.waiting import FIRST_PAUSE_S, LONGEST_PAUSE_S, NotReady, ReadyWait, patiently
+from llamacpp_mqtt_deploy.engines.server.waiting import FIRST_PAUSE_S, LONGEST_PAUSE_S, NotReady, ReadyWait, until_ready
 from llamacpp_mqtt_deploy.engines.slots import Slots
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import EngineInfo
@@ -200,11 +200,11 @@ class ServerEngine:
     def _replying(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Reply]:
         """A slot of ours, and in it the answer to this call, from its headers on."""
         stop.raise_if_set()
-        patience = ReadyWait(self._settings.unavailable_after_s, once=call.once)
-        patiently(lambda: self._need_description(stop), patience, stop, on_wait)
+        wait = ReadyWait(self._settings.unavailable_after_s, once=call.once)
+        until_ready(lambda: self._need_description(stop), wait, stop, on_wait)
         self._slots.acquire(stop)
         try:
-            exchange, warnings = patiently(lambda: self._begin(call, stop), patience, stop, on_wait)
+            exchange, warnings = until_ready(lambda: self._begin(call, stop), wait, stop, on_wait)
             with exchange:
                 yield Reply(
                     exchange,

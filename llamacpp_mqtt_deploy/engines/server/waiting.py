@@ -51,8 +51,8 @@ class ReadyWait:
         return self._unanswered >= self._most_unanswered or now - self._since >= self._limit_s
 
 
-def patiently(attempt: Callable[[], T], patience: ReadyWait, stop: StopSignal, on_wait: Callable[[str], None]) -> T:
-    """Try until it works, telling `on_wait` each new reason. Raises `Stopped`, or a leaf when the patience is over."""
+def until_ready(attempt: Callable[[], T], wait: ReadyWait, stop: StopSignal, on_wait: Callable[[str], None]) -> T:
+    """Try until it works, telling `on_wait` each new reason. Raises `Stopped`, or a leaf when the wait is over."""
     told: str | None = None
 
     def nap(seconds: float) -> None:
@@ -70,7 +70,7 @@ def patiently(attempt: Callable[[], T], patience: ReadyWait, stop: StopSignal, o
         retry=tenacity.retry_if_exception_type(NotReady),
         wait=tenacity.wait_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S)
         + tenacity.wait_random(0, FIRST_PAUSE_S),
-        stop=patience,
+        stop=wait,
         sleep=nap,
         before_sleep=tell,
         reraise=True,
