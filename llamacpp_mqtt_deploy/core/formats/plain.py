@@ -1,0 +1,161 @@
+"""Answers without an API around them: the text alone, whole or as it comes, and the events of the bus as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llamacpp_mqtt_deploy.core.answering import Spoken
+from llamacpp_mqtt_deploy.core.deltas import Text
+from llamacpp_mqtt_deploy.core.fields import RequestFields
+from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, checked, model_of, session_of
+from llamacpp_mqtt_deploy.core.formats.framing import json_line, sse_data
+from llamacpp_mqtt_deploy.core.formats.rendering import (
+    PLAIN_TEXT,
+    Dialect,
+    EventStream,
+    HttpReply,
+    Occasion,
+    cancelled_error,
+    code_of,
+    error_headers,
+    message_of,
+    status_of,
+)
+from llamacpp_mqtt_deploy.core.formats.telling import finish_of, text_of
+
+_OWN = ("request_id", "session_id", "model", "stream")
+
+
+def parse_ask(fields: Mapping[str, Any]) -> Asked:
+    """A request as the protocol has it; a body of plain text is `{"prompt": text}`. `stream` is true where nothing is said.
+
+    `"sentence"` stays in the request, since the worker cuts the sentences.
+    """
+    body = BodyFields(fields)
+    named = body.named({name: name for name in RequestFields.model_fields if name not in _OWN})
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        named["stream"] = stream
+    return Asked(
+        request=checked(named),
+        streams=stream is not False,
+        session=session_of(body, "session_id"),
+        model=model_of(body),
+    )
+
+
+def text_failure(error: Mapping[str, Any]) -> HttpReply:
+    """One line for a person at a shell."""
+    body = f"{code_of(error)}: {message_of(error)}\n".encode("utf-8", "replace")
+    return HttpReply(status=status_of(error), body=body, content_type=PLAIN_TEXT, headers=error_headers(error))
+
+
+def events_failure(error: Mapping[str, Any]) -> HttpReply:
+    """The `error` event itself."""
+    return HttpReply(status=status_of(error), body=json_line(error), headers=error_headers(error))
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+class TextChunkStream(EventStream):
+    """The text as it comes. There is no mark of the end and no form for an error: a failed one says so in a line of its own, and
+    must be cut by who sends it."""
+
+    content_type = PLAIN_TEXT
+
+    def _pings(self) -> bytes:
+        return b""
+
+    def _says(self, news: Sequence[Spoken]) -> list[bytes]:
+        return [_utf8(piece.text) for piece in news if isinstance(piece, Text)]
+
+    def _finishes(self, done: Mapping[str, Any]) -> list[bytes]:
+        return []
+
+    def _fails(self, error: Mapping[str, Any]) -> list[bytes]:
+        return [_utf8(f"\n[{code_of(error)}: {message_of(error)}]\n")]
+
+
+class TextStream(TextChunkStream):
+    """The whole text in one part, at the end; an error is its sentence."""
+
+    def _says(self, news: Sequence[Spoken]) -> list[bytes]:
+        return []
+
+    def _finishes(self, done: Mapping[str, Any]) -> list[bytes]:
+        return [_utf8(self._untold.content)]
+
+    def _fails(self, error: Mapping[str, Any]) -> list[bytes]:
+        return [_utf8(message_of(error))]
+
+
+class TextWhole:
+    """The text as the body."""
+
+    def __init__(self, asked: Asked, occasion: Occasion) -> None:
+        pass
+
+    def answer(self, done: Mapping[str, Any]) -> HttpReply:
+        if finish_of(done) == "cancelled":
+            return self.failure(cancelled_error(done))
+        return HttpReply(status=200, body=_utf8(text_of(done)), content_type=PLAIN_TEXT)
+
+    def failure(self, error: Mapping[str, Any]) -> HttpReply:
+        return text_failure(error)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+class EventsStream:
+    """Every event of the protocol as it is; `bare` ones are JSON alone, for a transport that has messages of its own."""
+
+    content_type = "text/event-stream"
+
+    def __init__(self, asked: Asked, occasion: Occasion, *, bare: bool = False) -> None:
+        self._bare = bare
+        self._end = ""
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._end)
+
+    @property
+    def failed(self) -> bool:
+        return self._end == "error"
+
+    def event(self, event: Mapping[str, Any]) -> bytes:
+        return b"".join(self.parts(event))
+
+    def parts(self, event: Mapping[str, Any]) -> list[bytes]:
+        if self._end:
+            return []
+        kind = event.get("type")
+        self._end = kind if kind in ("done", "error") else ""
+        return [json_line(event) if self._bare else sse_data(event)]
+
+    def ping(self) -> bytes:
+        return b"" if self._end or self._bare else b": ping\n\n"
+
+
+class EventsWhole:
+    """The terminal event as the body; a cancelled answer is whole here, since the event says that it was cancelled."""
+
+    def __init__(self, asked: Asked, occasion: Occasion) -> None:
+        pass
+
+    def answer(self, done: Mapping[str, Any]) -> HttpReply:
+        return HttpReply(status=200, body=json_line(done))
+
+    def failure(self, error: Mapping[str, Any]) -> HttpReply:
+        return events_failure(error)
+
+
+ASK_TEXT = Dialect(name="ask_text", parse=parse_ask, stream=TextChunkStream, whole=TextWhole, failure=text_failure)
+ASK_EVENTS = Dialect(name="ask_events", parse=parse_ask, stream=EventsStream, whole=EventsWhole, failure=events_failure)
