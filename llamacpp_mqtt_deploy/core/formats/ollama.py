@@ -57,7 +57,7 @@ def _chat_said(content: str = "", thinking: str = "", calls: Sequence[Mapping[st
     return {"message": message}
 
 
-def _generate_said(content: str = "", thinking: str = "", calls: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def _generate_said(content: str = "", thinking: str = "", _calls: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     return {"response": content} | ({"thinking": thinking} if thinking else {})
 
 

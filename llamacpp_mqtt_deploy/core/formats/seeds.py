@@ -146,7 +146,7 @@ def _session(asked: Asked) -> dict[str, Any]:
     return {"session_id": asked.echo["session_id"]} if "session_id" in asked.echo else {}
 
 
-def _llm_response(asked: Asked, occasion: Occasion, done: Mapping[str, Any]) -> dict[str, Any]:
+def _llm_response(asked: Asked, _occasion: Occasion, done: Mapping[str, Any]) -> dict[str, Any]:
     return {"response": text_of(done)} | _session(asked)
 
 
@@ -269,7 +269,7 @@ class TypedEventStream(SeedStream):
         return {"type": "error", "error": {"type": code_of(error), "message": message_of(error)}}
 
 
-def _message_response(asked: Asked, occasion: Occasion, done: Mapping[str, Any]) -> dict[str, Any]:
+def _message_response(_asked: Asked, _occasion: Occasion, done: Mapping[str, Any]) -> dict[str, Any]:
     return {"response": text_of(done)}
 
 
@@ -295,7 +295,7 @@ class TokenStream(SeedStream):
         return {"token": "", "type": "error", "error": message_of(error)}
 
 
-def _token_response(asked: Asked, occasion: Occasion, done: Mapping[str, Any]) -> dict[str, Any]:
+def _token_response(_asked: Asked, _occasion: Occasion, done: Mapping[str, Any]) -> dict[str, Any]:
     return {"token": text_of(done), "type": "complete"}
 
 
