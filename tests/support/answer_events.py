@@ -148,9 +148,8 @@ def _pieces(draw: st.DrawFn) -> list[tuple[str, Any]]:
     """Text, thinking and calls in any mixture; what belongs to one call keeps its order."""
     kinds = st.sampled_from(["content", "content", "reasoning"])
     texts: list[tuple[str, Any]] = draw(st.lists(st.tuples(kinds, TEXTS), max_size=8))
-    queues: list[list[tuple[str, Any]]] = [texts]
-    for index in range(draw(st.integers(0, 3))):
-        queues.append([("tool_calls", [delta]) for delta in draw(_call_deltas(index))])
+    calls = [draw(_call_deltas(index)) for index in range(draw(st.integers(0, 3)))]
+    queues: list[list[tuple[str, Any]]] = [texts, *([("tool_calls", [delta]) for delta in call] for call in calls)]
     mixed: list[tuple[str, Any]] = []
     while any(queues):
         chosen = draw(st.sampled_from([queue for queue in queues if queue]))

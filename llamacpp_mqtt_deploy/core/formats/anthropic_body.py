@@ -48,7 +48,7 @@ def parse_messages(fields: Mapping[str, Any]) -> Asked:
         _add_message(talk, message)
     if not talk.messages or all(message["role"] == "system" for message in talk.messages):
         raise bad("messages", "a list of messages, at least one of the user")
-    request = body.named({name: name for name in PASSED} | RENAMED)
+    request = body.named({**{name: name for name in PASSED}, **RENAMED})
     request |= {"messages": talk.messages} | _thinking(body) | _tools(body) | _format(body)
     thinking = body.object("thinking")
     shown = thinking is not None and request.get("thinking") is True and thinking.get("display") != "omitted"

@@ -72,6 +72,8 @@ def _anthropic(model: ServedModel) -> dict[str, Any]:
         "id": model.name,
         "display_name": model.name,
         "created_at": utc_text(model.since),
+        "lifecycle": "active",
+        "max_input_tokens": model.context_tokens,
     }
 
 

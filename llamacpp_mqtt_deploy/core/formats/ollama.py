@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llamacpp_mqtt_deploy.core.answering import Spoken
@@ -44,11 +44,15 @@ def ollama_failure(error: Mapping[str, Any]) -> HttpReply:
     return HttpReply(status=status_of(error), body=json_line(ollama_error(error)), headers=error_headers(error))
 
 
+_Say = Callable[[str, str, Sequence[Mapping[str, Any]]], dict[str, Any]]
+"""Text, thinking and tool calls as one of the two endpoints tells them."""
+
+
 def _head(occasion: Occasion) -> dict[str, Any]:
     return {"model": occasion.model, "created_at": utc_text(occasion.now())}
 
 
-def _chat_said(content: str = "", thinking: str = "", calls: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def _chat_said(content: str, thinking: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": content}
     if thinking:
         message["thinking"] = thinking
@@ -57,7 +61,7 @@ def _chat_said(content: str = "", thinking: str = "", calls: Sequence[Mapping[st
     return {"message": message}
 
 
-def _generate_said(content: str = "", thinking: str = "", _calls: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def _generate_said(content: str, thinking: str, _calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"response": content} | ({"thinking": thinking} if thinking else {})
 
 
@@ -105,12 +109,12 @@ class OllamaStream(EventStream):
 
     def __init__(self, asked: Asked, occasion: Occasion) -> None:
         super().__init__(asked, occasion)
-        self._said = _chat_said
+        self._said: _Say = _chat_said
         self._calls: dict[int, WholeCall] = {}
         self._calls_told = 0
 
     def _pings(self) -> bytes:
-        return self._line(self._said())
+        return self._line(self._said("", "", ()))
 
     def _says(self, news: Sequence[Spoken]) -> list[bytes]:
         return [part for piece in news for part in self._piece(piece)]
@@ -118,9 +122,9 @@ class OllamaStream(EventStream):
     def _piece(self, piece: Spoken) -> list[bytes]:
         match piece:
             case Text():
-                return [self._line(self._said(piece.text))]
+                return [self._line(self._said(piece.text, "", ()))]
             case Reasoning():
-                return [self._line(self._said("", piece.text))]
+                return [self._line(self._said("", piece.text, ()))]
             case ToolCall():
                 known = self._calls.get(piece.index, WholeCall(piece.id or "", piece.name or "", ""))
                 call = WholeCall(known.id, known.name, known.arguments + piece.arguments)
@@ -135,7 +139,7 @@ class OllamaStream(EventStream):
 
     def _finishes(self, done: Mapping[str, Any]) -> list[bytes]:
         calls = [part for index in list(self._calls) for part in self._tell_call(index)]
-        return [*calls, ndjson(_head(self._occasion) | self._said() | _end(done))]
+        return [*calls, ndjson(_head(self._occasion) | self._said("", "", ()) | _end(done))]
 
     def _fails(self, error: Mapping[str, Any]) -> list[bytes]:
         return [ndjson(ollama_error(error))]
@@ -157,7 +161,7 @@ class OllamaWhole:
 
     def __init__(self, asked: Asked, occasion: Occasion) -> None:
         self._occasion = occasion
-        self._said = _chat_said
+        self._said: _Say = _chat_said
 
     def answer(self, done: Mapping[str, Any]) -> HttpReply:
         if finish_of(done) == "cancelled":
@@ -187,12 +191,12 @@ def _loaded(asked: Asked, occasion: Occasion, said: Mapping[str, Any]) -> HttpRe
 
 def chat_loaded(asked: Asked, occasion: Occasion) -> HttpReply:
     """The answer to a chat without messages: the model is loaded (it is the worker that loads it)."""
-    return _loaded(asked, occasion, _chat_said())
+    return _loaded(asked, occasion, _chat_said("", "", ()))
 
 
 def generate_loaded(asked: Asked, occasion: Occasion) -> HttpReply:
     """The answer to a generation without a prompt."""
-    return _loaded(asked, occasion, _generate_said())
+    return _loaded(asked, occasion, _generate_said("", "", ()))
 
 
 OLLAMA_CHAT = Dialect(

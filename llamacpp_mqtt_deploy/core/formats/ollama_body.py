@@ -61,7 +61,7 @@ def parse_ollama_generate(fields: Mapping[str, Any]) -> Asked:
     parts = list(_pictures(body))
     if not (prompt or parts):
         return _asked(body, {}, [])
-    messages = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": _content(prompt or "", parts)})
     return _asked(body, {"messages": messages} | _settings(body), ["system", "prompt"][-len(messages) :])
 

@@ -43,7 +43,7 @@ IGNORED = (
     "service_tier", "store", "user", "verbosity", "stream_options.include_obfuscation",
 )  # fmt: skip
 
-_OURS: Mapping[str, str] = {name: name for name in PASSED} | RENAMED
+_OURS: Mapping[str, str] = {**{name: name for name in PASSED}, **RENAMED}
 
 
 def parse_chat(fields: Mapping[str, Any]) -> Asked:

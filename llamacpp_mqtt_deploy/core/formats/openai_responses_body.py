@@ -62,7 +62,7 @@ def parse_responses(fields: Mapping[str, Any]) -> Asked:
     told, session = (
         _continued(body, talk) if body.get("previous_response_id") is not None else (_begun(body, talk), None)
     )
-    request = body.named({name: name for name in PASSED} | RENAMED) | told | _tools(body) | _format(body)
+    request = body.named({**{name: name for name in PASSED}, **RENAMED}) | told | _tools(body) | _format(body)
     if isinstance(seed := request.get("seed"), int):
         request["seed"] = folded_seed(seed)
     reasoning = body.object("reasoning")
@@ -85,7 +85,7 @@ def _begun(body: BodyFields, talk: _Talk) -> dict[str, Any]:
     if body.flag("store") is not False and only is not None:
         return {"prompt": only} | ({"system_prompt": talk.system} if talk.system else {})
     if not talk.messages:
-        raise bad("input", "a text or a list of items; it is missing")
+        raise bad("input", "a text that is not empty, or a list of items")
     if instructions := body.text("instructions"):
         talk.messages.insert(0, {"role": "system", "content": instructions})
         talk.origins.insert(0, "instructions")
@@ -155,7 +155,8 @@ def _talk(body: BodyFields) -> _Talk:
     talk = _Talk(instructions=body.text("instructions") or "")
     given = body.get("input")
     if isinstance(given, str):
-        talk.add("input", {"role": "user", "content": given})
+        if given:
+            talk.add("input", {"role": "user", "content": given})
         return talk
     for item in body.objects("input"):
         _add_item(talk, item)

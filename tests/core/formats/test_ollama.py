@@ -137,7 +137,7 @@ def test_openai_and_anthropic_clients_read_the_lists_of_models() -> None:
     assert [Model.model_validate(each).id for each in json.loads(openai_models([MODEL]).body)["data"]] == ["tiny"]
     listed = json.loads(anthropic_models([MODEL]).body)
     assert [each["id"] for each in listed["data"]] == ["tiny"]
-    assert ModelInfo.model_construct(**listed["data"][0]).display_name == "tiny"
+    assert ModelInfo.model_validate(listed["data"][0]).max_input_tokens == 4096
     assert json.loads(anthropic_models([]).body)["first_id"] is None
 
 
