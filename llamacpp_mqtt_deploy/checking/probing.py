@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from llamacpp_mqtt_deploy.client.address import BrokerAddress
-from llamacpp_mqtt_deploy.client.connection import REFUSED, Connection
+from llamacpp_mqtt_deploy.client.connection import Connection
 from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.paho_client import REFUSED
 
 # What the broker passes on arrives about when its acknowledgement does: ten times that, and some for a busy machine.
 ARRIVES_WITHIN_S = 0.3

@@ -5,19 +5,34 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
 from llamacpp_mqtt_deploy.client.exceptions import BusError
 
 WAITING_ACKS = 1000
 
 
+class AwaitedAck(Protocol):
+    """A place for one ack; how its owner waits is its own business."""
+
+    transaction: str
+
+    def give(self, event: Mapping[str, Any]) -> None: ...
+
+
+A = TypeVar("A", bound=AwaitedAck)
+
+
+def new_transaction() -> str:
+    return secrets.token_hex(8)
+
+
 class PendingAck:
     """A place for the answer to one control or admin message."""
 
     def __init__(self) -> None:
-        self.transaction = secrets.token_hex(8)
+        self.transaction = new_transaction()
         self._arrived = threading.Event()
         self._event: Mapping[str, Any] = {}
         self._refusal: BusError | None = None
@@ -40,16 +55,17 @@ class PendingAck:
         return self._event
 
 
-class PendingAcks:
-    """Finds the waiting place of an ack by its transaction."""
+class PendingAcks(Generic[A]):
+    """Finds the waiting place of an ack by its transaction; `place` makes one."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Callable[[], A]) -> None:
+        self._place = place
         self._lock = threading.Lock()
-        self._waiting: dict[str, PendingAck] = {}
+        self._waiting: dict[str, A] = {}
 
     @contextlib.contextmanager
-    def awaiting(self) -> Iterator[PendingAck]:
-        ack = PendingAck()
+    def awaiting(self) -> Iterator[A]:
+        ack = self._place()
         with self._lock:
             if len(self._waiting) >= WAITING_ACKS:
                 raise BusError(f"{WAITING_ACKS} control messages wait for their acks already.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import ssl
 import threading
 import time
@@ -13,21 +12,16 @@ from typing import Any, Literal, Self
 
 import orjson
 
+from llamacpp_mqtt_deploy.client.acks import PendingAck
 from llamacpp_mqtt_deploy.client.address import BrokerAddress, Transport, Version, not_permitted, tls_context
 from llamacpp_mqtt_deploy.client.answer import Answer
-from llamacpp_mqtt_deploy.client.connection import REFUSED
-from llamacpp_mqtt_deploy.client.exceptions import (
-    AnswerError,
-    AnswerLost,
-    BrokerUnreachable,
-    BusError,
-    NotPermitted,
-    NoWorker,
-)
-from llamacpp_mqtt_deploy.client.retry import RetryRules
+from llamacpp_mqtt_deploy.client.asking import Patience, check_names, history_of, own_session, prepared
+from llamacpp_mqtt_deploy.client.connection import Connection
+from llamacpp_mqtt_deploy.client.exceptions import AnswerLost, BrokerUnreachable, BusError, NotPermitted, NoWorker
+from llamacpp_mqtt_deploy.client.paho_client import REFUSED
 from llamacpp_mqtt_deploy.client.traffic import Traffic
 from llamacpp_mqtt_deploy.client.watch import Watch
-from llamacpp_mqtt_deploy.core.routes import is_level, is_session
+from llamacpp_mqtt_deploy.core.routes import is_level
 
 
 class BusClient:
@@ -72,12 +66,15 @@ class BusClient:
             keepalive_s=keepalive_s,
             connect_timeout_s=connect_timeout_s,
         )
-        self._answer_within_s = answer_within_s
-        self._resend_limit = resend_limit
-        self._offline_limit_s = offline_limit_s
-        self._traffic = Traffic(self.address, root=root)
+        self._patience = Patience(
+            answer_within_s=answer_within_s, resend_limit=resend_limit, offline_limit_s=offline_limit_s
+        )
+        self._changed = threading.Event()
+        self._traffic: Traffic[Connection, Answer, PendingAck] = Traffic(
+            self.address, root=root, connect=Connection, place=PendingAck, wake=self._changed.set
+        )
         self._connection = self._traffic.connection
-        self._watch = Watch(self._traffic, offline_limit_s=offline_limit_s)
+        self._watch = Watch(self._traffic, changed=self._changed, offline_limit_s=offline_limit_s)
         self._status_refused: NotPermitted | None = None
         self._closing = False
         self._own_session: str | None = None
@@ -106,13 +103,13 @@ class BusClient:
         self._watch.stop()
         acknowledged = [threading.Event() for _ in live]
         for answer, event in zip(live, acknowledged, strict=True):
-            if not self._traffic.cancel(answer, event):
+            if not self._traffic.cancel(answer, event.set):
                 event.set()
             answer.fail(AnswerLost("The bus client was closed before the answer was complete."))
         ends_at = time.monotonic() + 1.0
         for event in acknowledged:
             event.wait(max(0.0, ends_at - time.monotonic()))
-        self._traffic.changed.set()
+        self._changed.set()
         self._connection.close()
         self._watch.join(1.0)
 
@@ -133,13 +130,7 @@ class BusClient:
     def session(self) -> str:
         """The session of requests that name none: `{user}/{random}`, made once for this client."""
         if self._own_session is None:
-            first = self.address.username or "cli"
-            if not is_level(first):
-                raise BusError(
-                    f"The user name {first!r} cannot be the first level of a session (letters, digits, _ . and -, at most 64)."
-                    " Name a session yourself, and let the access list allow it."
-                )
-            self._own_session = f"{first}/{secrets.token_hex(6)}"
+            self._own_session = own_session(self.address.username)
         return self._own_session
 
     # --- ask ---------------------------------------------------------------------------------------------------------
@@ -161,37 +152,32 @@ class BusClient:
         Give one of `prompt`, `messages` or `tool_results`; `fields` are the protocol's other request fields, those that are
         None are left out. Raises `NotPermitted`, `BrokerUnreachable` and ValueError; all else comes with the answer.
         """
-        session = session or self.session
-        request_id = request_id or secrets.token_hex(12)
-        _check(session, request_id)
-        request: dict[str, Any] = {
-            "request_id": request_id,
-            "prompt": prompt,
-            "messages": messages,
-            "system_prompt": system_prompt,
-        }
-        request |= {"stream": None if stream is True else stream, "timeout_s": timeout_s, **fields}
-        payload = orjson.dumps({name: value for name, value in request.items() if value is not None})
+        asking = prepared(
+            session=session or self.session,
+            request_id=request_id,
+            patience=self._patience,
+            stream=stream,
+            timeout_s=timeout_s,
+            fields={"prompt": prompt, "messages": messages, "system_prompt": system_prompt, **fields},
+        )
         answer = Answer(
             self,
-            session=session,
-            request_id=request_id,
-            payload=payload,
-            rules=RetryRules(
-                streams=stream is not False,
-                timeout_s=timeout_s,
-                answer_within_s=self._answer_within_s,
-                resend_limit=self._resend_limit,
-                offline_limit_s=self._offline_limit_s,
-            ),
-            # Whoever asks for neither text nor a stream gets an end without either.
-            expects_text=stream is not False or fields.get("full_content") is not False,
+            session=asking.session,
+            request_id=asking.request_id,
+            payload=asking.payload,
+            rules=asking.rules,
+            expects_text=asking.expects_text,
         )
-        self._traffic.listen(session)
+        self._listen(answer.session)
         self._traffic.add(answer)
         self._traffic.publish(answer)
-        self._traffic.changed.set()
+        self._changed.set()
         return answer
+
+    def _listen(self, session: str) -> None:
+        """Subscribe to the events of a session; raises `NotPermitted` and `BrokerUnreachable`."""
+        self._connection.subscribe(self._traffic.reply_filter(session))
+        self._traffic.listening(session)
 
     # --- control, status, history ------------------------------------------------------------------------------------
 
@@ -209,8 +195,8 @@ class BusClient:
         The ack's `status` is `ok` or `error` (with a `code`). Raises `NoWorker` when none comes in time, `NotPermitted`.
         """
         session = session or self.session
-        _check(session, request_id)
-        self._traffic.listen(session)
+        check_names(session, request_id)
+        self._listen(session)
         topic = self._traffic.topic("control", session)
         return self._order(topic, action, timeout_s=timeout_s, request_id=request_id, **fields)
 
@@ -259,13 +245,7 @@ class BusClient:
 
     def history(self, session: str | None = None, *, timeout_s: float = 10.0) -> list[Mapping[str, Any]]:
         """The messages that the worker remembers of this session; raises `AnswerError` where it may not tell."""
-        ack = self.control(session, "history", timeout_s=timeout_s)
-        if ack.get("status") != "ok":
-            raise AnswerError(
-                str(ack.get("code") or "unsupported"), str(ack.get("message") or "The history is not told.")
-            )
-        messages = ack.get("messages")
-        return list(messages) if isinstance(messages, list) else []
+        return history_of(self.control(session, "history", timeout_s=timeout_s))
 
     def status(self, *, wait_s: float = 1.0, required: bool = False) -> dict[str, Mapping[str, Any]]:
         """The retained status of every worker by its id; waits at most this long for the first one.
@@ -294,16 +274,7 @@ class BusClient:
         self._traffic.cancel(answer)
 
     def _wake(self) -> None:
-        self._traffic.changed.set()
+        self._changed.set()
 
     def _alive(self) -> bool:
         return self._watch.alive()
-
-
-def _check(session: str, request_id: str | None) -> None:
-    if not is_session(session):
-        raise ValueError(
-            f"session {session!r}: one or two levels of letters, digits, _ . and -, at most 64 each (`alice/kitchen`)"
-        )
-    if request_id is not None and not is_level(request_id):
-        raise ValueError(f"request_id {request_id!r}: letters, digits, _ . and -, at most 64")

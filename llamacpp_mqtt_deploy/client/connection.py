@@ -6,31 +6,38 @@ import contextlib
 import logging
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
-from llamacpp_mqtt_deploy.client.address import BrokerAddress, explain_failure, explain_refusal, not_permitted
-from llamacpp_mqtt_deploy.client.exceptions import BrokerRefused, BrokerUnreachable, BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.address import BrokerAddress, explain_failure, not_permitted
+from llamacpp_mqtt_deploy.client.exceptions import BrokerUnreachable, BusError, NotPermitted
+from llamacpp_mqtt_deploy.client.paho_client import (
+    IN_FLIGHT,
+    LONGEST_PAUSE_S,
+    OUTGOING_MESSAGES,
+    REFUSED,
+    Acknowledgements,
+    Spoken,
+    TryOlder,
+    acknowledge_now,
+    check_connack,
+    check_size,
+    client_options,
+    configure,
+    connect_arguments,
+    guarded,
+    no_delay,
+    publish_properties,
+    versions,
+)
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
-
-UNSUPPORTED_PROTOCOL_VERSION = 0x84
-REFUSED = 0x80
-NOT_AUTHORIZED = 0x87
-NO_MATCHING_SUBSCRIBERS = 0x10
-PACKET_TOO_LARGE = 0x95
-OUTGOING_MESSAGES = 1000  # requests and controls without PUBACK; a person has one, a busy program some dozens
-IN_FLIGHT = 10  # what the strictest public brokers allow; paho does not read Receive Maximum
-LONGEST_PAUSE_S = 10
 
 
 class Connection:
@@ -50,7 +57,7 @@ class Connection:
         on_refused: Callable[[str, str], None] = lambda _filter, _reason: None,
     ) -> None:
         self.address = address
-        self.protocol: Literal["5", "3.1.1"] | None = None
+        self.protocol: Spoken | None = None
         self.max_packet_bytes: int | None = None
         self._on_message = on_message
         self._on_ready = on_ready
@@ -62,8 +69,7 @@ class Connection:
         self._lock = threading.Lock()
         self._filters: dict[str, threading.Event] = {}
         self._refusals: dict[str, str] = {}
-        self._waiting: dict[int, Callable[[list[ReasonCode]], None]] = {}
-        self._early: dict[int, list[ReasonCode]] = {}
+        self._acknowledgements = Acknowledgements()
         self._ready = threading.Event()
         self._gone = threading.Event()
         self._first_word = threading.Event()
@@ -75,13 +81,11 @@ class Connection:
 
     def open(self) -> None:
         """Connect within `connect_timeout_s`; raises `BrokerUnreachable` or `BrokerRefused`."""
-        wanted = self.address.protocol
-        versions: tuple[Literal["5", "3.1.1"], ...] = ("5", "3.1.1") if wanted == "auto" else (wanted,)
         first_refusal: BusError | None = None
-        for version in versions:
+        for version in versions(self.address):
             try:
                 self._paho = self._handshake(version)
-            except _TryOlder as error:
+            except TryOlder as error:
                 first_refusal = first_refusal or error.reason
                 continue
             self.protocol = version
@@ -113,65 +117,40 @@ class Connection:
         stopper.start()
         stopper.join(max(0.1, ends_at - time.monotonic()))
 
-    def _handshake(self, version: str) -> paho.Client:
+    def _handshake(self, version: Spoken) -> paho.Client:
         """Connect in the calling thread, so that every failure arrives here as an exception, and wait for the CONNACK."""
         client = self._build(version)
-        where = str(self.address)
         try:
-            client.connect(
-                self.address.host,
-                self.address.effective_port,
-                keepalive=self.address.keepalive_s,
-                clean_start=True if version == "5" else paho.MQTT_CLEAN_START_FIRST_ONLY,
-            )
+            client.connect(**connect_arguments(self.address, version))
         except (OSError, ValueError) as error:
             raise BrokerUnreachable(explain_failure(error, self.address)) from error
         client.loop_start()
         in_time = self._first_word.wait(self.address.connect_timeout_s)
         connack = self._connack
-        if connack is not None and connack.value < REFUSED:
-            return client
-        self._stop(client, timeout_s=1.0)
-        if connack is not None:
-            refused = BrokerRefused(explain_refusal(connack, self.address))
-            if connack.value == UNSUPPORTED_PROTOCOL_VERSION:
-                raise _TryOlder(refused)
-            raise refused
-        hint = "" if self.address.tls else " If its port expects TLS, switch TLS on."
-        reason = "closed the connection before answering" if in_time else "did not answer in time"
-        unreachable = BrokerUnreachable(f"The broker at {where} {reason}.{hint}")
-        if in_time:
-            raise _TryOlder(unreachable)  # RabbitMQ before 3.13 closes on MQTT 5 without a word
-        raise unreachable
+        if connack is None or connack.value >= REFUSED:
+            self._stop(client, timeout_s=1.0)
+        check_connack(connack, self.address, in_time=in_time)
+        return client
 
-    def _build(self, version: str) -> paho.Client:
+    def _build(self, version: Spoken) -> paho.Client:
         self._connack = None
         self._first_word.clear()
         self._gone.clear()
-        five = version == "5"
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
-            clean_session=None if five else True,
-            protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
             transport=self.address.transport,
+            **client_options(version),
         )
-        if self.address.username is not None:
-            client.username_pw_set(self.address.username, self.address.password)
-        if self.address.tls is not None:
-            client.tls_set_context(self.address.tls)
-        if self.address.transport == "websockets":
-            client.ws_set_options(path=self.address.websocket_path)
-        client.connect_timeout = max(0.1, self.address.connect_timeout_s)
+        configure(client, self.address)
         client.max_inflight_messages_set(IN_FLIGHT)
-        client.max_queued_messages_set(OUTGOING_MESSAGES)
         client.reconnect_delay_set(1, LONGEST_PAUSE_S)
-        client.on_socket_open = _no_delay
+        client.on_socket_open = no_delay
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_message = self._received
-        client.on_publish = lambda _c, _u, mid, reason, _p: self._acknowledged(mid, [reason])
-        client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._acknowledged(mid, reasons)
+        client.on_publish = lambda _c, _u, mid, reason, _p: self._acknowledgements.came(mid, [reason])
+        client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._acknowledgements.came(mid, reasons)
         return client
 
     # --- subscribe and publish ---------------------------------------------------------------------------------------
@@ -208,7 +187,7 @@ class Connection:
         if self._paho is not None and self._ready.is_set():
             code, mid = self._paho.subscribe(topic_filter, 1)
             if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
-                self._expect(mid, answered)
+                self._acknowledgements.expect(mid, answered)
 
     def _judge(self, topic_filter: str, reason: ReasonCode) -> bool:
         """Remember whether the broker granted this filter; true when it did."""
@@ -239,20 +218,14 @@ class Connection:
         """
         if not self.ready or self._paho is None:
             return False
-        if self.max_packet_bytes is not None and len(payload) + len(topic) + 64 > self.max_packet_bytes:
-            raise BusError(f"The request has {len(payload)} bytes; the broker takes at most {self.max_packet_bytes}.")
-        properties = None
-        if self.protocol == "5":
-            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-            properties.ContentType = "application/json"
-            if expiry_s is not None:
-                properties.MessageExpiryInterval = expiry_s
+        check_size(topic, payload, self.max_packet_bytes)
+        properties = publish_properties(self.protocol, expiry_s)
         info = self._paho.publish(topic, payload, qos=1, retain=retain, properties=properties)
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             raise BusError(f"More than {OUTGOING_MESSAGES} messages wait for the broker's acknowledgement.")
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             return False
-        self._expect(info.mid, lambda reasons: on_ack(reasons[0].value, str(reasons[0])))
+        self._acknowledgements.expect(info.mid, lambda reasons: on_ack(reasons[0].value, str(reasons[0])))
         return True
 
     def thread_lives(self) -> bool:
@@ -266,25 +239,7 @@ class Connection:
             self._filters.pop(topic_filter, None)
             self._refusals.pop(topic_filter, None)
 
-    def _expect(self, mid: int, answered: Callable[[list[ReasonCode]], None]) -> None:
-        """The acknowledgement may be here before publish() has returned its number. No lock of ours is held over a call
-        into paho: it calls back under its own."""
-        with self._lock:
-            early = self._early.pop(mid, None)
-            if early is None:
-                self._waiting[mid] = answered
-        if early is not None:
-            answered(early)
-
     # --- paho's thread -----------------------------------------------------------------------------------------------
-
-    def _acknowledged(self, mid: int, reasons: list[ReasonCode]) -> None:
-        with self._lock:
-            answered = self._waiting.pop(mid, None)
-            if answered is None:
-                self._early[mid] = reasons
-                return
-        _guarded(answered, reasons)
 
     def _connected(self, client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
         self.max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
@@ -304,7 +259,7 @@ class Connection:
             return
         code, mid = client.subscribe([(name, 1) for name in filters])
         if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
-            self._expect(mid, lambda reasons: self._resubscribed(filters, reasons))
+            self._acknowledgements.expect(mid, lambda reasons: self._resubscribed(filters, reasons))
 
     def _resubscribed(self, filters: Mapping[str, threading.Event], reasons: Sequence[ReasonCode]) -> None:
         for (name, granted), reason in zip(filters.items(), reasons, strict=False):
@@ -321,7 +276,7 @@ class Connection:
     def _ready_again(self) -> None:
         self._ready.set()
         log.info("bus.connected broker=%s protocol=%s", self.address, self.protocol)
-        _guarded(self._on_ready)
+        guarded(self._on_ready)
 
     def _disconnected(self, client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         self._ready.clear()
@@ -331,44 +286,16 @@ class Connection:
         # A publish that the broker refuses by closing the connection would be sent again after every reconnect, for ever.
         # The requests are sent again by their own rules, which have a limit.
         client.drop_out_messages()
-        with self._lock:
-            self._waiting.clear()
-            self._early.clear()
+        self._acknowledgements.clear()
         self._gone.set()
         if not self._closing:
             log.info("bus.lost broker=%s reason=%s", self.address, reason)
-            _guarded(self._on_lost)
+            guarded(self._on_lost)
 
     def _received(self, client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        _acknowledge_now(client.socket())
+        acknowledge_now(client.socket())
         try:
             topic = message.topic
         except UnicodeDecodeError:
             return
-        _guarded(self._on_message, topic, message.payload, message.retain)
-
-
-class _TryOlder(Exception):
-    def __init__(self, reason: BusError) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
-def _guarded(call: Callable[..., None], *arguments: Any) -> None:
-    """An exception would end paho's thread while `is_connected()` stays true: it stops here."""
-    try:
-        call(*arguments)
-    except Exception:
-        log.exception("bus.callback_failed")
-
-
-def _acknowledge_now(sock: Any) -> None:
-    """Let TCP acknowledge a message at once: a broker with Nagle's algorithm on holds back the next one until then, for 40 ms."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a unix socket, the wrapper of a websocket
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-
-
-def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # a unix socket has no Nagle
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        guarded(self._on_message, topic, message.payload, message.retain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -16,9 +16,11 @@ QUIET_S = 0.05
 
 
 class StatusBoard:
-    """The latest status (or health) of each worker; written by the network thread, read by any."""
+    """The latest status (or health) of each worker; written by the network thread, read by any. `on_change` is called in the
+    former after each message."""
 
     def __init__(self) -> None:
+        self.on_change: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._workers: dict[str, Mapping[str, Any]] = {}
         self._messages = 0
@@ -36,6 +38,7 @@ class StatusBoard:
                 self._workers[worker] = status
             self._messages += 1
             self._changed.notify_all()
+        self.on_change()
 
     def wait(self, timeout_s: float) -> None:
         """Wait until something has arrived, and until nothing more comes right behind it; at most this long."""

@@ -1,6 +1,6 @@
 """One paho client, driven by the thread that owns it: connect, read, write, and call back with plain values.
 
-This file and its two helpers (`packets`, `paho_fixes`) are the only ones that know paho. It never waits for the network: its owner's loop
+This file and its three helpers (`gathering_client`, `packets`, `paho_fixes`) are the only ones that know paho. It never waits for the network: its owner's loop
 does (`wire_loop`), or any other that watches `fileno`. It uses no thread of paho's: every call into a client comes from the link's thread,
 so that paho's own locks never meet ours (its issues 346, 354 and 531 are deadlocks between them), nothing of it can die
 unseen, and how to reconnect is ours to decide.
@@ -8,14 +8,10 @@ unseen, and how to reconnect is ours to decide.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
-import socket
 import ssl
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,9 +23,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
-from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
-from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
+from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket, whole_frames
 from llamacpp_mqtt_deploy.mqtt.packets import publish_properties
 from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery, Retained
@@ -81,43 +76,6 @@ class WireEvents(Protocol):
     def message(self, mid: int, delivery: Delivery) -> None: ...
 
 
-class _Client(paho.Client):
-    """paho's client with a timeout for unix sockets; it knows its last socket, so that a failed attempt can close it.
-
-    The overridden methods are paho's own business: should they get other names there, the sockets of failed attempts wait for
-    the garbage collector, and that is all.
-    """
-
-    last_socket: socket.socket | None = None
-    buffered: BufferedSocket | None = None
-    """The current socket, where packets are gathered; paho's websocket has its own buffers."""
-
-    def _create_socket(self) -> Any:
-        self.buffered = None
-        sock = super()._create_socket()
-        if isinstance(sock, socket.socket):
-            self.buffered = sock = BufferedSocket(sock)
-        return sock
-
-    def _create_socket_connection(self) -> socket.socket:
-        self.last_socket = sock = super()._create_socket_connection()
-        return sock
-
-    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
-        self.last_socket = sock = super()._ssl_wrap_socket(tcp_sock)
-        return sock
-
-    def _create_unix_socket_connection(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(CONNECT_TIMEOUT_S)
-            sock.connect(self.host)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-
 class PahoWire:
     """A paho client for one MQTT version; `connect` again after it closed keeps what paho has not seen acknowledged."""
 
@@ -142,7 +100,7 @@ class PahoWire:
         self._misc_at = 0.0
         self._last_log = ""
         five = version == "5"
-        self._client = client = _Client(
+        self._client = client = GatheringClient(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
             protocol=paho.MQTTv5 if five else paho.MQTTv311,
@@ -207,29 +165,21 @@ class PahoWire:
         return self._fd
 
     def wants_read(self) -> bool:
-        # TLS may hold bytes that the kernel no longer shows.
-        pending = getattr(self._client.socket(), "pending", None)
-        return pending is not None and pending() > 0
+        return self._client.holds_unread()
 
     def wants_write(self) -> bool:
-        buffered = self._client.buffered
-        return self._closed is None and (self._client.want_write() or (buffered is not None and buffered.has_unsent()))
+        return self._closed is None and self._client.holds_unsent()
 
     def on_readable(self) -> None:
         """Read what is there; callbacks run in here."""
         if self.closed() is None:
-            if self._client.buffered is not None:
-                self._client.buffered.readable()
-            self._client.loop_read()
+            self._client.read_some()
             self._notice_end()
 
     def on_writable(self) -> None:
         """Write what is queued, as far as the socket takes it."""
         if self.wants_write():
-            self._client.loop_write()
-            if self._client.buffered is not None and not self._client.buffered.flush():
-                self._client.buffered.readable()
-                self._client.loop_read()  # paho learns the same way that the connection has ended
+            self._client.write_some()
             self._notice_end()
 
     def on_time(self, now: float) -> None:
@@ -302,15 +252,9 @@ class PahoWire:
     def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         self._fd = sock.fileno()
         if self._settings.transport != "unix":
-            # A duplicate shares the options and has them whatever paho wrapped the socket in.
-            with contextlib.closing(socket.socket(fileno=os.dup(self._fd))) as plain:
-                # Nagle's algorithm costs 22-38 ms on single events; paho leaves it on (its issue 874).
-                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if sys.platform == "linux":
-                    # A half-open connection with data on its way ends after one keepalive, not after TCP's 15 minutes.
-                    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._settings.keepalive_s * 1000)
+            tune_socket(self._fd, keepalive_s=self._settings.keepalive_s)
         if self._settings.transport == "websockets":
-            sock.send = _whole_frames(sock.send)
+            sock.send = whole_frames(sock.send)
 
     def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         self._fd = -1
@@ -398,19 +342,3 @@ class PahoWire:
                 receipt=message.mid,
             ),
         )
-
-
-def _whole_frames(send: Callable[[bytes], int]) -> Callable[[bytes], int]:
-    """Make a websocket say "try again" where paho's says "0 bytes sent".
-
-    After a partly written frame paho's wrapper returns 0 and wants the same data again, but paho's writer takes 0 for the end of
-    its turn and drops the packet; the next one is then counted by the old one's length. BlockingIOError keeps the packet.
-    """
-
-    def whole(data: bytes) -> int:
-        sent = send(data)
-        if sent == 0 and data:
-            raise BlockingIOError
-        return sent
-
-    return whole

@@ -1,10 +1,11 @@
-"""The bus client against a real mosquitto and a worker that the test plays."""
+"""Both bus clients, the one with threads and the one for asyncio, against a real mosquitto and a worker that the test plays."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -21,6 +22,7 @@ from llamacpp_mqtt_deploy.client import (
     RequestRejected,
     tls_context,
 )
+from tests.client.looped import LoopedBusClient, LoopThread
 from tests.client.worker import PlayedWorker
 from tests.support.amqtt_broker import AmqttBroker
 from tests.support.certificates import Authority
@@ -31,6 +33,21 @@ Start = Callable[..., Mosquitto]
 
 pytestmark = pytest.mark.broker
 
+Client: Any = BusClient
+"""What the test at hand is about; each test runs with both."""
+
+
+@pytest.fixture(autouse=True, params=["threads", "asyncio"])
+def kind_of_client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "threads":
+        yield
+        return
+    thread = LoopThread()
+    monkeypatch.setitem(globals(), "Client", partial(LoopedBusClient, thread))
+    yield
+    thread.close()
+
+
 VERSIONS = pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 
 
@@ -38,7 +55,7 @@ VERSIONS = pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_the_pieces_of_an_answer_arrive_in_order_and_join_to_the_whole(
     broker: Mosquitto, protocol: Literal["5", "3.1.1"]
 ) -> None:
-    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.port, protocol=protocol) as bus:
+    with PlayedWorker(broker.port), Client("127.0.0.1", broker.port, protocol=protocol) as bus:
         answer = bus.ask("one two three")
         pieces = list(answer)
         done = answer.result()
@@ -51,7 +68,7 @@ def test_the_pieces_of_an_answer_arrive_in_order_and_join_to_the_whole(
 
 
 def test_events_come_decoded_with_the_terminal_one_last(broker: Mosquitto) -> None:
-    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port), Client("127.0.0.1", broker.port) as bus:
         kinds = [event["type"] for event in bus.ask("a b").events()]
     assert kinds == ["start", "chunk", "chunk", "done"]
 
@@ -70,7 +87,7 @@ def test_an_error_event_becomes_an_exception_with_its_code(broker: Mosquitto) ->
             retry_after_s=7,
         )
 
-    with PlayedWorker(broker.port, play=refuse), BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=refuse), Client("127.0.0.1", broker.port) as bus:
         answer = bus.ask("hello")
         with pytest.raises(AnswerError, match="busy: Full") as caught:
             list(answer)
@@ -91,7 +108,7 @@ def test_a_missing_chunk_makes_the_client_send_the_same_bytes_again(broker: Mosq
         worker.say(session, request, type="chunk", seq=3, content=" four")
         worker.done(session, request, "one two three four", seq=4)
 
-    with PlayedWorker(broker.port, play=lose_one) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=lose_one) as worker, Client("127.0.0.1", broker.port) as bus:
         answer = bus.ask("hello")
         assert list(answer) == ["one", " two three", " four"]
         assert answer.sends == 2
@@ -100,14 +117,14 @@ def test_a_missing_chunk_makes_the_client_send_the_same_bytes_again(broker: Mosq
 
 
 def test_a_request_id_may_be_used_again_as_soon_as_its_answer_is_there(broker: Mosquitto) -> None:
-    with PlayedWorker(broker.port) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port) as worker, Client("127.0.0.1", broker.port) as bus:
         answers = [bus.ask("same words", request_id="mine").result(10).content for _ in range(50)]
     assert answers == ["same words"] * 50
     assert len(worker.requests) == 50
 
 
 def test_an_id_whose_answer_is_still_awaited_is_in_use(broker: Mosquitto) -> None:
-    with PlayedWorker(broker.port, play=lambda *_: None), BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=lambda *_: None), Client("127.0.0.1", broker.port) as bus:
         bus.ask("hello", request_id="mine")
         with pytest.raises(ValueError, match="'mine' is in use"):
             bus.ask("hello", request_id="mine")
@@ -132,7 +149,7 @@ def in_pieces(worker: PlayedWorker, session: str, request: dict[str, Any], *, lo
 
 
 def test_the_chunks_before_an_end_without_text_are_the_whole_answer(broker: Mosquitto) -> None:
-    with PlayedWorker(broker.port, play=in_pieces), BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=in_pieces), Client("127.0.0.1", broker.port) as bus:
         answer = bus.ask("hello", stream=False)
         done = answer.result(10)
     assert (done.content, done.complete, answer.sends) == ("0 1 2 3 ", True, 1)
@@ -144,7 +161,7 @@ def test_an_end_without_text_is_no_end_while_a_chunk_is_missing(broker: Mosquitt
     def lose_one(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
         in_pieces(worker, session, request, lost=lost if len(worker.requests) == 1 else -1)
 
-    with PlayedWorker(broker.port, play=lose_one) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=lose_one) as worker, Client("127.0.0.1", broker.port) as bus:
         answer = bus.ask("hello", stream=False)
         kinds = [event["type"] for event in answer.events()]
         assert kinds == ["chunk", "chunk", "chunk", "chunk", "done"]
@@ -159,7 +176,7 @@ def test_an_answer_whose_text_never_comes_is_an_error_that_says_so(broker: Mosqu
 
     with (
         PlayedWorker(broker.port, play=never),
-        BusClient("127.0.0.1", broker.port, resend_limit=1) as bus,
+        Client("127.0.0.1", broker.port, resend_limit=1) as bus,
     ):
         answer = bus.ask("hello", stream=False)
         with pytest.raises(AnswerLost, match=r"the worker has ended it.*text did not arrive"):
@@ -171,7 +188,7 @@ def test_who_asks_for_an_end_without_text_gets_one(broker: Mosquitto) -> None:
     def silent(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
         end_without_text(worker, session, request, seq=0)
 
-    with PlayedWorker(broker.port, play=silent), BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=silent), Client("127.0.0.1", broker.port) as bus:
         answer = bus.ask("hello", stream=False, full_content=False)
         assert (answer.result(10).content, answer.sends) == ("", 1)
 
@@ -185,7 +202,7 @@ def test_silence_makes_the_client_send_again_and_a_stored_end_is_taken(broker: M
 
     with PlayedWorker(broker.port, play=fall_silent) as worker:
         worker.status(heartbeat_s=0.1)
-        with BusClient("127.0.0.1", broker.port) as bus:
+        with Client("127.0.0.1", broker.port) as bus:
             bus.status()
             answer = bus.ask("hello")
             assert list(answer) == ["at last"]
@@ -199,7 +216,7 @@ def test_an_answer_that_stays_silent_is_given_up_after_the_limit(broker: Mosquit
 
     with PlayedWorker(broker.port, play=start_only) as worker:
         worker.status(heartbeat_s=0.1)
-        with BusClient("127.0.0.1", broker.port, resend_limit=2) as bus:
+        with Client("127.0.0.1", broker.port, resend_limit=2) as bus:
             bus.status()
             answer = bus.ask("hello")
             with pytest.raises(AnswerLost, match="broke off"):
@@ -221,7 +238,7 @@ def test_repeated_and_foreign_events_change_nothing(broker: Mosquitto) -> None:
         for _ in range(2):
             worker.done(session, request, "once", seq=1)
 
-    with PlayedWorker(broker.port, play=stutter), BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=stutter), Client("127.0.0.1", broker.port) as bus:
         assert list(bus.ask("hello")) == ["once"]
         assert list(bus.ask("hello")) == ["once"]
 
@@ -235,7 +252,7 @@ def test_a_cancel_reaches_the_worker_and_the_partial_text_stays(broker: Mosquitt
         eventually(lambda: worker.controls)
         worker.done(session, request, "partial", seq=1, reason="cancelled")
 
-    with PlayedWorker(broker.port, play=wait_for_cancel) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=wait_for_cancel) as worker, Client("127.0.0.1", broker.port) as bus:
         answer = bus.ask("hello")
         assert next(iter(answer)) == "partial"
         answer.cancel()
@@ -249,7 +266,7 @@ def test_leaving_the_block_of_an_answer_cancels_it(broker: Mosquitto) -> None:
     def hang(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
         worker.say(session, request, type="chunk", seq=0, content="partial")
 
-    with PlayedWorker(broker.port, play=hang) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=hang) as worker, Client("127.0.0.1", broker.port) as bus:
         with bus.ask("hello") as answer:
             assert next(iter(answer)) == "partial"
         eventually(lambda: worker.controls)
@@ -262,7 +279,7 @@ def test_leaving_the_block_of_an_answer_cancels_it(broker: Mosquitto) -> None:
 
 @VERSIONS
 def test_without_a_worker_the_error_says_so(broker: Mosquitto, protocol: Literal["5", "3.1.1"]) -> None:
-    with BusClient("127.0.0.1", broker.port, protocol=protocol, answer_within_s=0.2) as bus:
+    with Client("127.0.0.1", broker.port, protocol=protocol, answer_within_s=0.2) as bus:
         with pytest.raises(NoWorker, match=r"no worker is online under llm/status/#"):
             bus.ask("hello").result(10)
         with pytest.raises(NoWorker, match=r"ping was not answered"):
@@ -273,7 +290,7 @@ def test_a_worker_that_said_goodbye_is_named(broker: Mosquitto) -> None:
     with PlayedWorker(broker.port, play=lambda *_: None) as worker:
         worker.answers_control = False
         worker.status(state="offline")
-        with BusClient("127.0.0.1", broker.port, answer_within_s=0.1) as bus:
+        with Client("127.0.0.1", broker.port, answer_within_s=0.1) as bus:
             bus.status()
             with pytest.raises(NoWorker, match="played is offline"):
                 bus.ask("hello").result(10)
@@ -289,7 +306,7 @@ def test_a_worker_whose_status_may_not_be_read_proves_itself_by_a_ping(broker: M
 
     with (
         PlayedWorker(broker.port, play=late, online=False),
-        BusClient("127.0.0.1", broker.port, answer_within_s=0.1) as bus,
+        Client("127.0.0.1", broker.port, answer_within_s=0.1) as bus,
     ):
         assert bus.ask("hello", stream=False).result(10).content == "late"
 
@@ -302,7 +319,7 @@ def test_the_client_survives_a_restart_of_the_broker_in_mid_answer(broker: Mosqu
             worker.say(session, request, type="snapshot", content="before and", next_seq=2)
             worker.done(session, request, "before and after", seq=3)
 
-    with PlayedWorker(broker.port, play=resume) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port, play=resume) as worker, Client("127.0.0.1", broker.port) as bus:
         answer = bus.ask("hello")
         pieces = iter(answer)
         assert next(pieces) == "before"
@@ -317,7 +334,7 @@ def test_the_client_survives_a_restart_of_the_broker_in_mid_answer(broker: Mosqu
 def test_a_broker_that_stays_away_is_reported(broker: Mosquitto) -> None:
     with (
         PlayedWorker(broker.port, play=lambda *_: None),
-        BusClient("127.0.0.1", broker.port, offline_limit_s=0.3) as bus,
+        Client("127.0.0.1", broker.port, offline_limit_s=0.3) as bus,
     ):
         answer = bus.ask("hello")
         broker.stop()
@@ -327,7 +344,7 @@ def test_a_broker_that_stays_away_is_reported(broker: Mosquitto) -> None:
 
 def test_a_request_over_the_brokers_size_limit_ends_instead_of_looping(start_mosquitto: Start) -> None:
     small = start_mosquitto(settings=["message_size_limit 2000"])
-    with PlayedWorker(small.port), BusClient("127.0.0.1", small.port, resend_limit=1) as bus:
+    with PlayedWorker(small.port), Client("127.0.0.1", small.port, resend_limit=1) as bus:
         # Plain paho cannot read the refusal and tries again; in a process where the worker's link mended paho it is heard.
         with pytest.raises(BusError, match="message_size_limit"):
             bus.ask("x" * 5000).result(30)
@@ -340,7 +357,7 @@ def test_a_rejected_delivery_raises_with_its_code(broker: Mosquitto) -> None:
 
     with (
         PlayedWorker(broker.port, play=reject),
-        BusClient("127.0.0.1", broker.port) as bus,
+        Client("127.0.0.1", broker.port) as bus,
         pytest.raises(RequestRejected, match="duplicate_request"),
     ):
         bus.ask("hello", request_id="mine").result(10)
@@ -349,7 +366,7 @@ def test_a_rejected_delivery_raises_with_its_code(broker: Mosquitto) -> None:
 def test_with_the_recommended_access_list_the_own_session_works(guarded: Mosquitto) -> None:
     with (
         PlayedWorker(guarded.port, username="worker"),
-        BusClient("127.0.0.1", guarded.port, username="alice", password="alice-secret") as bus,
+        Client("127.0.0.1", guarded.port, username="alice", password="alice-secret") as bus,
     ):
         assert bus.session.startswith("alice/")
         assert list(bus.ask("one two")) == ["one", " two"]
@@ -359,7 +376,7 @@ def test_with_the_recommended_access_list_the_own_session_works(guarded: Mosquit
 def test_a_topic_of_somebody_else_is_refused_at_once_on_mqtt_5(guarded: Mosquitto) -> None:
     with (
         PlayedWorker(guarded.port, username="worker"),
-        BusClient("127.0.0.1", guarded.port, username="bob", password="bob-secret", protocol="5") as bus,
+        Client("127.0.0.1", guarded.port, username="bob", password="bob-secret", protocol="5") as bus,
     ):
         with pytest.raises(NotPermitted, match="'bob' may not publish to llm/request/alice/x"):
             bus.ask("hello", session="alice/x").result(10)
@@ -370,7 +387,7 @@ def test_a_topic_of_somebody_else_is_refused_at_once_on_mqtt_5(guarded: Mosquitt
 def test_a_denied_publish_on_mqtt_311_ends_with_an_explanation(guarded: Mosquitto) -> None:
     with (
         PlayedWorker(guarded.port, username="worker"),
-        BusClient(
+        Client(
             "127.0.0.1",
             guarded.port,
             username="bob",
@@ -386,7 +403,7 @@ def test_a_denied_publish_on_mqtt_311_ends_with_an_explanation(guarded: Mosquitt
 
 
 def test_a_wrong_password_is_refused_at_once_and_never_shown(guarded: Mosquitto) -> None:
-    client = BusClient("127.0.0.1", guarded.port, username="alice", password="wr0ng-secret")
+    client = Client("127.0.0.1", guarded.port, username="alice", password="wr0ng-secret")
     with pytest.raises(BrokerRefused, match=r"refuses user 'alice'.*password") as caught:
         client.open()
     assert "wr0ng" not in str(caught.value) + repr(client.address)
@@ -395,15 +412,15 @@ def test_a_wrong_password_is_refused_at_once_and_never_shown(guarded: Mosquitto)
 
 def test_a_closed_port_and_an_unknown_name_are_told_apart() -> None:
     with pytest.raises(BrokerUnreachable, match="Nothing listens"):
-        BusClient("127.0.0.1", free_port()).open()
+        Client("127.0.0.1", free_port()).open()
     with pytest.raises(BrokerUnreachable, match="does not resolve"):
-        BusClient("broker.invalid").open()
+        Client("broker.invalid").open()
     with pytest.raises(BrokerUnreachable, match="does not resolve"):
-        BusClient("a..b").open()
+        Client("a..b").open()
 
 
 def test_history_and_reset_come_back_as_acks(broker: Mosquitto) -> None:
-    with PlayedWorker(broker.port) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port) as worker, Client("127.0.0.1", broker.port) as bus:
         worker.history["cli/work"] = [{"role": "user", "content": "hello"}]
         assert bus.history("cli/work") == [{"role": "user", "content": "hello"}]
         assert bus.control("cli/work", "reset")["status"] == "ok"
@@ -411,7 +428,7 @@ def test_history_and_reset_come_back_as_acks(broker: Mosquitto) -> None:
 
 def test_many_threads_share_one_client(broker: Mosquitto) -> None:
     results: dict[int, str] = {}
-    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port), Client("127.0.0.1", broker.port) as bus:
 
         def ask(number: int) -> None:
             results[number] = bus.ask(f"number {number}", session=f"cli/{number % 3}").result(20).content
@@ -434,7 +451,7 @@ def test_a_consumer_that_falls_behind_loses_no_text(start_mosquitto: Start) -> N
         worker.done(session, request, text, seq=count)
 
     patient = start_mosquitto(settings=["max_queued_messages 0"])
-    with PlayedWorker(patient.port, play=flood), BusClient("127.0.0.1", patient.port) as bus:
+    with PlayedWorker(patient.port, play=flood), Client("127.0.0.1", patient.port) as bus:
         answer = bus.ask("hello")
         eventually(lambda: answer.ended, 30)
         pieces = list(answer)
@@ -456,7 +473,7 @@ def test_an_answer_that_the_broker_cut_short_is_made_whole_again(start_mosquitto
     hasty = start_mosquitto(settings=["max_queued_messages 1", "max_inflight_messages 1"])
     with PlayedWorker(hasty.port, play=flood) as worker:
         worker.status(heartbeat_s=0.2)
-        with BusClient("127.0.0.1", hasty.port) as bus:
+        with Client("127.0.0.1", hasty.port) as bus:
             bus.status()
             assert "".join(bus.ask("hello")) == text
 
@@ -464,20 +481,20 @@ def test_an_answer_that_the_broker_cut_short_is_made_whole_again(start_mosquitto
 def test_over_tls_a_certificate_that_is_not_trusted_is_told_apart(start_mosquitto: Start, authority: Authority) -> None:
     broker = start_mosquitto(tls=(authority.ca_file, *authority.issue("localhost")))
     trusting = tls_context(ca_file=authority.ca_file)
-    with PlayedWorker(broker.port), BusClient("127.0.0.1", broker.tls_port, tls=trusting) as bus:
+    with PlayedWorker(broker.port), Client("127.0.0.1", broker.tls_port, tls=trusting) as bus:
         assert list(bus.ask("one two")) == ["one", " two"]
     with pytest.raises(BrokerUnreachable, match="certificate of the broker"):
-        BusClient("127.0.0.1", broker.tls_port, tls=True).open()
+        Client("127.0.0.1", broker.tls_port, tls=True).open()
     with pytest.raises(BrokerUnreachable, match="TLS"):
-        BusClient("127.0.0.1", broker.port, tls=trusting).open()
+        Client("127.0.0.1", broker.port, tls=trusting).open()
     with pytest.raises(BrokerUnreachable, match="switch TLS on"):
-        BusClient("127.0.0.1", broker.tls_port).open()
+        Client("127.0.0.1", broker.tls_port).open()
 
 
 def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(amqtt_broker: AmqttBroker) -> None:
     with (
         PlayedWorker(amqtt_broker.port, protocol="3.1.1"),
-        BusClient("127.0.0.1", amqtt_broker.port, connect_timeout_s=5) as bus,
+        Client("127.0.0.1", amqtt_broker.port, connect_timeout_s=5) as bus,
     ):
         assert bus.protocol == "3.1.1"
         assert list(bus.ask("one two")) == ["one", " two"]
@@ -486,11 +503,11 @@ def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(amqtt_broker: AmqttBroker
 @pytest.mark.parametrize("session", ["", "a/b/c", "a b", "$x", "a\n", "a/", "+", "x" * 65])
 def test_a_session_that_is_no_session_path_is_refused_before_anything_is_sent(session: str) -> None:
     with pytest.raises(ValueError, match=r"session|one or two levels"):
-        BusClient().ask("hello", session=session or " ")
+        Client().ask("hello", session=session or " ")
 
 
 def test_the_request_on_the_wire_holds_only_what_was_asked_for(broker: Mosquitto) -> None:
-    with PlayedWorker(broker.port) as worker, BusClient("127.0.0.1", broker.port) as bus:
+    with PlayedWorker(broker.port) as worker, Client("127.0.0.1", broker.port) as bus:
         bus.ask("hi", temperature=0.5, seed=None, timeout_s=9).result(10)
         bus.ask(messages=[{"role": "user", "content": "hi"}], stream="sentence").result(10)
     first, second = (json.loads(payload) for _, payload in worker.requests)
