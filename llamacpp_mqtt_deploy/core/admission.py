@@ -103,9 +103,10 @@ class AdmissionQueue:
     def _make_room(self, newcomer: Ticket, paced: Sequence[Ticket], retry_after_s: float) -> list[Ticket]:
         """Who has to leave so that this one may wait, mostly nobody. Raises `Busy`, and then nobody has to.
 
-        The newest of the lowest lane below the newcomer's among those of its own level; in a full queue else the newest of
-        the lowest lane of the level that holds most, as long as that level then still holds no less than the newcomer's. So
-        nobody loses a place to another level while it holds no more than an even part of the queue.
+        In a full queue the newest of the lowest lane of the level that holds most, as long as that level then still holds no
+        less than the newcomer's: so nobody loses a place to another level while it holds no more than an even part of the
+        queue, however urgent the newcomer is. Else the newest of the lowest lane below the newcomer's among those of its own
+        level.
         """
         limits = self.limits
         places = _Measure(limits.queue_size, lambda _: 1, f"{limits.queue_size} requests wait")
@@ -113,9 +114,9 @@ class AdmissionQueue:
         waiting, leaving = list(self._waiting.values()), []
         for measure in (places, sizes):
             while (problem := self._problem(newcomer, measure, waiting, paced)) is not None:
-                ticket = _last(each for each in waiting if _is_less_urgent(each, newcomer))
-                if ticket is None and problem != _OVER_SHARE:
-                    ticket = _of_the_largest(newcomer, measure, waiting, paced)
+                ticket = None if problem == _OVER_SHARE else _of_the_largest(newcomer, measure, waiting, paced)
+                if ticket is None:
+                    ticket = _last(each for each in waiting if _is_less_urgent(each, newcomer))
                 if ticket is None:
                     raise Busy(
                         f"{problem} ({measure.full}); try again in {retry_after_s:g} s", retry_after_s=retry_after_s

@@ -143,12 +143,20 @@ def test_two_levels_never_push_each_other_out_in_turn() -> None:
             line.admit(_ticket("more", level=level), retry_after_s=5.0)
 
 
-def test_an_urgent_request_takes_a_place_of_its_own_level_before_any_other() -> None:
+def test_an_urgent_request_of_the_level_that_holds_most_takes_a_place_of_its_own() -> None:
     line = _line(queue_size=4)
     _flood(line, "greedy", 3)
     _admit(line, _ticket("m", level="modest", lane=2, at=5))
     assert _evicted(line, _ticket("urgent", level="greedy", lane=0, at=6)) == ["greedy2"]
-    assert _evicted(line, _ticket("mine", level="modest", lane=0, at=7)) == ["m"]
+
+
+def test_an_urgent_request_of_a_level_that_holds_fewer_takes_the_place_of_whoever_holds_most() -> None:
+    line = _line(queue_size=4)
+    _flood(line, "greedy", 3)
+    _admit(line, _ticket("m", level="modest", lane=2, at=5))
+    assert _evicted(line, _ticket("urgent", level="modest", lane=0, at=6)) == ["greedy2"]
+    # Now both hold as many: from here on it costs its own.
+    assert _evicted(line, _ticket("another", level="modest", lane=0, at=7)) == ["m"]
 
 
 def test_urgent_requests_put_out_nobody_elses_however_many_come() -> None:
