@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -15,45 +17,62 @@ log = structlog.get_logger(__name__)
 _MAX_BYTES = 32 * 1024 * 1024
 
 
-class Inbox:
-    """`offer` is for the link's thread and never waits: all other traffic passes through that thread. `take` is the reader's."""
+@dataclass(slots=True)
+class _Waiting:
+    """A message in the inbox; one without a delivery gave its place up."""
 
-    def __init__(self, *, max_messages: int) -> None:
+    delivery: Delivery | None
+    level: str
+    size: int
+
+
+class Inbox:
+    """`offer` is for the link's thread and never waits: all other traffic passes through that thread. `take` is the reader's.
+
+    Places and bytes are shared between first topic levels, which `level_of` tells of a topic: one that is alone may fill it, and when
+    it is full a newcomer takes the place of the newest message of whoever holds most, as long as his own then holds no more.
+    Only messages at QoS 0 are given up so: every other is the broker's until it is acknowledged, in order of receipt, and the
+    broker has few of these under way at a time.
+    """
+
+    def __init__(self, *, max_messages: int, level_of: Callable[[str], str]) -> None:
         self._max_messages = max_messages
-        self._waiting: deque[Delivery] = deque()
-        self._bytes = 0
+        self._level_of = level_of
+        self._waiting: deque[_Waiting] = deque()
+        self._qos0: dict[str, deque[_Waiting]] = {}
+        """Of each level those at QoS 0, oldest first."""
+        self._places: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
         self._refused = 0
         self._lost = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._places.total()
 
     def offer(self, delivery: Delivery) -> bool:
         """Take the message, or say that there is no place for it. One message of any size has a place in an empty inbox."""
-        size = _size(delivery)
+        new = _Waiting(delivery, self._level_of(delivery.topic), _size(delivery))
         with self._changed:
             if self._closed:
                 return True  # unread and unacknowledged: it stays with the broker for the worker's next start
-            if self._waiting and (len(self._waiting) >= self._max_messages or self._bytes + size > _MAX_BYTES):
+            if not self._make_room(new):
                 self._refused += 1
                 self._lost += delivery.qos == 0
                 return False
-            self._waiting.append(delivery)
-            self._bytes += size
+            self._enter(new, delivery)
             self._changed.notify()
         return True
 
     def take(self, most: int, *, timeout_s: float) -> list[Delivery] | None:
         """Wait for messages and take up to `most` of them; an empty list when none came, None when it is closed and read."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._waiting or self._closed, timeout_s):
+            if not self._changed.wait_for(lambda: self._places or self._closed, timeout_s):
                 return []
-            taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-            self._bytes -= sum(map(_size, taken))
+            taken = self._oldest(most)
             refused, lost = self._refused, self._lost
-            tell = refused > 0 and not self._waiting
+            tell = refused > 0 and not self._places
             if tell:
                 self._refused = self._lost = 0
         if tell:
@@ -70,6 +89,61 @@ class Inbox:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    # --- under the lock ------------------------------------------------------------------------------------------------
+
+    def _enter(self, new: _Waiting, delivery: Delivery) -> None:
+        self._waiting.append(new)
+        if delivery.qos == 0:
+            self._qos0.setdefault(new.level, deque()).append(new)
+        self._places[new.level] += 1
+        self._bytes[new.level] += new.size
+
+    def _leave(self, gone: _Waiting) -> None:
+        """Nothing stays of a level that has no message here: clients can make up as many as they like."""
+        self._places[gone.level] -= 1
+        self._bytes[gone.level] -= gone.size
+        if not self._places[gone.level]:
+            del self._places[gone.level], self._bytes[gone.level]
+        if not self._qos0.get(gone.level, True):
+            del self._qos0[gone.level]
+
+    def _oldest(self, most: int) -> list[Delivery]:
+        taken: list[Delivery] = []
+        while self._waiting and len(taken) < most:
+            first = self._waiting.popleft()
+            if first.delivery is None:
+                continue
+            taken.append(first.delivery)
+            if first.delivery.qos == 0:
+                self._qos0[first.level].popleft()
+            self._leave(first)
+        return taken
+
+    def _make_room(self, new: _Waiting) -> bool:
+        """Whether there is a place for it, be it one that another level gives up."""
+        while self._places and self._places.total() >= self._max_messages:
+            if not self._give_up(new, self._places, lambda _: 1):
+                return False
+        while self._places and self._bytes.total() + new.size > _MAX_BYTES:
+            if not self._give_up(new, self._bytes, lambda each: each.size):
+                return False
+        return True
+
+    def _give_up(self, new: _Waiting, held: Counter[str], measure: Callable[[_Waiting], int]) -> bool:
+        """Drop the newest message at QoS 0 of whoever holds most, if he then still holds no less than the newcomer."""
+        largest = max(self._qos0.keys() - {new.level}, key=lambda level: held[level], default=None)
+        if largest is None:
+            return False
+        last = self._qos0[largest][-1]
+        if held[largest] - measure(last) < held[new.level] + measure(new):
+            return False
+        self._qos0[largest].pop()
+        last.delivery = None
+        self._leave(last)
+        self._refused += 1
+        self._lost += 1
+        return True
 
 
 def _size(delivery: Delivery) -> int:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import structlog
 
@@ -29,7 +29,7 @@ from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.own_errors import defect
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
-from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals
+from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals, first_level_of
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,8 @@ _MAX_CORRELATION_BYTES = 64
 _BURST = 64
 # When a request that lost its place in the queue may try again; a full queue takes some time to shrink.
 _RETRY_EVICTED_S = 10.0
+# Whose message it is is asked for each one in the link's thread; a topic can be 64 KiB long.
+_REMEMBERED_TOPICS, _REMEMBERED_TOPIC_CHARS = 256, 256
 
 
 @dataclass(slots=True)
@@ -92,12 +94,17 @@ class Intake:
         self._background = background
         self._log = message_log
         self._acknowledger = acknowledger
-        self._inbox = Inbox(max_messages=inbox_messages)
+        self._known_level = lru_cache(_REMEMBERED_TOPICS)(partial(first_level_of, topics))
+        self._inbox = Inbox(max_messages=inbox_messages, level_of=self._level_of)
         self.offer = self._inbox.offer
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
         self._may_read = threading.Event()
         self._shut = False
         self.beat_at = time.monotonic()
+
+    def _level_of(self, topic: str) -> str:
+        short = len(topic) <= _REMEMBERED_TOPIC_CHARS
+        return self._known_level(topic) if short else first_level_of(self._topics, topic)
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llamacpp_mqtt_deploy.core import events
-from llamacpp_mqtt_deploy.core.addresses import Address
+from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, Store, StoreError
@@ -31,13 +31,20 @@ class Received:
     @property
     def first_level(self) -> str:
         """Whose message it is: by its address, else by where a session path would begin."""
-        if self.address is not None:
-            return self.address.first_level
-        return "".join(self.delivery.topic.split("/")[2:3])[:64]
+        return _level(self.address, self.delivery.topic)
 
     def shown_topic(self) -> str:
         """The topic for the log; a client may have put anything into it."""
         return self.delivery.topic[:200]
+
+
+def first_level_of(topics: TopicMap, topic: str) -> str:
+    """Whose message one on this topic is."""
+    return _level(topics.address(topic), topic)
+
+
+def _level(address: Address | None, topic: str) -> str:
+    return "".join(topic.split("/")[2:3])[:64] if address is None else address.first_level
 
 
 class Refusals:

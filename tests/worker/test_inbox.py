@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.ports import Delivery
@@ -31,8 +34,17 @@ class SlowJournal:
         monkeypatch.setattr(store, "find", slow_find)
 
 
-def _delivery(payload: bytes = b"hi", qos: int = 0) -> Delivery:
-    return Delivery(topic="llm/request/flood", payload=payload, qos=qos)
+def _delivery(payload: bytes = b"hi", qos: int = 0, level: str = "flood") -> Delivery:
+    return Delivery(topic=f"llm/request/{level}", payload=payload, qos=qos)
+
+
+def _inbox(max_messages: int = 20) -> Inbox:
+    return Inbox(max_messages=max_messages, level_of=lambda topic: topic.rpartition("/")[2])
+
+
+def _held(inbox: Inbox) -> Counter[str]:
+    """Takes everything."""
+    return Counter(delivery.topic.rpartition("/")[2] for delivery in inbox.take(10**6, timeout_s=0.0) or [])
 
 
 def test_a_full_inbox_never_holds_the_link(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +83,7 @@ def test_the_inbox_is_bounded_in_bytes_and_takes_one_message_of_any_size(
 
 
 def test_what_comes_while_the_inbox_closes_is_left_to_the_broker() -> None:
-    inbox = Inbox(max_messages=1)
+    inbox = _inbox(1)
     assert inbox.offer(_delivery(b"before"))
     inbox.close()
     assert inbox.offer(_delivery(b"after", qos=1)), "refused, it would make the link connect again while it closes"
@@ -85,14 +97,14 @@ def test_a_message_counts_with_all_that_a_client_can_put_into_it(monkeypatch: py
     monkeypatch.setattr("llamacpp_mqtt_deploy.worker.inbox._MAX_BYTES", 100)
     first = Delivery(topic="t" * 10, payload=b"p" * 20, qos=1, response_topic="r" * 30, correlation=b"c" * 15)
     for size, taken in ((25, True), (26, False)):
-        inbox = Inbox(max_messages=10)
+        inbox = _inbox(10)
         assert inbox.offer(first)
         assert inbox.offer(Delivery(topic="t" * size, payload=b"", qos=1)) is taken
 
 
 def test_the_place_of_what_was_read_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamacpp_mqtt_deploy.worker.inbox._MAX_BYTES", 100)
-    inbox = Inbox(max_messages=3)
+    inbox = _inbox(3)
     for _ in range(5):
         for number in range(3):
             assert inbox.offer(Delivery(topic="t", payload=bytes([number]) * 30, qos=1))
@@ -104,7 +116,7 @@ def test_the_place_of_what_was_read_is_free_again(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_flood_is_told_once_when_all_of_it_was_read_and_names_what_is_lost_for_good() -> None:
-    inbox = Inbox(max_messages=2)
+    inbox = _inbox(2)
     with capture_logs() as lines:
         taken = [inbox.offer(_delivery(qos=qos)) for qos in (1, 0, 1, 0, 0)]
         assert taken == [True, True, False, False, False]
@@ -119,7 +131,7 @@ def test_a_flood_is_told_once_when_all_of_it_was_read_and_names_what_is_lost_for
 
 
 def test_a_reader_waits_for_messages_and_is_woken_by_them_and_by_the_end() -> None:
-    inbox = Inbox(max_messages=2)
+    inbox = _inbox(2)
     assert inbox.take(9, timeout_s=0.01) == []
     read: list[object] = []
     for wake in (lambda: inbox.offer(_delivery()), inbox.close):
@@ -131,3 +143,87 @@ def test_a_reader_waits_for_messages_and_is_woken_by_them_and_by_the_end() -> No
         assert not reader.is_alive()
     assert read == [[_delivery()], None]
     assert inbox.closed
+
+
+def test_one_that_floods_at_qos_0_leaves_others_a_place() -> None:
+    inbox = _inbox(20)
+    assert [inbox.offer(_delivery()) for _ in range(30)].count(True) == 20
+    assert [inbox.offer(_delivery(qos=1, level="chat")) for _ in range(10)] == [True] * 10
+    assert not inbox.offer(_delivery(qos=1, level="chat")), "it holds as much as the other one"
+    assert len(inbox) == 20
+    with capture_logs() as lines:
+        assert _held(inbox) == {"flood": 10, "chat": 10}
+    assert [(line["messages"], line["lost"]) for line in lines] == [(21, 20)]
+
+
+def test_the_places_that_a_flood_gives_up_are_those_of_its_newest_messages() -> None:
+    inbox = _inbox(20)
+    for number in range(20):
+        inbox.offer(_delivery(b"%d" % number))
+    for _ in range(3):
+        inbox.offer(_delivery(b"chat", level="chat"))
+    taken = inbox.take(100, timeout_s=0.0) or []
+    assert [delivery.payload for delivery in taken] == [b"%d" % number for number in range(17)] + [b"chat"] * 3
+
+
+def test_large_messages_of_one_leave_others_a_place() -> None:
+    inbox = _inbox(1000)
+    megabyte = b"x" * 1024 * 1024
+    assert [inbox.offer(_delivery(megabyte)) for _ in range(40)].count(True) == 31
+    assert [inbox.offer(_delivery(megabyte, qos=1, level="chat")) for _ in range(20)].count(True) == 15
+    assert _held(inbox) == {"flood": 16, "chat": 15}
+    assert inbox.offer(_delivery(megabyte)), "what was taken and what was given up no longer counts"
+
+
+def test_what_waits_for_its_acknowledgement_is_never_given_up() -> None:
+    inbox = _inbox(20)
+    for _ in range(20):
+        assert inbox.offer(_delivery(qos=1))
+    assert not inbox.offer(_delivery(qos=1, level="chat")), "it stays with the broker, which delivers it again"
+    assert _held(inbox) == {"flood": 20}
+
+
+def test_two_floods_do_not_put_each_other_out_in_turn() -> None:
+    inbox = _inbox(20)
+    for _ in range(1000):
+        inbox.offer(_delivery(level="a"))
+        inbox.offer(_delivery(level="b"))
+    assert _held(inbox) == {"a": 10, "b": 10}
+
+
+@given(st.lists(st.tuples(st.sampled_from("aaabc-"), st.integers(0, 1)), max_size=120))
+def test_the_inbox_keeps_its_bounds_and_its_order_whatever_comes(arrivals: list[tuple[str, int]]) -> None:
+    inbox, last = _inbox(20), -1
+    acknowledgeable: list[bytes] = []
+    taken: list[Delivery] = []
+    for number, (level, qos) in enumerate(arrivals):
+        if level == "-":
+            taken += inbox.take(3, timeout_s=0.0) or []
+        elif inbox.offer(_delivery(b"%d" % number, qos=qos, level=level)) and qos:
+            acknowledgeable.append(b"%d" % number)
+        assert len(inbox) <= 20
+    taken += inbox.take(1000, timeout_s=0.0) or []
+    for delivery in taken:
+        assert int(delivery.payload) > last
+        last = int(delivery.payload)
+    assert [delivery.payload for delivery in taken if delivery.qos] == acknowledgeable
+    assert len(inbox) == 0
+
+
+def test_a_flood_of_one_client_never_makes_the_worker_refuse_another_ones_request(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = bus.worker(ScriptedEngine(slots=1), mqtt__inbox_messages=20)
+    journal = SlowJournal(worker, monkeypatch)
+    bus.ask("hold", request_id="r0")
+    assert journal.reached.wait(10)
+    intake = worker.daemon.parts.intake
+    assert [intake.offer(_delivery(level="flood/s")) for _ in range(60)].count(False) == 40
+    bus.ask("hi", session="chat/s", request_id="r1")
+    bus.ask("later", session="chat/s", request_id="r2")
+    with capture_logs() as lines:
+        journal.open.set()
+        assert bus.listener.terminal("r2")["full_content"] == "later"
+        eventually(lambda: any(line["event"] == "inbox.refused" for line in lines))
+    told = next(line for line in lines if line["event"] == "inbox.refused")
+    assert (told["messages"], told["lost"]) == (42, 42), "nothing but what nobody waits for at QoS 0"
