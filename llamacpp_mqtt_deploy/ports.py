@@ -35,6 +35,8 @@ class EngineInfo:
     thinking: bool = False
     json_schema: bool = False
     streams: bool = True
+    problem: str = ""
+    """One sentence for the operator about what went wrong a while ago and will again, also when `state` is `ready`."""
 
 
 class Engine(Protocol):

@@ -154,7 +154,8 @@ class Status(Emitted):
     reason: str | None = None
     """Why it is offline or draining, where that is known: `lost`, `stopped`, `not_subscribed` and others."""
     problem: str | None = None
-    """What the broker does not let the worker read, or the disk does not let it write, and what to do; for the operator."""
+    """What the broker does not let the worker read, the disk does not let it write, or what runs short (file descriptors, memory), and
+    what to do; for the operator."""
 
 
 class SlotsHealth(Emitted):

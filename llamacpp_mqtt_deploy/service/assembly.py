@@ -16,6 +16,7 @@ from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.service.identity import client_id, mark
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
+from llamacpp_mqtt_deploy.service.shortages import Shortages
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger
 from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.background import Background
@@ -172,6 +173,7 @@ class Parts:
             unavailable_after_s=lambda: in_force.settings.engine.unavailable_after_s,
         )
         self.health = HealthReport(worker_id=settings.mqtt.worker_id, registry=self.registry, counters=self.counters)
+        self.shortages = Shortages(counters=self.counters, engine=engine.info)
         self.engine_watch = EngineWatch(engine, on_engine_change)
 
     def max_event_bytes(self) -> int:

@@ -51,7 +51,7 @@ _PURGE_EVERY_S = 5.0
 # While more is left than one purge may drop, in pieces that no request has to wait for.
 _PURGE_AGAIN_S = 0.2
 _SWEEP_EVERY_S = 1.0
-_LOOK_AT_STORE_EVERY_S = 1.0
+_LOOK_AT_STORE_EVERY_S = _LOOK_AT_MACHINE_EVERY_S = 1.0
 _STORE_AGAIN_S = 5.0
 # After the drain: for terminal events to be written, acknowledged by the broker, and threads to end.
 _CLOSE_S = 5.0
@@ -61,7 +61,7 @@ _CLOSE_S = 5.0
 class Note:
     """Something for the main thread, from a callback or a signal handler."""
 
-    kind: Literal["online", "lost", "engine", "signal", "reload", "start_up", "store"]
+    kind: Literal["online", "lost", "engine", "signal", "reload", "start_up", "store", "short"]
     value: Any = None
 
 
@@ -206,6 +206,7 @@ class Daemon:
         every(lambda: _SWEEP_EVERY_S, lambda: in_background("sweep", parts.redelivery.sweep))
         every(lambda: _PURGE_EVERY_S, self._purge_soon)
         every(lambda: _LOOK_AT_STORE_EVERY_S, lambda: in_background("store", self._look_at_store))
+        every(lambda: _LOOK_AT_MACHINE_EVERY_S, lambda: in_background("machine", self._look_at_machine))
         every(lambda: TELL_EVERY_S, parts.message_log.tell)
         every(lambda: self._settings.status.every_s, self._renew)
         every(lambda: self._settings.status.health_every_s, self._publish_health)
@@ -257,6 +258,8 @@ class Daemon:
                 self._engine_changed(note.value)
             case "store":
                 self._store_changed(note.value)
+            case "short":
+                self._shortage_changed(note.value)
             case "reload":
                 if self.ready:
                     self._notifier.reloading()
@@ -318,6 +321,21 @@ class Daemon:
         else:
             log.info("store.well_again")
         self.parts.presence.unwritable = trouble
+        self._renew()
+        self._say()
+
+    def _look_at_machine(self) -> None:
+        shortage = self.parts.shortages.problem()
+        if shortage != self.parts.presence.short:
+            self._notes.put(Note("short", shortage))
+
+    def _shortage_changed(self, shortage: str) -> None:
+        """File descriptors or memory run out, or there are enough again."""
+        if shortage:
+            log.error("worker.short", problem=shortage)
+        else:
+            log.info("worker.short_no_more")
+        self.parts.presence.short = shortage
         self._renew()
         self._say()
 

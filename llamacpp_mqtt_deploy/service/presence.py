@@ -68,6 +68,8 @@ class Presence:
         """What the broker does not let us read and what to do, for the operator; empty when it lets us read everything."""
         self.unwritable = ""
         """The same for what the disk does not let us write."""
+        self.short = ""
+        """The same for what the machine has too little of."""
         self.yielded = False
         """Another worker was here before us, and the status is its own."""
         self._claiming = False
@@ -96,7 +98,7 @@ class Presence:
     @property
     def problem(self) -> str:
         """What hinders us although we are connected, for the operator; empty when nothing does."""
-        return " ".join(each for each in (self.unreadable, self.unwritable) if each)
+        return " ".join(each for each in (self.unreadable, self.unwritable, self.short) if each)
 
     @property
     def state(self) -> WorkerState:

@@ -59,9 +59,8 @@ class Completion:
             else:
                 terminal = job.responder.done(self._done_fields(job, finish_reason, told))
                 history = self._history(job, told, finish_reason)
-        except Exception:
-            log.exception("ending.failed", request_id=job.key.request_id)
-            self._end_by_defect(job)
+        except Exception as cause:  # noqa: BLE001 - logged there
+            self._end_by_defect(job, cause)
         else:
             self._end(job, terminal, history, outcome=error.code if error is not None else finish_reason, error=error)
 
@@ -71,11 +70,15 @@ class Completion:
             return
         try:
             terminal = _error_event(job, error, self._told(job))
-        except Exception:
-            log.exception("ending.failed", request_id=job.key.request_id)
-            self._end_by_defect(job)
+        except Exception as cause:  # noqa: BLE001 - logged there
+            self._end_by_defect(job, cause)
         else:
             self._end(job, terminal, None, outcome=error.code, error=error)
+
+    def broken(self, job: Job, cause: Exception) -> None:
+        """End a job on which the worker itself failed."""
+        self._note("generation.failed", job, cause)
+        self.failed(job, defect(cause))
 
     def stopped(self, job: Job) -> None:
         """End a job whose stop signal was set, for the reason that it carries."""
@@ -87,10 +90,19 @@ class Completion:
             limit_s = job.deadline - job.received_at
             self.failed(job, stop_error(job.stop.reason, limit_s=limit_s, started=job.started_at is not None))
 
-    def _end_by_defect(self, job: Job) -> None:
+    def _note(self, event: str, job: Job, cause: Exception) -> None:
+        if isinstance(cause, MemoryError):
+            self._counters.starved()
+            # Without its stack: that would take memory too.
+            log.error("request.out_of_memory", request_id=job.key.request_id, session=job.key.session)
+        else:
+            log.error(event, request_id=job.key.request_id, exc_info=cause)
+
+    def _end_by_defect(self, job: Job, cause: Exception) -> None:
         """Whoever claimed the end has to bring one: without it the session waits, and its client, until a restart."""
+        self._note("ending.failed", job, cause)
         job.responder.close()
-        error = defect()
+        error = defect(cause)
         terminal = interrupted(
             request_id=job.key.request_id,
             session_id=job.key.session,

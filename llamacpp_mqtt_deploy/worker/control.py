@@ -20,6 +20,7 @@ from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.history_reads import HistoryReads
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
+from llamacpp_mqtt_deploy.worker.own_errors import out_of_memory
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
@@ -90,7 +91,8 @@ class Controls:
             if found is None:
                 return False
             asked.ack |= found
-        except RequestError as error:
+        except (RequestError, MemoryError) as problem:
+            error = problem if isinstance(problem, RequestError) else out_of_memory()
             asked.ack |= {"status": "error", "code": error.code, "message": error.message, **error.details}
         except StoreError as problem:
             log.error("journal.failed", step="control", problem=str(problem))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 from llamacpp_mqtt_deploy.core.deltas import TokenUsage
@@ -16,6 +17,7 @@ class Counters:
         self._counts: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._told_tokens = 0
+        self._starved, self._starved_at = 0, 0.0
 
     def accepted(self, requests: int) -> None:
         """So many requests are in the journal."""
@@ -37,6 +39,16 @@ class Counters:
         """One request was refused with this code before it was accepted."""
         with self._lock:
             self._errors[code] += 1
+
+    def starved(self) -> None:
+        """The worker's own memory was not enough for one request."""
+        with self._lock:
+            self._starved, self._starved_at = self._starved + 1, time.monotonic()
+
+    def starved_within(self, seconds: float) -> int:
+        """How many requests that has happened to since the start; 0 when the last one was longer ago."""
+        with self._lock:
+            return self._starved if time.monotonic() - self._starved_at <= seconds else 0
 
     def snapshot(self, *, period_s: float) -> dict[str, object]:
         """The counting part of the health message; `tokens_per_second` is over the last `period_s` seconds."""

@@ -18,7 +18,7 @@ from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.forwarding import Forwarder, TooMuch
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
-from llamacpp_mqtt_deploy.worker.own_errors import defect, lost_too_often
+from llamacpp_mqtt_deploy.worker.own_errors import lost_too_often
 from llamacpp_mqtt_deploy.worker.poison import PoisonSchemas, digest_of
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
@@ -75,9 +75,8 @@ class Generation:
             self._completion.stopped(job)
         except RequestError as error:
             self._completion.failed(job, error)
-        except Exception:
-            log.exception("generation.failed", request_id=job.key.request_id)
-            self._completion.failed(job, defect())
+        except Exception as cause:  # noqa: BLE001 - logged there
+            self._completion.broken(job, cause)
         finally:
             self._registry.release_slot(job)
 

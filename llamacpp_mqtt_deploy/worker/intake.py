@@ -26,7 +26,7 @@ from llamacpp_mqtt_deploy.worker.inbox import Inbox
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
-from llamacpp_mqtt_deploy.worker.own_errors import defect
+from llamacpp_mqtt_deploy.worker.own_errors import defect, out_of_memory
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals, first_level_of
@@ -201,10 +201,11 @@ class Intake:
         except StoreError as problem:
             self._not_journaled(jobs, receipt, problem)
             self._end_evicted(accepted)
-        except Exception:
-            log.exception("intake.failed", requests=len(accepted))
+        except Exception as cause:
+            if not isinstance(cause, MemoryError):
+                log.exception("intake.failed", requests=len(accepted))
             for job in jobs:
-                self._completion.failed(job, defect())
+                self._completion.failed(job, defect(cause))
             self._end_evicted(accepted)
             self._acknowledger.ready(receipt)
 
@@ -297,12 +298,19 @@ class Intake:
                 self._refusals.reject(message, address, request_id, "reply_topic_forbidden")
                 return None
             return self._enter(message, address, raw, check_request(raw, policy=policy), pending)
-        except RequestError as error:
+        except (RequestError, MemoryError) as problem:
+            error = problem if isinstance(problem, RequestError) else self._starved(message)
             ids = raw or guess_ids(payload, policy.names)
             if address.session is None and ids.session_id is not None:
                 address = self._topics.find_session(address.route, ids.session_id) or address
             self._refusals.refuse(message, address, ids.request_id, error)
             return None
+
+    def _starved(self, message: Received) -> RequestError:
+        self._counters.starved()
+        # Without its stack: that would take memory too.
+        log.error("request.out_of_memory", topic=message.shown_topic(), bytes=len(message.delivery.payload))
+        return out_of_memory()
 
     def _enter(
         self, message: Received, address: Address, raw: RawRequest, request: Generate, pending: _Burst

@@ -44,6 +44,13 @@ def lost_too_often(starts: int) -> RequestError:
     return EngineLost(f"the engine or the worker went away {starts} times before the first token of this request")
 
 
-def defect() -> RequestError:
+def defect(cause: Exception) -> RequestError:
     """For a request on which the worker failed; whoever raises it has logged the cause."""
+    if isinstance(cause, MemoryError):
+        return out_of_memory()
     return Internal("the worker failed on this request; its log says why")
+
+
+def out_of_memory() -> RequestError:
+    """For a request that needed more memory than the worker could get."""
+    return Internal("the worker ran out of memory on this request; others go on, and a shorter one may have room")

@@ -224,6 +224,7 @@ def test_a_crash_while_idle_is_noticed_and_told(make: Make) -> None:
     assert "lack of memory" in engine.info().detail
     assert engine.wait_ready(StopSignal(), 10)
     assert pid_of(engine) != pid
+    assert "once for lack of memory" in engine.info().problem
 
 
 def test_crashes_in_a_row_are_answered_with_longer_pauses(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,28 @@ def test_an_end_is_told_in_words(end: End, how: str) -> None:
     assert how in end.how
 
 
+@pytest.mark.parametrize(
+    "end", [End(code=-9), End(code=-9, out_of_memory=True), End(code=1, last="failed to allocate CPU buffer of size 9")]
+)
+def test_a_server_that_ended_for_lack_of_memory_is_told_for_ten_minutes(end: End) -> None:
+    verdicts = Verdicts()
+    assert verdicts.problem(100.0) == ""
+    verdicts.remember(end, 100.0)
+    assert "once for lack of memory" in verdicts.problem(101.0)
+    assert end.how in verdicts.problem(101.0)
+    verdicts.remember(SEGFAULT, 200.0)
+    verdicts.remember(end, 300.0)
+    assert "2 times" in verdicts.problem(899.0)
+    assert verdicts.problem(901.0) == ""
+
+
+def test_a_server_that_was_to_end_did_not_end_for_lack_of_memory() -> None:
+    verdicts = Verdicts()
+    for end in (End(code=-9, wish="hung"), End(code=-9, wish="restart"), End(code=0), SEGFAULT):
+        verdicts.remember(end, 100.0)
+    assert verdicts.problem(100.0) == ""
+
+
 # --- the directory ---------------------------------------------------------------------------------------------------
 
 

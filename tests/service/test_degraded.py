@@ -172,12 +172,65 @@ def test_a_worker_without_file_descriptors_says_so_and_goes_on_when_it_has_some(
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))
     try:
         refused = _answered(watcher, "without")
+        eventually(lambda: "no file descriptors left" in _problem(watcher))
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 4096))
     assert before[0] >= 1024
     assert (refused["code"], refused["retryable"]) == ("engine_unavailable", True)
-    assert "Too many open files" in worker.log_text() or "LimitNOFILE" in worker.log_text()
+    assert any("LimitNOFILE=" in line["problem"] for line in worker.log("worker.short"))
+    eventually(lambda: not _problem(watcher))
     assert _answered(watcher, "with")["type"] == "done"
+
+
+def test_a_worker_that_loses_its_broker_while_it_has_no_file_descriptors_comes_back_when_it_has_some(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, llama_server: LlamaServer, watch: Watch
+) -> None:
+    broker = start_mosquitto()
+    worker = start_worker(broker.port, llama_server.url, mqtt__reconnect_max_s=0.5)
+    pid = worker.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))
+    try:
+        broker.kill()
+        broker.start()
+        eventually(lambda: "too many open files" in worker.log_text(), 20)
+        worker.send(signal.SIGHUP)  # a reload opens files too
+        eventually(lambda: bool(worker.log("configuration.refused")))
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    watcher = watch(broker.port)
+    assert _answered(watcher, "with")["type"] == "done"
+    eventually(lambda: not _problem(watcher))
+    assert worker.process.pid == pid
+
+
+def _own_server(pid: int) -> int:
+    """The process id of the server that this worker has started."""
+    (child,) = {int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()}
+    return child
+
+
+def test_an_engine_that_is_killed_for_lack_of_memory_is_a_problem_in_the_status_and_so_is_one_without_descriptors(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, tiny_gguf: Path, watch: Watch
+) -> None:
+    broker = start_mosquitto()
+    watcher = watch(broker.port)
+    own = {"kind": "managed", "model_path": str(tiny_gguf), "slots": 1, "context_tokens": 2048, "threads": 1}
+    worker = start_worker(broker.port, "", **{f"engine__{name}": value for name, value in own.items()})
+    pid = worker.process.pid
+    assert _answered(watcher, "before")["type"] == "done"
+    os.kill(_own_server(pid), signal.SIGKILL)
+    eventually(lambda: "once for lack of memory" in _problem(watcher))
+    assert _answered(watcher, "between")["type"] == "done"
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))
+    try:
+        os.kill(_own_server(pid), signal.SIGKILL)
+        eventually(lambda: "no file descriptors left" in _problem(watcher))
+        eventually(lambda: "cannot be started" in _status(watcher)["engine"].get("detail", ""), 20)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert _answered(watcher, "after")["type"] == "done"
+    assert "2 times for lack of memory" in _problem(watcher)
+    assert "descriptors" not in _problem(watcher)
 
 
 def test_sigterm_with_8_running_and_20_queued_ends_the_running_and_keeps_the_queued_for_the_next_life(

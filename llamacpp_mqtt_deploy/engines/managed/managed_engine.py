@@ -122,10 +122,11 @@ class ManagedEngine:
     def info(self) -> EngineInfo:
         with self._changed:
             phase, detail, inner, known = self._phase, self._detail, self._inner, self._known
+            problem = self._verdicts.problem(time.monotonic())
         if phase != "ready" or inner is None:
-            return replace(known, state=phase, detail=detail)
+            return replace(known, state=phase, detail=detail, problem=problem)
         said = inner.info()
-        return replace(said, backend=known.backend, gpu_layers=known.gpu_layers)
+        return replace(said, backend=known.backend, gpu_layers=known.gpu_layers, problem=problem)
 
     def probe(self) -> EngineInfo:
         with self._changed:
@@ -389,6 +390,7 @@ class ManagedEngine:
             last_lines=None if ours else end.last,
         )
         with self._changed:
+            self._verdicts.remember(end, time.monotonic())
             return self._obey(self._verdicts.judge(end))
 
     def _cannot(self, detail: str) -> float:

@@ -20,6 +20,10 @@ LONGEST_FAILED_PAUSE_S = 300.0
 FAILED_AFTER_CRASHES = 3
 """So many crashes in a row before the server was ready are no bad luck."""
 MOST_DOUBLINGS = 20
+STARVED_FOR_S = 600.0
+"""How long it is told that a server ended for lack of memory: the next one needs as much."""
+
+_NO_MEMORY = ("out of memory", "bad_alloc", "failed to allocate", "cannot allocate memory")
 
 Wish = Literal["", "restart", "hung", "close"]
 """Why we wanted a server to end, if we did."""
@@ -50,6 +54,13 @@ class End:
     """The kernel has killed a process of ours for lack of memory meanwhile."""
 
     @property
+    def starved(self) -> bool:
+        """Whether it ended for lack of memory, as far as can be told: the kernel's killer leaves nothing but its signal."""
+        if self.wish:
+            return False
+        return self.code == -signal.SIGKILL or any(sign in self.last for sign in _NO_MEMORY)
+
+    @property
     def how(self) -> str:
         if self.code >= 0:
             hint = " (a library or the program itself is missing)" if self.code == lifeline.CANNOT_EXECUTE else ""
@@ -73,6 +84,7 @@ class Verdicts:
         self._failures = 0
         self._crashes_before_ready = 0
         self._ever_ready = False
+        self._starved, self._starved_at, self._starved_how = 0, 0.0, ""
 
     def ready(self) -> None:
         """A server answers."""
@@ -82,6 +94,18 @@ class Verdicts:
     def forgive(self) -> None:
         """A person has asked for a new start: begin with short pauses."""
         self._failures = self._crashes_before_ready = 0
+
+    def problem(self, now: float) -> str:
+        """That servers end for lack of memory, also when the next one is ready; empty when that was long ago."""
+        if not self._starved or now - self._starved_at > STARVED_FOR_S:
+            return ""
+        times = "once" if self._starved == 1 else f"{self._starved} times"
+        return f"The engine ended {times} for lack of memory, as it seems; the last one {self._starved_how}."
+
+    def remember(self, end: End, now: float) -> None:
+        """Keep what `problem` tells."""
+        if end.starved:
+            self._starved, self._starved_at, self._starved_how = self._starved + 1, now, end.how
 
     def judge(self, end: End) -> Verdict:
         if end.wish == "close":
