@@ -44,7 +44,10 @@ def translated(error: sqlite3.Error | OSError, path: Path) -> StoreError:
         return _translated_os_error(error, path)
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
     detail = f"{error}; {name}"
-    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in _REFUSED_WRITES and _is_read_only(path):
+        return StoreError(f"{_read_only(path)} ({detail}).")
+    match code:
         case sqlite3.SQLITE_FULL:
             return StoreFull(f"{_full(path)} ({detail}).")
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
@@ -64,6 +67,23 @@ def _full(path: Path) -> str:
     return f"The disk that holds {path} is full: free some space there"
 
 
+_REFUSED_WRITES = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
+
+
+def _is_read_only(path: Path) -> bool:
+    try:
+        return bool(os.statvfs(path.parent).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
+def _read_only(path: Path) -> str:
+    return (
+        f"The disk that holds {path} is read-only. After errors the kernel makes it so: look for them (dmesg), then make it writable "
+        f"again (mount -o remount,rw). Or {_WRITABLE}"
+    )
+
+
 _WRITABLE = (
     "set sessions.path to a file in a directory that this user may write "
     "(under systemd's ProtectSystem=strict only StateDirectory= is writable), or set sessions.store to 'memory'"
@@ -74,6 +94,8 @@ def _translated_os_error(error: OSError, path: Path) -> StoreError:
     detail = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(f"{_full(path)} ({detail}).")
+    if error.errno == errno.EROFS:
+        return StoreError(f"{_read_only(path)} ({detail}).")
     return StoreError(f"{path} cannot be opened: {_WRITABLE} ({detail}).")
 
 

@@ -18,6 +18,7 @@ from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import Event, Watcher, check_stream
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.read_only_disk import ReadOnlyDisk
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
@@ -72,6 +73,64 @@ def test_a_full_disk_is_a_problem_in_the_status_until_there_is_room_again(
     disk.empty()
     eventually(lambda: not _problem(watcher))
     assert _answered(watcher, "after")["type"] == "done"
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> ReadOnlyDisk:
+    return ReadOnlyDisk(tmp_path / "disk")
+
+
+def test_a_disk_that_becomes_read_only_is_a_problem_in_the_status_until_it_takes_writes_again(
+    start_worker: StartWorker,
+    start_mosquitto: StartMosquitto,
+    llama_server: LlamaServer,
+    watch: Watch,
+    read_only: ReadOnlyDisk,
+) -> None:
+    broker = start_mosquitto()
+    watcher = watch(broker.port)
+    settings = {"sessions__path": str(read_only.folder / "state.db"), "environment": read_only.environment}
+    worker = start_worker(broker.port, llama_server.url, **settings)
+    watcher.ask("kitchen", "go on", request_id="running", max_tokens=4000)
+    watcher.first(type="chunk", request_id="running")
+    read_only.begin()
+    refused = _answered(watcher, "meanwhile")
+    assert refused["code"] == "internal"
+    assert "cannot write its journal" in refused["message"]
+    eventually(lambda: "read-only" in _problem(watcher))
+    assert "dmesg" in _problem(watcher)
+    assert any("read-only" in line["problem"] for line in worker.log("store.troubled"))
+    watcher.control("kitchen", "cancel", request_id="running")
+    read_only.end()
+    assert watcher.terminal("running")["type"] == "done"
+    check_stream(watcher.of("running"))
+    eventually(lambda: not _problem(watcher))
+    assert _answered(watcher, "after")["type"] == "done"
+
+
+def test_a_worker_whose_disk_is_read_only_stops_in_an_orderly_way_and_its_next_life_ends_what_it_had_accepted(
+    start_worker: StartWorker,
+    start_mosquitto: StartMosquitto,
+    llama_server: LlamaServer,
+    watch: Watch,
+    read_only: ReadOnlyDisk,
+) -> None:
+    broker = start_mosquitto(settings=["max_queued_messages 100000"])
+    watcher = watch(broker.port)
+    settings: dict[str, Any] = {"sessions__path": str(read_only.folder / "state.db")}
+    settings |= {"environment": read_only.environment, "limits__drain_timeout_s": 1}
+    worker = start_worker(broker.port, llama_server.url, **settings)
+    watcher.ask("kitchen", "go on", request_id="running", max_tokens=8000)
+    watcher.first(type="chunk", request_id="running")
+    read_only.begin()
+    assert worker.stop() == 0
+    again = start_worker(broker.port, llama_server.url, ready=False, **settings)
+    assert again.wait(20) == 1
+    assert "read-only" in again.log("worker.ending")[0]["reason"]
+    read_only.end()
+    start_worker(broker.port, llama_server.url, **settings)
+    assert watcher.terminal("running")["code"] == "interrupted"
+    assert [event["type"] for event in watcher.of("running") if event.get("final")] == ["error"]
 
 
 def test_a_database_that_another_program_holds_is_a_problem_in_the_status_until_it_lets_go(
