@@ -272,6 +272,17 @@ class HistoryChange:
     """`new: true`: the messages up to now are forgotten first."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToldEnd:
+    """The end of a request that its client has got and the journal has not."""
+
+    key: EntryKey
+    terminal: bytes
+    now: float
+    history: HistoryChange | None = None
+    chunks: bytes | None = None
+
+
 class Pending(Protocol):
     """A write that was begun. It is over when it would survive a crash, or when it failed."""
 
@@ -347,6 +358,14 @@ class Store(Protocol):
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
     ) -> Pending: ...
+
+    def set_aside(self, ends: Sequence[ToldEnd]) -> bool:
+        """Keep these ends outside of the journal, which does not take them: the next `open` gives them to it, where it has not
+        got them by then, and the requests end with them and with no others. False when even that does not survive a crash.
+        May wait for a few seconds; never raises StoreError."""
+
+    def clear_aside(self) -> None:
+        """Forget what was set aside: the journal has it all."""
 
     def chunks(self, key: EntryKey) -> bytes | None:
         """The record of chunks that `finish` was given; None without one."""

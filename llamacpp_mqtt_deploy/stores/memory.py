@@ -15,6 +15,8 @@ class MemoryFile:
 
     path = Path(":memory:")
     moved_aside: Path | None = None
+    told_ends = None
+    """Nothing of it outlives the process."""
 
     def open(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=128)

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Message
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import entries as rows
 from llamacpp_mqtt_deploy.stores import histories, purging
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
@@ -64,7 +64,13 @@ class SqliteStore:
     def open(self) -> None:
         with self._lock:
             if self._open is None:
-                self._open = _Open(self._file, self._explained)
+                opened = _Open(self._file, self._explained)
+                try:
+                    self._take_in_told_ends(opened)
+                except BaseException:
+                    opened.close()
+                    raise
+                self._open = opened
                 self._damage = None  # what opening met, it mended
 
     def close(self) -> None:
@@ -143,6 +149,39 @@ class SqliteStore:
 
         size = len(terminal) + len(chunks or b"") + sum(len(text) for _, text in appended)
         return opened.writer.submit(step, size=size, durable=True, urgent=True)
+
+    def set_aside(self, ends: Sequence[ToldEnd]) -> bool:
+        told = self._file.told_ends
+        return told is None or told.add(ends)
+
+    def clear_aside(self) -> None:
+        if self._file.told_ends is not None:
+            self._file.told_ends.clear()
+
+    def _take_in_told_ends(self, opened: _Open) -> None:
+        """End what an earlier life has told to be ended, with the same bytes."""
+        told = self._file.told_ends
+        ends = [] if told is None else told.read()
+        if told is None or not ends:
+            return
+
+        def step(db: sqlite3.Connection) -> int:
+            return sum(self._end_as_told(db, end, next(opened.places)) for end in ends)
+
+        write = opened.writer.submit(step, durable=True, urgent=True)
+        write.wait(WRITE_TIMEOUT_S)
+        log.info("store.told_ends_taken_in", told=len(ends), missing=write.result)
+        told.clear()
+
+    def _end_as_told(self, db: sqlite3.Connection, end: ToldEnd, place: int) -> bool:
+        entry = rows.find(db, end.key)
+        if entry is None or entry.state == "ended":
+            return False  # the journal had it, and has perhaps forgotten it since: then its history is written too
+        rows.end(db, end.key, end.terminal, now=end.now, place=place, chunks=end.chunks)
+        if end.history is not None:
+            appended = histories.encoded(end.history)
+            histories.change(db, end.history, appended, now=end.now, max_bytes=self._max_history_bytes)
+        return True
 
     def chunks(self, key: EntryKey) -> bytes | None:
         with self._read() as db:

@@ -16,6 +16,7 @@ import structlog
 from llamacpp_mqtt_deploy.ports import StoreError, StoreFull, StoreInUse
 from llamacpp_mqtt_deploy.stores import schema
 from llamacpp_mqtt_deploy.stores.reserve import Reserve
+from llamacpp_mqtt_deploy.stores.told_ends import ToldEnds
 
 BUSY_TIMEOUT_S = 1.0
 """How long another program on the file is waited for (an operator's `sqlite3` shell); no other worker gets past the lock."""
@@ -107,6 +108,7 @@ class StateFile:
         self.moved_aside: Path | None = None
         """Where a damaged file went when this one was opened."""
         self.reserve = Reserve(path.with_name(path.name + ".reserve"))
+        self.told_ends = ToldEnds(path.with_name(path.name + ".ends"))
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock_fd: int | None = None
         self._notes = b""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from llamacpp_mqtt_deploy.core.events import encode
-from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Store, StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Store, StoreError, ToldEnd
 
 log = structlog.get_logger(__name__)
 
@@ -24,6 +24,10 @@ _MAX_UNSTORED_BYTES = 64 * 1024 * 1024
 
 # A disk that hangs takes its time for each: the others' ends are told in time all the same.
 _ROUND_S = 2.0
+
+
+_KEPT = "It is kept beside the database: also if the worker is killed, the request gets no other end."
+_NOT_KEPT = "If the worker is killed before the journal takes it, the request gets a second end."
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +55,10 @@ class UnstoredEnds:
         self._ends: OrderedDict[EntryKey, UnstoredEnd] = OrderedDict()
         self._sizes: dict[EntryKey, int] = {}
         self._closing = False
+        self._aside = False
+        """Whether any are kept outside of the journal."""
+        self._kept_for_good = False
+        """Whether the journal will never get one of them in this life."""
 
     def add(
         self,
@@ -66,18 +74,23 @@ class UnstoredEnds:
         """Keep one more, of a request that ended at `since` (monotonic seconds); the oldest ones beyond the bounds are told, and lost to the journal."""
         end = UnstoredEnd(terminal, now, history, chunks, then, since)
         size = end.size()
-        lost: list[UnstoredEnd] = []
+        lost: list[tuple[EntryKey, UnstoredEnd]] = []
         with self._lock:
             self._ends[key], self._sizes[key] = end, size
             held = sum(self._sizes.values())
             while len(self._ends) > _MAX_UNSTORED or (held > _MAX_UNSTORED_BYTES and len(self._ends) > 1):
                 lost_key, lost_end = self._ends.popitem(last=False)
                 held -= self._sizes.pop(lost_key)
-                lost.append(lost_end)
+                lost.append((lost_key, lost_end))
                 log.error(
                     "journal.end_lost", request_id=lost_key.request_id, reason="the disk takes nothing for too long"
                 )
-        for each in lost:
+        if then is None:  # it is told already
+            self._set_aside([(key, end)])
+        if lost:
+            self._kept_for_good = True
+            self._set_aside(lost)
+        for _, each in lost:
             self._tell(each)
 
     def find(self, key: EntryKey) -> UnstoredEnd | None:
@@ -114,6 +127,11 @@ class UnstoredEnds:
                         del self._ends[key], self._sizes[key]
                 self._tell(end)
         self._tell_overdue()
+        with self._lock:
+            all_stored = not self._ends
+        if all_stored and self._aside and not self._kept_for_good:
+            self._aside = False
+            self._store.clear_aside()
 
     def _stored(self, key: EntryKey, end: UnstoredEnd) -> bool:
         """Whether it need not be tried again."""
@@ -131,7 +149,8 @@ class UnstoredEnds:
         return True
 
     def _tell_overdue(self) -> None:
-        """Its client has waited long enough: better that the request is perhaps ended twice than not at all."""
+        """Its client has waited long enough: better that the request is perhaps ended twice than not at all. And only perhaps:
+        what is told is kept beside the database, where that is possible."""
         with self._lock:
             if self._closing:
                 return
@@ -140,15 +159,27 @@ class UnstoredEnds:
                 for key, end in self._ends.items()
                 if end.then is not None and time.monotonic() - end.since >= TELL_AFTER_S
             ]
+        if not overdue:
+            return
+        kept = self._set_aside(overdue)
         for key, end in overdue:
             log.error(
                 "journal.end_told_unstored",
                 request_id=key.request_id,
-                message=f"the journal has not taken this end for {TELL_AFTER_S:g} s; its client gets it now. If the worker is "
-                "killed before the journal takes it, the request gets a second end. Look for a program that holds the "
-                "database (fuser) and for a full disk (df).",
+                message=f"the journal has not taken this end for {TELL_AFTER_S:g} s; its client gets it now. {_KEPT if kept else _NOT_KEPT} "
+                "Look for a program that holds the database (fuser) and for a full disk (df).",
             )
             self._tell(end)
+
+    def _set_aside(self, ends: Sequence[tuple[EntryKey, UnstoredEnd]]) -> bool:
+        kept = self._store.set_aside(
+            [
+                ToldEnd(key=key, terminal=end.terminal, now=end.now, history=end.history, chunks=end.chunks)
+                for key, end in ends
+            ]
+        )
+        self._aside = self._aside or kept
+        return kept
 
     def _tell(self, end: UnstoredEnd) -> None:
         with self._lock:

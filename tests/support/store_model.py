@@ -11,7 +11,7 @@ import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.core.wallclock import mended
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Purged, StoreError
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores.bounds import (
     MAX_HISTORY_BYTES,
     PURGE_ROWS,
@@ -57,6 +57,13 @@ class ModelStore:
     def close(self) -> None:
         with self._lock:
             self._open = False
+
+    def set_aside(self, ends: Sequence[ToldEnd]) -> bool:
+        """Nothing of it outlives the process."""
+        return True
+
+    def clear_aside(self) -> None:
+        """Nothing was kept."""
 
     # --- journal -----------------------------------------------------------------------------------------------------
 

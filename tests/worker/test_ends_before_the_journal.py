@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from functools import partial
 from typing import Any
@@ -109,6 +110,36 @@ def test_an_end_that_the_disk_does_not_take_for_long_is_told_all_the_same(
         assert parts.redelivery.unstored(KEY) is not None
     eventually(lambda: parts.store.unfinished() == [])
     assert bus.listener.read("r1").content == "hi"
+
+
+def test_a_kill_after_an_end_was_told_unstored_brings_no_other_end(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr(unstored_ends, "TELL_AFTER_S", 0.5)
+    engine, gate = ScriptedEngine(), Gate()
+    bus.worker(engine)
+    bus.ask("one", request_id="r0")
+    bus.listener.terminal("r0")
+    engine.play("the ", gate, "answer")
+    bus.ask("hi", request_id="r1")
+    assert gate.reached.wait(10)
+    lock = _lock(bus)
+    gate.open()
+    bus.listener.terminal("r1")
+    told = [delivery.payload for delivery in bus.listener.deliveries if b'"r1"' in delivery.payload][-1]
+    # What a kill at this moment leaves on the disk.
+    left = tmp_path_factory.mktemp("killed") / "left"
+    shutil.copytree(bus.state, left)
+    lock.execute("ROLLBACK")
+    store = SqliteStore(left / "state.db")
+    store.open()
+    assert store.unfinished() == []
+    found = store.find(KEY)
+    assert found is not None
+    assert found.terminal == told
+    assert [message["content"] for message in store.history(("default", "demo"))] == ["one", "one", "hi", "the answer"]
+    store.close()
+    eventually(lambda: not (bus.state / "state.db.ends").exists())
 
 
 def test_an_end_that_was_not_told_before_a_stop_leaves_its_request_to_the_next_life(
