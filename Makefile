@@ -139,10 +139,12 @@ format: install ## put the code into its format
 	$(BIN)/ruff format $(PROJECT)
 
 # REQUESTS=10000 FAULTS=300 takes about half an hour. SEED chooses what happens; a run that fails says how to run it again.
+# FAULTS_ARGS="--shrink" looks for the fewest faults that still fail, --write-docs puts the table into docs/reliability.md.
 REQUESTS ?= 1000
 FAULTS ?= 60
+FAULTS_ARGS ?=
 faults: install broker ## kill, freeze, cut, fill and flood everything while clients ask, and count what was lost (REQUESTS, FAULTS, SEED)
-	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.faults --requests $(REQUESTS) --faults $(FAULTS) $(if $(filter command line environment,$(origin SEED)),--seed $(SEED))
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.faults --requests $(REQUESTS) --faults $(FAULTS) $(if $(filter command line environment,$(origin SEED)),--seed $(SEED)) $(FAULTS_ARGS)
 
 # MINUTES=5 for a look.
 MINUTES ?= 30

@@ -29,12 +29,20 @@ def main() -> int:
     if figures.broken:
         print(f"Again: {command}")
         if options.shrink:
-            fewest = shrink(faults, lambda some: bool(_run(options, seed, some).broken))
+            fewest = shrink(faults, lambda some: _fails(options, seed, some))
             left = ",".join(str(fault.number) for fault in fewest)
             print(f"Fewest faults that still fail: {[str(f) for f in fewest]}\nAgain: {command} --only {left}")
     elif options.write_docs:
         write_docs(figures, command)
     return 1 if figures.broken else 0
+
+
+def _fails(options: argparse.Namespace, seed: int, some: Sequence[Fault]) -> bool:
+    broken = _run(options, seed, some).broken
+    numbers = ",".join(str(fault.number) for fault in some)
+    what = f"breaks {', '.join(sorted({each.promise for each in broken}))}" if broken else "breaks nothing"
+    print(f"{len(some)} faults ({numbers}): {what}", flush=True)
+    return bool(broken)
 
 
 def _run(options: argparse.Namespace, seed: int, faults: Sequence[Fault]) -> Figures:

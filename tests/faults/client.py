@@ -92,7 +92,7 @@ class RuleClient:
         self._position = {id(wish): position for position, wish in enumerate(planned)}
         self._planned = planned
         self._known_begun = {request_id for request_id, _ in last.values()}
-        self._begun_count = len(last)
+        self._begun_count = sum(planned[position].kind != "history" for position in last)
 
     def _id(self, position: int, attempt: int) -> str:
         return f"{self._name}-{self._options.seed}-{position}-{attempt}"
@@ -175,7 +175,7 @@ class RuleClient:
         held: list[Ask] = []
         while self._waiting and len(self._open) < self._options.window and len(held) < 8:
             if (
-                self._begun_count >= allowed(self._options.folder)
+                self._begun_count >= allowed(self._options.folder, self._name)
                 and self._waiting[0].request_id not in self._known_begun
             ):
                 break
@@ -191,7 +191,7 @@ class RuleClient:
         self._waiting.extendleft(reversed(held))
 
     def _begun(self, ask: Ask) -> None:
-        self._begun_count += 1
+        self._begun_count += ask.wish.kind != "history"
         position = self._position[id(ask.wish)]
         self._history.write("begun", request_id=ask.request_id, number=position, attempt=ask.attempt)
 
@@ -278,10 +278,10 @@ class RuleClient:
         self._history.write(how, request_id=ask.request_id, number=self._position[id(ask.wish)])
 
 
-def allowed(folder: str) -> int:
-    """How many wishes may have been begun by now: the clients are kept in step with the faults."""
+def allowed(folder: str, name: str) -> int:
+    """How many wishes this client may have begun by now: the clients are kept in step with the faults."""
     try:
-        return int((Path(folder) / "allowed").read_text())
+        return int(json.loads((Path(folder) / "allowed").read_text())[name])
     except (OSError, ValueError):
         return 10**9
 

@@ -63,7 +63,7 @@ class PackageUser:
                 self._pause.wait(0.3)
 
     def _next(self, bus: BusClient) -> bool:
-        while self._begun >= allowed(self._options.folder):
+        while self._begun >= allowed(self._options.folder, self._options.name):
             self._pause.wait(0.05)
         try:
             number, wish = self._left.get_nowait()

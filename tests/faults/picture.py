@@ -96,7 +96,7 @@ def table(figures: Figures) -> str:
         "| | |",
         "| --- | --- |",
         f"| requests | {figures.requests} |",
-        f"| faults | {len(figures.happenings)} |",
+        f"| faults | {_faults(figures)} |",
         f"| time | {figures.took_s:.0f} s, {figures.lives} lives of the worker |",
         f"| recovery, median and worst | {figures.median_s():.2f} s, {figures.worst_s():.2f} s |",
         *(f"| {line} |" for line in figures.notes),
@@ -111,6 +111,11 @@ def table(figures: Figures) -> str:
     lines += [f"| {kind} | left out: {why} | | |" for kind, why in figures.left_out.items()]
     lines += ["", *(f"BROKEN {b.promise}: {b.request_id} {b.what}" for b in figures.broken[:40])]
     return "\n".join(lines)
+
+
+def _faults(figures: Figures) -> str:
+    made, asked = len(figures.happenings), figures.planned - figures.left_out_faults
+    return str(made) if made == asked else f"{made} of {asked}: the requests ran out"
 
 
 def write_docs(figures: Figures, command: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from tests.faults.checker import Checker
 from tests.faults.history import Entry, Reader
 from tests.faults.model import Broken
+from tests.faults.pace import Pace
 from tests.faults.schedule import Fault
 from tests.faults.wishes import LONG, MAX_TOKENS, SHORT, wishes
 from tests.faults.world import World
@@ -31,7 +32,6 @@ RECOVER_S = 30.0
 """A request begun after everything was mended ends within this time, or something is stuck."""
 END_S = 45.0
 """The same for the end of the run."""
-SLACK = 10  # requests beyond those that the next fault waits for
 TICK_S = 0.02
 
 
@@ -55,6 +55,7 @@ class Figures:
     began_at: float
     happenings: list[Happening] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    left_out_faults: int = 0
     took_s: float = 0.0
     lives: int = 0
     broken: list[Broken] = field(default_factory=list)
@@ -104,7 +105,7 @@ class Run:
         self._without = tuple(without)
         self._show = show or (lambda *_: None)
         self.figures = Figures(requests, len(self._faults), time.monotonic())
-        self._extra = 0
+        self._pace = Pace(clients)
         self._quiet_since = time.monotonic()
 
     def go(self, folder: Path) -> Figures:
@@ -148,6 +149,7 @@ class Run:
             if why := world.why_not(kind):
                 self.figures.left_out[kind] = why
         self._faults = [fault for fault in self._faults if fault.kind not in self.figures.left_out]
+        self.figures.left_out_faults = self.figures.planned - len(self._faults)
 
     # --- the loop ------------------------------------------------------------------------------------------------------
 
@@ -183,10 +185,9 @@ class Run:
         if following is None:
             world.allow(10**9)
             return
-        checkers_open = self.checker.open
-        if checkers_open == 0 and (self._unrecovered() or self.checker.begun < following.after):
-            self._extra += 1
-        world.allow((following.after + SLACK) // self._clients + 1 + self._extra)
+        begun, after = self.checker.begun, following.after
+        needed = self.checker.open == 0 and (begun < after or bool(self._unrecovered()))
+        world.allow(self._pace.allowed(after=after, begun=begun, needed=needed, now=time.monotonic()))
 
     def _unrecovered(self) -> list[Happening]:
         return [h for h in self.figures.happenings if h.recovered_s is None and not h.stuck]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -20,6 +21,7 @@ from llamacpp_mqtt_deploy import demo_model
 from tests.faults.clock_hook import SetClock
 from tests.faults.disk import SmallDisk
 from tests.faults.model import Broken
+from tests.faults.pace import shared
 from tests.faults.proxy import Bend, Network
 from tests.faults.schedule import Fault
 from tests.support.daemon_process import DaemonProcess
@@ -167,10 +169,12 @@ class World:
         return frozenset(client.name for client in self.clients if client.module == PACKAGE)
 
     def allow(self, count: int) -> None:
-        """So many requests may each client begin by now."""
+        """So many requests may the clients begin by now, all together."""
+        asking = [client.name for client in self.clients if client.process is None or client.process.poll() != 0]
+        shares = shared(count, count=self.count, asking=asking, clients=[client.name for client in self.clients])
         path = self.folder / "allowed"
         fresh = self.folder / "allowed.new"
-        fresh.write_text(str(count))
+        fresh.write_text(json.dumps(shares))
         fresh.replace(path)
 
     def start_daemon(self) -> None:
