@@ -19,7 +19,7 @@ from llamacpp_mqtt_deploy.engines.managed.launching import Abilities, Endpoint
 from llamacpp_mqtt_deploy.engines.managed.privatedir import LONGEST_SOCKET_PATH, PrivateDir
 from llamacpp_mqtt_deploy.engines.managed.serverlog import KEPT_LINES, MAX_LINE_CHARS, ServerLog
 from llamacpp_mqtt_deploy.engines.managed.stalling import StallWatch, Vigilance
-from llamacpp_mqtt_deploy.engines.managed.verdicts import End, Verdicts
+from llamacpp_mqtt_deploy.engines.managed.verdicts import End, Verdict, Verdicts
 from llamacpp_mqtt_deploy.engines.server.server_engine import SlotProgress
 
 # --- the server's log ------------------------------------------------------------------------------------------------
@@ -243,6 +243,15 @@ def test_a_server_that_ended_for_lack_of_memory_is_told_for_ten_minutes(end: End
     verdicts.remember(end, 300.0)
     assert "2 times" in verdicts.problem(899.0)
     assert verdicts.problem(901.0) == ""
+
+
+def test_a_start_that_lacks_something_for_the_moment_is_tried_again_soon_however_often_it_failed() -> None:
+    verdicts = Verdicts()
+    assert verdicts.lacks("no descriptors") == Verdict("starting", "no descriptors", 2.0)
+    verdicts.ready()
+    for _ in range(9):
+        verdicts.judge(SEGFAULT)
+    assert verdicts.lacks("no descriptors") == Verdict("restarting", "no descriptors", 2.0)
 
 
 def test_a_server_that_was_to_end_did_not_end_for_lack_of_memory() -> None:

@@ -221,20 +221,26 @@ def test_an_engine_that_comes_back_with_another_context_and_model_is_told_and_us
     assert _answered(watcher, "short")["type"] == "done"
 
 
+@contextlib.contextmanager
+def _without_descriptors(pid: int) -> Iterator[None]:
+    """Less than this process has already: it keeps what it has and gets no more."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_worker_without_file_descriptors_says_so_and_goes_on_when_it_has_some(
     start_worker: StartWorker, start_mosquitto: StartMosquitto, llama_server: LlamaServer, watch: Watch
 ) -> None:
     broker = start_mosquitto()
     watcher = watch(broker.port)
     worker = start_worker(broker.port, llama_server.url, engine__unavailable_after_s=1)
-    pid = worker.process.pid
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))
-    try:
+    with _without_descriptors(worker.process.pid):
         refused = _answered(watcher, "without")
         eventually(lambda: "no file descriptors left" in _problem(watcher))
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 4096))
-    assert before[0] >= 1024
     assert (refused["code"], refused["retryable"]) == ("engine_unavailable", True)
     assert any("LimitNOFILE=" in line["problem"] for line in worker.log("worker.short"))
     eventually(lambda: not _problem(watcher))
@@ -247,16 +253,14 @@ def test_a_worker_that_loses_its_broker_while_it_has_no_file_descriptors_comes_b
     broker = start_mosquitto()
     worker = start_worker(broker.port, llama_server.url, mqtt__reconnect_max_s=0.5)
     pid = worker.process.pid
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))
-    try:
+    with _without_descriptors(pid):
         broker.kill()
         broker.start()
         eventually(lambda: "too many open files" in worker.log_text(), 20)
         worker.send(signal.SIGHUP)  # a reload opens files too
         eventually(lambda: bool(worker.log("configuration.refused")))
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
     watcher = watch(broker.port)
+    watcher.first(_topic="llm/status/w1", state="online")
     assert _answered(watcher, "with")["type"] == "done"
     eventually(lambda: not _problem(watcher))
     assert worker.process.pid == pid
@@ -280,13 +284,11 @@ def test_an_engine_that_is_killed_for_lack_of_memory_is_a_problem_in_the_status_
     os.kill(_own_server(pid), signal.SIGKILL)
     eventually(lambda: "once for lack of memory" in _problem(watcher))
     assert _answered(watcher, "between")["type"] == "done"
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))
-    try:
+    with _without_descriptors(pid):
         os.kill(_own_server(pid), signal.SIGKILL)
         eventually(lambda: "no file descriptors left" in _problem(watcher))
         eventually(lambda: "cannot be started" in _status(watcher)["engine"].get("detail", ""), 20)
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    eventually(lambda: _status(watcher)["engine"]["state"] == "ready", 30)
     assert _answered(watcher, "after")["type"] == "done"
     assert "2 times for lack of memory" in _problem(watcher)
     assert "descriptors" not in _problem(watcher)

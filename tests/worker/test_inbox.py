@@ -219,8 +219,11 @@ def test_a_flood_of_one_client_never_makes_the_worker_refuse_another_ones_reques
     assert journal.reached.wait(10)
     intake = worker.daemon.parts.intake
     assert [intake.offer(_delivery(level="flood/s")) for _ in range(60)].count(False) == 40
+    offer, taken = intake.offer, []
+    monkeypatch.setattr(intake, "offer", lambda delivery: (taken.append(offer(delivery)), taken[-1])[1])
     bus.ask("hi", session="chat/s", request_id="r1")
     bus.ask("later", session="chat/s", request_id="r2")
+    eventually(lambda: len(taken) >= 2)
     with capture_logs() as lines:
         journal.open.set()
         assert bus.listener.terminal("r2")["full_content"] == "later"

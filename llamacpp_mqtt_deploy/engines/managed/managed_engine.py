@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import selectors
 import signal
@@ -39,6 +40,7 @@ SECOND_SIGNAL_AFTER_S = 1.0
 """llama-server waits for its open streams at the first SIGTERM and ends at once at the second."""
 KILL_AFTER_S = 3.0
 MAX_DETAIL_CHARS = 600
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 STUCK_MARGIN_S = 10.0
 """Beyond `chunk_timeout_s`, so that the requests in front of a hang have ended before the server does."""
 
@@ -251,11 +253,8 @@ class ManagedEngine:
             try:
                 self._prepare()
                 pause_s = self._live()
-            except CannotLaunch as problem:
-                pause_s = self._cannot(f"{problem}.")
-            except Exception as error:
-                log.exception("llama_server.supervision_failed")
-                pause_s = self._cannot(f"The worker failed to start its server: {error}.")
+            except Exception as error:  # noqa: BLE001 - told there
+                pause_s = self._not_started(error)
             self._pause(pause_s)
 
     def _prepare(self) -> None:
@@ -393,9 +392,18 @@ class ManagedEngine:
             self._verdicts.remember(end, time.monotonic())
             return self._obey(self._verdicts.judge(end))
 
-    def _cannot(self, detail: str) -> float:
+    def _not_started(self, error: Exception) -> float:
+        """Tell why; the pause before the next start in seconds."""
+        known = isinstance(error, CannotLaunch)
+        detail = f"{error}." if known else f"The worker failed to start its server: {error}."
+        cause = error.__cause__ if known else error
+        lacking = isinstance(cause, OSError) and cause.errno in _LACKING
+        if lacking:
+            log.error("llama_server.not_started", reason=detail)
+        elif not known:
+            log.error("llama_server.supervision_failed", exc_info=error)
         with self._changed:
-            return self._obey(self._verdicts.cannot(detail))
+            return self._obey((self._verdicts.lacks if lacking else self._verdicts.cannot)(detail))
 
     def _obey(self, verdict: Verdict) -> float:
         """Under the lock."""

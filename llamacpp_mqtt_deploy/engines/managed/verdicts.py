@@ -17,6 +17,8 @@ HEALTHY_AFTER_S = 60.0
 FIRST_FAILED_PAUSE_S = 10.0
 LONGEST_FAILED_PAUSE_S = 300.0
 """Between two starts of a server that cannot load: it reads a whole model each time, and a person has to do something."""
+LACKING_PAUSE_S = 2.0
+"""Between two starts for which there is no file descriptor, process or memory."""
 FAILED_AFTER_CRASHES = 3
 """So many crashes in a row before the server was ready are no bad luck."""
 MOST_DOUBLINGS = 20
@@ -127,6 +129,10 @@ class Verdicts:
         what = f"hung ({end.why}) and was killed" if end.wish == "hung" else end.how
         said = f" It said last: {end.last.rstrip('.')}." if end.last else ""
         return Verdict("restarting", f"The server {what}; it is started again in {pause_s:g} s.{said}", pause_s)
+
+    def lacks(self, detail: str) -> Verdict:
+        """A start for which the machine has too little just now; it has read no model yet, so the next try costs little."""
+        return Verdict("restarting" if self._ever_ready else "starting", detail, LACKING_PAUSE_S)
 
     def cannot(self, detail: str) -> Verdict:
         """A start that is in vain until a person does something."""
