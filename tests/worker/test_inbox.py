@@ -219,8 +219,14 @@ def test_a_flood_of_one_client_never_makes_the_worker_refuse_another_ones_reques
     assert journal.reached.wait(10)
     intake = worker.daemon.parts.intake
     assert [intake.offer(_delivery(level="flood/s")) for _ in range(60)].count(False) == 40
-    offer, taken = intake.offer, []
-    monkeypatch.setattr(intake, "offer", lambda delivery: (taken.append(offer(delivery)), taken[-1])[1])
+    offer = intake.offer
+    taken: list[bool] = []
+
+    def counted(delivery: Delivery) -> bool:
+        taken.append(offer(delivery))
+        return taken[-1]
+
+    monkeypatch.setattr(intake, "offer", counted)
     bus.ask("hi", session="chat/s", request_id="r1")
     bus.ask("later", session="chat/s", request_id="r2")
     eventually(lambda: len(taken) >= 2)
