@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools test test-fast mutants bench hostile flood brokers audit faults soak check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast mutants bench hostile flood brokers audit faults soak check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,7 +86,35 @@ tools:
 		fi; \
 	done
 
-test: install inprocess broker tools ## the whole suite, with everything that it needs
+# MQTT.js for the tests of clients/js, terser for the file that is shipped, axe-core for the page.
+tests/js/node_modules/.package-lock.json: tests/js/package-lock.json
+	@if ! command -v npm >/dev/null && $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y nodejs npm; fi
+	@if command -v npm >/dev/null; then npm ci --prefix tests/js --silent --no-fund --no-audit && touch $@; \
+	else echo "Without npm the JavaScript client is not tried at a real broker." >&2; fi
+
+node-packages: tests/js/node_modules/.package-lock.json
+.PHONY: node-packages
+
+javascript: node-packages ## clients/js/lmd.min.js and the page's copy, from clients/js/lmd.js
+	cd clients/js && node build.mjs > lmd.min.js.new && mv lmd.min.js.new lmd.min.js
+	cp clients/js/lmd.js llamacpp_mqtt_deploy/gateway/page/lmd.js
+
+# Some 400 MB of Chromium, and so not a part of `test`: there these tests are skipped where it is missing.
+$(STAMPS)/browser: | $(STAMPS)/install
+	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
+		if $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y chromium chromium-driver fonts-liberation fonts-noto-color-emoji; \
+		else echo "The page is tried in Chromium. On Debian: sudo apt-get install chromium chromium-driver" >&2; exit 1; fi; \
+	fi
+	$(PIP) install --quiet 'selenium>=4.30,<5'
+	@mkdir -p $(@D) && touch $@
+
+browser: install broker node-packages $(STAMPS)/browser ## try the chat page in a headless Chromium
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -q tests/page $(PYTEST_ARGS)
+
+screenshots: install broker $(STAMPS)/browser ## the pictures of the chat page in docs/
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.page.screenshots
+
+test: install inprocess broker tools node-packages ## the whole suite, with everything that it needs
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: install broker ## the suite without the in-process engine, until the first failure

@@ -61,6 +61,7 @@ RANKS: Mapping[str, int] = {
     "checking": 70,
     "demo": 70,
     "direct": 70,
+    "gateway": 65,
     "client": 60,
     "service": 60,
     "worker": 50,

@@ -51,15 +51,17 @@ def metadata(wheel: Path) -> Message:
         return Parser().parsestr(archive.read(name).decode())
 
 
-def test_the_wheel_has_the_code_its_types_and_the_demo_model_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_the_code_its_types_the_demo_model_and_the_chat_page_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "llamacpp_mqtt_deploy").rglob("*")
-        if path.suffix in {".py", ".typed", ".gguf"}
+        if path.suffix in {".py", ".typed", ".gguf"} or "page" in path.parts
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert "llamacpp_mqtt_deploy/demo_model/demo.gguf" in expected
+    assert "llamacpp_mqtt_deploy/gateway/page/vendored/marked.LICENSE" in expected
     assert expected <= names
     assert {name.split("/")[0] for name in names} == {
         "llamacpp_mqtt_deploy",

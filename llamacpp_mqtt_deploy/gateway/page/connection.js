@@ -1,0 +1,78 @@
+// The way to the worker: the gateway's WebSocket, its POST where WebSockets do not come through, or a broker by MQTT.js.
+
+import { overFetch, overMqtt, overWebSocket, randomId } from "./lmd.js";
+
+const SILENT = { session: "", up() {}, down() {}, event() {}, fail() {} };
+
+/** Opens the way that the settings name. `onState` hears `connecting`, `up`, `down`, or `refused` with a sentence. */
+export async function connect(settings, onState) {
+  return settings.way === "broker" ? broker(settings, onState) : gateway(settings, onState);
+}
+
+function gateway({ key }, onState) {
+  const address = new URL("ws", document.baseURI);
+  address.protocol = address.protocol.replace("http", "ws");
+  const entries = new Map();
+  let failures = 0;
+
+  const socket = overWebSocket(address.href, {
+    protocols: key ? ["lmd", `lmd.key.${key}`] : undefined,
+    onState(state) {
+      onState(state);
+      if (state === "up") failures = -Infinity;
+      else if (++failures === 2) toPosts();
+    },
+  });
+  const post = overFetch(new URL("ask", document.baseURI).href, { headers: key ? { authorization: `Bearer ${key}` } : {} });
+  let bus = socket;
+
+  // A socket that could never be opened: some proxies let none through.
+  function toPosts() {
+    bus = post;
+    onState("up");
+    for (const [entry, close] of [...entries]) {
+      close();
+      entries.set(entry, post.open(entry));
+    }
+    socket.close();
+  }
+
+  // Keeps the socket open while nothing is asked, so that the first word of an answer does not wait for it.
+  socket.open(SILENT);
+  addEventListener("online", () => bus === socket && socket.renew());
+  return {
+    session: (id) => id,
+    open(entry) {
+      entries.set(entry, bus.open(entry));
+      return () => {
+        entries.get(entry)?.();
+        entries.delete(entry);
+      };
+    },
+    send: (entry, body) => bus.send(entry, body),
+    get control() {
+      return bus.control;
+    },
+    get renew() {
+      return bus.renew;
+    },
+  };
+}
+
+async function broker({ url, username, password, root }, onState) {
+  const { default: mqtt } = await import("./vendored/mqtt.esm.js");
+  const client = mqtt.connect(url, {
+    clientId: `lmd-page-${randomId()}`,
+    protocolVersion: 5,
+    reconnectPeriod: 1000,
+    keepalive: 30,
+    timerVariant: "native", // the other one makes a worker from a blob, which the page's policy forbids
+    ...(username && { username, password }),
+  });
+  client.on("connect", () => onState("up"));
+  client.on("close", () => onState("down"));
+  client.on("error", ({ message, code }) => code && onState("refused", `The broker refuses the connection: ${message}`));
+  const bus = overMqtt(client, { root: root || "llm" });
+  // An access list binds the first level of a session to the user.
+  return Object.assign(bus, { session: (id) => (username ? `${username}/${id}` : id) });
+}

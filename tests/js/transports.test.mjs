@@ -1,0 +1,237 @@
+// The three ways to the worker, with stand-ins for socket, fetch and MQTT.js. The real ones: test_real_broker.py and the gateway's tests.
+import assert from "node:assert/strict";
+import test, { beforeEach, mock } from "node:test";
+import { EventEmitter } from "node:events";
+
+import { ask, overFetch, overMqtt, overWebSocket } from "../../clients/js/lmd.js";
+
+const settled = () => new Promise((resolve) => setImmediate(resolve));
+const END = { type: "done", seq: 2, final: true, finish_reason: "stop", full_content: "ab" };
+
+beforeEach(() => {
+  mock.timers.reset();
+  mock.timers.enable({ apis: ["setInterval", "setTimeout", "Date"], now: 1e12 });
+});
+
+// --- WebSocket ---
+
+class HandSocket {
+  static all = [];
+  readyState = 0;
+  frames = [];
+  constructor(url, protocols) {
+    Object.assign(this, { url, protocols });
+    HandSocket.all.push(this);
+  }
+  send(text) {
+    this.frames.push(JSON.parse(text));
+  }
+  accept() {
+    this.readyState = 1;
+    this.onopen();
+  }
+  say(event) {
+    this.onmessage({ data: typeof event === "string" ? event : JSON.stringify(event) });
+  }
+  close() {
+    this.readyState = 3;
+    this.onclose();
+  }
+}
+
+function socketBus(options) {
+  HandSocket.all = [];
+  return overWebSocket("ws://gateway/ws", { Socket: HandSocket, ...options });
+}
+
+test("a WebSocket is opened with the first request and carries all of them", async () => {
+  const bus = socketBus();
+  assert.equal(HandSocket.all.length, 0);
+  const [one, two] = [ask(bus, { session: "s", prompt: "1" }), ask(bus, { session: "t", prompt: "2" })];
+  const [socket] = HandSocket.all;
+  assert.equal(HandSocket.all.length, 1);
+  assert.deepEqual(socket.frames, []);
+  socket.accept();
+  assert.deepEqual(socket.frames[0], { type: "request", session: "s", prompt: "1", request_id: one.requestId });
+  socket.say({ ...END, request_id: two.requestId, full_content: "second" });
+  socket.say("no JSON");
+  socket.say({ type: "ack", action: "cancel" });
+  socket.say({ ...END, request_id: one.requestId });
+  assert.equal((await one.done).content, "ab");
+  assert.equal((await two.done).content, "second");
+});
+
+test("a cancel goes over the WebSocket as a control", async () => {
+  const bus = socketBus();
+  const asked = ask(bus, { session: "s", prompt: "1" });
+  HandSocket.all[0].accept();
+  asked.cancel();
+  assert.deepEqual(HandSocket.all[0].frames[1], { type: "control", session: "s", action: "cancel", request_id: asked.requestId });
+});
+
+test("a lost WebSocket is opened again with growing pauses, and the request goes out again as it was", () => {
+  const states = [];
+  const bus = socketBus({ onState: (state) => states.push(state) });
+  ask(bus, { session: "s", prompt: "1" });
+  HandSocket.all[0].accept();
+  HandSocket.all[0].close();
+  for (let half = 0; half < 4; half += 1) mock.timers.tick(250);
+  assert.equal(HandSocket.all.length, 2);
+  HandSocket.all[1].close();
+  mock.timers.tick(200);
+  assert.equal(HandSocket.all.length, 2, "the second pause is longer");
+  mock.timers.tick(800);
+  HandSocket.all[2].accept();
+  assert.deepEqual(HandSocket.all[2].frames, HandSocket.all[0].frames);
+  assert.deepEqual(states, ["up", "down", "down", "up"]);
+});
+
+test("a WebSocket that nobody needs is not opened again", () => {
+  const bus = socketBus();
+  const asked = ask(bus, { session: "s", prompt: "1" });
+  HandSocket.all[0].accept();
+  HandSocket.all[0].say({ ...END, request_id: asked.requestId });
+  HandSocket.all[0].close();
+  mock.timers.tick(60_000);
+  assert.equal(HandSocket.all.length, 1);
+});
+
+test("a WebSocket that says nothing for three heartbeats is replaced by another one", () => {
+  const bus = socketBus();
+  const asked = ask(bus, { session: "s", prompt: "1" });
+  HandSocket.all[0].accept();
+  HandSocket.all[0].say({ type: "start", request_id: asked.requestId });
+  for (let second = 0; second < 46; second += 1) mock.timers.tick(1000);
+  assert.equal(HandSocket.all.length, 2);
+  HandSocket.all[1].accept();
+  assert.deepEqual(HandSocket.all[1].frames, HandSocket.all[0].frames);
+});
+
+// --- fetch ---
+
+/** A response whose body the test writes. */
+function streamed(status = 200) {
+  const response = { ok: status < 400, status, statusText: "As said" };
+  response.body = new ReadableStream({ start: (controller) => (response.controller = controller) });
+  response.say = (text) => response.controller.enqueue(new TextEncoder().encode(text));
+  response.text = () => new Response(response.body).text();
+  return response;
+}
+
+test("server-sent events are read across the borders of packets and characters", async () => {
+  const response = streamed();
+  const calls = [];
+  const bus = overFetch("/ask", { headers: { authorization: "Bearer k" }, fetch: async (...given) => (calls.push(given), response) });
+  const asked = ask(bus, { session: "s", prompt: "1" });
+  await settled();
+  const [[url, { method, headers, body }]] = calls;
+  assert.deepEqual([url, method, headers.authorization, headers["idempotency-key"]], ["/ask", "POST", "Bearer k", asked.requestId]);
+  assert.deepEqual(JSON.parse(body), { session: "s", prompt: "1", request_id: asked.requestId });
+  const bytes = new TextEncoder().encode(
+    `: keep-alive\n\ndata: ${JSON.stringify({ type: "chunk", request_id: asked.requestId, seq: 0, content: "größer 🌊" })}\r\n\r\n` +
+      `data: ${JSON.stringify({ ...END, request_id: asked.requestId, full_content: "größer 🌊" })}\n\n`,
+  );
+  for (const byte of bytes) response.controller.enqueue(new Uint8Array([byte]));
+  assert.equal((await asked.done).content, "größer 🌊");
+});
+
+test("a refused POST ends the answer with the code that the body names", async () => {
+  const response = streamed(429);
+  const asked = ask(overFetch("/ask", { fetch: async () => response }), { prompt: "1" });
+  response.say(JSON.stringify({ error: { code: "busy", message: "The queue is full." } }));
+  response.controller.close();
+  const { end } = await asked.done;
+  assert.deepEqual([end.code, end.message], ["busy", "The queue is full."]);
+});
+
+test("a refused POST without a body that can be read tells the status", async () => {
+  const response = streamed(502);
+  const asked = ask(overFetch("/ask", { fetch: async () => response }), { prompt: "1" });
+  response.say("<html>Bad gateway</html>");
+  response.controller.close();
+  const { end } = await asked.done;
+  assert.deepEqual([end.code, end.message], ["http_502", "As said"]);
+});
+
+test("a stream that breaks off is asked for again, and the text is neither lost nor doubled", async () => {
+  const responses = [streamed(), streamed()];
+  const bodies = [];
+  const bus = overFetch("/ask", { fetch: async (_, { body }) => (bodies.push(body), responses[bodies.length - 1]) });
+  const told = [];
+  const asked = ask(bus, { prompt: "1" }, { onNews: ({ content }) => told.push(content) });
+  await settled();
+  responses[0].say(`data: ${JSON.stringify({ type: "chunk", request_id: asked.requestId, seq: 0, content: "a" })}\n\n`);
+  await settled();
+  responses[0].controller.error(new Error("cut"));
+  await settled();
+  mock.timers.tick(1000);
+  await settled();
+  assert.equal(bodies.length, 2);
+  assert.equal(bodies[0], bodies[1]);
+  responses[1].say(`data: ${JSON.stringify({ ...END, request_id: asked.requestId })}\n\n`);
+  await asked.done;
+  assert.equal(told.join(""), "ab");
+});
+
+test("a cancel closes the HTTP request, which is how the gateway learns of it", async () => {
+  let signal;
+  const bus = overFetch("/ask", { fetch: async (_, given) => ((signal = given.signal), streamed()) });
+  const asked = ask(bus, { prompt: "1" });
+  await settled();
+  asked.cancel();
+  assert.equal(signal.aborted, true);
+  assert.equal((await asked.done).end.finish_reason, "cancelled");
+});
+
+// --- MQTT.js ---
+
+class HandClient extends EventEmitter {
+  connected = true;
+  did = [];
+  subscribe(topic, { qos }, callback) {
+    this.did.push(["subscribe", topic, qos]);
+    this.granted = callback;
+  }
+  unsubscribe(topic) {
+    this.did.push(["unsubscribe", topic]);
+  }
+  publish(topic, payload, { qos }) {
+    this.did.push(["publish", topic, qos, JSON.parse(payload)]);
+  }
+}
+
+test("over MQTT the request is published after the subscription was granted, and the topic is given back at the end", async () => {
+  const client = new HandClient();
+  const bus = overMqtt(client, { root: "home/llm" });
+  const asked = ask(bus, { session: "s", prompt: "1" });
+  assert.deepEqual(client.did, [["subscribe", "home/llm/reply/s", 1]]);
+  client.granted(null, [{ qos: 1 }]);
+  assert.deepEqual(client.did[1], ["publish", "home/llm/request/s", 1, { prompt: "1", request_id: asked.requestId }]);
+  const payload = (event) => new TextEncoder().encode(JSON.stringify({ request_id: asked.requestId, ...event }));
+  client.emit("message", "home/llm/reply/s", payload({ ...END, full_content: "retained" }), { retain: true });
+  client.emit("message", "home/llm/reply/other", payload({ ...END, full_content: "another" }), { retain: false });
+  client.emit("message", "home/llm/reply/s", new TextEncoder().encode("no JSON"), { retain: false });
+  client.emit("message", "home/llm/reply/s", payload(END), { retain: false });
+  assert.equal((await asked.done).content, "ab");
+  assert.deepEqual(client.did.at(-1), ["unsubscribe", "home/llm/reply/s"]);
+});
+
+test("over MQTT a subscription that the broker refuses ends the answer with a sentence", async () => {
+  const client = new HandClient();
+  const asked = ask(overMqtt(client), { session: "s", prompt: "1" });
+  client.granted(null, [{ qos: 128 }]);
+  const { end } = await asked.done;
+  assert.equal(end.code, "not_permitted");
+  assert.match(end.message, /llm\/reply\/s/);
+});
+
+test("after a lost connection it subscribes first and asks then", () => {
+  const client = new HandClient();
+  ask(overMqtt(client), { session: "s", prompt: "1" });
+  client.granted(null, [{ qos: 1 }]);
+  client.emit("close");
+  client.emit("connect");
+  assert.deepEqual(client.did.map(([what]) => what), ["subscribe", "publish", "subscribe"]);
+  client.granted(null, [{ qos: 1 }]);
+  assert.deepEqual(client.did.map(([what]) => what), ["subscribe", "publish", "subscribe", "publish"]);
+});

@@ -1,0 +1,194 @@
+"""The chat page in a real browser: streams, stops, comes back, is used by keyboard, and runs nothing that an answer says."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamacpp_mqtt_deploy.core.deltas import Finished, PromptProgress, Reasoning, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
+from tests.page.browser import ChatPage
+from tests.support.mosquitto import Mosquitto
+
+pytestmark = [pytest.mark.broker, pytest.mark.browser]
+
+
+def test_an_answer_streams_word_by_word_and_shows_its_figures(page: ChatPage, engine: ScriptedEngine) -> None:
+    gate = Gate()
+    engine.play("The sea ", "says ", gate, "little.")
+    page.ask("What does the sea say?")
+    page.until(lambda: page.answer() == "The sea says")
+    assert page.text(".question") == "What does the sea say?"
+    assert page.find("#stop").is_displayed()
+    gate.open()
+    page.ended()
+    assert page.answer() == "The sea says little."
+    figures = page.text(".answer .figures")
+    assert "tokens/s" in figures
+    assert "first token" in figures
+    assert "tiny" in figures
+    assert page.find("#send").is_displayed()
+    assert page.log() == []
+
+
+def test_the_next_question_belongs_to_the_same_conversation(page: ChatPage, engine: ScriptedEngine) -> None:
+    for question in ("My name is Ada.", "What is my name?"):
+        page.ask(question)
+        page.ended()
+    asked = [message["content"] for message in engine.calls[-1].messages if message["role"] == "user"]
+    assert asked == ["My name is Ada.", "What is my name?"]
+    assert page.text("#title") == "My name is Ada."
+
+
+def test_the_stop_button_ends_the_answer_and_frees_the_slot(page: ChatPage, engine: ScriptedEngine) -> None:
+    engine.play("One, ", "two, ", Gate())
+    page.ask("Count")
+    page.until(lambda: "two" in page.answer())
+    page.find("#stop").click()
+    page.ended()
+    assert page.answer() == "One, two,"
+    assert "Stopped" in page.text(".answer .figures")
+    page.ask("Are you there?")
+    page.ended()
+    assert page.answer() == "Are you there?"
+
+
+def test_a_broker_that_restarts_costs_no_word_and_doubles_none(
+    page: ChatPage, engine: ScriptedEngine, broker: Mosquitto
+) -> None:
+    gate = Gate()
+    engine.play("One, ", "two, ", gate, "three, ", "four.")
+    page.ask("Count")
+    page.until(lambda: "two" in page.answer())
+    broker.stop()
+    page.until(lambda: page.text("#connection") == "Reconnecting")
+    gate.open()
+    broker.start()
+    page.ended()
+    assert page.answer() == "One, two, three, four."
+    assert page.text("#connection") == "Connected"
+    assert len(engine.calls) == 1
+
+
+def test_a_page_that_is_loaded_again_goes_on_with_the_answer(page: ChatPage, engine: ScriptedEngine) -> None:
+    gate = Gate()
+    engine.play("One, ", "two, ", gate, "three.")
+    page.ask("Count")
+    page.until(lambda: "two" in page.answer())
+    page.browser.refresh()
+    page.until(lambda: page.answer() == "One, two,")
+    gate.open()
+    page.ended()
+    assert page.answer() == "One, two, three."
+    assert len(engine.calls) == 1
+
+
+def test_a_waiting_question_shows_its_place_in_the_queue(page: ChatPage, engine: ScriptedEngine) -> None:
+    gate = Gate()
+    engine.play("busy ", gate)
+    engine.play("busy ", gate)
+    for _ in range(2):
+        page.find("#new").click()
+        page.ask("Take a slot")
+        page.until(lambda: "busy" in page.answer())
+    page.find("#new").click()
+    page.ask("And me?")
+    page.until(lambda: "place" in page.text(".answer .waiting"))
+    gate.open()
+    page.ended()
+    assert page.answer() == "And me?"
+
+
+def test_the_prompt_that_is_read_shows_how_far(page: ChatPage, engine: ScriptedEngine) -> None:
+    gate = Gate()
+    engine.play(PromptProgress(300, 1000, 0), gate, "Done.")
+    page.ask("A long prompt")
+    page.until(lambda: "30 %" in page.text(".answer .waiting"))
+    gate.open()
+    page.ended()
+
+
+def test_thinking_is_folded_and_can_be_opened(page: ChatPage, engine: ScriptedEngine) -> None:
+    gate = Gate()
+    engine.play(Reasoning("First I count "), Reasoning("the waves."), gate, "Seven.")
+    page.ask("How many waves?")
+    page.until(lambda: page.text(".thinking summary") == "Thinking")
+    assert "waves" not in page.text(".thinking")
+    gate.open()
+    page.ended()
+    assert page.text(".thinking summary").startswith("Thought")
+    page.find(".thinking summary").click()
+    assert "First I count the waves." in page.text(".thinking")
+    assert page.answer() == "Seven."
+
+
+def test_a_tool_call_is_shown_with_its_arguments(page: ChatPage, engine: ScriptedEngine) -> None:
+    calls = [ToolCall(0, "call-0", "get_time", '{"city":'), ToolCall(0, None, None, '"Bonn"}')]
+    engine.play(*calls, Finished("tool_calls", TokenUsage(prompt_tokens=3, completion_tokens=2)))
+    page.ask("What time is it?")
+    page.ended()
+    assert "get_time" in page.text(".call summary")
+    page.find(".call summary").click()
+    assert '"city": "Bonn"' in page.text(".call pre")
+
+
+def test_markdown_is_shown_as_markdown(page: ChatPage, engine: ScriptedEngine) -> None:
+    engine.play(
+        *[
+            "# Title\n\nSome **bold** and `code`.\n\n1. one\n2. two\n\n",
+            "| a | b |\n|---|--:|\n| 1 | 2 |\n\n```python\nprint(1 < 2)\n```\n",
+        ]
+    )
+    page.ask("Show me Markdown")
+    page.ended()
+    assert page.text(".prose h3") == "Title"
+    assert page.text(".prose strong") == "bold"
+    assert len(page.all(".prose ol > li")) == 2
+    assert page.text(".prose td.to-right") == "2"
+    assert page.text(".prose pre code") == "print(1 < 2)"
+    assert page.text(".prose figcaption span") == "python"
+
+
+def test_code_is_copied_as_it_is(page: ChatPage, engine: ScriptedEngine) -> None:
+    page.command("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    engine.play("```html\n<b>&amp;</b>\n\tend\n```\n")
+    page.ask("Code, please")
+    page.ended()
+    page.find(".copy-code").click()
+    page.until(lambda: "did" in page.find(".copy-code").get_attribute("class"))
+    copied = page.browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert copied == "<b>&amp;</b>\n\tend"
+
+
+def test_an_error_is_told_and_can_be_tried_again(page: ChatPage, engine: ScriptedEngine) -> None:
+    from llamacpp_mqtt_deploy.core.errors import EngineError
+
+    engine.play(EngineError("The model has lost its head."))
+    page.ask("Hello?")
+    page.ended()
+    assert page.text(".problem p")
+    page.find(".again").click()
+    page.ended()
+    assert page.answer() == "Hello?"
+    assert not page.find(".problem").is_displayed()
+    assert len(page.all(".question")) == 1
+
+
+def test_chats_are_kept_renamed_and_deleted(page: ChatPage) -> None:
+    for question in ("First chat", "Second chat"):
+        page.find("#new").click()
+        page.ask(question)
+        page.ended()
+    page.browser.refresh()
+    page.connected()
+    assert [row.text for row in page.all("#chats .name")] == ["Second chat", "First chat"]
+    assert page.answer() == "Second chat", "the chat that was shown is shown again"
+    page.run("document.querySelectorAll('#chats .rename')[1].click()")
+    page.run("document.querySelector('#rename-text').value = 'The first one'")
+    page.find("#rename .strong").click()
+    page.until(lambda: "The first one" in page.text("#chats"))
+    page.run("document.querySelectorAll('#chats .remove')[0].click()")
+    page.find("#remove .danger").click()
+    page.until(lambda: len(page.all("#chats li")) == 1)
+    assert page.text("#title") == "New chat"
+    page.find("#chats .open").click()
+    assert page.answer() == "First chat"
