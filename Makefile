@@ -102,7 +102,7 @@ javascript: node-packages ## clients/js/lmd.min.js and the page's copy, from cli
 # Some 400 MB of Chromium, and so not a part of `test`: there these tests are skipped where it is missing.
 $(STAMPS)/browser: | $(STAMPS)/install
 	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
-		if $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y chromium chromium-driver fonts-liberation fonts-noto-color-emoji; \
+		if $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y chromium chromium-driver fonts-liberation fonts-noto-color-emoji fonts-inter; \
 		else echo "The page is tried in Chromium. On Debian: sudo apt-get install chromium chromium-driver" >&2; exit 1; fi; \
 	fi
 	$(PIP) install --quiet 'selenium>=4.30,<5'

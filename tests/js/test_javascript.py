@@ -167,6 +167,9 @@ class Program:
     def ended(self, name: str) -> dict[str, Any]:
         return self.until(lambda said: said.get("name") == name and "end" in said)
 
+    def completed(self, name: str) -> None:
+        self.until(lambda said: said.get("name") == name and "complete" in said)
+
     def text(self, name: str) -> str:
         """What was told of this answer, piece by piece."""
         return "".join(
@@ -245,7 +248,7 @@ def test_chat_session_stream_keeps_the_session_between_two_messages(
     with Program(websocket(broker)) as program:
         for message in ("My name is Ada.", "What is my name?"):
             program.tell(chat=message, request={"session_id": "my-session-123", "message": message, "max_tokens": 50})
-            program.until(lambda said, message=message: said.get("name") == message and "complete" in said)
+            program.completed(message)
         second = engine.calls[-1].messages
         assert [message["content"] for message in second if message["role"] == "user"] == [
             "My name is Ada.",

@@ -103,6 +103,18 @@ class ChatPage:
 
         ActionChains(self.browser).send_keys(*keys).perform()
 
+    def chord(self, *keys: str) -> None:
+        """The last key while the others are held."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        chain = ActionChains(self.browser)
+        for key in keys[:-1]:
+            chain.key_down(key)
+        chain.send_keys(keys[-1])
+        for key in keys[:-1]:
+            chain.key_up(key)
+        chain.perform()
+
     def ask(self, text: str) -> None:
         from selenium.webdriver.common.keys import Keys
 

@@ -19,7 +19,7 @@ class Site:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:  # noqa: N802 - the library's name
+            def do_GET(self) -> None:
                 path = self.path.partition("?")[0].removeprefix("/")
                 asked = {name.lower().encode(): value.encode() for name, value in self.headers.items()}
                 status, headers, body = pages.respond("GET", path, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import Finished, PromptProgress, Reasoning, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.page.browser import ChatPage
 from tests.support.mosquitto import Mosquitto
@@ -17,7 +18,7 @@ def test_an_answer_streams_word_by_word_and_shows_its_figures(page: ChatPage, en
     engine.play("The sea ", "says ", gate, "little.")
     page.ask("What does the sea say?")
     page.until(lambda: page.answer() == "The sea says")
-    assert page.text(".question") == "What does the sea say?"
+    assert page.text(".question .text") == "What does the sea say?"
     assert page.find("#stop").is_displayed()
     gate.open()
     page.ended()
@@ -160,9 +161,7 @@ def test_code_is_copied_as_it_is(page: ChatPage, engine: ScriptedEngine) -> None
 
 
 def test_an_error_is_told_and_can_be_tried_again(page: ChatPage, engine: ScriptedEngine) -> None:
-    from llamacpp_mqtt_deploy.core.errors import EngineError
-
-    engine.play(EngineError("The model has lost its head."))
+    engine.play(EngineFailed("The model has lost its head."))
     page.ask("Hello?")
     page.ended()
     assert page.text(".problem p")

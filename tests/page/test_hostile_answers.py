@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import Finished, Reasoning, TokenUsage, ToolCall
+from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
 from tests.page.browser import ChatPage
 
@@ -134,14 +135,12 @@ def test_a_prompt_is_text_wherever_it_is_shown(page: ChatPage, engine: ScriptedE
 
 
 def test_thoughts_tools_and_errors_are_text(page: ChatPage, engine: ScriptedEngine) -> None:
-    from llamacpp_mqtt_deploy.core.errors import EngineError
-
     evil = f"<img src=x onerror={RUN}>"
     tokens = TokenUsage(prompt_tokens=1, completion_tokens=1)
     engine.play(Reasoning(evil), ToolCall(0, evil, evil, '{"a": "' + evil + '"}'), Finished("tool_calls", tokens))
     page.ask("Say it")
     page.ended()
-    engine.play(EngineError(evil))
+    engine.play(EngineFailed(evil))
     page.ask("Again")
     page.ended()
     look(page)

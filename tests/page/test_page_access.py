@@ -19,7 +19,7 @@ def focused(page: ChatPage) -> str:
     """What has the focus, as a screen reader would name it."""
     return str(
         page.run(
-            "const {activeElement: it} = document; return it.ariaLabel || it.labels?.[0]?.innerText || it.innerText || it.tagName"
+            "const {activeElement: it} = document; return it === document.body ? '' : it.ariaLabel || it.labels?.[0]?.innerText || it.innerText || it.tagName"
         )
     )
 
@@ -42,7 +42,7 @@ def test_everything_is_done_by_keyboard(page: ChatPage, engine: ScriptedEngine) 
 
     assert focused(page) == "Prompt"
     page.press("First line")
-    page.press(Keys.SHIFT, Keys.ENTER, Keys.NULL)
+    page.chord(Keys.SHIFT, Keys.ENTER)
     page.press("second line")
     engine.play("One, ", "two, ", Gate())
     page.press(Keys.ENTER)
@@ -52,7 +52,7 @@ def test_everything_is_done_by_keyboard(page: ChatPage, engine: ScriptedEngine) 
     page.ended()
     assert "Stopped" in page.text(".answer .figures")
     assert focused(page) == "Prompt"
-    page.press(Keys.CONTROL, Keys.SHIFT, "o", Keys.NULL)
+    page.chord(Keys.CONTROL, Keys.SHIFT, "o")
     assert page.text("#title") == "New chat"
     page.press("Another")
     page.press(Keys.ENTER)
@@ -112,6 +112,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_opens_over_the
     )
     page.ask("Something wide " + "w" * 200)
     page.ended()
+    wide = "return [...document.querySelectorAll('body *')].filter((it) => it.getBoundingClientRect().right > 360 && !it.closest('pre, .wide')).map((it) => it.outerHTML.slice(0, 80))"
+    assert page.run(wide) == []
     assert page.run("return document.documentElement.scrollWidth") <= 360
     assert page.run("return document.getElementById('transcript').scrollWidth") <= 360
     assert page.run("return document.getElementById('sidebar').inert")

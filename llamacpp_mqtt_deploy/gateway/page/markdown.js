@@ -77,7 +77,7 @@ function one(token, inside, tight) {
     case "hr":
       return element("hr");
     case "checkbox":
-      return Object.assign(element("input"), { type: "checkbox", checked: token.checked, disabled: true });
+      return Object.assign(element("input"), { type: "checkbox", checked: token.checked, disabled: true, ariaLabel: token.checked ? "Done" : "To do" });
     case "list":
       return list(token, inside);
     case "table":

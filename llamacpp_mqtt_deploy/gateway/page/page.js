@@ -38,7 +38,8 @@ function open(id) {
   }
   redraw();
   closeMenu();
-  if (matchMedia("(hover: hover)").matches) $("prompt").focus();
+  // Where there are keys: on a touch screen the focus would bring the keyboard up.
+  if (!narrow.matches && !matchMedia("(pointer: coarse)").matches) $("prompt").focus();
 }
 
 function redraw() {
