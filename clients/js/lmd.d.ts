@@ -81,7 +81,7 @@ export interface Entry {
   event(event: unknown): void;
   up(): void;
   down(): void;
-  fail(code: string, message: string): void;
+  fail(code: string, message: string, more?: object): void;
 }
 
 /** A way to the worker. */

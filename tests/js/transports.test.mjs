@@ -121,12 +121,12 @@ function streamed(status = 200) {
 test("server-sent events are read across the borders of packets and characters", async () => {
   const response = streamed();
   const calls = [];
-  const bus = overFetch("/ask", { headers: { authorization: "Bearer k" }, fetch: async (...given) => (calls.push(given), response) });
+  const bus = overFetch("/ask/events", { headers: { authorization: "Bearer k" }, fetch: async (...given) => (calls.push(given), response) });
   const asked = ask(bus, { session: "s", prompt: "1" });
   await settled();
   const [[url, { method, headers, body }]] = calls;
-  assert.deepEqual([url, method, headers.authorization, headers["idempotency-key"]], ["/ask", "POST", "Bearer k", asked.requestId]);
-  assert.deepEqual(JSON.parse(body), { session: "s", prompt: "1", request_id: asked.requestId });
+  assert.deepEqual([url, method, headers.authorization, headers["idempotency-key"]], ["/ask/events", "POST", "Bearer k", asked.requestId]);
+  assert.deepEqual(JSON.parse(body), { session_id: "s", prompt: "1", request_id: asked.requestId });
   const bytes = new TextEncoder().encode(
     `: keep-alive\n\ndata: ${JSON.stringify({ type: "chunk", request_id: asked.requestId, seq: 0, content: "größer 🌊" })}\r\n\r\n` +
       `data: ${JSON.stringify({ ...END, request_id: asked.requestId, full_content: "größer 🌊" })}\n\n`,
@@ -137,16 +137,16 @@ test("server-sent events are read across the borders of packets and characters",
 
 test("a refused POST ends the answer with the code that the body names", async () => {
   const response = streamed(429);
-  const asked = ask(overFetch("/ask", { fetch: async () => response }), { prompt: "1" });
-  response.say(JSON.stringify({ error: { code: "busy", message: "The queue is full." } }));
+  const asked = ask(overFetch("/ask/events", { fetch: async () => response }), { prompt: "1" });
+  response.say(JSON.stringify({ type: "error", request_id: null, code: "busy", message: "The queue is full.", retry_after_s: 3 }));
   response.controller.close();
   const { end } = await asked.done;
-  assert.deepEqual([end.code, end.message], ["busy", "The queue is full."]);
+  assert.deepEqual([end.code, end.message, end.retry_after_s, end.made_here], ["busy", "The queue is full.", 3, false]);
 });
 
 test("a refused POST without a body that can be read tells the status", async () => {
   const response = streamed(502);
-  const asked = ask(overFetch("/ask", { fetch: async () => response }), { prompt: "1" });
+  const asked = ask(overFetch("/ask/events", { fetch: async () => response }), { prompt: "1" });
   response.say("<html>Bad gateway</html>");
   response.controller.close();
   const { end } = await asked.done;
@@ -156,7 +156,7 @@ test("a refused POST without a body that can be read tells the status", async ()
 test("a stream that breaks off is asked for again, and the text is neither lost nor doubled", async () => {
   const responses = [streamed(), streamed()];
   const bodies = [];
-  const bus = overFetch("/ask", { fetch: async (_, { body }) => (bodies.push(body), responses[bodies.length - 1]) });
+  const bus = overFetch("/ask/events", { fetch: async (_, { body }) => (bodies.push(body), responses[bodies.length - 1]) });
   const told = [];
   const asked = ask(bus, { prompt: "1" }, { onNews: ({ content }) => told.push(content) });
   await settled();
@@ -175,7 +175,7 @@ test("a stream that breaks off is asked for again, and the text is neither lost 
 
 test("a cancel closes the HTTP request, which is how the gateway learns of it", async () => {
   let signal;
-  const bus = overFetch("/ask", { fetch: async (_, given) => ((signal = given.signal), streamed()) });
+  const bus = overFetch("/ask/events", { fetch: async (_, given) => ((signal = given.signal), streamed()) });
   const asked = ask(bus, { prompt: "1" });
   await settled();
   asked.cancel();

@@ -23,7 +23,7 @@ function gateway({ key }, onState) {
       else if (++failures === 2) toPosts();
     },
   });
-  const post = overFetch(new URL("ask", document.baseURI).href, { headers: key ? { authorization: `Bearer ${key}` } : {} });
+  const post = overFetch(new URL("ask/events", document.baseURI).href, { headers: key ? { authorization: `Bearer ${key}` } : {} });
   let bus = socket;
 
   // A socket that could never be opened: some proxies let none through.

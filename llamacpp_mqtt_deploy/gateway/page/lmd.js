@@ -103,9 +103,8 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
     }
     if (news) onNews?.(news);
   };
-  const finish = (end) => take(reader.feed({ request_id: body.request_id, final: true, made_here: true, ...end }));
-  const fail = (code, message) =>
-    reader.end || finish({ type: "error", code, message, retryable: true, partial_content: reader.content });
+  const finish = (end) => take(reader.feed({ final: true, made_here: true, ...end, request_id: body.request_id }));
+  const fail = (code, message, more) => finish({ type: "error", code, message, retryable: true, partial_content: reader.content, ...more });
   const stopped = () => finish({ type: "done", finish_reason: "cancelled", full_content: reader.content });
   const send = () => {
     sentAt = Date.now();
@@ -213,7 +212,7 @@ export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, o
 }
 
 /** Through the gateway by POST and server-sent events: one HTTP request for each answer; a cancel closes it. */
-export function overFetch(url = "/ask", { headers, fetch: get = (...given) => fetch(...given) } = {}) {
+export function overFetch(url = "/ask/events", { headers, fetch: get = (...given) => fetch(...given) } = {}) {
   const running = new Map();
   return {
     open(entry) {
@@ -232,13 +231,12 @@ export function overFetch(url = "/ask", { headers, fetch: get = (...given) => fe
         const response = await get(url, {
           method: "POST",
           headers: { "content-type": "application/json", accept: "text/event-stream", "idempotency-key": body.request_id, ...headers },
-          body: JSON.stringify({ session: entry.session, ...body }),
+          body: JSON.stringify({ session_id: entry.session, ...body }),
           signal: http.signal,
         });
         if (!response.ok) {
           const told = parsed(await response.text());
-          const { code = `http_${response.status}`, message = response.statusText } = told?.error ?? told ?? {};
-          return entry.fail(code, message);
+          return entry.fail(`http_${response.status}`, response.statusText, told?.code && { ...told, made_here: false });
         }
         const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
         for (let rest = "", piece; !(piece = await reader.read()).done; ) {
