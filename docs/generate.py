@@ -12,10 +12,11 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -28,6 +29,17 @@ from llamacpp_mqtt_deploy.config.reloading import is_live
 from llamacpp_mqtt_deploy.core.errors import LEAVES
 from llamacpp_mqtt_deploy.core.events import ORDER
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, RequestFields
+from llamacpp_mqtt_deploy.core.formats import (
+    anthropic_body,
+    ollama_body,
+    openai_chat,
+    openai_responses_body,
+    seed_bodies,
+)
+from llamacpp_mqtt_deploy.core.formats.anthropic import anthropic_error
+from llamacpp_mqtt_deploy.core.formats.http_routes import HTTP_ROUTES
+from llamacpp_mqtt_deploy.core.formats.openai_errors import openai_error
+from llamacpp_mqtt_deploy.core.formats.rendering import STATUS
 from llamacpp_mqtt_deploy.core.validation import Expect
 from llamacpp_mqtt_deploy.schema import event_models, messages
 from llamacpp_mqtt_deploy.schema.document import schema, schema_text
@@ -143,6 +155,45 @@ def _order() -> str:
 def _errors() -> str:
     rows = ((f"`{leaf.code}`", "yes" if leaf.retryable else "no", leaf.__doc__ or "") for leaf in LEAVES)
     return _table(("code", "retryable", "what happened"), rows)
+
+
+# --- the APIs of the gateway -------------------------------------------------------------------------------------------
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _api_fields(module: ModuleType) -> Callable[[], str]:
+    """What becomes of the fields of a body, from the tables of the module that reads it."""
+
+    def rows() -> Iterator[tuple[str, str]]:
+        if passed := getattr(module, "PASSED", ()):
+            yield _named(passed), "passed on"
+        renamed = getattr(module, "RENAMED", {})
+        yield from ((f"`{theirs}`", f"`{ours}`") for theirs, ours in renamed.items())
+        options = getattr(module, "OPTIONS", {})
+        yield from ((f"`options.{theirs}`", f"`{ours}`") for theirs, ours in options.items())
+        yield from ((f"`{name}`", f"refused: {why}") for name, why in getattr(module, "REFUSED", {}).items())
+        yield _named(module.IGNORED), "ignored"
+
+    return lambda: _table(("field", "becomes"), rows())
+
+
+def _http_paths() -> str:
+    streams = {True: "yes", False: "no", None: "as the body says"}
+    rows = ((f"`POST {route.path}`", f"`{route.dialect.name}`", streams[route.streams]) for route in HTTP_ROUTES)
+    return _table(("path", "dialect", "streams"), rows)
+
+
+def _http_errors() -> str:
+    def rows() -> Iterator[tuple[str, ...]]:
+        for code, status in STATUS.items():
+            openai = openai_error({"code": code})
+            anthropic = anthropic_error({"code": code})["error"]["type"]
+            yield f"`{code}`", str(status), f"`{openai['type']}`, `{openai['code'] or 'null'}`", f"`{anthropic}`"
+
+    return _table(("code", "HTTP", "OpenAI: type, code", "Anthropic: type"), rows())
 
 
 # --- the configuration -------------------------------------------------------------------------------------------------
@@ -308,6 +359,13 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "order": _order,
     "errors": _errors,
     "settings": _settings,
+    "http-paths": _http_paths,
+    "http-errors": _http_errors,
+    "openai-chat-fields": _api_fields(openai_chat),
+    "openai-responses-fields": _api_fields(openai_responses_body),
+    "anthropic-fields": _api_fields(anthropic_body),
+    "ollama-fields": _api_fields(ollama_body),
+    "seed-fields": _api_fields(seed_bodies),
 }
 
 

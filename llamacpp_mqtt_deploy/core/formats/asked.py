@@ -137,6 +137,11 @@ def session_of(body: BodyFields, name: str) -> str | None:
     raise bad(body.path(name), "1 to 64 letters, digits, _ . or -, or a whole number")
 
 
+def folded_seed(seed: Any) -> Any:
+    """Clients may send 64 bits, engines take 32: the lower ones, so that the same seed stays the same. -1 is a new one each time."""
+    return seed % 2**32 if type(seed) is int and seed != -1 else seed
+
+
 def checked(
     request: Mapping[str, Any], *, names: Mapping[str, str] | None = None, origins: Sequence[str] = ()
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, bad, checked, model_of, unserved
+from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, bad, checked, folded_seed, model_of, unserved
 
 OPTIONS: Mapping[str, str] = {
     "temperature": "temperature",
@@ -84,11 +84,10 @@ def _settings(body: BodyFields) -> dict[str, Any]:
     options = body.object("options")
     told = {} if options is None else options.named(OPTIONS)
     limit = told.get("max_tokens")
-    if isinstance(limit, int) and not isinstance(limit, bool) and limit < 0:
+    if isinstance(limit, int | float) and limit < 0:
         del told["max_tokens"]  # as long as it takes
-    seed = told.get("seed")
-    if isinstance(seed, int) and not isinstance(seed, bool) and seed != -1:
-        told["seed"] = seed % 2**32
+    if "seed" in told:
+        told["seed"] = folded_seed(told["seed"])
     return told | _format(body) | _thinking(body)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.core.answering import Spoken
 from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text, ToolCall
-from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, bad, checked, model_of, unserved
+from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, bad, checked, folded_seed, model_of, unserved
 from llamacpp_mqtt_deploy.core.formats.framing import json_line, sse_data
 from llamacpp_mqtt_deploy.core.formats.openai_errors import openai_error, openai_failure
 from llamacpp_mqtt_deploy.core.formats.rendering import (
@@ -55,8 +55,8 @@ def parse_chat(fields: Mapping[str, Any]) -> Asked:
     request = body.named(_OURS)
     if "messages" not in request:
         raise bad("messages", "a list of chat messages; it is missing")
-    if isinstance(seed := request.get("seed"), int):
-        request["seed"] = folded_seed(seed)
+    if "seed" in request:
+        request["seed"] = folded_seed(request["seed"])
     if (thinking := _thinking(body)) is not None:
         request.setdefault("thinking", thinking)
     renamed = {"max_tokens": "max_completion_tokens"} if body.get("max_completion_tokens") is not None else {}
@@ -67,11 +67,6 @@ def parse_chat(fields: Mapping[str, Any]) -> Asked:
         model=model_of(body),
         echo={"include_usage": options is not None and options.flag("include_usage") is True},
     )
-
-
-def folded_seed(seed: int) -> int:
-    """OpenAI takes 64 bits, engines 32: the lower ones; the same seed stays the same seed."""
-    return seed if seed == -1 else seed % 2**32
 
 
 def thinks_at(effort: str | None) -> bool | None:

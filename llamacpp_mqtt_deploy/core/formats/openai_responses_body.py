@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, bad, checked, model_of, unserved
-from llamacpp_mqtt_deploy.core.formats.openai_chat import folded_seed, thinks_at
+from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, bad, checked, folded_seed, model_of, unserved
+from llamacpp_mqtt_deploy.core.formats.openai_chat import thinks_at
 from llamacpp_mqtt_deploy.core.routes import is_level
 
 PASSED = (
@@ -63,8 +63,9 @@ def parse_responses(fields: Mapping[str, Any]) -> Asked:
         _continued(body, talk) if body.get("previous_response_id") is not None else (_begun(body, talk), None)
     )
     request = body.named({**{name: name for name in PASSED}, **RENAMED}) | told | _tools(body) | _format(body)
-    if isinstance(seed := request.get("seed"), int):
-        request["seed"] = folded_seed(seed)
+    if "seed" in request:
+        request["seed"] = folded_seed(request["seed"])
+    body.object("metadata")
     reasoning = body.object("reasoning")
     if reasoning is not None and (thinking := thinks_at(reasoning.text("effort"))) is not None:
         request.setdefault("thinking", thinking)

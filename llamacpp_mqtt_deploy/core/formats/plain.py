@@ -8,7 +8,7 @@ from typing import Any
 from llamacpp_mqtt_deploy.core.answering import Spoken
 from llamacpp_mqtt_deploy.core.deltas import Text
 from llamacpp_mqtt_deploy.core.fields import RequestFields
-from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, checked, model_of, session_of
+from llamacpp_mqtt_deploy.core.formats.asked import Asked, BodyFields, bad, checked, model_of, session_of
 from llamacpp_mqtt_deploy.core.formats.framing import json_line, sse_data
 from llamacpp_mqtt_deploy.core.formats.rendering import (
     PLAIN_TEXT,
@@ -24,6 +24,7 @@ from llamacpp_mqtt_deploy.core.formats.rendering import (
 )
 from llamacpp_mqtt_deploy.core.formats.telling import finish_of, text_of
 
+_MODES = ("prompt", "messages", "tool_results")
 _OWN = ("request_id", "session_id", "model", "stream")
 
 
@@ -34,6 +35,9 @@ def parse_ask(fields: Mapping[str, Any]) -> Asked:
     """
     body = BodyFields(fields)
     named = body.named({name: name for name in RequestFields.model_fields if name not in _OWN})
+    given = [mode for mode in _MODES if mode in named]
+    if len(given) != 1:
+        raise bad((given or ["prompt"])[0], f"exactly one of {', '.join(_MODES)}")
     stream = body.get("stream")
     if stream is not None and not isinstance(stream, bool):
         named["stream"] = stream

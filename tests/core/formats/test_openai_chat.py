@@ -223,6 +223,7 @@ def test_what_cannot_be_served_is_refused_by_name(field: str) -> None:
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "temperature": "hot"}, "temperature"),
         ({"messages": HELLO, "n": 2}, "n"),
+        ({"messages": HELLO, "seed": True}, "seed"),
         ({"messages": HELLO, "stream": "yes"}, "stream"),
         ({"messages": HELLO, "modalities": ["audio"]}, "modalities"),
         ({"messages": HELLO, "model": 5}, "model"),

@@ -6,11 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.formats.http_routes import HTTP_ROUTES
 from llamacpp_mqtt_deploy.core.formats.plain import ASK_EVENTS, ASK_TEXT, parse_ask
+from llamacpp_mqtt_deploy.core.formats.rendering import Dialect
 from llamacpp_mqtt_deploy.core.formats.route_formats import ROUTE_FORMATS
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, check_request, read_request
 from tests.support.answer_events import Answered, answered, answers, asked, occasion
@@ -28,6 +29,8 @@ SENSIBLE: dict[str, dict[str, Any]] = {
     "ask_text": {"prompt": "Hello"},
     "ask_events": {"prompt": "Hello"},
 }
+
+DIALECTS = {route.dialect.name: route.dialect for route in HTTP_ROUTES}
 
 
 @given(answers())
@@ -94,15 +97,20 @@ def test_what_each_path_asks_for_is_what_a_worker_takes(route: Any) -> None:
     assert check_request(raw, policy=RequestPolicy()).warnings == ()
 
 
-@pytest.mark.parametrize("route", HTTP_ROUTES, ids=lambda route: route.path)
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
+@settings(max_examples=40)
 @given(answer=answers())
-def test_hostile_names_break_no_stream(route: Any, answer: Answered) -> None:
+def test_hostile_names_break_no_stream(dialect: Dialect, answer: Answered) -> None:
     nasty = "a\n\ndata: [DONE]\r\n\r\nevent: message_stop\u2028\x85"
-    found = route.dialect.parse(SENSIBLE.get(route.dialect.name, {"messages": CHAT}))
-    plain = rendered(route.dialect.stream(found, occasion()), answer.events)
-    hostile = rendered(
-        route.dialect.stream(found, occasion(request_id=nasty, session=nasty, model=nasty)), answer.events
-    )
+    found = dialect.parse(SENSIBLE.get(dialect.name, {"messages": CHAT}))
+    plain = rendered(dialect.stream(found, occasion()), answer.events)
+    hostile = rendered(dialect.stream(found, occasion(request_id=nasty, session=nasty, model=nasty)), answer.events)
     assert len(hostile.splitlines()) == len(plain.splitlines())
-    if route.dialect.name != "ask_text":
+    if dialect.name != "ask_text":
         assert len(hostile.decode().splitlines()) == len(plain.decode().splitlines())
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1}, {"prompt": "Hi", "messages": CHAT}])
+def test_a_question_is_one_of_prompt_messages_and_tool_results(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="exactly one of prompt, messages, tool_results"):
+        parse_ask(fields)
