@@ -205,6 +205,9 @@ class Link(Outbox, Protocol):
 
     def info(self) -> LinkInfo: ...
 
+    def max_payload_bytes(self) -> int | None:
+        """As in `info`, at no cost: each request asks for it several times."""
+
     def room_for_answers(self, largest: int, *, timeout_s: float = 0.0) -> int:
         """How many publishes of the share `answer`, of up to so many bytes each, the outbox takes as it is now. Waits up to
         `timeout_s` until there is room for one; never from a callback."""

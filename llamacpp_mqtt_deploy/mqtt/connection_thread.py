@@ -134,6 +134,10 @@ class ConnectionThread:
         """What the broker of the latest connection takes, None when it named no limit."""
         return self._sending.max_packet_bytes
 
+    def max_payload_bytes(self) -> int | None:
+        limit = self._sending.max_packet_bytes
+        return None if limit is None else max(0, limit - HEADER_ROOM)
+
     def enqueue(self, publish: Publish) -> bool:
         """Queue a publish; False when there is no place for it."""
         with self._changed:
@@ -482,12 +486,11 @@ class ConnectionThread:
 
     def _info(self) -> LinkInfo:
         wire = self._wire
-        limit = self._sending.max_packet_bytes
         return LinkInfo(
             state=self._state,
             detail=self._detail,
             protocol=wire.version if wire is not None and self._state == "online" else None,
-            max_payload_bytes=None if limit is None else max(0, limit - HEADER_ROOM),
+            max_payload_bytes=self.max_payload_bytes(),
             reconnects=max(0, self._connections - 1),
             unacknowledged=len(self._outgoing),
             last_puback_at=self._sending.last_puback_at,

@@ -118,6 +118,9 @@ class MqttLink:
     def info(self) -> LinkInfo:
         return self._connection.info()
 
+    def max_payload_bytes(self) -> int | None:
+        return self._connection.max_payload_bytes()
+
     def flush(self, deadline: Deadline) -> bool:
         return self._connection.flush(deadline)
 

@@ -178,7 +178,7 @@ class Parts:
 
     def max_event_bytes(self) -> int:
         """The largest event: ours, or what the broker takes."""
-        broker = self.link.info().max_payload_bytes
+        broker = self.link.max_payload_bytes()
         limit = self.in_force.settings.limits.max_event_bytes
         return limit if broker is None else max(1024, min(limit, broker))
 

@@ -149,11 +149,14 @@ class LoopbackLink:
                 state=self._state,
                 detail=self._detail,
                 protocol=self._protocol if online else None,
-                max_payload_bytes=self._broker.max_payload_bytes,
+                max_payload_bytes=self.max_payload_bytes(),
                 reconnects=self._reconnects,
                 unacknowledged=len(self._outbox),
                 last_puback_at=self._last_puback_at,
             )
+
+    def max_payload_bytes(self) -> int | None:
+        return self._broker.max_payload_bytes
 
     def flush(self, deadline: Deadline) -> bool:
         with self._changed:

@@ -98,7 +98,7 @@ def test_expired_messages_are_not_delivered() -> None:
 
 
 def test_a_payload_over_the_limit_is_refused(case: LinkCase) -> None:
-    assert case.link.info().max_payload_bytes == 1000
+    assert case.link.info().max_payload_bytes == case.link.max_payload_bytes() == 1000
     assert case.link.publish("r", b"x" * 1001) == "unfit"
 
 

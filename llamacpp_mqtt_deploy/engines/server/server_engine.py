@@ -201,7 +201,8 @@ class ServerEngine:
         """A slot of ours, and in it the answer to this call, from its headers on."""
         stop.raise_if_set()
         wait = ReadyWait(self._settings.unavailable_after_s, once=call.once)
-        until_ready(lambda: self._need_description(stop), wait, stop, on_wait)
+        if not self._described:
+            until_ready(lambda: self._need_description(stop), wait, stop, on_wait)
         self._slots.acquire(stop)
         try:
             exchange, warnings = until_ready(lambda: self._begin(call, stop), wait, stop, on_wait)
