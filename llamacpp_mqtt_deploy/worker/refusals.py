@@ -78,8 +78,9 @@ class Refusals:
             bytes=len(message.delivery.payload),
             message=error.message,
         )
-        if address.reply_topic is None or address.session is None:
-            return  # The session stands in the payload and cannot be seen there: there is no topic to answer on.
+        if address.session is None:
+            return  # It stands in the payload and cannot be seen there: there is no topic to answer on.
+        assert address.reply_topic is not None
         if request_id is not None and self._is_known(address.route, address.session, request_id):
             # A broken copy of a request that is known: an `error` would end the good one for its client.
             self.reject(message, address, request_id, "duplicate_request")

@@ -289,3 +289,34 @@ def test_the_rest_of_a_sentence_goes_out_when_the_engine_is_done(native: bool) -
     wanted = ["hold", ("piece", "One."), ("piece", " Two"), "flush"] if native else []
     assert bench.heard.without("settle") == wanted
     assert bench.job.answer.finished == Finished("stop", TokenUsage(3, 0)), "what cannot be a count is none"
+
+
+def test_every_kind_is_told_at_once_and_a_sentence_that_was_begun_goes_before_it() -> None:
+    for stream, wanted in ((True, [("content", "One")]), ("sentence", [("piece", "One")])):
+        bench = Bench(stream=stream)
+        bench.feed(Text("One"), Reasoning("hm"), ToolCall(0, "c", "look", "{}"), Reasoning("hm"))
+        call = {"index": 0, "id": "c", "name": "look", "arguments": "{}"}
+        assert bench.heard.without("settle") == [
+            "hold",
+            *wanted,
+            ("reasoning", "hm"),
+            ("call", call),
+            ("reasoning", "hm"),
+        ]
+        bench.feed(Text("Two"), ToolCall(0, None, None, " "))
+        assert bench.heard.without("settle")[-2:] == [(wanted[0][0], "Two"), ("call", {"index": 0, "arguments": " "})]
+
+
+@pytest.mark.parametrize("delta", [Text("a"), Reasoning("a"), ToolCall(0, "c", "look", "{}")])
+def test_the_first_word_of_any_kind_ends_the_prompt(delta: Delta) -> None:
+    bench = Bench()
+    bench.feed(delta)
+    assert bench.job.prompt_done
+    assert len(bench.marks) == 1
+
+
+def test_nothing_of_an_answer_that_is_collected_is_told() -> None:
+    bench = Bench(native=False)
+    bench.feed(Text("a"), Reasoning("hm"), ToolCall(0, "c", "look", "{}"))
+    assert bench.heard.told == []
+    assert (bench.job.answer.text(), bench.job.answer.thoughts(), len(bench.job.answer.tool_calls())) == ("a", "hm", 1)

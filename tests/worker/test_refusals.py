@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 from typing_extensions import override
 
 from llamacpp_mqtt_deploy.core.addresses import Address
@@ -128,6 +129,18 @@ def test_a_message_on_no_topic_of_ours_is_put_down_to_the_level_where_a_session_
     assert _received("llm/request/" + "u" * 100, None).first_level == "u" * 64
     assert _received("llm", None).first_level == ""
     assert _received("game/input", ADA).first_level == "ada"
+
+
+def test_a_refusal_and_a_rejection_leave_a_line_each_for_the_operator() -> None:
+    bench = Bench()
+    with capture_logs() as lines:
+        bench.refusals.refuse(_received(), ADA, "r1", BadRequest("no prompt"))
+        bench.refusals.reject(_received(), ADA, "r1", "duplicate_request")
+    refused, rejected = lines
+    assert (refused["event"], refused["code"], refused["message"]) == ("request.refused", "bad_request", "no prompt")
+    assert (refused["topic"], refused["bytes"]) == ("llm/request/ada/1", 1)
+    assert (rejected["event"], rejected["code"]) == ("request.rejected", "duplicate_request")
+    assert rejected["topic"] == "llm/request/ada/1"
 
 
 def test_the_log_shows_no_more_of_a_topic_than_a_line_can_hold() -> None:
