@@ -23,8 +23,8 @@ _AFTER_READER_S = 0.001
 # A text this short fits into an event of any broker: its limit need not be asked for each token.
 _SURELY_FITS_CHARS = 100
 
-
-_TYPE_WITHIN_BYTES = 30
+_CHUNK = b'{"type":"chunk",'
+"""How the event of a chunk begins."""
 
 
 class Responder:
@@ -105,7 +105,6 @@ class Responder:
         with self._lock:
             self._closed = True
             self._held.clear()
-            self._holds = 0
             self._writer.next_seq = self.chunks = self._flow.sent = self._flow.acked = 0
             self._published = {"content": [], "reasoning": []}
             self._chunks.clear()
@@ -119,7 +118,7 @@ class Responder:
             if self._writer.next_seq and not self._holds:
                 return  # too late
             self.withheld = True
-            chunks = [held for held in self._held if b'"type":"chunk"' in held[0][:_TYPE_WITHIN_BYTES]]
+            chunks = [held for held in self._held if held[0].startswith(_CHUNK)]
             self._held = [held for held in self._held if held not in chunks]
             self._untell([payload for payload, *_ in chunks])
 
@@ -236,7 +235,7 @@ class Responder:
     def flush(self) -> None:
         """Publish whatever text waits, before the terminal event."""
         with self._lock:
-            self._flush()
+            self._flush(time.monotonic())
 
     def close_text(self, *, content: str, reasoning: str, catch_up: bool) -> Told:
         """The end of all chunks; returns what was told, which is what the terminal event and the history may hold.
@@ -245,7 +244,7 @@ class Responder:
         that was to be paced). Where there are no chunks, the terminal event tells everything.
         """
         with self._lock:
-            self._flush()
+            self._flush(time.monotonic())
             if self.silent or self.withheld:
                 told = Told(content, reasoning, calls=True)
             else:
@@ -278,20 +277,20 @@ class Responder:
             self._alarm = None
             self._send_waiting(time.monotonic())
 
-    def _flush(self, now: float | None = None, most_chars: int = ALL, most_pieces: int = ALL) -> None:
+    def _flush(self, now: float, most_chars: int = ALL, most_pieces: int = ALL) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         pieces = self._coalescer.take(most_chars, most_pieces)
         if pieces:
-            self._flow.sent_at = time.monotonic() if now is None else now
+            self._flow.sent_at = now
         for piece in pieces:
             if piece[0] == "tool_calls":
                 self._tell_calls(piece[1])
                 continue
             kind, text = piece
             for start in range(0, len(text), self._max_chars):
-                self._tell(kind, text[start : start + self._max_chars] if len(text) > self._max_chars else text)
+                self._tell(kind, text[start : start + self._max_chars])
 
     def _tell(self, kind: TextKind, text: str) -> None:
         if text and self._tells() and not self.withheld:
@@ -372,7 +371,7 @@ class Responder:
             )
 
     def _end(self) -> None:
-        self._flush()
+        self._flush(time.monotonic())
         self._closed = True
         self._look_at_limit()
 

@@ -116,6 +116,8 @@ def test_a_request_that_the_journal_refused_has_told_nothing_at_all() -> None:
     end = json.loads(responder.error(code="internal", message="no", retryable=False, details={}))
     assert end["seq"] == 0
     responder.piece("content", "late")
+    for _ in range(2):
+        responder.release()
     assert outbox.events == []
 
 

@@ -377,3 +377,17 @@ def test_an_end_is_made_smaller_while_it_is_on_its_way_where_the_limit_shrinks()
     outbox.acknowledge_all()
     redelivery.sweep()
     assert store.undelivered() == []
+
+
+@pytest.mark.parametrize("how", ["refused", "given up"])
+def test_an_end_as_large_as_the_limit_is_not_tried_for_ever_where_it_is_not_taken(how: str) -> None:
+    outbox, store = _Limited(), _store(SqliteStore(None))
+    end = encode({"type": "done", "request_id": "r1", "session_id": "demo", "seq": 3, "full_content": "x" * 900})
+    store.finish(KEY, end, now=1.0)
+    redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: len(end))
+    outbox.takes = 1 if how == "refused" else len(end)
+    redelivery.send(KEY, "llm/reply/demo", end, None)
+    outbox.give_up_all()
+    redelivery.sweep()
+    assert len(outbox.sent) == (how == "given up")
+    assert store.undelivered() == []
