@@ -221,11 +221,8 @@ class Responder:
         broker has left too many before it unacknowledged."""
         with self._lock:
             self._coalescer.feed_apart(kind, text)
-            now = time.monotonic()
-            if self._flow.may_send_apart():
-                self._flush(now, self._most_chars, MOST_CHUNKS_AT_ONCE)
-            else:
-                self._send_waiting(now)
+            if self._flow.may_send_apart():  # else an acknowledgement lets it go
+                self._flush(time.monotonic(), self._most_chars, MOST_CHUNKS_AT_ONCE)
 
     def tool_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
         """Whole tool calls, published as they are, now (paced modes)."""

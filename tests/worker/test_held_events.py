@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.core.events import EventWriter, encode
 from llamacpp_mqtt_deploy.io_loop import Timer
 from llamacpp_mqtt_deploy.ports import Published
 from llamacpp_mqtt_deploy.worker.responder import Responder
 from tests.support.lone_job import Taker
+
+_TOPIC = ',"_topic":"llm/reply/demo"'
+"""What the outbox of these tests adds to an event."""
 
 
 class Shares(Taker):
@@ -288,6 +291,28 @@ def test_an_alarm_is_taken_back_when_its_text_has_gone(monkeypatch: pytest.Monke
     assert len(wake.calls) == 2
 
 
+def test_text_whose_pause_grew_meanwhile_gets_another_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, outbox, wake = Clock(monkeypatch), Shares(), Wakes()
+    streams = 1
+    responder = _started(outbox, wake=wake, coalesce_min_s=0.5, active_streams=lambda: streams)
+    responder.settle()
+    responder.text("content", "one ")
+    responder.settle()
+    outbox.unacknowledged.pop()(True)
+    responder.text("content", "two")
+    responder.settle()
+    streams = 8
+    responder.settle()
+    assert len(wake.calls) == 1
+    clock.now += 0.501
+    wake.calls[0][1]()
+    assert outbox.chunks() == ["one "]
+    assert len(wake.calls) == 2
+    clock.now += wake.calls[1][0]
+    wake.calls[1][1]()
+    assert outbox.chunks() == ["one ", "two"]
+
+
 def test_a_reader_rests_until_its_text_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, outbox = Clock(monkeypatch), Shares()
     responder = _started(outbox, coalesce_min_s=0.015)
@@ -344,7 +369,7 @@ def test_a_long_text_keeps_to_a_limit_that_has_shrunk_and_a_short_one_fits_any()
     responder.tool_calls([{"index": 0, "id": "c", "name": "f", "arguments": "z" * 2000}])
     calls = [event["tool_calls"] for event in outbox.events if "tool_calls" in event]
     assert "".join(call[0]["arguments"] for call in calls) == "z" * 2000
-    assert len(calls) > 3
+    assert max(len(encode(event)) for event in outbox.events if "tool_calls" in event) <= 900 + len(_TOPIC)
 
 
 def test_the_end_of_the_text_brings_what_was_not_told_yet() -> None:
