@@ -362,9 +362,12 @@ def test_a_long_text_keeps_to_a_limit_that_has_shrunk_and_a_short_one_fits_any()
     asked.clear()
     responder.piece("content", "x" * 100)
     assert asked == [], "not asked for each token"
+    responder.piece("content", "x")
+    responder.piece("content", "x" * 101)
+    assert len(asked) == 1
     responder.piece("content", "y" * 3000)
     assert max(len(json.dumps(event)) for event in outbox.events) <= 1100
-    assert "".join(outbox.chunks()) == "x" * 100 + "y" * 3000
+    assert "".join(outbox.chunks()) == "x" * 202 + "y" * 3000
     limit[0] = 900
     responder.tool_calls([{"index": 0, "id": "c", "name": "f", "arguments": "z" * 2000}])
     calls = [event["tool_calls"] for event in outbox.events if "tool_calls" in event]
@@ -391,3 +394,68 @@ def test_an_answer_that_is_cut_short_ends_with_what_was_told() -> None:
     responder.tool_calls([{"index": 0, "id": "c", "name": "f", "arguments": "{}"}])
     told = responder.close_text(content="one two", reasoning="hm hm", catch_up=False)
     assert (told.content, told.reasoning, told.calls) == ("one ", "", True)
+
+
+def _silent(outbox: Shares, **more: Any) -> Responder:
+    return Responder(
+        outbox=outbox,
+        topic="llm/reply/demo",
+        writer=EventWriter(request_id="r1", session_id="demo", max_bytes=1024),
+        correlation=None,
+        silent=True,
+        wake=Wakes(),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("how", ["silent", "withheld", "streamed"])
+@pytest.mark.parametrize("end", ["done", "error"])
+def test_an_end_holds_the_whole_text_where_no_chunk_told_it(how: str, end: str) -> None:
+    outbox = Shares()
+    responder = _silent(outbox) if how == "silent" else _responder(outbox, max_bytes=1024)
+    responder.start({"worker": "w", "created": 1})
+    if how == "withheld":
+        responder.withhold_text()
+    text = "x" * 3000
+    if end == "done":
+        event = json.loads(responder.done({"full_content": text, "finish_reason": "stop"}))
+    else:
+        details = {"partial_content": text}
+        event = json.loads(responder.error(code="timeout", message="late", retryable=False, details=details))
+    assert ("content_omitted" in event) is (how == "streamed")
+    assert (text in event.values()) is (how != "streamed")
+
+
+def test_tool_calls_that_were_told_stay_told_when_text_after_them_finds_no_place() -> None:
+    outbox = Shares()
+    responder = _started(outbox)
+    responder.tool_calls([{"index": 0, "id": "c", "name": "f", "arguments": "{}"}])
+    outbox.full = {"event"}
+    responder.piece("content", "lost")
+    assert responder.overflowed
+    told = responder.close_text(content="lost", reasoning="", catch_up=True)
+    assert (told.content, told.calls) == ("", True)
+
+
+def test_tool_calls_that_found_no_place_are_not_told() -> None:
+    outbox = Shares()
+    responder = _started(outbox)
+    responder.piece("content", "one")
+    outbox.full = {"event"}
+    responder.tool_calls([{"index": 0, "id": "c", "name": "f", "arguments": "{}"}])
+    told = responder.close_text(content="one", reasoning="", catch_up=True)
+    assert (told.content, told.calls) == ("one", False)
+
+
+def test_a_start_and_a_snapshot_keep_to_a_limit_that_has_shrunk() -> None:
+    outbox, limit = Shares(), 4096
+    responder = _responder(outbox, max_event_bytes=lambda: limit)
+    limit = 1024
+    responder.start({"worker": "w", "created": 1, "metadata": {"note": "m" * 2000}})
+    limit = 4096
+    responder.piece("content", "x" * 3000)
+    limit = 1024
+    assert responder.snapshot()
+    start, chunk, *again = outbox.events
+    assert (start["type"], "metadata" in start) == ("start", False)
+    assert again == [chunk], "too large for one event, so told as it was"
