@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from typing import Any
 
 import pytest
@@ -9,9 +11,16 @@ from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.core.deltas import Finished, PromptProgress, TokenUsage
 from llamacpp_mqtt_deploy.core.errors import EngineFailed, EngineLost
-from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, StoreError
+from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
+from llamacpp_mqtt_deploy.worker.completion import Completion
+from llamacpp_mqtt_deploy.worker.counters import Counters
+from llamacpp_mqtt_deploy.worker.jobs import Job
+from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.responder import Responder
+from tests.support.lone_job import Taker, lone_job, registry
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus, WholeWorker
 
@@ -111,14 +120,19 @@ def test_a_request_that_never_ran_has_waited_all_its_time(bus: Bus) -> None:
     bus.ask("hi", request_id="r1")
     assert gate.reached.wait(10)
     bus.ask("hi", request_id="r2", session="other", timeout_s=0.2)
-    timings = bus.listener.terminal("r2")["timings"]
+    error = bus.listener.terminal("r2")
+    assert error["message"] == "the limit of 0.2 s for this request passed while it waited for a slot"
+    timings = error["timings"]
     assert 200 <= timings["queue_ms"] <= timings["total_ms"]
     gate.open()
 
 
 @pytest.mark.parametrize("part", ["chunk_record", "error"])
 def test_a_defect_in_the_last_step_still_brings_an_end(bus: Bus, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    def broken(*_: object, **__: object) -> Any:
+    responders: list[Responder] = []
+
+    def broken(responder: Responder, **_: object) -> Any:
+        responders.append(responder)
         raise RuntimeError("a defect")
 
     engine = ScriptedEngine()
@@ -130,8 +144,10 @@ def test_a_defect_in_the_last_step_still_brings_an_end(bus: Bus, monkeypatch: py
         end = bus.listener.terminal("r1")
         assert end["code"] == ("internal" if part == "error" else "engine_error")
         _empty(worker)
+    responders[0].piece("content", "late")
     bus.ask("two", request_id="r2")
     assert bus.listener.terminal("r2")["type"] == "done"
+    assert bus.listener.of("r1")[-1]["type"] == "error", "nothing comes after the end"
 
 
 def test_an_end_is_sent_with_the_correlation_data_of_its_request(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,3 +176,129 @@ def test_a_cancel_in_the_prompt_tells_the_tokens_that_were_read(bus: Bus) -> Non
     usage = bus.listener.terminal("r1")["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["cached_tokens"]) == (9, 0, 4)
     eventually(lambda: worker.daemon.parts.counters.snapshot(period_s=1.0)["requests"]["cancelled"] == 1)  # type: ignore[index]
+
+
+def test_a_time_limit_of_a_running_request_is_named(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play("so far", Silence())
+    bus.worker(engine)
+    bus.ask("hi", request_id="r1", timeout_s=0.3)
+    assert bus.listener.terminal("r1")["message"] == "the limit of 0.3 s for this request passed"
+
+
+class Bench:
+    """A completion over a journal in memory; it is 101.234567 s by the clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+        self.store, self.registry, self.outbox = SqliteStore(None), registry(), Taker()
+        self.store.open()
+        self.job: Job = lone_job(outbox=self.outbox, received_at=100.0, deadline=160.0, **fields)
+        entry = Entry(key=self.job.key, topic="t", payload=b"{}", digest="d", reply_topic="llm/reply/demo")
+        self.store.accept([entry])
+        self.redelivery = Redelivery(outbox=self.outbox, store=self.store, max_event_bytes=lambda: 4096)
+        self.completion = Completion(
+            store=self.store,
+            marks=JournalMarks(self.store),
+            registry=self.registry,
+            counters=Counters(),
+            redelivery=self.redelivery,
+            log_content=lambda: False,
+        )
+        self.registry.enter(self.job)
+        self.registry.commit([self.job])
+        monkeypatch.setattr(time, "monotonic", lambda: 101.234567)
+
+    def end(self) -> dict[str, Any]:
+        ends = [event for event in self.outbox.events if event.get("final")]
+        assert len(ends) == 1
+        return ends[0]
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_timings_are_milliseconds_from_the_receipt_on(monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
+    bench = Bench(monkeypatch, silent=silent)
+    bench.job.started_at = 100.5
+    bench.job.responder.start({"worker": "w", "created": 1})
+    bench.job.answer.add_text("hi", 100.75)
+    bench.completion.done(bench.job, "stop")
+    first_token_ms = 750.0 if silent else 1234.57
+    assert bench.end()["timings"] == {"queue_ms": 500.0, "first_token_ms": first_token_ms, "total_ms": 1234.57}
+
+
+def test_a_clock_that_stands_still_brings_no_negative_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.job.received_at = 101.3
+    bench.completion.done(bench.job, "stop")
+    assert bench.end()["timings"] == {"queue_ms": 0.0, "total_ms": 0.0}
+
+
+def test_a_cancel_tells_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.job.stop.set("cancelled")
+    bench.job.stop.at = 101.2
+    bench.completion.stopped(bench.job)
+    assert (bench.end()["finish_reason"], bench.end()["timings"]["cancel_ms"]) == ("cancelled", 34.57)
+
+
+def test_whoever_comes_second_with_an_end_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.completion.failed(bench.job, EngineFailed("broken"))
+    bench.completion.done(bench.job, "stop")
+    bench.completion.failed(bench.job, EngineFailed("again"))
+    bench.job.stop.set("put_back")
+    bench.completion.stopped(bench.job)
+    assert bench.end()["message"] == "broken"
+    entry = bench.store.find(bench.job.key)
+    assert entry is not None
+    assert json.loads(entry.terminal or b"")["message"] == "broken"
+
+
+def test_a_request_that_is_put_back_has_no_end_and_is_left_to_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.job.stop.set("put_back")
+    bench.completion.stopped(bench.job)
+    assert bench.outbox.events == []
+    assert bench.registry.find(bench.job.key) is None
+    assert [entry.state for entry in bench.store.unfinished()] == ["accepted"]
+
+
+def test_a_reset_in_the_moment_in_which_the_disk_refuses_an_end_still_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.job.answer.add_text("secret", 101.0)
+
+    def refuse(key: EntryKey, *_: Any, **__: Any) -> None:
+        bench.job.forgotten = True
+        raise StoreError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "finish", refuse)
+        bench.completion.done(bench.job, "stop")
+        assert bench.outbox.kinds() == ["chunk"]
+        assert bench.job.phase == "ending"
+    bench.redelivery.sweep()
+    assert bench.end()["full_content"] == "secret"
+    assert bench.store.history(("default", "demo")) == ()
+    assert bench.registry.find(bench.job.key) is None
+
+
+def test_a_stateless_request_and_a_forgotten_one_leave_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fields, remembered in (({}, 2), ({"messages": [{"role": "user", "content": "x"}]}, 0)):
+        bench = Bench(monkeypatch, **fields)
+        bench.job.answer.add_text("hi", 101.0)
+        bench.completion.done(bench.job, "stop")
+        assert len(bench.store.history(("default", "demo"))) == remembered
+    bench = Bench(monkeypatch)
+    bench.job.forgotten = True
+    bench.completion.done(bench.job, "stop")
+    assert bench.store.history(("default", "demo")) == ()
+
+
+def test_new_forgets_what_was_said_before_with_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fields, remembered in (({}, 4), ({"new": True}, 2)):
+        bench = Bench(monkeypatch, **fields)
+        first = lone_job("r0", outbox=bench.outbox)
+        first.answer.add_text("before", 101.0)
+        bench.completion.done(first, "stop")
+        bench.job.answer.add_text("hi", 101.0)
+        bench.completion.done(bench.job, "stop")
+        assert len(bench.store.history(("default", "demo"))) == remembered

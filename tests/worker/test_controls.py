@@ -393,3 +393,35 @@ def test_what_was_cancelled_before_is_not_counted_again(bus: Bus) -> None:
         assert bus.listener.until(transaction=transaction)["cancelled"] == cancelled
     disk_full.set()
     assert bus.listener.terminal("r1")["finish_reason"] == "cancelled"
+
+
+@pytest.mark.parametrize("action", ["cancel", "reset"])
+def test_what_waits_in_the_queue_ends_at_once_when_it_is_cancelled(bus: Bus, action: str) -> None:
+    engine = ScriptedEngine(slots=1)
+    worker = bus.worker(engine)
+    gate = Gate()
+    engine.play(gate)
+    bus.ask("x", request_id="runs", session="other")
+    eventually(gate.reached.is_set)
+    bus.ask("x", request_id="waits")
+    bus.listener.until(type="queued", request_id="waits")
+    worker.daemon.parts.loop.close()  # nobody looks whether something has to end
+    bus.control(action)
+    assert bus.listener.terminal("waits")["finish_reason"] == "cancelled"
+    gate.open()
+
+
+def test_a_reset_that_is_refused_for_want_of_a_place_changes_nothing(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, gate = ScriptedEngine(), Gate()
+    worker = bus.worker(engine)
+    engine.play("one ", gate, "two")
+    bus.ask("x", request_id="r1")
+    assert gate.reached.wait(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientWork, "has_place", lambda *_: False)
+        bus.control("reset", transaction="refused")
+        assert bus.listener.until(transaction="refused")["code"] == "busy"
+    gate.open()
+    done = bus.listener.terminal("r1")
+    assert (done["finish_reason"], done["full_content"]) == ("stop", "one two")
+    assert len(worker.daemon.parts.store.history(("default", "demo"))) == 2

@@ -270,3 +270,22 @@ def test_the_watchdog_sees_the_intake_come_round(bus: Bus) -> None:
     began = intake.beat_at = time.monotonic() - 100
     bus.ask("x", request_id="r1")
     eventually(lambda: intake.beat_at > began)
+
+
+def test_a_refusal_never_goes_to_a_session_that_only_the_payload_names(bus: Bus) -> None:
+    bus.worker()
+    payload = b'{"prompt":"x","request_id":"r1","session_id":"bob","temperature":"hot"}'
+    bus.sender.publish("llm/request/ada", payload)
+    error = bus.listener.terminal("r1")
+    assert (error["_topic"], error["session_id"]) == ("llm/reply/ada", "ada")
+
+
+def test_a_worker_that_stops_before_it_has_its_place_on_the_bus_reads_nothing(bus: Bus) -> None:
+    settings = {"sessions.path": str(bus.state / "state.db"), "mqtt.worker_id": "w1"}
+    worker = WholeWorker(broker=bus.broker, engine=ScriptedEngine(), settings=settings)
+    intake = worker.daemon.parts.intake
+    intake.start()
+    assert intake.offer(Delivery(topic="llm/request/demo", payload=b"hi", qos=1))
+    intake.close(10)
+    assert not intake._thread.is_alive()
+    assert intake.waiting == 1

@@ -391,3 +391,27 @@ def test_an_end_as_large_as_the_limit_is_not_tried_for_ever_where_it_is_not_take
     redelivery.sweep()
     assert len(outbox.sent) == (how == "given up")
     assert store.undelivered() == []
+
+
+def test_an_end_that_cannot_be_made_small_enough_is_given_up() -> None:
+    outbox, store = _Limited(), _store(SqliteStore(None))
+    outbox.limit = outbox.takes = 10
+    end = encode({"type": "done", "request_id": "r1", "session_id": "demo", "seq": 0, "full_content": "x" * 900})
+    store.finish(KEY, end, now=1.0)
+    redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: outbox.limit)
+    redelivery.send(KEY, "llm/reply/demo", end, None)
+    redelivery.sweep()
+    assert outbox.sent == []
+    assert store.undelivered() == []
+
+
+def test_32_mib_of_ends_wait_in_memory() -> None:
+    mib = 1024 * 1024
+    outbox = _Places()
+    redelivery = Redelivery(outbox=outbox, store=_store(SqliteStore(None)), max_event_bytes=lambda: 64 * mib)
+    sizes = (8 * mib, 8 * mib, 1)
+    for number, size in enumerate(sizes):
+        redelivery.send(_key(number), "llm/reply/demo", b"x" * size, None)  # counts twice: as it is, and as an event
+    outbox.left["event"] = 9
+    redelivery.sweep()
+    assert [len(payload) for payload in outbox.sent] == [8 * mib, 8 * mib], "the store knows nothing of the third"
