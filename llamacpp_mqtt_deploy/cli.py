@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "check": "Try configuration, broker, permissions and engine, and say what to do.",
     "bench": "Measure how fast a live deployment answers.",
     "config": "Show the effective configuration and where each value comes from.",
+    "gateway": "Serve OpenAI, Anthropic and Ollama programs, a WebSocket and curl over HTTP.",
     "demo": "A broker, a small model and a daemon on this machine, to play with.",
     "completion": "Print the completion script for bash, zsh or fish.",
 }

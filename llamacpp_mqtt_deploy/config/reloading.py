@@ -54,6 +54,8 @@ def reload(old: Settings, new: Settings) -> Reloaded:
         if section == "routes":
             merged[section] = _routes(old, new, changed, waiting)
             continue
+        if section == "gateway":  # another program's
+            continue
         mine, theirs = getattr(old, section), getattr(new, section)
         update = {}
         for key in type(mine).model_fields:

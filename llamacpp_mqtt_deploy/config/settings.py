@@ -319,6 +319,45 @@ class MetricsSettings(Section):
     """Reserved for the metrics page."""
 
 
+class GatewaySettings(Section):
+    """`lmd gateway`: HTTP over the bus. It connects as `[mqtt]` says; the worker does not read this section."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Without `keys_file` only this machine is served, so it must be a loopback address then."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8089
+    """Port to listen on; 0 takes a free one."""
+    keys_file: UserPath | None = None
+    """File with the hashes of the keys that may ask, made by `lmd gateway key add NAME`. Read again when it changes."""
+    level: TopicPart | None = None
+    """First topic level of all requests where there are no keys; `mqtt.username` when absent, else `web`."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may ask from elsewhere, as `https://chat.example.org`; none when empty."""
+    page_brokers: tuple[str, ...] = ()
+    """Websocket addresses of brokers that the chat page may speak to by itself, as `wss://broker.example.org:8084`; none when
+    empty."""
+    max_streams: Annotated[int, Field(ge=1, le=100_000)] = 1024
+    """Answers under way at once."""
+    max_streams_per_level: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """The same for one first topic level, so that one key leaves places to the others."""
+    max_body_bytes: Annotated[int, Field(ge=1024, le=256 * 1024 * 1024)] = 2 * 1024 * 1024
+    """Largest body of a request, and largest frame of a WebSocket, in bytes."""
+    max_answer_bytes: Annotated[int, Field(ge=4096, le=1024 * 1024 * 1024)] = 16 * 1024 * 1024
+    """Longest answer that is held for a slow reader, about in bytes; `limits.max_answer_bytes` of the worker is the smaller one."""
+    header_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """Seconds within which the head of a request has to arrive."""
+    body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds within which the body of a request has to arrive."""
+    heartbeat_s: Annotated[float, Field(ge=0.1, le=600)] = 15.0
+    """Seconds of silence in a stream after which a sign of life is sent, where the API has one."""
+    slow_reader_s: Annotated[float, Field(ge=0.1, le=3600)] = 60.0
+    """Seconds for which a reader may take nothing before its connection is cut."""
+    retry_grace_s: Annotated[float, Field(ge=0, le=600)] = 10.0
+    """Seconds for which an answer goes on after its reader went away, where the request had an `Idempotency-Key`: it may be asked
+    for again. Others are cancelled at once."""
+    drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
+    """Seconds for answers to finish after SIGTERM; the others end with an error then."""
+
+
 class LoggingSettings(Section):
     format: Literal["auto", "json", "console"] = "auto"
     """`auto` is columns on a terminal and JSON elsewhere."""
@@ -348,6 +387,7 @@ class Settings(BaseSettings):
     routes: dict[TopicPart, RouteSettings] = Field(default_factory=dict)
     status: StatusSettings = StatusSettings()
     metrics: MetricsSettings = MetricsSettings()
+    gateway: GatewaySettings = GatewaySettings()
     logging: LoggingSettings = LoggingSettings()
 
     @classmethod

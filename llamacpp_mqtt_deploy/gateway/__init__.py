@@ -1,1 +1,1 @@
-"""HTTP over the client side of the bus."""
+"""HTTP over the client side of the bus: what programs that know no MQTT speak to."""

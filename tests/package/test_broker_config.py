@@ -17,7 +17,7 @@ from tests.support.shipped_broker import REFUSED, Person, ShippedBroker
 pytestmark = pytest.mark.broker
 
 CONFIG = Path(__file__).parents[2] / "config"
-USERS = ("llm-worker", "llm-operator", "alice", "bob")
+USERS = ("llm-worker", "llm-operator", "llm-gateway", "alice", "bob")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,12 @@ def people(broker: int) -> Iterator[dict[str, Person]]:
         ("llm-worker", "llm/admin-reply/worker", True),
         ("llm-worker", "home/door/set", False),
         ("llm-worker", "$CONTROL/dynamic-security/v1", False),
+        ("llm-gateway", "llm/request/alice/kitchen", True),
+        ("llm-gateway", "llm/control/alice/kitchen", True),
+        ("llm-gateway", "llm/reply/alice/kitchen", False),
+        ("llm-gateway", "llm/admin/worker", False),
+        ("llm-gateway", "llm/status/worker", False),
+        ("llm-gateway", "home/door/set", False),
         ("llm-operator", "llm/admin/worker", True),
         ("llm-operator", "llm/reply/alice/kitchen", False),
     ],
@@ -64,7 +70,7 @@ def test_a_user_may_publish_only_where_the_contract_says(
 
 def test_everybody_reads_only_what_is_theirs(people: dict[str, Person]) -> None:
     # The broker grants the subscription and then delivers only what may be read.
-    for name in ("alice", "bob", "llm-worker", "llm-operator"):
+    for name in ("alice", "bob", "llm-worker", "llm-operator", "llm-gateway"):
         people[name].subscribe("llm/#")
     people["alice"].publish("llm/request/alice/s", b"question")
     people["llm-worker"].publish("llm/reply/alice/s", b"answer")
@@ -76,6 +82,7 @@ def test_everybody_reads_only_what_is_theirs(people: dict[str, Person]) -> None:
         "bob": {b"status"},
         "llm-worker": {b"question", b"drain", b"status"},
         "llm-operator": {b"ok", b"status"},
+        "llm-gateway": {b"answer", b"status"},
     }
     for name, payloads in expected.items():
         got: set[bytes] = set()

@@ -36,6 +36,8 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "rich": ("commands/",),
     "pydantic_settings": ("config/settings", "config/loading"),
     "sqlite3": ("stores/",),
+    "starlette": ("gateway/", "commands/gateway"),
+    "uvicorn": ("gateway/", "commands/gateway"),
     "pydantic": ("",),
     "pydantic_core": ("",),
     "typing_extensions": ("",),
@@ -165,6 +167,17 @@ def test_an_adapter_imports_neither_the_worker_nor_another_adapter(path: Path) -
     allowed = {adapter, "ports", "io_loop", "stopping", "config", "core", ""}
     for imported, _ in ours(path):
         assert imported.split(".")[0] in allowed, f"{importer} imports {imported}; adapters know only {sorted(allowed)}"
+
+
+@each_module
+def test_the_gateway_sees_only_the_client_side_of_the_bus(path: Path) -> None:
+    importer = module_name(path)
+    if importer.split(".")[0] != "gateway":
+        return
+    for imported, _ in ours(path):
+        assert imported.split(".")[0] in {"gateway", "client", "config", "schema", "core", ""}, (
+            f"{importer} imports {imported}"
+        )
 
 
 @each_module

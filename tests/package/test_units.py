@@ -11,12 +11,14 @@ import pytest
 
 from llamacpp_mqtt_deploy.commands.options import WRONG_CONFIGURATION
 from llamacpp_mqtt_deploy.config import credentials, loading
-from llamacpp_mqtt_deploy.config.settings import LimitsSettings, default_state_path
+from llamacpp_mqtt_deploy.config.settings import GatewaySettings, LimitsSettings, default_state_path
+from llamacpp_mqtt_deploy.gateway.serving import AFTER_THE_DRAIN_S, IDLE_CONNECTIONS
 from tests.support.services import require_program
 
 FOLDER = Path(__file__).parents[2] / "systemd"
 DAEMON = FOLDER / "llamacpp-mqtt-deploy.service"
 SERVER = FOLDER / "llama-server.service"
+GATEWAY = FOLDER / "llamacpp-mqtt-gateway.service"
 DROP_INS = sorted((FOLDER / "drop-ins").glob("*.conf"))
 
 
@@ -75,6 +77,7 @@ def exposure(unit: Path) -> float:
         (DAEMON, ("local-only.conf",), 0.9),
         (DAEMON, ("engine-inside.conf", "gpu.conf"), 1.5),
         (DAEMON, ("engine-inside.conf", "jetson.conf"), 1.6),
+        (GATEWAY, (), 1.1),
         (SERVER, (), 0.5),
         (SERVER, ("gpu.conf",), 0.6),
         (SERVER, ("jetson.conf",), 0.7),
@@ -87,7 +90,7 @@ def test_a_unit_is_no_more_exposed_than_promised(
 
 
 @pytest.mark.parametrize("drop_in", [None, *DROP_INS], ids=lambda path: path.stem if path else "alone")
-@pytest.mark.parametrize("unit", [DAEMON, SERVER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("unit", [DAEMON, SERVER, GATEWAY], ids=lambda path: path.stem)
 def test_systemd_understands_every_line(tmp_path: Path, unit: Path, drop_in: Path | None) -> None:
     analyze = require_program("systemd-analyze")
     copy = installed(tmp_path, unit, *([drop_in] if drop_in else []))
@@ -103,7 +106,7 @@ def test_systemd_understands_every_line(tmp_path: Path, unit: Path, drop_in: Pat
 
 
 def test_only_the_drop_in_for_newer_systemd_uses_what_debian_12_lacks() -> None:
-    for file in [DAEMON, SERVER, *DROP_INS]:
+    for file in [DAEMON, SERVER, GATEWAY, *DROP_INS]:
         newer = {"RestartSteps", "RestartMaxDelaySec", "OpenFile", "MemoryPressureWatch", "ImportCredential"} & set(
             values(file)
         )
@@ -114,6 +117,7 @@ def test_only_the_drop_in_for_newer_systemd_uses_what_debian_12_lacks() -> None:
 def test_systemd_waits_longer_than_the_daemon_drains() -> None:
     # Ten seconds for what follows the drain: the last acknowledgements, `offline`, the engine.
     assert seconds(one(DAEMON, "TimeoutStopSec")) >= LimitsSettings().drain_timeout_s + 10
+    assert seconds(one(GATEWAY, "TimeoutStopSec")) >= GatewaySettings().drain_timeout_s + AFTER_THE_DRAIN_S + 10
 
 
 def test_the_server_has_time_for_its_next_ping() -> None:
@@ -123,15 +127,17 @@ def test_the_server_has_time_for_its_next_ping() -> None:
 
 
 def test_a_wrong_configuration_stays_down_and_everything_else_comes_back() -> None:
-    assert one(DAEMON, "RestartPreventExitStatus").split() == [str(WRONG_CONFIGURATION)]
-    for unit in (DAEMON, SERVER):
+    for unit in (DAEMON, GATEWAY):
+        assert one(unit, "RestartPreventExitStatus").split() == [str(WRONG_CONFIGURATION)]
+    for unit in (DAEMON, SERVER, GATEWAY):
         assert one(unit, "Restart") == "always"
         assert one(unit, "StartLimitIntervalSec") == "0"
 
 
 def test_waiting_for_the_broker_is_no_failed_start() -> None:
-    assert one(DAEMON, "Type") == "notify"
-    assert one(DAEMON, "TimeoutStartSec") == "infinity"
+    for unit in (DAEMON, GATEWAY):
+        assert one(unit, "Type") == "notify"
+        assert one(unit, "TimeoutStartSec") == "infinity"
     assert LimitsSettings().startup_timeout_s == 0
 
 
@@ -171,6 +177,16 @@ def test_the_two_units_meet_at_one_socket_and_one_group() -> None:
     assert f'engine.url = "unix://{socket_path}"' in SERVER.read_text()
 
 
+def test_the_gateway_may_bind_its_own_port_alone_and_has_a_user_of_its_own() -> None:
+    assert one(GATEWAY, "SocketBindAllow") == f"tcp:{GatewaySettings().port}"
+    assert one(GATEWAY, "SocketBindDeny") == "any"
+    assert len({one(unit, "User") for unit in (DAEMON, SERVER, GATEWAY)}) == 3
+    assert {value.split(":")[0] for value in values(GATEWAY)["LoadCredential"]} == {credentials.MQTT_PASSWORD}
+    files = {value.split(":")[1] for unit in (DAEMON, GATEWAY) for value in values(unit)["LoadCredential"]}
+    assert len(files) == len(values(DAEMON)["LoadCredential"]) + 1
+    assert int(one(GATEWAY, "LimitNOFILE")) > GatewaySettings().max_streams + IDLE_CONNECTIONS + 100
+
+
 def test_the_server_can_reach_nothing() -> None:
     assert one(SERVER, "PrivateNetwork") == "yes"
     assert one(SERVER, "RestrictAddressFamilies") == "AF_UNIX"
@@ -186,7 +202,7 @@ def test_every_value_of_the_server_can_be_set_in_its_environment_file() -> None:
 
 def test_the_users_of_the_units_are_made() -> None:
     text = (FOLDER / "llamacpp-mqtt-deploy.sysusers").read_text()
-    for unit in (DAEMON, SERVER):
+    for unit in (DAEMON, SERVER, GATEWAY):
         assert re.search(rf"(?m)^u {one(unit, 'User')} ", text)
     sysusers = require_program("systemd-sysusers")
     result = subprocess.run(

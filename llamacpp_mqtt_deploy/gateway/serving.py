@@ -1,0 +1,273 @@
+"""Runs the gateway: uvicorn within our limits, the one connection to the broker, a stop that lets answers end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from llamacpp_mqtt_deploy.client.async_bus import AsyncBusClient
+from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
+from llamacpp_mqtt_deploy.config.settings import GatewaySettings, Settings
+from llamacpp_mqtt_deploy.core.routes import is_level
+from llamacpp_mqtt_deploy.gateway.app import build
+from llamacpp_mqtt_deploy.gateway.capacity import Capacity
+from llamacpp_mqtt_deploy.gateway.catalog import Catalog
+from llamacpp_mqtt_deploy.gateway.exchange import Services
+from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, Owner
+from llamacpp_mqtt_deploy.gateway.running_answers import Running
+
+log = structlog.get_logger(__name__)
+
+HEAD_BYTES = 32 * 1024
+"""Request line and headers together."""
+IDLE_CONNECTIONS = 1024
+"""Connections beside those that hold an answer: pages, probes, clients between two requests."""
+BACKLOG = 1024
+LONGEST_PAUSE_S = 10.0
+AFTER_THE_DRAIN_S = 5.0
+"""For the ends of the answers that were cut to reach their readers."""
+LOOK_AT_KEYS_S = 5.0
+
+
+class Manager(Protocol):
+    """The service manager that is told how we are."""
+
+    def ready(self) -> None: ...
+    def stopping(self) -> None: ...
+    def status(self, text: str) -> None: ...
+    def watchdog(self) -> None: ...
+
+
+class BoundedHttp(H11Protocol):
+    """uvicorn's HTTP/1.1 with a limit for how long a connection may be without a whole request: uvicorn has none, and a client
+    that sends a byte a minute would keep its connection for ever."""
+
+    head_timeout_s = 10.0
+    _timer: asyncio.TimerHandle | None = None
+    _waiting_since = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waiting_since = self.loop.time()
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look_no_more()
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._look_no_more()
+        super().handle_websocket_upgrade(event)
+
+    def _look(self) -> None:
+        now = self.loop.time()
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            self._waiting_since = now
+        elif now - self._waiting_since >= self.head_timeout_s:
+            self.transport.abort()
+            return
+        self._timer = self.loop.call_later(self.head_timeout_s / 4, self._look)
+
+    def _look_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves signals to us and tells when it begins to close."""
+
+    def __init__(self, config: uvicorn.Config, *, closing: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # uvicorn would raise the signal again after its shutdown, before ours
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._closing()
+        await super().shutdown(sockets)
+
+
+def listen(settings: GatewaySettings) -> socket.socket:
+    """The socket to serve on; raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Gateway:
+    """One life of the gateway. `bus_options` are the arguments of its `AsyncBusClient`; `keys` are loaded already."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        bus_options: Mapping[str, Any],
+        keys: KeyRing | None,
+        manager: Manager,
+        watchdog_s: float | None = None,
+    ) -> None:
+        self._settings = settings.gateway
+        self._bus_options = bus_options
+        self._root_user = settings.mqtt.username
+        self._keys = keys
+        self._manager = manager
+        self._watchdog_s = watchdog_s
+        self._server: _Server | None = None
+        self._running: Running | None = None
+        self._capacity = Capacity(
+            total=self._settings.max_streams,
+            each=min(self._settings.max_streams_per_level, self._settings.max_streams),
+        )
+
+    async def run(self, sock: socket.socket, *, signals: bool = True) -> None:
+        """Serve until SIGTERM or SIGINT, or until `stop`."""
+        bus = AsyncBusClient(
+            **self._bus_options,
+            whole_levels=True,
+            live_answers=2 * self._settings.max_streams,
+            max_answer_chars=self._settings.max_answer_bytes,
+        )
+        self._running = Running(bus, retry_grace_s=self._settings.retry_grace_s)
+        services = Services(
+            settings=self._settings,
+            bus=bus,
+            keys=self._keys,
+            anyone=Owner(name="anyone", level=self._level()),
+            catalog=Catalog(bus),
+            capacity=self._capacity,
+            running=self._running,
+        )
+        self._server = _Server(self._config(build(services)), closing=self._close)
+        if signals:
+            self._take_signals()
+        chores = [asyncio.create_task(work) for work in (self._connect(bus), self._look_at_keys(), self._live())]
+        try:
+            await self._server.serve(sockets=[sock])
+        finally:
+            for chore in chores:
+                chore.cancel()
+            await asyncio.gather(*chores, return_exceptions=True)
+            await bus.close()
+            log.info("gateway.stopped")
+
+    def stop(self) -> None:
+        """Begin to close; a second call cuts the drain short. Must be called in the loop."""
+        if self._server is None:
+            return
+        if self._server.should_exit and self._running is not None:
+            self._running.end_all()
+        self._server.should_exit = True
+
+    def _level(self) -> str:
+        if self._settings.level is not None:
+            return self._settings.level
+        user = self._root_user
+        return user if user is not None and is_level(user) else "web"
+
+    def _config(self, app: ASGIApp) -> uvicorn.Config:
+        settings = self._settings
+        # Every client can make it say "Invalid HTTP request received."; what fails in the app, `Journaled` tells.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        return uvicorn.Config(
+            app,
+            http=type("_BoundedHttp", (BoundedHttp,), {"head_timeout_s": settings.header_timeout_s}),
+            ws="websockets-sansio",
+            ws_max_size=settings.max_body_bytes,
+            ws_max_queue=16,
+            ws_per_message_deflate=False,  # a small frame may unpack to a giant one, and chunks are too small to gain
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=settings.max_streams + IDLE_CONNECTIONS,
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            backlog=BACKLOG,
+            timeout_keep_alive=max(1, int(settings.header_timeout_s)),
+            timeout_graceful_shutdown=int(settings.drain_timeout_s + AFTER_THE_DRAIN_S),
+        )
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+    def _close(self) -> None:
+        """The server begins to close: no new answers, and an end for those that take too long."""
+        self._manager.stopping()
+        self._capacity.closing = True
+        assert self._running is not None
+        log.info("gateway.closing", answers=self._running.count, drain_timeout_s=self._settings.drain_timeout_s)
+        asyncio.get_running_loop().call_later(self._settings.drain_timeout_s, self._running.end_all)
+
+    # --- beside the server ---------------------------------------------------------------------------------------------
+
+    async def _connect(self, bus: AsyncBusClient) -> None:
+        """Connect to the broker, however long that takes: until then requests are answered by 503."""
+        pause_s = 0.5
+        while True:
+            try:
+                await bus.open()
+                break
+            except BusError as error:
+                log.warning("gateway.no_broker", why=str(error), next_try_s=pause_s)
+            except Exception:
+                log.exception("gateway.connect_failed")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        for level in self._keys.levels() if self._keys is not None else [self._level()]:
+            with contextlib.suppress(BusError):  # tried again with the first request
+                await bus.listen(f"{level}/x")
+        try:
+            await bus.health(wait_s=0.0)
+        except (NotPermitted, BusError) as error:
+            log.info("gateway.no_health", why=str(error))
+        log.info("gateway.connected", broker=str(bus.address), protocol=bus.protocol)
+        self._manager.ready()
+        self._manager.status(f"connected to {bus.address}")
+
+    async def _look_at_keys(self) -> None:
+        """Tell once when the keys file becomes unreadable."""
+        told = ""
+        while self._keys is not None:
+            if self._keys.problem != told:
+                told = self._keys.problem
+                if told:
+                    log.warning("gateway.keys_file_unfit", why=told, message="the keys known so far are in force")
+            await asyncio.sleep(LOOK_AT_KEYS_S)
+
+    async def _live(self) -> None:
+        """Feed the watchdog for as long as the loop turns."""
+        while self._watchdog_s is not None:
+            self._manager.watchdog()
+            await asyncio.sleep(self._watchdog_s)

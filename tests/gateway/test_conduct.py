@@ -1,0 +1,502 @@
+"""How the gateway behaves: when clients leave, workers are missing, bodies are too large, keys are wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from llamacpp_mqtt_deploy.core.errors import ContextOverflow
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
+from tests.gateway.world import RunningGateway, World
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.broker
+
+CHAT = "/v1/chat/completions"
+
+
+def chat(text: str = "hello there", **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def pieces(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line[6:])
+
+
+# --- text for curl ---------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_answered_by_the_text_as_it_comes(world: World) -> None:
+    gate = Gate()
+    engine = ScriptedEngine()
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("one", " two", gate, " three")
+    with httpx.stream("POST", f"{gateway.url}/ask", content="count to three", timeout=20) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/plain")
+        assert response.headers["x-accel-buffering"] == "no"
+        text = response.iter_text()
+        first = ""
+        while first != "one two":
+            first += next(text)
+        gate.open()
+        assert first + "".join(text) == "one two three"
+
+
+def test_events_come_as_they_are_to_who_accepts_them(http: httpx.Client) -> None:
+    with http.stream("POST", "/ask", json={"prompt": "a b c"}, headers={"accept": "text/event-stream"}) as response:
+        events = list(pieces(response))
+    assert [event["type"] for event in events] == ["start", "chunk", "chunk", "chunk", "done"] or events[-1][
+        "type"
+    ] == "done"
+    assert "".join(event.get("content", "") for event in events) == "a b c"
+    assert [event["seq"] for event in events if event["type"] == "chunk"] == list(range(len(events) - 2))
+
+
+def test_a_prompt_without_a_session_leaves_nothing_behind(world: World) -> None:
+    worker = world.worker()
+    gateway = world.gateway()
+    for text in ("my name is Ada", "what is my name"):
+        assert httpx.post(f"{gateway.url}/ask", content=text, timeout=20).text == text
+    assert [len(call.messages) for call in worker.engine.calls] == [1, 1]
+
+
+def test_a_session_remembers_and_a_control_resets_it(world: World) -> None:
+    worker = world.worker()
+    gateway = world.gateway()
+    with httpx.Client(base_url=gateway.url, timeout=20) as http:
+        for text in ("one", "two"):
+            assert http.post("/ask", json={"prompt": text, "session": "kitchen"}).text == text
+        history = http.post("/control", json={"action": "history", "session": "kitchen"}).json()
+        assert [message["content"] for message in history["messages"]] == ["one", "one", "two", "two"]
+        assert http.post("/control", json={"action": "reset", "session": "kitchen"}).json()["status"] == "ok"
+        assert http.post("/ask", json={"prompt": "three", "session": "kitchen"}).text == "three"
+    assert [len(call.messages) for call in worker.engine.calls] == [1, 3, 1]
+
+
+# --- clients that leave ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slot_within_half_a_second(world: World, stream: bool) -> None:
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("begun", Silence())
+    body = json.dumps(chat(stream=stream)).encode()
+    with socket.create_connection(("127.0.0.1", gateway.port)) as wire:
+        wire.sendall(
+            b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body)
+        )
+        eventually(lambda: engine.busy == 1)
+        if stream:
+            assert b"200 OK" in wire.recv(4096)
+    left_at = time.monotonic()
+    eventually(lambda: engine.busy == 0, 5)
+    assert time.monotonic() - left_at < 0.5
+
+
+def test_a_request_with_an_idempotency_key_runs_once_and_gets_its_answer_again(world: World) -> None:
+    worker = world.worker()
+    gateway = world.gateway()
+    headers = {"Idempotency-Key": "order-1"}
+    first = httpx.post(f"{gateway.url}{CHAT}", json=chat("say it"), headers=headers, timeout=20).json()
+    again = httpx.post(f"{gateway.url}{CHAT}", json=chat("say it"), headers=headers, timeout=20).json()
+    assert first["choices"] == again["choices"]
+    assert first["id"] == again["id"] == "chatcmpl-order-1"
+    assert len(worker.engine.calls) == 1
+    other = httpx.post(f"{gateway.url}{CHAT}", json=chat("something else"), headers=headers, timeout=20)
+    assert other.status_code == 409
+
+
+def test_who_lost_the_connection_asks_again_and_gets_the_whole_answer(world: World) -> None:
+    gate = Gate()
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("one", " two", gate, " three")
+    asked: Any = {"json": chat(stream=True), "headers": {"Idempotency-Key": "lost"}, "timeout": 20}
+    with httpx.stream("POST", f"{gateway.url}{CHAT}", **asked) as response:
+        text = ""
+        for piece in pieces(response):
+            text += piece["choices"][0]["delta"].get("content", "")
+            if text == "one two":
+                break
+    answered = threading.Event()
+    whole: list[str] = []
+
+    def ask_again() -> None:
+        with httpx.stream("POST", f"{gateway.url}{CHAT}", **asked) as response:
+            whole.extend(piece["choices"][0]["delta"].get("content", "") for piece in pieces(response))
+        answered.set()
+
+    thread = threading.Thread(target=ask_again)
+    thread.start()
+    eventually(lambda: "".join(whole) == "one two")
+    gate.open()
+    assert answered.wait(10)
+    thread.join()
+    assert "".join(whole) == "one two three"
+    assert len(engine.calls) == 1
+
+
+def test_whoever_does_not_come_back_in_time_is_cancelled(world: World) -> None:
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine)
+    gateway = world.gateway(gateway__retry_grace_s=0.3)
+    engine.play("begun", Silence())
+    with httpx.stream(
+        "POST", f"{gateway.url}{CHAT}", json=chat(stream=True), headers={"Idempotency-Key": "gone"}, timeout=20
+    ) as response:
+        next(pieces(response))
+    assert engine.busy == 1
+    eventually(lambda: engine.busy == 0, 5)
+
+
+# --- errors have their status ----------------------------------------------------------------------------------------
+
+
+def test_without_a_worker_the_answer_is_503_at_once(world: World) -> None:
+    gateway = world.gateway(ready=False)
+    eventually(lambda: httpx.get(f"{gateway.url}/readyz", timeout=5).json()["broker"])
+    began_at = time.monotonic()
+    response = httpx.post(f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20)
+    assert time.monotonic() - began_at < 1
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["code"] == "no_worker"
+    assert httpx.get(f"{gateway.url}/healthz", timeout=5).status_code == 200
+    assert httpx.get(f"{gateway.url}/readyz", timeout=5).status_code == 503
+
+
+def test_a_full_queue_is_429_with_the_time_to_wait(world: World) -> None:
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine, limits__queue_size=1)
+    gateway = world.gateway()
+    for _ in range(2):
+        engine.play(Silence())
+
+    def hold() -> None:
+        with httpx.stream("POST", f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20):
+            pass
+
+    holders = [threading.Thread(target=hold, daemon=True) for _ in range(2)]
+    for holder in holders:
+        holder.start()
+    eventually(lambda: engine.busy == 1)
+    refused = httpx.Response(200)
+
+    def full() -> bool:
+        nonlocal refused
+        refused = httpx.post(f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=2)
+        return refused.status_code == 429
+
+    eventually(full)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_prompt_that_does_not_fit_is_400_with_the_apis_own_code(world: World) -> None:
+    engine = ScriptedEngine()
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play(ContextOverflow("Too long.", n_prompt_tokens=9000, n_ctx=4096))
+    response = httpx.post(f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_timeout_is_504(world: World) -> None:
+    engine = ScriptedEngine()
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play(Silence())
+    response = httpx.post(f"{gateway.url}{CHAT}", json=chat(stream=True, timeout_s=0.3), timeout=20)
+    assert response.status_code == 504
+
+
+def test_a_model_that_nobody_serves_is_404_and_default_is_the_workers_own(http: httpx.Client) -> None:
+    refused = http.post(CHAT, json=chat(model="gpt-9"))
+    assert refused.status_code == 404
+    assert refused.json()["error"]["code"] == "model_not_found"
+    assert http.post(CHAT, json=chat(model="default")).json()["choices"][0]["message"]["content"] == "hello there"
+    listed = http.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["scripted"]
+    assert http.post(CHAT, json=chat(model=listed[0]["id"])).status_code == 200
+
+
+def test_a_stream_that_fails_after_its_first_piece_tells_it_in_its_own_form_and_never_looks_whole(world: World) -> None:
+    engine = ScriptedEngine()
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("half", Silence())
+    with httpx.stream("POST", f"{gateway.url}{CHAT}", json=chat(stream=True, timeout_s=0.5), timeout=20) as response:
+        assert response.status_code == 200
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
+    assert "data: [DONE]" not in lines
+
+
+def test_plain_text_that_fails_after_its_first_piece_is_cut(world: World) -> None:
+    engine = ScriptedEngine()
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("half", Silence())
+    received: list[str] = []
+    asked: Any = {"json": {"prompt": "x", "timeout_s": 0.5}, "timeout": 20}
+    with httpx.stream("POST", f"{gateway.url}/ask", **asked) as response, pytest.raises(httpx.RemoteProtocolError):
+        received.extend(response.iter_text())
+    assert received[0].startswith("half")
+    assert "timeout" in "".join(received)
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_bodies_over_the_limit_are_refused_whether_they_tell_their_size_or_not(world: World) -> None:
+    world.worker()
+    gateway = world.gateway(gateway__max_body_bytes=2000)
+    told = httpx.post(f"{gateway.url}{CHAT}", json=chat("x" * 3000), timeout=20)
+    assert told.status_code == 413
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(30):
+            yield b"x" * 100
+
+    untold = httpx.post(f"{gateway.url}{CHAT}", content=parts(), timeout=20)
+    assert untold.status_code == 413
+    assert httpx.post(f"{gateway.url}{CHAT}", json=chat(), timeout=20).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"messages": 1}', b"\xff\xfe", b"[" * 5000, b'{"messages": NaN}', b'{"a":1,"a":2}']
+)
+def test_what_is_no_request_is_400_in_the_apis_own_form(http: httpx.Client, body: bytes) -> None:
+    response = http.post(CHAT, content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_client_that_sends_its_head_or_its_body_too_slowly_is_cut_off(world: World) -> None:
+    world.worker()
+    gateway = world.gateway(gateway__header_timeout_s=0.4, gateway__body_timeout_s=0.4)
+    for begin in (b"POST /ask HTTP/1.1\r\nHost: loc", b""):
+        with socket.create_connection(("127.0.0.1", gateway.port)) as wire:
+            wire.settimeout(10)
+            wire.sendall(begin)
+            assert wire.recv(100) == b""
+    with socket.create_connection(("127.0.0.1", gateway.port)) as wire:
+        wire.settimeout(10)
+        wire.sendall(b"POST /ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
+        assert b" 504 " in wire.recv(100)
+
+
+def test_a_head_without_end_is_refused(gateway: RunningGateway) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port)) as wire:
+        wire.settimeout(10)
+        wire.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        answer = b""
+        try:
+            for number in range(2000):
+                wire.sendall(b"X-%d: %s\r\n" % (number, b"x" * 100))
+            answer = wire.recv(100)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        assert not answer or b" 400 " in answer
+    assert httpx.get(f"{gateway.url}/healthz", timeout=5).status_code == 200
+
+
+def test_a_reader_that_takes_nothing_is_cut_and_others_go_on(world: World) -> None:
+    engine = ScriptedEngine(slots=2)
+    world.worker(engine)
+    gateway = world.gateway(gateway__slow_reader_s=0.5)
+    engine.play(*["x" * 4000 for _ in range(900)])
+    body = json.dumps(chat(stream=True, max_tokens=1000)).encode()
+    wire = socket.socket()
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with wire:
+        wire.connect(("127.0.0.1", gateway.port))
+        wire.sendall(
+            b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body)
+        )
+        eventually(lambda: len(engine.calls) == 1)
+        for _ in range(5):
+            assert httpx.post(f"{gateway.url}{CHAT}", json=chat(), timeout=20).status_code == 200
+        wire.settimeout(30)
+        received = b""
+        try:
+            while part := wire.recv(65536):
+                received += part
+                time.sleep(0)
+        except ConnectionResetError:
+            pass
+        assert b"[DONE]" not in received or received.endswith(b"0\r\n\r\n")
+
+
+def test_one_key_leaves_places_to_the_others(world: World) -> None:
+    engine = ScriptedEngine(slots=4)
+    world.worker(engine)
+    gateway = world.gateway(keys={"alice": {}, "bob": {}}, gateway__max_streams_per_level=1)
+    engine.play(Silence())
+
+    def post(name: str, **fields: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {gateway.keys[name]}"}
+        return httpx.post(f"{gateway.url}{CHAT}", json=chat(**fields), headers=headers, timeout=20)
+
+    holder = threading.Thread(target=lambda: post("alice", stream=True, timeout_s=3), daemon=True)
+    holder.start()
+    eventually(lambda: engine.busy == 1)
+    refused = post("alice")
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"]
+    assert post("bob").status_code == 200
+    holder.join(20)
+
+
+# --- the stop --------------------------------------------------------------------------------------------------------
+
+
+def test_at_a_stop_answers_may_finish_and_what_takes_too_long_ends_with_an_error(world: World) -> None:
+    gate = Gate()
+    engine = ScriptedEngine(slots=2)
+    world.worker(engine)
+    gateway = world.gateway(gateway__drain_timeout_s=1)
+    engine.play("quick", gate, " end")
+    results: dict[str, list[str]] = {"quick": [], "slow": []}
+
+    def read(name: str) -> None:
+        with httpx.stream("POST", f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20) as response:
+            results[name] = [line for line in response.iter_lines() if line.startswith("data: ")]
+
+    quick = threading.Thread(target=read, args=("quick",))
+    quick.start()
+    assert gate.reached.wait(10)
+    engine.play("slow", Silence())
+    slow = threading.Thread(target=read, args=("slow",))
+    slow.start()
+    eventually(lambda: engine.busy == 2)
+    gateway.stop_soon()
+    eventually(lambda: "stopping" in gateway.manager.words)
+    gate.open()
+    for thread in (quick, slow):
+        thread.join(20)
+    gateway.join()
+    assert results["quick"][-1] == "data: [DONE]"
+    assert json.loads(results["slow"][-1][6:])["error"]["code"] == "shutting_down"
+    eventually(lambda: engine.busy == 0)
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_open_the_gateway_by_bearer_and_by_header_and_nothing_else_does(world: World) -> None:
+    world.worker()
+    gateway = world.gateway(keys={"alice": {}})
+    url, key = f"{gateway.url}{CHAT}", gateway.keys["alice"]
+    for headers in ({"authorization": f"Bearer {key}"}, {"x-api-key": key}):
+        assert httpx.post(url, json=chat(), headers=headers, timeout=20).status_code == 200
+    for headers in ({}, {"authorization": "Bearer lmd-wrong"}, {"authorization": key}, {"x-api-key": key[:-1]}):
+        refused = httpx.post(url, json=chat(), headers=headers, timeout=20)
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{gateway.url}/healthz", timeout=5).status_code == 200
+
+
+def test_the_same_id_of_two_keys_is_two_requests(world: World) -> None:
+    worker = world.worker()
+    gateway = world.gateway(keys={"alice": {"level": "team"}, "bob": {"level": "team"}, "eve": {}})
+    texts = {}
+    for name in gateway.keys:
+        headers = {"x-api-key": gateway.keys[name], "Idempotency-Key": "same"}
+        answer = httpx.post(f"{gateway.url}{CHAT}", json=chat(f"I am {name}"), headers=headers, timeout=20)
+        texts[name] = answer.json()["choices"][0]["message"]["content"]
+    assert texts == {name: f"I am {name}" for name in gateway.keys}
+    assert len(worker.engine.calls) == 3
+
+
+def test_a_key_is_held_to_its_models_its_lane_and_its_rate(world: World) -> None:
+    engine = ScriptedEngine()
+    worker = world.worker(engine, engine__models='["other"]')
+    gateway = world.gateway(keys={"alice": {"models": ["default"], "max_priority": "batch", "requests_per_minute": 3}})
+    headers = {"x-api-key": gateway.keys["alice"]}
+    with httpx.Client(base_url=gateway.url, headers=headers, timeout=20) as http:
+        assert http.post(CHAT, json=chat(model="other")).status_code == 403
+        assert http.post(CHAT, json=chat(priority="interactive")).status_code == 200
+        assert http.post(CHAT, json=chat()).status_code == 200
+        limited = http.post(CHAT, json=chat())
+        assert limited.status_code == 429
+        assert int(limited.headers["retry-after"]) >= 1
+    assert len(worker.engine.calls) == 2
+
+
+def test_a_key_that_is_removed_is_refused_without_a_restart(world: World) -> None:
+    world.worker()
+    gateway = world.gateway(keys={"alice": {}, "bob": {}})
+
+    def status(name: str) -> int:
+        return httpx.post(
+            f"{gateway.url}{CHAT}", json=chat(), headers={"x-api-key": gateway.keys[name]}, timeout=20
+        ).status_code
+
+    assert status("alice") == status("bob") == 200
+    gateway.write_keys({"bob": {}})
+    eventually(lambda: status("alice") == 401, 5)
+    gateway.keys_file.write_text("no toml [")
+    assert status("bob") == 200
+
+
+# --- web pages -------------------------------------------------------------------------------------------------------
+
+
+def test_without_keys_foreign_pages_and_foreign_names_are_refused(gateway: RunningGateway) -> None:
+    def status(**headers: str) -> int:
+        return httpx.post(f"{gateway.url}/ask", content="hi", headers=headers, timeout=20).status_code
+
+    assert status(origin=gateway.url) == 200
+    assert status(host=f"localhost:{gateway.port}") == 200
+    assert status(origin="https://evil.example") == 403
+    assert status(origin="null") == 403
+    assert status(host=f"evil.example:{gateway.port}") == 403
+
+
+def test_only_named_origins_may_read_answers_from_elsewhere(world: World) -> None:
+    world.worker()
+    gateway = world.gateway(gateway__cors_origins='["https://chat.example"]')
+    named = httpx.post(f"{gateway.url}/ask", content="hi", headers={"origin": "https://chat.example"}, timeout=20)
+    assert named.status_code == 200
+    assert named.headers["access-control-allow-origin"] == "https://chat.example"
+    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    assert "access-control-allow-origin" not in httpx.options(f"{gateway.url}/ask", headers=asked, timeout=20).headers
+
+
+def test_silence_is_filled_with_signs_of_life(world: World) -> None:
+    gate = Gate()
+    engine = ScriptedEngine()
+    world.worker(engine)
+    gateway = world.gateway(gateway__heartbeat_s=0.2)
+    engine.play("one", gate)
+    with httpx.stream("POST", f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20) as response:
+        lines = response.iter_lines()
+        assert next(line for line in lines if line.startswith(":")) == ": ping"
+        gate.open()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/api/nothing", "/ask/"])
+def test_what_is_not_there_is_told_in_the_form_of_its_api(http: httpx.Client, path: str) -> None:
+    response = http.post(path, json={})
+    assert response.status_code in (404, 405)
+    assert "error" in response.json()
+    assert http.get(CHAT).status_code == 405
+    assert http.get("/openapi.json").json()["openapi"].startswith("3.")
+    assert "/v1/chat/completions" in http.get("/docs").text
