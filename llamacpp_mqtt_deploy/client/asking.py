@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,6 +73,13 @@ def check_names(session: str, request_id: str | None) -> None:
         )
     if request_id is not None and not is_level(request_id):
         raise ValueError(f"request_id {request_id!r}: letters, digits, _ . and -, at most 64")
+
+
+def session_below(first: str, name: str) -> str:
+    """The session path of a name that others chose: as it is where it can be a topic level, else a hash of it."""
+    if is_level(name):
+        return f"{first}/{name}"
+    return f"{first}/s-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:32]}"
 
 
 def own_session(username: str | None) -> str:

@@ -64,7 +64,7 @@ def _serve(config_file: Path | None, overrides: Mapping[str, str]) -> int:
     import asyncio
 
     from llamacpp_mqtt_deploy import logs
-    from llamacpp_mqtt_deploy.config.loading import mqtt_password
+    from llamacpp_mqtt_deploy.client.configured import bus_options
     from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, KeysFileError
     from llamacpp_mqtt_deploy.gateway.serving import Gateway, listen, url_of
     from llamacpp_mqtt_deploy.service.systemd import Notifier, watchdog_interval_s
@@ -77,9 +77,12 @@ def _serve(config_file: Path | None, overrides: Mapping[str, str]) -> int:
         except KeysFileError as error:
             tell_problems((f"[gateway] keys_file: {error}",))
     _refuse_strangers(settings)
-    password = mqtt_password(settings)
+    try:
+        options = bus_options(settings)
+    except ValueError as error:
+        tell_problems((str(error),))
     logs.setup(settings.logging)
-    logs.hide(password)
+    logs.hide(options["password"])
 
     import structlog
 
@@ -104,35 +107,13 @@ def _serve(config_file: Path | None, overrides: Mapping[str, str]) -> int:
     log.info("gateway.listening", url=url_of(sock), keys=None if keys is None else len(keys.levels()))
     gateway = Gateway(
         settings,
-        bus_options=_bus_options(settings, password),
+        bus_options=options,
         keys=keys,
         manager=Notifier(),
         watchdog_s=watchdog_interval_s(),
     )
     asyncio.run(gateway.run(sock))
     return 0
-
-
-def _bus_options(settings: Settings, password: str | None) -> dict[str, Any]:
-    from llamacpp_mqtt_deploy.mqtt.tls import build_context
-
-    mqtt = settings.mqtt
-    try:
-        tls = build_context(mqtt.tls) if mqtt.tls.enabled else False
-    except ValueError as error:
-        tell_problems((str(error),))
-    return {
-        "host": mqtt.host,
-        "port": mqtt.port,
-        "username": mqtt.username,
-        "password": password,
-        "tls": tls,
-        "root": mqtt.root,
-        "protocol": mqtt.protocol,
-        "transport": mqtt.transport,
-        "websocket_path": mqtt.websocket_path,
-        "keepalive_s": mqtt.keepalive_s,
-    }
 
 
 def _refuse_strangers(settings: Settings) -> None:

@@ -137,22 +137,9 @@ def same_broker(settings: Settings, config_file: Path | None) -> str:
 def bus_client(settings: Settings, **options: Any) -> BusClient:
     """A client, not yet open, for the broker of these settings; raises ValueError for TLS files that cannot be used."""
     from llamacpp_mqtt_deploy.client import BusClient
-    from llamacpp_mqtt_deploy.config.credentials import mqtt_password
-    from llamacpp_mqtt_deploy.mqtt.tls import build_context
+    from llamacpp_mqtt_deploy.client.configured import bus_options
 
-    mqtt = settings.mqtt
-    return BusClient(
-        mqtt.host,
-        mqtt.port,
-        username=mqtt.username,
-        password=mqtt_password(settings),
-        tls=build_context(mqtt.tls) if mqtt.tls.enabled else False,
-        root=mqtt.root,
-        protocol=mqtt.protocol,
-        transport=mqtt.transport,
-        websocket_path=mqtt.websocket_path,
-        **options,
-    )
+    return BusClient(**(bus_options(settings) | options))
 
 
 def session_path(name: str, username: str | None) -> str:

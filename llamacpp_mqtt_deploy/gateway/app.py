@@ -23,7 +23,7 @@ from llamacpp_mqtt_deploy.core.formats.openai_errors import openai_failure
 from llamacpp_mqtt_deploy.core.formats.plain import ASK_EVENTS
 from llamacpp_mqtt_deploy.core.formats.rendering import HttpReply, error_event
 from llamacpp_mqtt_deploy.gateway.bodies import read_object
-from llamacpp_mqtt_deploy.gateway.exchange import AnswerEndpoint, Ask, Services, note
+from llamacpp_mqtt_deploy.gateway.exchange import AnswerEndpoint, Ask, AskEndpoint, Services, note
 from llamacpp_mqtt_deploy.gateway.guards import Journaled, SamePlace
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
 from llamacpp_mqtt_deploy.gateway.openapi import document, page

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from llamacpp_mqtt_deploy.client.asking import session_below
 from llamacpp_mqtt_deploy.client.async_bus import AsyncBusClient
 from llamacpp_mqtt_deploy.client.exceptions import BusError
 from llamacpp_mqtt_deploy.config.settings import GatewaySettings
@@ -137,9 +138,7 @@ def session_path(owner: Owner, session: str | None) -> str:
     and the same id again means the same request."""
     if session is None:
         return f"{owner.level}/{owner.name}"
-    if is_level(session):
-        return f"{owner.level}/{session}"
-    return f"{owner.level}/s-{hashlib.sha256(session.encode('utf-8', 'replace')).hexdigest()[:32]}"
+    return session_below(owner.level, session)
 
 
 def idempotency_key(request: HTTPConnection) -> str | None:
