@@ -22,7 +22,7 @@ from llamacpp_mqtt_deploy.core.formats.rendering import (
     message_of,
     status_of,
 )
-from llamacpp_mqtt_deploy.core.formats.telling import finish_of, text_of
+from llamacpp_mqtt_deploy.core.formats.telling import Untold, finish_of, text_of
 
 _MODES = ("prompt", "messages", "tool_results")
 _OWN = ("request_id", "session_id", "model", "stream")
@@ -118,13 +118,19 @@ def _utf8(text: str) -> bytes:
 
 
 class EventsStream:
-    """Every event of the protocol as it is; `bare` ones are JSON alone, for a transport that has messages of its own."""
+    """Every event of the protocol as it is; `bare` ones are JSON alone, for a transport that has messages of its own.
+
+    Chunks that were merged on the way are told as a `snapshot`, which the protocol allows at any time: a reader of it would take
+    the numbers that are missing for a loss.
+    """
 
     content_type = "text/event-stream"
 
     def __init__(self, asked: Asked, occasion: Occasion, *, bare: bool = False) -> None:
         self._bare = bare
         self._end = ""
+        self._untold = Untold()
+        self._next_seq = 0
 
     @property
     def ended(self) -> bool:
@@ -142,7 +148,22 @@ class EventsStream:
             return []
         kind = event.get("type")
         self._end = kind if kind in ("done", "error") else ""
-        return [json_line(event) if self._bare else sse_data(event)]
+        told = self._numbered(event)
+        return [json_line(told) if self._bare else sse_data(told)]
+
+    def _numbered(self, event: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._untold.feed(event)
+        seq = event.get("seq" if event.get("type") == "chunk" else "next_seq")
+        if not isinstance(seq, int):
+            return event
+        missing = event.get("type") == "chunk" and seq > self._next_seq
+        self._next_seq = seq + 1 if event.get("type") == "chunk" else seq
+        return self._snapshot(event) if missing else event
+
+    def _snapshot(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        told = {name: event[name] for name in ("request_id", "session_id") if name in event}
+        told |= {"type": "snapshot", "content": self._untold.content, "next_seq": self._next_seq}
+        return told | ({"reasoning": self._untold.reasoning} if self._untold.reasoning else {})
 
     def ping(self) -> bytes:
         return b"" if self._end or self._bare else b": ping\n\n"

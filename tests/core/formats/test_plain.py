@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.events import EventReader
 from llamacpp_mqtt_deploy.core.formats.http_routes import HTTP_ROUTES
 from llamacpp_mqtt_deploy.core.formats.plain import ASK_EVENTS, ASK_TEXT, parse_ask
 from llamacpp_mqtt_deploy.core.formats.rendering import Dialect
@@ -47,6 +48,19 @@ def test_text_that_streams_is_the_answer_and_nothing_else(answer: Answered) -> N
 @given(answers())
 def test_events_are_told_as_they_are(answer: Answered) -> None:
     assert sse_objects(rendered(ASK_EVENTS.stream(asked(), occasion()), answer.events)) == answer.events
+
+
+def test_chunks_that_were_merged_for_a_slow_reader_leave_no_hole_in_the_events() -> None:
+    """What waits for a slow reader is merged into one chunk, under the number of the last."""
+    answer = answered(("content", "a"), ("content", "b"), ("reasoning", "hm"), ("content", "c"), ("content", "d"))
+    start, a, b, thought, c, d, done = answer.events
+    merged = [start, {**b, "content": "ab"}, thought, {**d, "content": "cd"}, {**done, "full_content": None}]
+    reader = EventReader("r1")
+    for event in sse_objects(rendered(ASK_EVENTS.stream(asked(), occasion()), merged)):
+        reader.feed(event)
+        assert not reader.hole
+    assert (reader.content, reader.reasoning, reader.ended) == ("abcd", "hm", True)
+    assert (a["seq"], c["seq"]) == (0, 3)
 
 
 @given(answers())
