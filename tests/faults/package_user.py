@@ -33,9 +33,11 @@ class PackageUser:
             client=options.name, seed=options.seed, count=options.count, without=options.without.split(",")
         )
         self._left: queue.SimpleQueue[tuple[int, Wish]] = queue.SimpleQueue()
+        self._again: queue.SimpleQueue[tuple[int, Wish]] = queue.SimpleQueue()
+        """Begun and not over: the rig waits for these."""
         for number, wish in enumerate(planned):
             if number not in over:
-                self._left.put((number, wish))
+                (self._again if number in self._attempts else self._left).put((number, wish))
         self._begun = len(self._attempts)
         self._lock = threading.Lock()
         self._pause = threading.Event()
@@ -63,20 +65,29 @@ class PackageUser:
                 self._pause.wait(0.3)
 
     def _next(self, bus: BusClient) -> bool:
-        while self._begun >= allowed(self._options.folder, self._options.name):
-            self._pause.wait(0.05)
-        try:
-            number, wish = self._left.get_nowait()
-        except queue.Empty:
+        taken = self._take()
+        if taken is None:
             return False
-        with self._lock:
-            self._begun += number not in self._attempts
+        number, wish = taken
         try:
             self._fulfil(bus, number, wish)
         except BusError:
-            self._left.put((number, wish))
+            self._again.put((number, wish))
             raise
         return True
+
+    def _take(self) -> tuple[int, Wish] | None:
+        """The next wish, one that was begun before all others; None when there is none."""
+        while True:
+            with self._lock:
+                if not self._again.empty():
+                    return self._again.get()
+                if self._left.empty():
+                    return None
+                if self._begun < allowed(self._options.folder, self._options.name):
+                    self._begun += 1
+                    return self._left.get()
+            self._pause.wait(0.05)
 
     def _fulfil(self, bus: BusClient, number: int, wish: Wish) -> None:
         request_id = ""

@@ -42,6 +42,8 @@ class Happening:
     fault: Fault
     began_at: float
     mended_at: float | None = None
+    begun_before: int = 0
+    """How many requests the clients had begun when it ended."""
     recovered_s: float | None = None
     stuck: bool = False
 
@@ -186,7 +188,10 @@ class Run:
             world.allow(10**9)
             return
         begun, after = self.checker.begun, following.after
-        needed = self.checker.open == 0 and (begun < after or bool(self._unrecovered()))
+        unrecovered = self._unrecovered()
+        needed = self.checker.open == 0 and (begun < after or bool(unrecovered))
+        # One of each client: what was asked before the end of a fault says nothing of what is after it.
+        needed = needed or any(h.mended_at is not None and begun < h.begun_before + self._clients for h in unrecovered)
         world.allow(self._pace.allowed(after=after, begun=begun, needed=needed, now=time.monotonic()))
 
     def _unrecovered(self) -> list[Happening]:
@@ -204,7 +209,7 @@ class Run:
         for happening in self.figures.happenings:
             if happening.mended_at is None and now >= happening.began_at + happening.fault.lasts_s:
                 world.mend(happening.fault)
-                happening.mended_at = time.monotonic()
+                happening.mended_at, happening.begun_before = time.monotonic(), self.checker.begun
         for happening in self._unrecovered():
             if happening.mended_at is not None and now > happening.mended_at + RECOVER_S:
                 happening.stuck = True
