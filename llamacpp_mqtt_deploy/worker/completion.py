@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -22,6 +22,9 @@ from llamacpp_mqtt_deploy.worker.own_errors import defect, outbox_full, stop_err
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
+
+_ACCEPT_WAIT_S = 30.0
+"""As long as a write is waited for anywhere."""
 
 
 class Completion:
@@ -46,7 +49,7 @@ class Completion:
 
     def done(self, job: Job, finish_reason: FinishReason) -> None:
         """End with `done`."""
-        if not self._registry.claim_end(job):
+        if not self._claim(job):
             return
         try:
             told = self._told(job)
@@ -66,7 +69,7 @@ class Completion:
 
     def failed(self, job: Job, error: RequestError) -> None:
         """End with `error`; what was told already comes along as `partial_content`."""
-        if not self._registry.claim_end(job):
+        if not self._claim(job):
             return
         try:
             terminal = _error_event(job, error, self._told(job))
@@ -90,6 +93,29 @@ class Completion:
             limit_s = job.deadline - job.received_at
             self.failed(job, stop_error(job.stop.reason, limit_s=limit_s, started=job.started_at is not None))
 
+    def _claim(self, job: Job) -> bool:
+        """Whether the caller has to bring the end."""
+        if not self._registry.claim_end(job):
+            return False
+        if _was_accepted(job):
+            return True
+        self._refuse(job)
+        return False
+
+    def _refuse(self, job: Job) -> None:
+        """The journal does not have the request. However far it got meanwhile: nobody has heard of it, and nobody would remember
+        this end when the request is sent again. So it ends as one that was never accepted, and changes no history."""
+        job.responder.withdraw()
+        error = stop_error("unjournaled", limit_s=0.0, started=False)
+        terminal = _plain_error(job, error, metadata=job.request.metadata)
+        try:
+            self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation, share="answer")
+        except Exception:
+            log.exception("ending.failed", request_id=job.key.request_id)
+        finally:
+            self._registry.leave(job)
+        self._record(job, error.code, error)
+
     def _note(self, event: str, job: Job, cause: Exception) -> None:
         if isinstance(cause, MemoryError):
             self._counters.starved()
@@ -103,14 +129,7 @@ class Completion:
         self._note("ending.failed", job, cause)
         job.responder.close()
         error = defect(cause)
-        terminal = interrupted(
-            request_id=job.key.request_id,
-            session_id=job.key.session,
-            code=error.code,
-            message=error.message,
-            retryable=error.retryable,
-            metadata=None,
-        )
+        terminal = _plain_error(job, error, metadata=None)
         self._end(job, terminal, None, outcome=error.code, error=error)
 
     def _told(self, job: Job) -> Told:
@@ -272,6 +291,28 @@ class Completion:
         if not error.quoted or self._log_content():
             return error.message
         return error.message.replace(error.quoted, f"({len(error.quoted)} characters of the engine, not logged)")
+
+
+def _was_accepted(job: Job) -> bool:
+    """Whether the journal has the request; waits for it, as the end itself would do next."""
+    if job.accepting is not None and not job.unjournaled:
+        try:
+            job.accepting.wait(_ACCEPT_WAIT_S)
+        except StoreError:
+            return not job.accepting.done()  # a disk that hangs may still take it
+    return not job.unjournaled
+
+
+def _plain_error(job: Job, error: RequestError, *, metadata: Mapping[str, Any] | None) -> bytes:
+    """An end that says nothing of what came before it."""
+    return interrupted(
+        request_id=job.key.request_id,
+        session_id=job.key.session,
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        metadata=metadata,
+    )
 
 
 def _with_text(job: Job) -> bool:

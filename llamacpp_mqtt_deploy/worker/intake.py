@@ -194,6 +194,8 @@ class Intake:
             for job in jobs:
                 job.responder.hold()
             written = self._store.accept_soon([job.entry for job in jobs])
+            for job in jobs:
+                job.accepting = written
             # Callbacks come in the order of the writes, so that nothing overtakes this on its way to the clients.
             written.on_done(lambda problem: self._journaled(jobs, receipt, problem))
             self._end_evicted(accepted)
@@ -225,7 +227,7 @@ class Intake:
         self._acknowledger.ready(receipt)
         for job in jobs:
             job.responder.withdraw()
-            job.forgotten = True
+            job.unjournaled = True
             job.stop.set("unjournaled")
             if job.phase in ("queued", "pacing"):
                 self._completion.stopped(job)

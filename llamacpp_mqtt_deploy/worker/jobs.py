@@ -53,6 +53,10 @@ class Job:
     """The engine has taken it up; before that it only waits for the engine."""
     live: bool = False
     """Its chunks go out as they are generated; otherwise the answer is collected and paced."""
+    accepting: Pending | None = None
+    """What writes the request to the journal; None for one of an earlier life."""
+    unjournaled: bool = False
+    """The journal does not have it: it was not accepted, whatever came of it meanwhile."""
     marking: Pending | None = None
     """What writes to the journal that the stream begins; the chunks wait for it."""
     forgotten: bool = False

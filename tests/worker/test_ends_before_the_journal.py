@@ -142,6 +142,24 @@ def test_a_kill_after_an_end_was_told_unstored_brings_no_other_end(
     eventually(lambda: not (bus.state / "state.db.ends").exists())
 
 
+def test_a_request_that_the_journal_refuses_while_it_runs_is_refused_and_not_told_to_be_done(bus: Bus) -> None:
+    worker = bus.worker()
+    lock = _lock(bus)
+    bus.ask("hi", request_id="r1", metadata={"n": 1})
+    end = bus.listener.terminal("r1")
+    assert (end["code"], end["metadata"]) == ("internal", {"n": 1})
+    assert "not accepted" in end["message"]
+    assert worker.daemon.parts.redelivery.unstored(KEY) is None
+    lock.execute("ROLLBACK")
+    eventually(lambda: not worker.daemon.parts.store.trouble())
+    bus.ask("again", request_id="r2")
+    bus.listener.terminal("r2")
+    bus.control("history")
+    messages = bus.listener.until(type="ack", action="history", status="ok")["messages"]
+    assert [message["content"] for message in messages] == ["again", "again"]
+    assert [event["type"] for event in bus.listener.of("r1")] == ["error"]
+
+
 def test_an_end_that_was_not_told_before_a_stop_leaves_its_request_to_the_next_life(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
