@@ -29,6 +29,7 @@ from llamacpp_mqtt_deploy.ports import (
     StoreInUse,
 )
 from llamacpp_mqtt_deploy.service.assembly import Parts
+from llamacpp_mqtt_deploy.service.clock_jumps import ClockJumps
 from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.service.reporting import status_line
@@ -114,6 +115,9 @@ class Daemon:
             in_force=parts.in_force,
         )
         self._trouble_told: str | None = None
+        self._clock_jumps = ClockJumps()
+        self._set_forward_s = 0.0
+        """By how much the clock was set forward that the store does not know of yet."""
         self._started_at = time.monotonic()
         self._online = self._subscribed = False
         self.ready = False
@@ -419,6 +423,7 @@ class Daemon:
     def _purge(self) -> None:
         sessions, limits = self._settings.sessions, self._settings.limits
         try:
+            self._mind_the_clock()
             purged = self.parts.store.purge(
                 now=time.time(),
                 remember_s=limits.remember_s,
@@ -431,6 +436,16 @@ class Daemon:
             return
         if purged.more:
             self.parts.loop.after(_PURGE_AGAIN_S, self._purge_soon)
+
+    def _mind_the_clock(self) -> None:
+        """A clock that is set forward must not make everything look forgotten by its clients."""
+        jump_s = self._clock_jumps.since_last()
+        if jump_s:
+            log.warning("clock.set", seconds=round(jump_s))
+        self._set_forward_s += max(0.0, jump_s)
+        if self._set_forward_s:
+            self.parts.store.clock_was_set(self._set_forward_s, now=time.time())
+            self._set_forward_s = 0.0
 
     # --- the end -------------------------------------------------------------------------------------------------------
 

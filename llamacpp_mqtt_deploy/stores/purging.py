@@ -35,6 +35,12 @@ def mend_times(db: sqlite3.Connection, now: float) -> None:
             db.execute(f"{statement} < ?", (now, CLOCK_SET_S))
 
 
+def shift_times(db: sqlite3.Connection, forward_s: float, now: float) -> None:
+    """After the clock was set forward: whatever was old then is as old now. What was written since has its right time."""
+    for table, column in (("entries", "ended_at"), ("sessions", "last_used")):
+        db.execute(f"UPDATE {table} SET {column} = min(?, {column} + ?) WHERE {column} < ?", (now, forward_s, now))
+
+
 class Dropped:
     """How much one purge has dropped of a kind, up to what one transaction may."""
 

@@ -238,6 +238,10 @@ class SqliteStore:
             writer.submit(step, urgent=True).wait(PURGE_TIMEOUT_S)
         return Purged(entries=entries.rows, sessions=sessions.rows, more=entries.full or sessions.full)
 
+    def clock_was_set(self, forward_s: float, *, now: float) -> None:
+        write = self._opened().writer.submit(lambda db: purging.shift_times(db, forward_s, now), urgent=True)
+        write.wait(PURGE_TIMEOUT_S)
+
     # --- connections ---------------------------------------------------------------------------------------------------
 
     def _opened(self) -> _Open:

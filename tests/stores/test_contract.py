@@ -440,6 +440,18 @@ def test_a_clock_that_is_set_at_last_does_not_make_everything_look_old(store: St
     assert purge(store, now=NOW + 601) == {"entries": 1, "sessions": 0}
 
 
+def test_a_clock_that_is_set_forward_makes_nothing_older(store: Store) -> None:
+    year_s = 365 * DAY_S
+    then = NOW + 300 + year_s
+    talk(store, ("default", "old"), at=NOW)
+    talk(store, ("default", "new"), at=then)
+    store.clock_was_set(year_s, now=then)
+    assert purge(store, now=then) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=then + 301) == {"entries": 1, "sessions": 0}, "the one that had waited for 300 s"
+    assert purge(store, now=then + 601) == {"entries": 1, "sessions": 0}
+    assert purge(store, now=then + 30 * DAY_S - 299) == {"entries": 0, "sessions": 1}
+
+
 def test_a_clock_that_was_ahead_does_not_keep_things_for_ever(store: Store) -> None:
     talk(store, SESSION, at=NOW + 10 * 365 * 86400)
     assert purge(store, now=NOW) == {"entries": 0, "sessions": 0}

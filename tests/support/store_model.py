@@ -186,6 +186,15 @@ class ModelStore:
                 more=False,
             )
 
+    def clock_was_set(self, forward_s: float, *, now: float) -> None:
+        with self._lock:
+            self._check_open()
+            for record in self._records.values():
+                if (ended_at := record.entry.ended_at) is not None and ended_at < now:
+                    record.entry = replace(record.entry, ended_at=min(now, ended_at + forward_s))
+            for session in self._sessions.values():
+                session.last_used = max(session.last_used, min(now, session.last_used + forward_s))
+
     # --- under the lock ----------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:

@@ -136,6 +136,33 @@ def test_what_was_left_behind_runs_whatever_the_limits_are_now(bus: Bus) -> None
         assert bus.listener.terminal(f"r{number}")["type"] == "done"
 
 
+def test_a_clock_that_is_set_forward_by_a_year_while_the_worker_runs_costs_no_memory(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "_PURGE_EVERY_S", 0.05)
+    worker = bus.worker()
+    bus.ask("hello", request_id="r1")
+    first = bus.listener.terminal("r1")
+    purged = threading.Event()
+    purge, real = worker.daemon.parts.store.purge, time.time
+
+    def counted(**limits: Any) -> Any:
+        found = purge(**limits)
+        if limits["now"] > real() + 86400:
+            purged.set()
+        return found
+
+    monkeypatch.setattr(worker.daemon.parts.store, "purge", counted)
+    monkeypatch.setattr(time, "time", lambda: real() + 365 * 86400)
+    assert purged.wait(10)
+    monkeypatch.setattr(time, "time", real)
+    bus.ask("hello", request_id="r1")
+    bus.control("history", transaction="t")
+    messages = bus.listener.until(type="ack", transaction="t")["messages"]
+    assert [message["content"] for message in messages] == ["hello", "hello"]
+    assert [event for event in bus.listener.of("r1") if event.get("final")] == [first, first]
+
+
 def test_a_clock_that_was_set_while_the_worker_was_down_ends_no_request(bus: Bus) -> None:
     _left_behind(bus, request_id="r1", accepted_at=60.0)  # a board without a battery clock
     _left_behind(bus, request_id="r2", accepted_at=time.time() + 10 * 365 * 86400)
