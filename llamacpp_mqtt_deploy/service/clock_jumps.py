@@ -26,8 +26,9 @@ class ClockJumps:
         self._steady = steady
         self._ahead_s = wall() - steady()
 
-    def since_last(self) -> float:
-        """Seconds by which the clock was set forward since the last look, negative for back; 0 when it was not."""
-        ahead_s = self._wall() - self._steady()
+    def look(self) -> tuple[float, float]:
+        """The time, and the seconds by which it was set forward since the last look, negative for back; 0 when it was not."""
+        now = self._wall()
+        ahead_s = now - self._steady()
         jump_s, self._ahead_s = ahead_s - self._ahead_s, ahead_s
-        return jump_s if abs(jump_s) >= NOTICED_S else 0.0
+        return now, jump_s if abs(jump_s) >= NOTICED_S else 0.0

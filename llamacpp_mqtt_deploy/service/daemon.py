@@ -423,9 +423,8 @@ class Daemon:
     def _purge(self) -> None:
         sessions, limits = self._settings.sessions, self._settings.limits
         try:
-            self._mind_the_clock()
             purged = self.parts.store.purge(
-                now=time.time(),
+                now=self._mind_the_clock(),
                 remember_s=limits.remember_s,
                 ttl_s=sessions.ttl_s,
                 max_sessions=sessions.max_sessions,
@@ -437,15 +436,16 @@ class Daemon:
         if purged.more:
             self.parts.loop.after(_PURGE_AGAIN_S, self._purge_soon)
 
-    def _mind_the_clock(self) -> None:
-        """A clock that is set forward must not make everything look forgotten by its clients."""
-        jump_s = self._clock_jumps.since_last()
+    def _mind_the_clock(self) -> float:
+        """The time; one that is set forward must not make everything look forgotten by its clients."""
+        now, jump_s = self._clock_jumps.look()
         if jump_s:
             log.warning("clock.set", seconds=round(jump_s))
         self._set_forward_s += max(0.0, jump_s)
         if self._set_forward_s:
-            self.parts.store.clock_was_set(self._set_forward_s, now=time.time())
+            self.parts.store.clock_was_set(self._set_forward_s, now=now)
             self._set_forward_s = 0.0
+        return now
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
