@@ -87,6 +87,11 @@ def test_what_no_broker_took_is_cut_after_all_that_one_took() -> None:
     assert excess({("a", False): 45, ("b", True): 10, ("c", False): 50}, 91) == [("c", False, 4), ("b", True, 10)]
 
 
+def test_what_one_level_gave_up_for_its_share_is_not_counted_twice() -> None:
+    held = {("a", True): 60, ("b", False): 50, ("c", False): 50, ("d", False): 10}
+    assert excess(held, 100) == [("a", True, 10), ("a", True, 50), ("b", False, 10)]
+
+
 def test_sixty_four_mebibytes_of_ended_requests_are_remembered_where_nothing_else_is_said(tmp_path: Path) -> None:
     """Half of it for one first level, and each with half a kibibyte for what it is beside its answer."""
     store = new_store("memory", tmp_path)
