@@ -261,8 +261,6 @@ class _Writer:
         if more is not False:
             value = self.visit(more, f"{where}/additionalProperties", depth + 1)
             extra = self.add(f'string ":" space {value}')
-        if not properties and not required and extra is not None and more in (True, {}):
-            return "object"
         every = {**properties, **{name: more for name in required if name not in properties}}
         if more is False and len(every) > len(properties):
             raise NotConvertible(f"{where}: `required` names a property that is not allowed")

@@ -107,8 +107,7 @@ class ToolCallReader:
         self._new_id = new_id
         self._held = ""
         self._step: Callable[[list[Text | ToolCall]], bool] = self._start if style == "llama3" else self._text
-        self._extent = JsonExtent()
-        self._seen = 0  # how much of the held text the extent has seen
+        self._look_anew()
         self._whole_only = False
         self._opened = ""  # what stood before the held text and belongs to it if it turns out to be no call
         self._in_list = False
@@ -319,7 +318,7 @@ class ToolCallReader:
 
     def _look_anew(self) -> None:
         self._extent = JsonExtent()
-        self._seen = 0
+        self._seen = 0  # how much of the held text the extent has seen
 
     def _no_call(self, out: list[Text | ToolCall]) -> bool:
         """What was held is text after all."""

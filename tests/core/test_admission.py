@@ -398,6 +398,13 @@ def test_a_session_that_is_held_waits_until_it_is_let_go() -> None:
     assert line.next(0.0) is not None
 
 
+def test_however_many_places_are_free_one_prompt_of_a_session_goes_at_a_time() -> None:
+    line = _line()
+    _admit(line, _ticket("one", session="s"), _ticket("two", session="s", at=1.0), _ticket("other", at=2.0))
+    assert line.front(3, 2.0) == {"one", "other"}
+    assert line.positions(2.0, free=3) == {"two": 1}
+
+
 def test_one_prompt_of_an_idle_session_goes_at_once_and_does_not_count_as_waiting() -> None:
     line = _line(session_queue=1)
     _admit(line, _ticket("goes", session="s"), _ticket("waits", session="s"))

@@ -176,9 +176,27 @@ def test_a_chain_of_references_and_allOf_in_allOf_go_as_deep() -> None:  # noqa:
     assert fits(grammar_of(chain(32)), "1")
     with pytest.raises(NotConvertible, match="deep"):
         grammar_of(chain(33))
-    assert fits(grammar_of(parents(31)), '{"a": 1}')
+    assert fits(grammar_of(parents(33)), '{"a": 1}')
     with pytest.raises(NotConvertible, match="allOf"):
-        grammar_of(parents(40))
+        grammar_of(parents(34))
+
+
+def test_the_arguments_of_a_tool_are_held_to_their_own_schema_and_named_in_a_refusal() -> None:
+    deep = _nested(lambda inner: {"type": "array", "items": inner}, 32)
+    assert fits(
+        tool_grammar("llama3", [("f", deep)], several=False),
+        '{"name": "f", "parameters": ' + "[" * 32 + "1" + "]" * 32 + "}",
+    )
+    with pytest.raises(NotConvertible, match="deep"):
+        tool_grammar("llama3", [("f", {"type": "array", "items": deep})], several=False)
+    with pytest.raises(NotConvertible, match="the arguments of f: `not` cannot be enforced"):
+        tool_grammar("hermes", [("e", None), ("f", {"not": {}})], several=True)
+    local = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}}
+    other = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "boolean"}}}
+    grammar = tool_grammar("llama3", [("wähle", local), ("f", other)], several=False)
+    assert fits(grammar, '{"name": "wähle", "parameters": 1}')
+    assert not fits(grammar, '{"name": "wähle", "parameters": true}')
+    assert fits(grammar, '{"name": "f", "parameters": true}')
 
 
 def test_repeats_go_up_to_a_thousand() -> None:
@@ -239,6 +257,8 @@ def test_a_long_name_of_the_clients_is_repeated_in_part_only() -> None:
         ({"allOf": [3]}, "objects"),
         ({"allOf": [{"properties": []}]}, "objects"),
         ({"allOf": [{"items": {}}]}, "plain objects"),
+        ({"allOf": [{"minProperties": 1}]}, "plain objects"),
+        ({"allOf": [{"properties": {}}], "minLength": 1}, "plain objects"),
         ({"type": "colour"}, "unknown type 'colour'"),
         ({"type": "object", "properties": []}, "`properties` must be an object"),
         ({"items": 3}, "must be an object"),

@@ -219,6 +219,14 @@ def test_other_keys_of_a_call_are_left_out(tail: str) -> None:
         assert (reader.begun, reader.complete) == (1, 1)
 
 
+@pytest.mark.parametrize("broken", [" junk", ', "id" junk', ', "id": 7 junk'])
+def test_what_follows_the_arguments_of_a_broken_call_is_text(broken: str) -> None:
+    reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
+    out = reader.feed('<tool_call>{"name": "get_time", "arguments": {}' + broken)
+    assert out == [ToolCall(0, "id", "get_time", ""), ToolCall(0, None, None, "{}"), Text("junk")]
+    assert reader.end() == []
+
+
 def test_text_between_and_behind_calls_keeps_its_blanks_only_where_it_stands_alone() -> None:
     assert read("hermes", ["one  ", HERMES, "  two  ", HERMES, "  "])[0] == "onetwo"
     assert read("hermes", ["one  "])[0] == "one  "
