@@ -128,8 +128,6 @@ class ToolCallReader:
         out: list[Text | ToolCall] = []
         if self._step in (self._tail, self._close, self._arguments):
             return out
-        if self._step == self._text and self._after_call:
-            self._held = self._held.lstrip()
         self._give(out, self._opened + self._held)
         self._held = self._opened = ""
         return out
@@ -141,12 +139,10 @@ class ToolCallReader:
         start = self._held.lstrip()
         mark = OPENERS["llama3"]
         if start.startswith(mark):
-            self._opened, self._held = mark, start[len(mark) :]
-        elif start.startswith("{"):
-            self._held = start
+            self._open(len(self._held) - len(start) + len(mark))
         elif not start or mark.startswith(start):
             return False
-        else:
+        elif not start.startswith("{"):
             self._step = self._text
             return True
         self._look_anew()
@@ -164,9 +160,10 @@ class ToolCallReader:
             return True
         place = self._held.find(mark)
         if place >= 0:
-            self._give(out, self._held[:place].rstrip())
-            self._held = self._held[place + len(mark) :]
-            self._opened = mark
+            said = self._held[:place].rstrip()
+            self._give(out, said)
+            self._held = self._held[len(said) :]
+            self._open(place - len(said) + len(mark))
             self._look_anew()
             self._step = self._form if self._style in _MISTRAL else self._head
             return True
@@ -184,8 +181,7 @@ class ToolCallReader:
         if not start:
             return False
         if start.startswith("["):
-            self._opened += "["
-            self._held = start[1:]
+            self._open(len(self._held) - len(start) + 1)
             self._in_list = True
             self._look_anew()
             self._step = self._head
@@ -211,9 +207,8 @@ class ToolCallReader:
         if start and not start.startswith("{"):
             return self._no_call(out)
         blanks = len(self._held) - len(start)
-        self._opened += self._held[:blanks]
+        self._open(blanks)
         self._seen = max(0, self._seen - blanks)
-        self._held = start
         end = self._extent.feed(start, self._seen)
         self._seen = len(start)
         return self._whole(out, start[:end], start[end:]) if end is not None else False
@@ -315,6 +310,10 @@ class ToolCallReader:
                 return False
         self._step = self._text
         return True
+
+    def _open(self, chars: int) -> None:
+        """These characters of the held text are text after all if no call follows them."""
+        self._opened, self._held = self._opened + self._held[:chars], self._held[chars:]
 
     def _look_anew(self) -> None:
         self._extent = JsonExtent()

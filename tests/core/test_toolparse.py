@@ -6,12 +6,12 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.deltas import Text, ToolCall
 from llamacpp_mqtt_deploy.core.gbnf import NotConvertible, grammar_of, literal, tool_grammar
-from llamacpp_mqtt_deploy.core.toolparse import JsonExtent, ToolCallReader, ToolStyle, style_of
+from llamacpp_mqtt_deploy.core.toolparse import MARKS, JsonExtent, ToolCallReader, ToolStyle, style_of
 
 NAMES = ("get_weather", "get_time")
 
@@ -69,6 +69,21 @@ CASES: list[tuple[ToolStyle, str, str, list[tuple[str, str]]]] = [
     ),
     ("llama3", '{"type": "function", "name": "get_time", "parameters": {}}', "", [("get_time", "{}")]),
     ("llama3", '{"answer": 42} is it', '{"answer": 42} is it', []),
+    ("llama3", ' {"answer": 42}', ' {"answer": 42}', []),
+    (
+        "llama3",
+        '{"name": "get_time", "parameters": "{}"}; {"parameters": {"a": "é"}, "name": "get_weather"}',
+        "",
+        [("get_time", "{}"), ("get_weather", '{"a": "é"}')],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"arguments": {"a": "x\ny"}, "name": "get_time"}</tool_call>',
+        "",
+        [("get_time", '{"a": "x\\ny"}')],
+    ),
+    ("hermes", "a <tool_call>no json", "a <tool_call>no json", []),
+    ("mistral", "[TOOL_CALLS] [no json", "[TOOL_CALLS] [no json", []),
     ("llama3", '{"name": "John", "parameters": {}}', '{"name": "John", "parameters": {}}', []),
     ("llama3", "hello {", "hello {", []),
     (
@@ -119,6 +134,37 @@ def test_text_without_calls_passes_unchanged(style: ToolStyle, text: str) -> Non
     assert got == text
 
 
+def almost(style: ToolStyle) -> st.SearchStrategy[tuple[ToolStyle, str]]:
+    """Texts out of the pieces of a call."""
+    pieces = [
+        "{",
+        "}",
+        "[",
+        "]",
+        '{"name": "unknown", "arguments": {}}',
+        '{"parameters": {}, "name": 5}',
+        "x",
+        "\n",
+        ",",
+    ]
+    return st.lists(st.sampled_from([*MARKS[style], " ", *pieces]), max_size=6).map(
+        lambda found: (style, "".join(found))
+    )
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(MARKS)).flatmap(almost), st.lists(st.integers(0, 100), max_size=4))
+def test_what_looks_like_a_call_and_is_none_passes_unchanged(written: tuple[ToolStyle, str], cuts: list[int]) -> None:
+    style, text = written
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    pieces = [text[start:end] for start, end in itertools.pairwise(places)]
+    for cut in (pieces, [text]):
+        got, calls, reader = read(style, cut)
+        assert not calls
+        assert got == text
+        assert reader.end() == []
+
+
 def test_the_name_comes_before_the_arguments_are_complete() -> None:
     reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
     assert reader.feed('<tool_call>{"name": "get_weather", "argum') == []
@@ -145,6 +191,10 @@ def test_a_long_unfinished_head_costs_no_quadratic_time() -> None:
         ("{% if tools %}[TOOL_CALLS]{% endif %}", "mistral"),
         ("{% if tools %}[TOOL_CALLS]x[ARGS]{% endif %}", "mistral_args"),
         ('{% if tools %}<|start_header_id|>"parameters"{% endif %}', "llama3"),
+        ("{% if tools %}<tool_call><arg_key>", None),
+        ("{% if tools %}<|python_tag|>", "llama3"),
+        ("{% if tools %}<|start_header_id|>", None),
+        ('{% if tools %}"parameters"', None),
         ("<|python_tag|>", None),
         ("{{ messages }}", None),
     ],
