@@ -55,6 +55,12 @@ def test_chunks_of_an_end_have_the_same_borders_under_a_little_smaller_limit() -
     assert fitted(terminal, 4000)[:-1] == fitted(terminal, 1500)[:-1]
 
 
+def test_an_end_that_fits_to_the_byte_goes_out_alone() -> None:
+    terminal = _done("x" * 2000)
+    assert fitted(terminal, len(terminal)) == [terminal]
+    assert len(fitted(terminal, len(terminal) - 1)) > 1
+
+
 def _first(limit: int) -> int:
     return len(json.loads(fitted(_done("x" * 60_000), limit)[0])["content"])
 

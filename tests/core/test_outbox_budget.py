@@ -44,3 +44,13 @@ def test_events_leave_answers_no_room_in_a_full_outbox() -> None:
     budget = OutboxBudget(most_messages=3, most_bytes=100)
     assert budget.take(100)
     assert budget.room_for_answers(1) == 0
+
+
+def test_answers_of_a_byte_find_as_many_places_as_there_are_bytes() -> None:
+    budget = OutboxBudget(most_messages=300, most_bytes=30)
+    assert [budget.room_for_answers(size) for size in (0, 1, 2, 10, 11)] == [10, 10, 5, 1, 1]
+    assert (budget.messages_left(), budget.bytes_left()) == (300, 30)
+    budget.force(4)
+    assert (budget.messages_left(), budget.bytes_left()) == (299, 26)
+    budget.give_back(4)
+    assert (budget.messages_left(), budget.bytes_left()) == (300, 30)

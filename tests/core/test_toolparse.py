@@ -45,6 +45,7 @@ CASES: list[tuple[ToolStyle, str, str, list[tuple[str, str]]]] = [
     ("hermes", HERMES + "\nDone.", "Done.", [("get_weather", ARGUMENTS)]),
     ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "get_time"}</tool_call>', "", [("get_time", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name": "get_time"}</tool_call>', "", [("get_time", "{}")]),
+    ("hermes", '<tool_call>{"name": "get_time"}</tool_call> Done.', "Done.", [("get_time", "{}")]),
     ("hermes", '<tool_call>{"name": "get_time", "arguments": null}</tool_call>', "", [("get_time", "{}")]),
     (
         "hermes",
