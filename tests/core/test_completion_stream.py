@@ -128,3 +128,15 @@ def test_tokens_that_come_together_are_read_as_one_text_and_counted_each() -> No
 )
 def test_everything_but_whole_tokens_of_one_kind_is_left_to_the_general_way(body: bytes) -> None:
     assert TokenLines().read(body) is None
+
+
+def test_a_stream_whose_ids_change_on_the_way_is_read_on() -> None:
+    lines = TokenLines()
+    assert lines.read(event({"content": "one"})) == Text("one")
+    assert lines.read(event({"content": "two"}, id="a longer id than the one before, for whatever reason")) == Text(
+        "two"
+    )
+    assert lines.read(event({"content": "three"}, id="short") + event({"content": "four"}, id="short")) == Text(
+        "threefour", 2
+    )
+    assert lines.read(event({"content": "one"}, id="a") + event({"content": "two"}, id="b")) is None

@@ -423,3 +423,47 @@ def test_a_topic_has_65535_bytes_at_most() -> None:
     assert topic_fault("x" * 65_535) is None
     assert "65536 bytes" in (topic_fault("x" * 65_536) or "")
     assert filter_fault("é" * 32_768) is not None
+
+
+def test_the_topics_of_a_worker_bear_its_root_and_its_name() -> None:
+    assert (WORLD.admin_topic, WORLD.admin_reply_topic) == ("llm/admin/orin1", "llm/admin-reply/orin1")
+    assert (WORLD.status_topic, WORLD.status_filter, WORLD.health_topic) == (
+        "llm/status/orin1",
+        "llm/status/+",
+        "llm/health/orin1",
+    )
+    admin = WORLD.address("llm/admin/orin1")
+    assert admin is not None
+    assert (admin.kind, admin.route, admin.session, admin.reply_topic, admin.first_level) == (
+        "admin",
+        "",
+        None,
+        "llm/admin-reply/orin1",
+        "",
+    )
+    assert WORLD.address("llm/admin/other") is None
+    request = WORLD.address("maze/user_input")
+    assert request is not None
+    assert (request.kind, request.route, request.session, request.reply_topic, request.first_level) == (
+        "request",
+        "maze",
+        None,
+        None,
+        "route:maze",
+    )
+    assert WORLD.with_session("maze", "u/s").first_level == "route:maze"
+
+
+@pytest.mark.parametrize("topic", ["", "$SYS/a", "a/+", "+", "a/#", "#", "a+b", "a#b"])
+def test_what_no_broker_would_publish_is_a_fault_of_a_topic(topic: str) -> None:
+    assert topic_fault(topic)
+
+
+@pytest.mark.parametrize("good", ["a", "+", "#", "+/+", "a/#", "+/a/#", "$SYS/#", "/", "a//b"])
+def test_a_legal_filter_has_no_fault(good: str) -> None:
+    assert filter_fault(good) is None
+
+
+@pytest.mark.parametrize("bad", ["", "a#", "#/a", "a/#/b", "a+", "+a/b", "a/b+", "a/##", "a/\x00"])
+def test_an_illegal_filter_is_refused(bad: str) -> None:
+    assert filter_fault(bad)

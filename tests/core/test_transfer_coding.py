@@ -92,3 +92,9 @@ def test_bytes_behind_the_end_of_a_body_are_left_alone() -> None:
 def test_more_bytes_than_a_chunk_said_are_refused() -> None:
     with pytest.raises(BadChunk, match="more bytes"):
         ChunkedDecoder().feed(b"2\r\nabc\r\n")
+
+
+def test_lines_may_end_without_a_carriage_return() -> None:
+    decoder = ChunkedDecoder()
+    assert [decoder.feed(part) for part in (b"2\nab", b"\n0", b"\n\n")] == [b"ab", b"", b""]
+    assert decoder.ended

@@ -33,6 +33,8 @@ def _changed(source: str) -> list[str]:
         ('"""Prose."""', []),
         ('log.info("said", by=3)', []),
         ("Kind = A | B", []),
+        ("_Kind = A | B", []),
+        ("FLAGS = A | B", ["FLAGS = (A)"]),
     ],
 )
 def test_each_kind_of_expression_and_statement_has_its_change(source: str, changed: list[str]) -> None:

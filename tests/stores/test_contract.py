@@ -387,6 +387,35 @@ def test_one_purge_drops_four_mebibytes_at_most(store: Store) -> None:
     assert purge(store, now=NOW + 1000, **limits) == {"entries": 2, "sessions": 1, "more": 1}
 
 
+def test_the_record_of_chunks_counts_among_the_bytes_that_one_purge_drops(store: Store) -> None:
+    for n in range(2):
+        store.accept([entry(f"r{n}")])
+        store.finish(key(f"r{n}"), bytes(100), now=NOW, chunks=bytes(3 * MIB))
+        store.mark_delivered([key(f"r{n}")])
+    assert purge(store, now=NOW + 1000) == {"entries": 1, "sessions": 0, "more": 1}
+    assert purge(store, now=NOW + 1000) == {"entries": 1, "sessions": 0}
+
+
+def test_messages_that_were_forgotten_count_no_more_when_their_sessions_go(store: Store) -> None:
+    for n in range(2):
+        session = ("default", f"s{n}")
+        store.accept([entry(f"r{n}", session)])
+        store.finish(key(f"r{n}", session), b"", now=NOW, history=change("q", "x" * 3_000_000, session=session))
+        store.reset(session)
+    assert purge(store, now=NOW + 700, ttl_s=600.0)["sessions"] == 2
+
+
+def test_a_request_that_is_written_when_it_has_ended_already_is_remembered_as_ended(store: Store) -> None:
+    store.accept([entry("first")])
+    store.finish(key("first"), b"one", now=NOW)
+    over = entry("over", state="ended", terminal=b"two", ended_at=NOW, payload=b"")
+    store.accept([over, entry("last")])
+    store.finish(key("last"), b"three", now=NOW)
+    assert store.find(key("over")) == over
+    assert [e.terminal for e in store.undelivered()] == [b"one", b"two", b"three"]
+    assert store.unfinished() == []
+
+
 def ended(store: Store, first_level: str, numbers: range, *, delivered: bool = True) -> None:
     """Ended requests of one first level; each takes 10 KiB with what it is beside its end."""
     keys = [key(f"r{n}", ("default", f"{first_level}/{n % 3}")) for n in numbers]

@@ -138,7 +138,7 @@ def _is_silent(node: ast.AST) -> bool:
         case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="log")))):
             return True
         case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp(op=ast.BitOr())):
-            return not name.isupper() and name[0].isupper()
+            return not name.isupper() and name.lstrip("_")[:1].isupper()
         case _:
             return False
 
