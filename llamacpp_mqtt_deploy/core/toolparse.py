@@ -317,7 +317,7 @@ class ToolCallReader:
 
     def _look_anew(self) -> None:
         self._extent = JsonExtent()
-        self._seen = 0  # how much of the held text the extent has seen
+        self._seen: int = 0  # how much of the held text the extent has seen
 
     def _no_call(self, out: list[Text | ToolCall]) -> bool:
         """What was held is text after all."""

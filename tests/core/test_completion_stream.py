@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.completion_stream import CompletionStream
 from llamacpp_mqtt_deploy.core.deltas import Delta, Reasoning, Text
+from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
 from llamacpp_mqtt_deploy.core.token_lines import TokenLines
 
 FIELDS = {
@@ -140,3 +141,38 @@ def test_a_stream_whose_ids_change_on_the_way_is_read_on() -> None:
         "threefour", 2
     )
     assert lines.read(event({"content": "one"}, id="a") + event({"content": "two"}, id="b")) is None
+
+
+def test_thinking_in_the_text_is_split_off_also_where_tokens_come_one_by_one() -> None:
+    stream = CompletionStream(thinking=ThinkingSplitter("<think>", "</think>"))
+    deltas = [
+        delta for text in ("<th", "ink>", "hm", "</think>", "a") for delta in stream.feed(event({"content": text}))
+    ]
+    assert joined(deltas) == [(Reasoning, "hm"), (Text, "a")]
+    held = CompletionStream(thinking=ThinkingSplitter("<think>", "</think>"))
+    assert held.feed(event({"content": "<th"})) == []
+    assert held.end() == [Text("<th")]
+
+
+def test_half_a_pair_waits_for_the_other_half_in_the_next_read() -> None:
+    stream = CompletionStream()
+    stream.feed(event({"content": "\ud83d"}, ascii_only=True))
+    assert stream.reader.holds_half
+    assert stream.feed(event({"content": "plain"})) == [Text("\ufffdplain")]
+
+
+@pytest.mark.parametrize(
+    "left,read",
+    [
+        (event({"content": "a"})[:-2], [Text("a")]),
+        (event({"content": "a"})[:-3], []),
+        (b'data: "choices"}', []),
+        (b"data: [DONE]", []),
+        (b"data: [DONE", []),
+    ],
+)
+def test_what_a_server_leaves_at_the_end_is_read_where_it_is_whole(left: bytes, read: list[Delta]) -> None:
+    stream = CompletionStream()
+    assert stream.feed(left) == []
+    assert stream.end() == read
+    assert stream.reader.done is (left == b"data: [DONE]")

@@ -124,6 +124,29 @@ def test_the_number_of_messages_and_parts_is_bounded() -> None:
     assert len(parse({"messages": [{"role": "user", "content": parts[1:]}]}).messages[0]["content"]) == 256
 
 
+@pytest.mark.parametrize("name, words", [("", "at least 1 long"), ("x" * 257, "at most 256 long"), (7, "a string")])
+def test_the_name_of_a_speaker_has_one_to_256_characters(name: Any, words: str) -> None:
+    assert refused({"messages": [HELLO | {"name": name}]}) == {"messages[0].name": words}
+    for fits in ("x", "x" * 256):
+        assert parse({"messages": [HELLO | {"name": fits}]}).messages[0]["name"] == fits
+
+
+def test_the_words_of_a_refusal_say_what_was_expected_of_each_part() -> None:
+    wrong = [
+        ({"role": "tool", "content": "x", "tool_call_id": "c" * 1025}, "tool_call_id", "at most 1024 long"),
+        ({"role": "tool", "content": "x"}, "tool_call_id", "a value; it is missing"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "x", "type": "function", "function": 5}]},
+            "tool_calls[0].function",
+            "an object",
+        ),
+        ({"role": "assistant", "tool_calls": [CALL | {"type": "tool"}]}, "tool_calls[0].type", "function"),
+        ({"role": "assistant", "content": "x", "reasoning_content": 5}, "reasoning_content", "a string"),
+    ]
+    for message, path, words in wrong:
+        assert refused({"messages": [message]}) == {f"messages[0].{path}": words}
+
+
 def test_a_megabyte_of_wrong_messages_is_refused_at_once() -> None:
     floods: list[list[Any]] = [[{}] * 200_000, [[]] * 200_000, [{"role": "user", "content": [{}] * 250}] * 250]
     for wrong in floods:

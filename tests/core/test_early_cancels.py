@@ -16,6 +16,7 @@ def test_a_cancel_that_came_first_holds_for_a_minute_and_for_one_request() -> No
     assert not early.take("ada", "r1", 59.0)
     assert not early.take("ada", "r2", 60.0)
     assert len(early) == 0
+    assert early._levels == {}, "nothing is kept of a level without any"
 
 
 def test_a_flood_of_early_cancels_pushes_out_those_of_its_own_level_alone() -> None:

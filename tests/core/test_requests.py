@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, PayloadTooLarge, RequestError, Unsupported
+from llamacpp_mqtt_deploy.core.fields import RequestFields
 from llamacpp_mqtt_deploy.core.names import REQUEST_FIELDS, check_fields, nearest
 from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
 from tests.support.parsing import HELLO, MAZE, OPEN, PNG, PORTAL, WEATHER, ask, encoded, parse, parse_request, refused
@@ -208,6 +210,18 @@ def test_all_faults_come_in_one_answer() -> None:
         "seed",
         "stream",
     }
+
+
+def test_at_most_eight_faults_are_named() -> None:
+    numbers = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "presence_penalty", "thinking_budget")
+    assert len(refused({"prompt": "x"} | dict.fromkeys(numbers, "1"))) == 8
+    assert len(refused({"prompt": 7} | dict.fromkeys(numbers, "1"))) == 8
+
+
+def test_a_checked_message_cannot_be_changed() -> None:
+    checked = RequestFields(prompt="x")
+    with pytest.raises(ValidationError):
+        checked.prompt = "y"
 
 
 def test_a_null_is_as_good_as_absent() -> None:

@@ -100,3 +100,9 @@ def test_a_file_that_cannot_be_made_is_missed_only_on_a_full_disk(
 
     monkeypatch.setattr(os, "open", failing)
     assert Reserve(tmp_path / "reserve", size=SIZE).there() is there
+
+
+def test_a_look_leaves_no_file_open(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert Reserve(tmp_path / "reserve", size=SIZE).there()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

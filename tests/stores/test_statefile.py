@@ -14,6 +14,7 @@ import pytest
 
 from llamacpp_mqtt_deploy.ports import StoreError, StoreFull
 from llamacpp_mqtt_deploy.stores import schema
+from llamacpp_mqtt_deploy.stores.memory import MemoryFile
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
 from tests.support.store_cases import NOW, SESSION, entry, key, talk
@@ -212,8 +213,11 @@ def test_a_damaged_database_of_another_program_is_left_alone(path: Path, tmp_pat
 # --- size ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_purge_gives_back_one_mebibyte_at_a_time_and_one_stays_for_what_comes_next(path: Path) -> None:
-    store = SqliteStore(path)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_purge_gives_back_one_mebibyte_at_a_time_and_one_stays_for_what_comes_next(
+    path: Path, in_memory: bool
+) -> None:
+    store = SqliteStore(None if in_memory else path)
     store.open()
     names = [f"r{n}" for n in range(200)]
     store.accept([entry(name) for name in names])
@@ -249,3 +253,27 @@ def test_an_end_larger_than_what_one_purge_drops_is_dropped_alone(path: Path) ->
 
 def test_the_version_of_the_file_is_the_number_of_its_migrations() -> None:
     assert len(schema.MIGRATIONS) == SETTINGS["user_version"]
+
+
+# --- in memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_in_memory_has_no_disk_that_could_be_full_or_damaged() -> None:
+    file = MemoryFile()
+    assert (file.full(), file.make_room(), file.reader(), file.moved_aside) == (None, False, None, None)
+    store = SqliteStore(None)
+    store.open()
+    assert store._open is not None
+    write = store._open.writer.submit(lambda db: db.execute("SELECT * FROM missing_table"))
+    with pytest.raises(StoreError, match="missing_table"):
+        write.wait(10)
+    assert store.trouble() == ""
+    store.close()
+
+
+@pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 37), reason="this SQLite does not enforce types")
+def test_a_value_of_a_wrong_type_is_not_written(path: Path) -> None:
+    connection = StateFile(path).open(lambda _: None)
+    with pytest.raises(sqlite3.IntegrityError, match="cannot store TEXT value in INTEGER column"):
+        connection.execute("INSERT INTO sessions VALUES (1, 'default', 's', 's', 0, 0, 'many')")
+    connection.close()
