@@ -101,6 +101,10 @@ class ToolCallReader:
     given as text, so that nothing is lost.
     """
 
+    _extent: JsonExtent
+    _seen: int
+    """How much of the held text the extent has seen."""
+
     def __init__(self, style: ToolStyle, *, names: Collection[str], new_id: Callable[[], str]) -> None:
         self._style = style
         self._names = frozenset(names)
@@ -317,7 +321,7 @@ class ToolCallReader:
 
     def _look_anew(self) -> None:
         self._extent = JsonExtent()
-        self._seen: int = 0  # how much of the held text the extent has seen
+        self._seen = 0
 
     def _no_call(self, out: list[Text | ToolCall]) -> bool:
         """What was held is text after all."""

@@ -221,7 +221,7 @@ def test_at_most_eight_faults_are_named() -> None:
 def test_a_checked_message_cannot_be_changed() -> None:
     checked = RequestFields(prompt="x")
     with pytest.raises(ValidationError):
-        checked.prompt = "y"
+        checked.prompt = "y"  # type: ignore[misc]
 
 
 def test_a_null_is_as_good_as_absent() -> None:
