@@ -116,16 +116,23 @@ def test_work_is_done_in_order_once_under_its_name_and_what_fails_ends_nothing()
     assert not background.run("d", lambda: None)
 
 
-def test_work_beyond_the_bound_is_refused_but_not_what_waits_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.background._MAX_WAITING", 2)
+def test_work_beyond_the_bound_is_refused_but_not_what_waits_already() -> None:
     background = Background()
-    assert [background.run(name, lambda: None) for name in ("a", "b", "c", "a")] == [True, True, False, True]
+    assert all(background.run(number, lambda: None) for number in range(10_000))
+    assert [background.run(name, lambda: None) for name in ("one more", 0, 9_999)] == [False, True, True]
 
 
 def test_what_comes_later_is_done_at_once_and_the_beat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     background, done = Background(), threading.Event()
+    looks_s: list[float] = []
     wait = background._changed.wait
-    monkeypatch.setattr(background._changed, "wait", lambda _: wait(60.0))  # it looks by itself in a minute only
+
+    def look_in_a_minute(timeout_s: float) -> bool:
+        looks_s.append(timeout_s)
+        return wait(60.0)
+
+    monkeypatch.setattr(background._changed, "wait", look_in_a_minute)
+    assert time.monotonic() - background.beat_at < 10
     background.start()
     eventually(lambda: background._changed._waiters)  # type: ignore[attr-defined]
     began = background.beat_at = time.monotonic() - 100
@@ -135,7 +142,10 @@ def test_what_comes_later_is_done_at_once_and_the_beat_goes_on(monkeypatch: pyte
     background.close(10)
     assert not background._thread.is_alive()
     background.close(10)
+    assert set(looks_s) == {1.0}, "the watchdog wants to see it each second"
 
 
-def test_a_background_that_never_ran_closes_at_once() -> None:
-    Background().close(60)
+def test_a_background_that_never_ran_closes_at_once_and_keeps_no_program_alive() -> None:
+    background = Background()
+    background.close(60)
+    assert background._thread.daemon

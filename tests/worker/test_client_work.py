@@ -37,8 +37,15 @@ def test_a_thousand_clients_fill_it_up() -> None:
 
 def test_a_call_is_made_at_once_and_one_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     work, done = ClientWork(), threading.Event()
+    looks_s: list[float] = []
     wait = work._changed.wait
-    monkeypatch.setattr(work._changed, "wait", lambda _: wait(60.0))  # it looks by itself in a minute only
+
+    def look_in_a_minute(timeout_s: float) -> bool:
+        looks_s.append(timeout_s)
+        return wait(60.0)
+
+    monkeypatch.setattr(work._changed, "wait", look_in_a_minute)
+    assert time.monotonic() - work.beat_at < 10
     work.start()
     eventually(lambda: work._changed._waiters)  # type: ignore[attr-defined]
     began = work.beat_at = time.monotonic() - 100
@@ -54,7 +61,10 @@ def test_a_call_is_made_at_once_and_one_that_fails_ends_nothing(monkeypatch: pyt
     eventually(lambda: work.beat_at > began and work._changed._waiters)  # type: ignore[attr-defined]
     work.close(10)
     assert not work._thread.is_alive()
+    assert set(looks_s) == {1.0}, "the watchdog wants to see it each second"
 
 
-def test_work_that_never_began_closes_at_once() -> None:
-    ClientWork().close(60)
+def test_work_that_never_began_closes_at_once_and_keeps_no_program_alive() -> None:
+    work = ClientWork()
+    work.close(60)
+    assert work._thread.daemon

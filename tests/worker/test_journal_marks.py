@@ -16,10 +16,23 @@ from tests.worker.test_acknowledging import HeldWrite
 KEY = EntryKey("default", "demo", "r1")
 
 
+class Timed(HeldWrite):
+    """Notes how long it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits_s: list[float] = []
+
+    @override
+    def wait(self, timeout_s: float) -> None:
+        self.waits_s.append(timeout_s)
+        super().wait(timeout_s)
+
+
 class Broken(SqliteStore):
     """Refuses every note; `write` is what a note that only begins becomes."""
 
-    write: HeldWrite | None = None
+    write: Timed | None = None
 
     @override
     def mark_started(self, key: EntryKey) -> int:
@@ -67,7 +80,7 @@ def test_a_note_that_the_disk_refused_is_told_to_the_operator(note: str, step: s
 @pytest.mark.parametrize("problem", [None, StoreError("no space left")])
 def test_whether_a_note_that_was_begun_is_written_is_known_when_it_is_over(problem: StoreError | None) -> None:
     store = Broken(None)
-    store.write = HeldWrite()
+    store.write = Timed()
     marks = JournalMarks(store)
     with capture_logs() as lines:
         begun = marks.streaming_soon(KEY)
@@ -75,4 +88,5 @@ def test_whether_a_note_that_was_begun_is_written_is_known_when_it_is_over(probl
         assert lines == []
         store.write.end(problem)
         assert marks.written(begun) is (problem is None)
+    assert store.write.waits_s == [10.0], "no end waits for a hanging disk for ever"
     assert [line["event"] for line in lines] == ([] if problem is None else ["journal.failed"])

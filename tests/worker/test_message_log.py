@@ -7,7 +7,7 @@ import time
 from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.core.line_limit import LINES, WINDOW_S
-from llamacpp_mqtt_deploy.worker.message_log import MessageLog
+from llamacpp_mqtt_deploy.worker.message_log import TELL_EVERY_S, MessageLog
 
 
 def test_a_few_lines_of_each_kind_are_written_and_the_rest_is_counted() -> None:
@@ -31,3 +31,7 @@ def test_a_few_lines_of_each_kind_are_written_and_the_rest_is_counted() -> None:
         ("message.ignored", "ada", 3),
     ]
     assert lines[0]["message"] == "3 more suppressed"
+
+
+def test_what_was_left_out_is_told_while_the_flood_is_still_of_interest() -> None:
+    assert 0 < 2 * TELL_EVERY_S <= WINDOW_S

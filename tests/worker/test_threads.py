@@ -36,6 +36,7 @@ def test_there_is_a_thread_more_than_slots_and_never_one_less() -> None:
         threads.ensure(slots)
         assert len(threads._threads) == wanted
     assert [thread.name for thread in threads._threads] == [f"generation-{number}" for number in range(4)]
+    assert all(thread.daemon for thread in threads._threads), "none keeps a program alive"
     threads.close(10)
     assert not any(thread.is_alive() for thread in threads._threads)
     threads.ensure(9)
