@@ -181,7 +181,7 @@ class Recovery:
             self._store.finish(entry.key, terminal, now=now)
         except StoreError as problem:
             log.error("journal.failed", step="finish", problem=str(problem), request_id=entry.key.request_id)
-            self._redelivery.store_later(entry.key, terminal, now=now, history=None)
+            self._redelivery.store_later(entry.key, terminal, now=now, history=None, since=time.monotonic())
         self._publish(entry, terminal)
 
     def _publish(self, entry: Entry, terminal: bytes, *, again: bool = False) -> None:

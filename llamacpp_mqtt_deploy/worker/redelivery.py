@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,11 +76,10 @@ class Redelivery:
         history: HistoryChange | None,
         chunks: bytes | None = None,
         then: Callable[[], object] | None = None,
-        since: float | None = None,
+        since: float,
     ) -> None:
         """An end that the store could not take (a locked database, a full disk): tried again, or a restart would end the
-        request once more. `then` runs once: when it is stored, or `TELL_AFTER_S` after `since` (monotonic seconds; now)."""
-        since = time.monotonic() if since is None else since
+        request once more. `then` runs once: when it is stored, or `TELL_AFTER_S` after `since` (monotonic seconds)."""
         self._unstored.add(key, terminal, now=now, history=history, chunks=chunks, then=then, since=since)
 
     def unstored(self, key: EntryKey) -> bytes | None:

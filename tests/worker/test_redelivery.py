@@ -129,7 +129,7 @@ def test_an_end_that_the_disk_refused_is_stored_as_soon_as_it_takes_it() -> None
     _store(store)
     outbox = Outbox()
     redelivery = Redelivery(outbox=outbox, store=store, max_event_bytes=lambda: 1024)
-    redelivery.store_later(KEY, b"end", now=1.0, history=None)
+    redelivery.store_later(KEY, b"end", now=1.0, history=None, since=0.0)
     redelivery.send(KEY, "llm/reply/demo", b"end", None)
     outbox.acknowledge_all()
     redelivery.sweep()
@@ -148,7 +148,7 @@ def test_a_history_that_the_disk_refused_does_not_come_back_after_a_reset() -> N
     session = ("default", "demo")
     redelivery = Redelivery(outbox=Outbox(), store=store, max_event_bytes=lambda: 1024)
     history = HistoryChange(session=session, append=({"role": "user", "content": "secret"},))
-    redelivery.store_later(KEY, b"end", now=1.0, history=history)
+    redelivery.store_later(KEY, b"end", now=1.0, history=history, since=0.0)
     redelivery.forget(("default", "another"))
     redelivery.forget(session)
     store.full = False
@@ -169,7 +169,7 @@ def test_a_reset_while_the_history_is_being_stored_wins() -> None:
     _store(store)
     redelivery = Redelivery(outbox=Outbox(), store=store, max_event_bytes=lambda: 1024)
     history = HistoryChange(session=session, append=({"role": "user", "content": "secret"},))
-    redelivery.store_later(KEY, b"end", now=1.0, history=history)
+    redelivery.store_later(KEY, b"end", now=1.0, history=history, since=0.0)
     redelivery.sweep()
     assert store.history(session) == ()
 
@@ -264,7 +264,7 @@ def test_an_end_that_the_store_has_forgotten_is_dropped_and_one_that_it_has_not_
     redelivery = _redelivery(outbox, _store(FullDisk(None)))
     for number in range(3):
         redelivery.send(_key(number), "llm/reply/demo", b"%d" % number, None)
-    redelivery.store_later(_key(1), b"not stored", now=1.0, history=None)
+    redelivery.store_later(_key(1), b"not stored", now=1.0, history=None, since=0.0)
     outbox.left["event"] = 9
     redelivery.sweep()
     assert outbox.sent == [b"not stored"]
