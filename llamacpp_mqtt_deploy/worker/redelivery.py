@@ -133,19 +133,18 @@ class Redelivery:
         if len(self._waiting) > _MAX_WAITING:
             self._waiting.popitem(last=False)
 
-    def _prepare(self, key: EntryKey, sending: _Sending) -> bool:
-        """Have the events to send; False when the store has forgotten them. Raises StoreError."""
+    def _prepare(self, key: EntryKey, sending: _Sending) -> None:
+        """Have the events to send; none when the store has forgotten them. Raises StoreError."""
         if sending.events:
-            return True
+            return
         if sending.terminal is None:
             entry = self._store.find(key)
             sending.terminal = self.unstored(key) or (None if entry is None else entry.terminal)
             if sending.terminal is None:
-                return False
+                return
         chunks = self._recorded(key) if sending.again else []
         sending.chunks = len(chunks)
         sending.events = [*chunks, *fitted(sending.terminal, self._max_event_bytes())]
-        return True
 
     def _recorded(self, key: EntryKey) -> list[bytes]:
         waiting = self._unstored.find(key)
@@ -156,8 +155,7 @@ class Redelivery:
 
     def _publish(self, key: EntryKey, sending: _Sending) -> bool:
         """Publish what is left of it; False when the outbox is full."""
-        if not self._prepare(key, sending):
-            return True
+        self._prepare(key, sending)
         while sending.sent < len(sending.events):
             payload = sending.events[sending.sent]
             is_end = sending.sent == len(sending.events) - 1

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
+
 from llamacpp_mqtt_deploy.core.deltas import TokenUsage
 from llamacpp_mqtt_deploy.worker.counters import Counters
 
@@ -29,3 +33,18 @@ def test_tokens_per_second_are_those_since_the_last_look() -> None:
     assert counters.snapshot(period_s=3.0)["tokens_per_second"] == 0.0
     counters.ended("stop", error=False, usage=TokenUsage(prompt_tokens=0, completion_tokens=4))
     assert counters.snapshot(period_s=0.0)["tokens_per_second"] == 4000.0  # no time at all is taken for a millisecond
+
+
+def test_a_want_of_memory_is_told_as_long_as_it_is_of_interest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    counters = Counters()
+    assert counters.starved_within(60.0) == 0
+    for _ in range(2):
+        counters.starved()
+    now[0] += 60.0
+    assert counters.starved_within(60.0) == 2
+    now[0] += 0.1
+    assert counters.starved_within(60.0) == 0
+    counters.starved()
+    assert counters.starved_within(60.0) == 3
