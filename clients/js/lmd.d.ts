@@ -92,7 +92,7 @@ export interface Bus {
   /** A control message: `{action: "cancel" | "reset" | "delete" | ..., request_id?}`. */
   control?(session: string, body: object): void;
   renew?(): void;
-  close?(): void;
+  close?(code?: number): void;
 }
 
 export interface WebSocketOptions {
@@ -105,7 +105,10 @@ export interface WebSocketOptions {
 /** Sends a request and follows the client rules until its end. */
 export function ask(bus: Bus, request: Request, options?: Options): Asked;
 
-/** Through the gateway's WebSocket: one socket for all requests, opened when needed, opened again when lost. */
+/**
+ * Through the gateway's WebSocket: one socket for all requests, opened when needed, opened again when lost. `close()` cancels what is under
+ * way; with a code from 4000 to 4999 the answers go on for a while, to be asked for again over another socket.
+ */
 export function overWebSocket(url: string, options?: WebSocketOptions): Bus & Required<Pick<Bus, "control" | "renew" | "close">>;
 
 /** Through the gateway by POST and server-sent events: one HTTP request for each answer; a cancel closes it. */

@@ -237,6 +237,6 @@ def test_fenced_blocks_are_closed_and_named() -> None:
         text = page.read_text("utf-8")
         assert text.count("```") % 2 == 0, page.name
     assert {block.language for page in PAGES for block in blocks(page)} <= {
-        "console", "sh", "python", "toml", "json", "html", "yaml", "cpp", "mermaid", "js", "jsx", ""
+        "console", "sh", "python", "toml", "json", "html", "yaml", "cpp", "mermaid", "js", ""
     }  # fmt: skip
     assert all_blocks("console")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import subprocess
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.core.events import EventReader
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.support.live_worker import LiveWorker
@@ -261,3 +264,66 @@ def test_a_request_without_a_worker_ends_with_a_sentence(broker: Mosquitto) -> N
     with Program(websocket(broker)) as program:
         program.tell(ask="it", request={"session": "web", "prompt": "Anybody?"})
         assert program.ended("it")["end"]["code"] == "no_worker"
+
+
+# --- the page of the documentation ---------------------------------------------------------------------------------------
+
+
+def example(word: str, **replaced: str) -> str:
+    """The block of docs/javascript.md that has this word, with the module where it is here."""
+    blocks = re.findall(r"```js\n(.*?)```", (HERE.parents[1] / "docs" / "javascript.md").read_text("utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if word in block]
+    for old, new in {"./lmd.js": "../../clients/js/lmd.js", **replaced}.items():
+        assert old in block
+        block = block.replace(old, new)
+    return str(block)
+
+
+def run_example(program: str, *arguments: str) -> str:
+    """As a module of tests/js, where the packages are."""
+    path = HERE / f"example-{uuid.uuid4().hex}.mjs"
+    path.write_text(program, "utf-8")
+    try:
+        return node(path.name, *arguments)
+    finally:
+        path.unlink()
+
+
+def test_the_two_calls_of_the_documentation_run() -> None:
+    preload = ["--import", str(HERE / "answering_fetch.mjs")]
+    told = run_example(example("chatSessionStream, chatStream"), *preload)
+    assert "Tell me about the sea" in told
+    assert "And the wind?" in told
+    assert "stop 25" in told
+
+
+def test_the_events_of_the_documentation_are_told() -> None:
+    program = example("toolCalls") + "console.log(end.finish_reason, content, toolCalls.length);"
+    told = run_example(program, "--import", str(HERE / "answering_fetch.mjs"))
+    assert told == "start \nchunk What is 6 x 7?\ndone \nstop What is 6 x 7? 0\n"
+
+
+@pytest.mark.broker
+def test_the_program_of_the_documentation_asks_over_mqtt(broker: Mosquitto, worker: LiveWorker) -> None:
+    installed("mqtt")
+    program = example("overMqtt(client)", **{"mqtt://localhost:1883": f"mqtt://127.0.0.1:{broker.port}"})
+    assert run_example(program) == "Tell me about the sea"
+
+
+def test_the_hook_of_the_documentation_shows_the_answer_as_it_comes() -> None:
+    hook = example("useChat", react="./react_stand_in.mjs")
+    program = """
+import { render, shown, unmount } from "./react_stand_in.mjs";
+render(useChat, "s").send("Hello");
+for (let turn = 0; turn < 100 && (shown.length < 3 || shown.at(-1).running); turn += 1) await new Promise((next) => setTimeout(next, 10));
+unmount();
+console.log(JSON.stringify(shown.map(({ text, running, error }) => [text, running, error])));
+"""
+    told = json.loads(run_example(hook + program, "--import", str(HERE / "answering_fetch.mjs")))
+    assert told[0] == ["", False, None]
+    assert told[1] == ["", True, None]
+    assert told[-1] == ["Hello", False, None]
+
+
+def test_the_versions_of_the_module_and_the_package_are_the_same() -> None:
+    assert json.loads((MODULE / "package.json").read_text())["version"] == __version__

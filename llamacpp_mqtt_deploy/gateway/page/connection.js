@@ -2,6 +2,7 @@
 
 import { overFetch, overMqtt, overWebSocket, randomId } from "./lmd.js";
 
+const COMES_BACK = 4000;
 const SILENT = { session: "", up() {}, down() {}, event() {}, fail() {} };
 
 /** Opens the way that the settings name. `onState` hears `connecting`, `up`, `down`, or `refused` with a sentence. */
@@ -16,7 +17,7 @@ function gateway({ key }, onState) {
   let failures = 0;
 
   const socket = overWebSocket(address.href, {
-    protocols: key ? ["lmd", `lmd.key.${key}`] : undefined,
+    protocols: key ? ["lmd", `key.${key}`] : undefined,
     onState(state) {
       onState(state);
       if (state === "up") failures = -Infinity;
@@ -40,6 +41,9 @@ function gateway({ key }, onState) {
   // Keeps the socket open while nothing is asked, so that the first word of an answer does not wait for it.
   socket.open(SILENT);
   addEventListener("online", () => bus === socket && socket.renew());
+  // A page that is loaded again goes on with its answers: the code tells the gateway not to cancel them at once.
+  addEventListener("pagehide", () => socket.close(COMES_BACK));
+  addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
   return {
     session: (id) => id,
     open(entry) {
@@ -71,6 +75,9 @@ async function broker({ url, username, password, root }, onState) {
   });
   client.on("connect", () => onState("up"));
   client.on("close", () => onState("down"));
+  addEventListener("securitypolicyviolation", ({ effectiveDirective }) => {
+    if (effectiveDirective === "connect-src") onState("refused", "The gateway does not let this page speak to that broker (gateway.page_brokers)");
+  });
   client.on("error", ({ message, code }) => code && onState("refused", `The broker refuses the connection: ${message}`));
   const bus = overMqtt(client, { root: root || "llm" });
   // An access list binds the first level of a session to the user.

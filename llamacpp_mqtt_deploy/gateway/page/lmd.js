@@ -203,10 +203,10 @@ export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, o
       all("down");
       open();
     },
-    close() {
+    close(code = 1000) {
       clearTimeout(waiting);
       entries.clear();
-      socket?.close();
+      socket?.close(code);
     },
   };
 }
