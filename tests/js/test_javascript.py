@@ -327,3 +327,11 @@ console.log(JSON.stringify(shown.map(({ text, running, error }) => [text, runnin
 
 def test_the_versions_of_the_module_and_the_package_are_the_same() -> None:
     assert json.loads((MODULE / "package.json").read_text())["version"] == __version__
+
+
+def test_the_types_name_what_the_module_exports() -> None:
+    program = 'import * as all from "../../clients/js/lmd.js"; console.log(Object.keys(all).sort().join(" "));'
+    declared = re.findall(
+        r"^export (?:class|function|const) (\w+)", (MODULE / "lmd.d.ts").read_text("utf-8"), re.MULTILINE
+    )
+    assert run_example(program).split() == sorted(declared)
