@@ -99,6 +99,13 @@ def test_finished_paragraphs_are_announced_and_unfinished_ones_not(page: ChatPag
     gate.open()
     page.ended()
     page.until(lambda: page.run(spoken) == "First paragraph.Second paragraph.")
+    gate = Gate()
+    engine.play("- one\n\n", gate, "- two\n")
+    page.ask("A list")
+    page.until(lambda: "one" in page.answer())
+    gate.open()
+    page.ended()
+    page.until(lambda: page.run(spoken).endswith("onetwo"))
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_opens_over_the_chat(

@@ -16,22 +16,38 @@ export class Prose {
   }
 
   /** Shows the text. Returns the text of the blocks that are finished and were not before, for whoever reads aloud. */
-  update(text, ended) {
-    const tokens = blocksOf(text);
+  update(source, ended) {
+    const text = source.replace(/\r\n?/g, "\n");
+    const settled = ended ? [] : this.#settled(text);
+    const start = settled.reduce((length, { raw }) => length + raw.length, 0);
+    const tokens = blocksOf(text.slice(start));
+    const changeable = this.blocks.slice(settled.length);
     let same = 0;
-    while (same < this.blocks.length && this.blocks[same].raw === tokens[same]?.raw) same += 1;
-    const spoken = this.blocks.slice(same).map(({ told }) => told);
-    for (const { nodes } of this.blocks.splice(same)) nodes.forEach((node) => node.remove());
+    while (same < changeable.length && changeable[same].raw === tokens[same]?.raw) same += 1;
+    const told = changeable.slice(same).map((block) => block.told);
+    for (const { nodes } of this.blocks.splice(settled.length + same)) nodes.forEach((node) => node.remove());
     for (const token of tokens.slice(same)) {
       const nodes = [...made([token], { depth: 0 }).childNodes];
       this.element.append(...nodes);
-      this.blocks.push({ raw: token.raw, nodes, told: spoken.shift() ?? false });
+      this.blocks.push({ raw: token.raw, nodes, told: told.shift() ?? 0 });
     }
-    const finished = this.blocks.slice(0, ended ? undefined : -1).filter(({ told }) => !told);
-    return finished.map((block) => {
-      block.told = true;
-      return block.nodes.map((node) => node.textContent).join("");
+    return this.#finished(ended);
+  }
+
+  /** The blocks that nothing which follows can change: all but the last two, while the text goes on as it began. */
+  #settled(text) {
+    const blocks = this.blocks.slice(0, -2);
+    return text.startsWith(blocks.map(({ raw }) => raw).join("")) ? blocks : [];
+  }
+
+  #finished(ended) {
+    const news = this.blocks.slice(0, ended ? undefined : -1).map((block) => {
+      const text = block.nodes.map((node) => (node.querySelector?.("pre code") ?? node).textContent).join("");
+      const untold = text.slice(block.told); // a list may have grown after it looked finished
+      block.told = text.length;
+      return untold;
     });
+    return news.filter(Boolean);
   }
 }
 
@@ -39,7 +55,7 @@ function blocksOf(text) {
   const plain = [{ type: "text", raw: text, text }];
   if (text.length > LONGEST) return plain;
   try {
-    return new Lexer({ gfm: true, breaks: true }).lex(text).filter(({ type }) => type !== "space" && type !== "def");
+    return new Lexer({ gfm: true, breaks: true }).lex(text);
   } catch {
     return plain; // thousands of nested quotes, and what else is made to be too deep
   }
@@ -72,6 +88,9 @@ function one(token, inside, tight) {
       return element("code", token.text);
     case "code":
       return codeBlock(token);
+    case "space":
+    case "def":
+      return "";
     case "br":
       return element("br");
     case "hr":
