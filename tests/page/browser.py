@@ -57,7 +57,7 @@ class ChatPage:
         self.url = url
         self.settings = dict(settings)
 
-    def open(self, *, width: int = 1200, height: int = 800, dark: bool = False) -> None:
+    def open(self, *, width: int = 1200, height: int = 800, dark: bool = False, connected: bool = True) -> None:
         """Open the page as somebody who has set it before."""
         self.resize(width, height)
         self.command(
@@ -70,7 +70,8 @@ class ChatPage:
         self.run("localStorage.setItem('lmd.settings', arguments[0])", json.dumps(self.settings))
         self.log()  # the browser has asked for a favicon.ico meanwhile
         self.browser.get(self.url)
-        self.connected()
+        if connected:
+            self.connected()
 
     def connected(self) -> None:
         self.until(lambda: self.run("return document.getElementById('connection')?.dataset.state") == "up")

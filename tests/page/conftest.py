@@ -1,4 +1,4 @@
-"""A browser for all tests of a process; a broker, a worker and the page for each of them."""
+"""A browser for all tests of a process; a broker, a worker, a gateway and the page for each of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
+from tests.gateway.world import RunningGateway
 from tests.page.browser import ChatPage, chromium
 from tests.page.site import Site
 from tests.support.live_worker import LiveWorker
@@ -38,11 +39,24 @@ def worker(broker: Mosquitto, engine: ScriptedEngine, tmp_path: Path) -> Iterato
 
 
 @pytest.fixture
-def page(browser: Any, broker: Mosquitto, worker: LiveWorker) -> Iterator[ChatPage]:
-    """The page, open and connected straight to the broker."""
-    url = f"ws://127.0.0.1:{broker.websocket_port}"
-    with Site(brokers=[url]) as site:
-        page = ChatPage(browser, site.url, {"way": "broker", "url": url})
-        page.open()
-        yield page
-        browser.get("about:blank")
+def page(
+    browser: Any, broker: Mosquitto, worker: LiveWorker, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[ChatPage]:
+    """The page, open: through a gateway, or straight to the broker for the parameter `broker`."""
+    if getattr(request, "param", "gateway") == "broker":
+        url = f"ws://127.0.0.1:{broker.websocket_port}"
+        with Site(brokers=[url]) as site:
+            yield from opened(ChatPage(browser, site.url, {"way": "broker", "url": url}))
+        return
+    gateway = RunningGateway(broker.port, tmp_path / "gateway")
+    try:
+        gateway.wait_ready()
+        yield from opened(ChatPage(browser, f"{gateway.url}/", {}))
+    finally:
+        gateway.close()
+
+
+def opened(page: ChatPage) -> Iterator[ChatPage]:
+    page.open()
+    yield page
+    page.browser.get("about:blank")
