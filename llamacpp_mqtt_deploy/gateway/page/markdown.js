@@ -31,7 +31,7 @@ export class Prose {
       this.element.append(...nodes);
       this.blocks.push({ raw: token.raw, nodes, told: told.shift() ?? 0 });
     }
-    return this.#finished(ended);
+    return this.#finished(settled.length, ended);
   }
 
   /** The blocks that nothing which follows can change: all but the last two, while the text goes on as it began. */
@@ -40,8 +40,8 @@ export class Prose {
     return text.startsWith(blocks.map(({ raw }) => raw).join("")) ? blocks : [];
   }
 
-  #finished(ended) {
-    const news = this.blocks.slice(0, ended ? undefined : -1).map((block) => {
+  #finished(from, ended) {
+    const news = this.blocks.slice(from, ended ? undefined : -1).map((block) => {
       const text = block.nodes.map((node) => (node.querySelector?.("pre code") ?? node).textContent).join("");
       const untold = text.slice(block.told); // a list may have grown after it looked finished
       block.told = text.length;
