@@ -29,6 +29,7 @@ from llamacpp_mqtt_deploy.worker.generation import Generation
 from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_clock import JournalClock
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits, topic_map
@@ -61,6 +62,7 @@ class Parts:
         self.loop = loop = IoLoop()
         self.engine = engine = engine or make_engine(settings, loop)
         self.link = link = link or make_link(settings, loop)
+        self.clock = clock = JournalClock()
         self.background = Background()
         self.client_work = ClientWork()
         self.counters = Counters()
@@ -81,6 +83,7 @@ class Parts:
             counters=self.counters,
             redelivery=self.redelivery,
             log_content=lambda: in_force.settings.logging.log_content,
+            now=clock.now,
         )
         maker = JobMaker(
             outbox=link,
@@ -143,6 +146,7 @@ class Parts:
             background=self.background,
             message_log=self.message_log,
             inbox_messages=settings.mqtt.inbox_messages,
+            now=clock.now,
         )
         self.recovery = Recovery(
             store=store,
@@ -151,6 +155,7 @@ class Parts:
             topics=topics,
             policies=in_force.policies,
             redelivery=self.redelivery,
+            now=clock.now,
         )
         self.threads = GenerationThreads(
             registry=self.registry,

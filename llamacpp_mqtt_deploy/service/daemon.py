@@ -29,7 +29,6 @@ from llamacpp_mqtt_deploy.ports import (
     StoreInUse,
 )
 from llamacpp_mqtt_deploy.service.assembly import Parts
-from llamacpp_mqtt_deploy.service.clock_jumps import ClockJumps
 from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.service.reporting import status_line
@@ -115,9 +114,6 @@ class Daemon:
             in_force=parts.in_force,
         )
         self._trouble_told: str | None = None
-        self._clock_jumps = ClockJumps()
-        self._set_forward_s = 0.0
-        """By how much the clock was set forward that the store does not know of yet."""
         self._started_at = time.monotonic()
         self._online = self._subscribed = False
         self.ready = False
@@ -437,14 +433,11 @@ class Daemon:
             self.parts.loop.after(_PURGE_AGAIN_S, self._purge_soon)
 
     def _mind_the_clock(self) -> float:
-        """The time; one that is set forward must not make everything look forgotten by its clients."""
-        now, jump_s = self._clock_jumps.look()
-        if jump_s:
-            log.warning("clock.set", seconds=round(jump_s))
-        self._set_forward_s += max(0.0, jump_s)
-        if self._set_forward_s:
-            self.parts.store.clock_was_set(self._set_forward_s, now=now)
-            self._set_forward_s = 0.0
+        """The time; one that was set forward must not make everything look forgotten by its clients."""
+        now, forward_s = self.parts.clock.now(), self.parts.clock.set_forward_s
+        if forward_s:
+            self.parts.store.clock_was_set(forward_s, now=now)
+            self.parts.clock.told(forward_s)
         return now
 
     # --- the end -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
 from llamacpp_mqtt_deploy.worker.accumulator import Told, done_fields, usage_fields
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_clock import wall
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.own_errors import defect, outbox_full, stop_error
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -39,7 +40,9 @@ class Completion:
         counters: Counters,
         redelivery: Redelivery,
         log_content: Callable[[], bool],
+        now: Callable[[], float] = wall,
     ) -> None:
+        self._now = now
         self._store = store
         self._marks = marks
         self._registry = registry
@@ -226,7 +229,7 @@ class Completion:
         """Store the end; False when the store does not take it now: then `tell` is called as soon as it does, or after a while."""
         began = time.monotonic()
         try:
-            self._store.finish(job.key, terminal, now=time.time(), history=history, chunks=chunks)
+            self._store.finish(job.key, terminal, now=self._now(), history=history, chunks=chunks)
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
         except StoreError as problem:
@@ -254,7 +257,7 @@ class Completion:
     ) -> None:
         self._registry.hold_end(job)
         self._redelivery.store_later(
-            job.key, terminal, now=time.time(), history=history, chunks=chunks, then=tell, since=since
+            job.key, terminal, now=self._now(), history=history, chunks=chunks, then=tell, since=since
         )
         if job.forgotten and history is not None:
             self._redelivery.forget(history.session)

@@ -25,6 +25,7 @@ from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.inbox import Inbox
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_clock import wall
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.own_errors import defect, out_of_memory
 from llamacpp_mqtt_deploy.worker.policies import Policies
@@ -78,7 +79,9 @@ class Intake:
         background: Background,
         message_log: MessageLog,
         inbox_messages: int,
+        now: Callable[[], float] = wall,
     ) -> None:
+        self._now = now
         self._topics = topics
         self._answers = answers
         self._refusals = refusals
@@ -328,7 +331,7 @@ class Intake:
         limits_s = [limit for limit in (request.timeout_s, delivery.expiry_s) if limit is not None]
         timeout_s = min(limits_s)
         waited_s = max(0.0, time.monotonic() - delivery.received_at)
-        now = time.time()
+        now = self._now()
         entry = Entry(
             key=key,
             topic=delivery.topic,

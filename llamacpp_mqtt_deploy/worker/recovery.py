@@ -15,6 +15,7 @@ from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_re
 from llamacpp_mqtt_deploy.ports import Entry, Store, StoreError
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_clock import wall
 from llamacpp_mqtt_deploy.worker.own_errors import lost_too_often
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -43,7 +44,9 @@ class Recovery:
         topics: TopicMap,
         policies: Callable[[], Policies],
         redelivery: Redelivery,
+        now: Callable[[], float] = wall,
     ) -> None:
+        self._now = now
         self._store = store
         self._registry = registry
         self._maker = maker
@@ -108,20 +111,20 @@ class Recovery:
     def _take_up(self, entry: Entry) -> bool:
         """Put an accepted request back into the queue; False when it ended instead."""
         policies = self._policies()
-        now, wall = time.monotonic(), time.time()
+        now, wall_now = time.monotonic(), self._now()
         try:
             if entry.state == "streaming":
                 raise Interrupted("the worker died in the middle of this answer; send a new request for it")
             if entry.starts >= policies.settings.limits.max_starts:
                 raise lost_too_often(entry.starts)
-            left_s = entry.left_s(wall)
+            left_s = entry.left_s(wall_now)
             if left_s is not None and left_s <= 0:
                 raise TimedOut("the time limit of this request passed while the worker was down")
             address, request = self._read(entry, policies)
         except RequestError as error:
             self._end(entry, error)
             return False
-        waited_s = entry.waited_s(wall)
+        waited_s = entry.waited_s(wall_now)
         if left_s is None:
             left_s = policies.settings.generation.timeout_s
         job = self._maker.make(
@@ -176,7 +179,7 @@ class Recovery:
         return found if isinstance(found, dict) else None
 
     def _finish(self, entry: Entry, terminal: bytes) -> None:
-        now = time.time()
+        now = self._now()
         try:
             self._store.finish(entry.key, terminal, now=now)
         except StoreError as problem:

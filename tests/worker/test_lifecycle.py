@@ -163,6 +163,26 @@ def test_a_clock_that_is_set_forward_by_a_year_while_the_worker_runs_costs_no_me
     assert [event for event in bus.listener.of("r1") if event.get("final")] == [first, first]
 
 
+def test_what_is_written_while_the_clock_is_wrong_for_a_moment_is_not_forgotten_when_it_is_right_again(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = bus.worker()
+    parts = worker.daemon.parts
+    parts.clock._began_at -= 3600.0
+    real = time.time
+    with monkeypatch.context() as wrong:
+        wrong.setattr(time, "time", lambda: real() - 365 * 86400)
+        bus.ask("hello", request_id="r1")
+        first = bus.listener.terminal("r1")
+        eventually(lambda: parts.redelivery._taken == [])
+    worker.daemon._purge()
+    bus.ask("hello", request_id="r1")
+    bus.control("history", transaction="t")
+    messages = bus.listener.until(type="ack", transaction="t")["messages"]
+    assert [message["content"] for message in messages] == ["hello", "hello"]
+    assert [event for event in bus.listener.of("r1") if event.get("final")] == [first, first]
+
+
 def test_a_clock_that_was_set_while_the_worker_was_down_ends_no_request(bus: Bus) -> None:
     _left_behind(bus, request_id="r1", accepted_at=60.0)  # a board without a battery clock
     _left_behind(bus, request_id="r2", accepted_at=time.time() + 10 * 365 * 86400)
