@@ -31,7 +31,10 @@ def main() -> int:
         if options.shrink:
             fewest = shrink(faults, lambda some: _fails(options, seed, some))
             left = ",".join(str(fault.number) for fault in fewest)
-            print(f"Fewest faults that still fail: {[str(f) for f in fewest]}\nAgain: {command} --only {left}")
+            options.only = left
+            print(
+                f"Fewest faults that still fail: {[str(f) for f in fewest]}\nAgain: {again(seed=seed, options=options)}"
+            )
     elif options.write_docs:
         write_docs(figures, command)
     return 1 if figures.broken else 0

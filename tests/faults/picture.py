@@ -62,7 +62,7 @@ def _line(figures: Figures, checker: Checker) -> str:
 
 
 def _table_of(figures: Figures, checker: Checker, world: World) -> Table:
-    rows = Table(title=_line(figures, checker), show_header=False, box=None)
+    rows = Table(title=_line(figures, checker), title_justify="left", show_header=False, box=None, expand=True)
     at = time.monotonic() - figures.began_at
     rows.add_row("time", f"{at:.0f} s, life {len(world.logs())} of the worker")
     rows.add_row("ends", ", ".join(f"{code} {count}" for code, count in checker.ends.most_common()))
@@ -82,7 +82,9 @@ def again(*, seed: int, options: argparse.Namespace) -> str:
     window = f" --window {options.window}" if options.window != 3 else ""
     skip = f" --skip {options.skip}" if options.skip else ""
     without = f" --without {options.without}" if options.without else ""
-    return f"python -m tests.faults --requests {options.requests} --faults {options.faults} --seed {seed}{kinds}{skip}{without}{window}"
+    only = f" --only {options.only}" if options.only else ""
+    made = f"--requests {options.requests} --faults {options.faults} --seed {seed}{kinds}{skip}{without}{window}"
+    return f"python -m tests.faults {made}{only}"
 
 
 def table(figures: Figures) -> str:
