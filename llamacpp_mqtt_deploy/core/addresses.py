@@ -153,5 +153,5 @@ def _complete(kind: AddressKind, route: _Compiled, session: str) -> Address | No
     if len(reply.encode()) > MAX_TOPIC_BYTES:
         return None
     # A session path holds no `:`, so a route cannot be mistaken for a user.
-    first = f"route:{route.topics.name}" if route.topics.trust_payload_session else session.split("/", maxsplit=1)[0]
+    first = f"route:{route.topics.name}" if route.topics.trust_payload_session else session.partition("/")[0]
     return Address(kind=kind, route=route.topics.name, session=session, reply_topic=reply, first_level=first)

@@ -516,6 +516,7 @@ def test_a_rate_of_nothing_limits_nothing() -> None:
         rates = RateLimiter(off)
         for _ in range(1000):
             rates.take("ada", 0.0)
+        assert rates._buckets == {}, "nor does it remember anybody"
 
 
 def test_whoever_waits_a_little_less_than_it_takes_is_told_of_a_tenth_of_a_second() -> None:
