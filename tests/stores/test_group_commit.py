@@ -208,7 +208,7 @@ def test_4096_writes_may_wait_and_a_quarter_of_the_places_is_for_urgent_ones(jou
     go_on = journal.hold()
     for _ in range(3072):
         journal.writer.submit(nothing)
-    with pytest.raises(StoreError, match="3072 writes"):
+    with pytest.raises(StoreError, match=r"3072 writes \(0 bytes\)"):
         journal.writer.submit(nothing)
     for _ in range(1024):
         journal.writer.submit(nothing, urgent=True)
@@ -234,7 +234,7 @@ def test_64_mebibytes_may_wait_and_a_quarter_of_them_is_for_urgent_writes(journa
 def test_the_log_is_short_from_a_full_disk_on_until_something_is_written_that_is_not_urgent(journal: Journal) -> None:
     journal.add("before").wait(10)
     journal.writer._free_room()
-    assert "PRAGMA wal_autocheckpoint = 16" in journal.statements
+    assert journal.statements[-2:] == ["PRAGMA wal_autocheckpoint = 16", "PRAGMA wal_checkpoint(TRUNCATE)"]
     journal.statements.clear()
     journal.add("an end", urgent=True).wait(10)
     assert not any("autocheckpoint" in statement for statement in journal.statements)
@@ -272,3 +272,60 @@ def test_what_somebody_asks_after_the_end_of_a_write_is_answered_at_once(journal
             twice.wait(10)
     twice.on_done(told.append)
     assert isinstance(told[1], StoreError)
+
+
+def of_sqlite(code: int) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("odd")
+    error.sqlite_errorcode = code
+    return error
+
+
+def test_trouble_of_a_disk_is_over_when_something_was_written_and_not_before(journal: Journal) -> None:
+    journal.writer.trouble = StoreError("a disk that failed")
+    journal.writer.submit(nothing).wait(10)
+    assert journal.writer.trouble is not None, "nothing was written"
+    journal.add("a").wait(10)
+    assert journal.writer.trouble is None
+
+
+def test_of_several_troubles_the_newest_is_told_but_damage_is_not_covered_up(journal: Journal) -> None:
+    writer = journal.writer
+    full, broken, locked = (StoreError(word) for word in ("full", "damaged", "locked"))
+    writer._hindered(of_sqlite(sqlite3.SQLITE_FULL), full)
+    writer._hindered(of_sqlite(sqlite3.SQLITE_BUSY), locked)
+    assert writer.trouble is locked
+    writer._well_again()
+    assert writer.trouble is None
+    writer._hindered(of_sqlite(sqlite3.SQLITE_CORRUPT), broken)
+    writer._hindered(of_sqlite(sqlite3.SQLITE_FULL), full)
+    journal.add("one part of the file can be written").wait(10)
+    assert writer.trouble is broken
+
+
+def test_a_look_whether_others_let_go_waits_for_nobody(journal: Journal, tmp_path: Path) -> None:
+    writer = journal.writer
+    with closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as shell:
+        shell.execute("BEGIN IMMEDIATE")
+        writer._locked_out = StoreError("another program")
+        journal.statements.clear()
+        writer._probe()
+        assert writer._locked_out is not None
+        assert "PRAGMA busy_timeout = 0" in journal.statements
+        assert journal.statements[-1] == "PRAGMA busy_timeout = 100", "as long as before"
+        with pytest.raises(StoreError, match="another program"):
+            journal.add("refused at once")
+        writer.trouble = StoreError("a disk that failed")
+        writer._try()
+        assert writer.trouble is not None
+        shell.execute("ROLLBACK")
+        writer._try()
+        assert writer.trouble is None
+    writer.trouble = writer._locked_out
+    writer._probe()
+    assert (writer._locked_out, writer.trouble) == (None, None)
+    journal.add("taken again").wait(10)
+
+
+def test_the_thread_does_not_keep_a_process_that_ends(journal: Journal) -> None:
+    assert journal.writer._thread.daemon
+    assert journal.writer._thread.name == "journal"

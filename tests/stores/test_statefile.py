@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from llamacpp_mqtt_deploy.ports import StoreError, StoreFull
+from llamacpp_mqtt_deploy.ports import StoreError, StoreFull, StoreInUse
 from llamacpp_mqtt_deploy.stores import schema
 from llamacpp_mqtt_deploy.stores.memory import MemoryFile
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
@@ -277,3 +278,33 @@ def test_a_value_of_a_wrong_type_is_not_written(path: Path) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="cannot store TEXT value in INTEGER column"):
         connection.execute("INSERT INTO sessions VALUES (1, 'default', 's', 's', 0, 0, 'many')")
     connection.close()
+
+
+# --- what is logged --------------------------------------------------------------------------------------------------
+
+
+def opened_and_closed(path: Path) -> list[str]:
+    """The events that are logged meanwhile."""
+    with capture_logs() as logs:
+        store = SqliteStore(path)
+        store.open()
+        store.close()
+    return [line["event"] for line in logs]
+
+
+def test_a_new_and_an_older_file_are_told_in_the_log_and_an_ordinary_one_is_not(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert opened_and_closed(path) == ["store.created"]
+    assert opened_and_closed(path) == []
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, ("CREATE TABLE more (a)",)))
+    assert opened_and_closed(path) == ["store.migrated"]
+    assert opened_and_closed(path) == []
+
+
+def test_a_worker_that_noted_no_pid_is_unknown(path: Path) -> None:
+    path.parent.mkdir()
+    with path.with_name("state.db.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreInUse, match="Another worker, pid unknown, uses"):
+            SqliteStore(path).open()
