@@ -147,6 +147,11 @@ def test_the_words_of_a_refusal_say_what_was_expected_of_each_part() -> None:
         assert refused({"messages": [message]}) == {f"messages[0].{path}": words}
 
 
+def test_other_words_of_a_refusal_are_those_of_the_library() -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": 1}}
+    assert refused({"prompt": "x", "tools": [tool]}) == {"tools[0].function.strict": "a valid boolean"}
+
+
 def test_a_megabyte_of_wrong_messages_is_refused_at_once() -> None:
     floods: list[list[Any]] = [[{}] * 200_000, [[]] * 200_000, [{"role": "user", "content": [{}] * 250}] * 250]
     for wrong in floods:

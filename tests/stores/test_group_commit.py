@@ -50,6 +50,9 @@ class Journal:
         with self.writer.exclusive() as db:
             return [row[0] for row in db.execute("SELECT value FROM rows ORDER BY rowid").fetchall()]
 
+    def trouble(self) -> StoreError | None:
+        return self.writer.trouble
+
     def commits(self) -> int:
         return self.statements.count("COMMIT") - 1  # the held write's own
 
@@ -283,9 +286,9 @@ def of_sqlite(code: int) -> sqlite3.OperationalError:
 def test_trouble_of_a_disk_is_over_when_something_was_written_and_not_before(journal: Journal) -> None:
     journal.writer.trouble = StoreError("a disk that failed")
     journal.writer.submit(nothing).wait(10)
-    assert journal.writer.trouble is not None, "nothing was written"
+    assert journal.trouble() is not None, "nothing was written"
     journal.add("a").wait(10)
-    assert journal.writer.trouble is None
+    assert journal.trouble() is None
 
 
 def test_of_several_troubles_the_newest_is_told_but_damage_is_not_covered_up(journal: Journal) -> None:
@@ -293,13 +296,13 @@ def test_of_several_troubles_the_newest_is_told_but_damage_is_not_covered_up(jou
     full, broken, locked = (StoreError(word) for word in ("full", "damaged", "locked"))
     writer._hindered(of_sqlite(sqlite3.SQLITE_FULL), full)
     writer._hindered(of_sqlite(sqlite3.SQLITE_BUSY), locked)
-    assert writer.trouble is locked
+    assert journal.trouble() is locked
     writer._well_again()
-    assert writer.trouble is None
+    assert journal.trouble() is None
     writer._hindered(of_sqlite(sqlite3.SQLITE_CORRUPT), broken)
     writer._hindered(of_sqlite(sqlite3.SQLITE_FULL), full)
     journal.add("one part of the file can be written").wait(10)
-    assert writer.trouble is broken
+    assert journal.trouble() is broken
 
 
 def test_a_look_whether_others_let_go_waits_for_nobody(journal: Journal, tmp_path: Path) -> None:
@@ -316,13 +319,13 @@ def test_a_look_whether_others_let_go_waits_for_nobody(journal: Journal, tmp_pat
             journal.add("refused at once")
         writer.trouble = StoreError("a disk that failed")
         writer._try()
-        assert writer.trouble is not None
+        assert journal.trouble() is not None
         shell.execute("ROLLBACK")
         writer._try()
-        assert writer.trouble is None
+        assert journal.trouble() is None
     writer.trouble = writer._locked_out
     writer._probe()
-    assert (writer._locked_out, writer.trouble) == (None, None)
+    assert (writer._locked_out, journal.trouble()) == (None, None)
     journal.add("taken again").wait(10)
 
 
