@@ -204,6 +204,15 @@ def test_a_wrong_type_or_range_is_refused_by_name(name: str, value: Any) -> None
     assert all(field.startswith(name) for field in fields)
 
 
+def test_a_refusal_says_what_was_expected() -> None:
+    assert refused({"prompt": "x", "temperature": 9, "stop": [1], "seed": "1", "metadata": {"a": "x" * 4096}}) == {
+        "temperature": "a number from 0 to 5",
+        "stop": "a text of 1 to 256 characters, or a list of at most 16 such texts",
+        "seed": "a whole number from -1 (a new one each time) to 4294967295",
+        "metadata": "an object of at most 4096 bytes as JSON",
+    }
+
+
 def test_all_faults_come_in_one_answer() -> None:
     assert set(refused({"prompt": "x", "temperature": 9, "seed": "1", "stream": "yes"})) == {
         "temperature",

@@ -161,3 +161,4 @@ def test_a_mark_of_byte_order_counts_at_the_beginning_alone() -> None:
     assert decode(b"data: a\n\n" + mark + b"data: b\n\n") == [b"a"]
     assert decode(b"data: a\n\n", mark + b"data: b\n\n") == [b"a"]
     assert decode(b"\n", mark + b"data: b\n\n") == []
+    assert decode(b"data: a\n" + mark + b"data: b\n\n") == [b"a"]
