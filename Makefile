@@ -43,7 +43,7 @@ $(STAMPS)/install: pyproject.toml constraints.txt | $(BIN)/python
 # A first try does not wait for the development tools.
 $(STAMPS)/demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the demo and what it needs into $(VENV) ..."
-	$(PIP) install --quiet --editable '.[demo]' -c constraints.txt
+	$(PIP) install --quiet --editable '.[demo,gateway]' -c constraints.txt
 	@mkdir -p $(@D) && touch $@
 
 # Compiled from source (about four minutes on two cores), then kept in pip's wheel cache.
@@ -77,10 +77,14 @@ broker: ## the mosquitto program, from apt where it is missing
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 # What documentation and units are tried with: jq for one-liners, node for the web page and Node-RED, g++ for the ESP32 sketch,
-# systemd-analyze for the sandboxes.
+# systemd-analyze for the sandboxes, nginx for the reverse proxy.
+# nginx comes with a service that starts when it is installed, unless policy-rc.d says no (see `broker`).
 tools:
-	@for tool in jq:jq node:nodejs g++:g++ systemd-analyze:systemd; do \
-		if ! command -v "$${tool%%:*}" >/dev/null; then \
+	@if [ ! -e /usr/sbin/policy-rc.d ] && $(CAN_APT); then \
+		trap 'rm -f /usr/sbin/policy-rc.d' EXIT; printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; \
+	fi; \
+	for tool in jq:jq node:nodejs g++:g++ systemd-analyze:systemd nginx:nginx-light; do \
+		if ! PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v "$${tool%%:*}" >/dev/null; then \
 			if $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y "$${tool#*:}"; \
 			else echo "Without $${tool%%:*} some examples and units are not tried." >&2; fi; \
 		fi; \

@@ -66,12 +66,18 @@ _LOOK_AROUND_S = 0.25
     type=click.Path(path_type=Path),
     help="Your own GGUF file in place of the demo model, which is part of the package.",
 )
+@click.option(
+    "--web/--no-web", "web", default=None, help="Serve the chat page. Default: where the extra `gateway` is installed."
+)
 @set_option
-def command(once: bool, port: int | None, choice: Choice, model: Path | None, overrides: Mapping[str, str]) -> None:
+def command(
+    once: bool, port: int | None, choice: Choice, model: Path | None, web: bool | None, overrides: Mapping[str, str]
+) -> None:
     """Start a broker, a small language model and the daemon on this machine, and talk to them.
 
     Everything is private to the demo: the broker listens on 127.0.0.1 only, no configuration of yours is read, and all of it
-    is gone when the demo ends. After a first conversation it stays up until Ctrl-C, for your own mosquitto_pub and lmd ask.
+    is gone when the demo ends. After a first conversation it stays up until Ctrl-C, for your own mosquitto_pub and lmd ask, and
+    for a browser.
 
     \b
     Examples:
@@ -96,7 +102,7 @@ def command(once: bool, port: int | None, choice: Choice, model: Path | None, ov
             stream.reconfigure(errors="replace")  # a Latin-1 terminal has no "…", and a model may say anything
     # The client is a library whose warnings go to the host's log, and stderr is not one.
     logging.getLogger("llamacpp_mqtt_deploy").addHandler(logging.NullHandler())
-    demo = Demo(Console(highlight=False, emoji=False, markup=False), once=once)
+    demo = Demo(Console(highlight=False, emoji=False, markup=False), once=once, web=web)
     with closing_pipe(), Interrupts() as demo.interrupts:
         try:
             demo.run(port=port, choice=choice, model=model, overrides=overrides)
@@ -125,11 +131,13 @@ class Leaving(Exception):
 class Demo:
     """The course of the demo, told on `console`."""
 
-    def __init__(self, console: Console, *, once: bool) -> None:
+    def __init__(self, console: Console, *, once: bool, web: bool | None) -> None:
         self.interrupts = Interrupts()
         self._console = console
         self._fancy = console.is_terminal and not console.is_dumb_terminal
         self._once = once
+        self._web = web
+        self._page = ""
         self._root = "llm"
         self._began_at = time.monotonic()
         self._first_text_s: float | None = None
@@ -137,7 +145,8 @@ class Demo:
     def run(self, *, port: int | None, choice: Choice, model: Path | None, overrides: Mapping[str, str]) -> None:
         """Set up, talk, stay, take down. Raises DemoFailed and Leaving."""
         from llamacpp_mqtt_deploy.demo import brokers, worker
-        from llamacpp_mqtt_deploy.demo.processes import DemoProcesses
+        from llamacpp_mqtt_deploy.demo.processes import DemoFailed, DemoProcesses
+        from llamacpp_mqtt_deploy.demo.web import can_serve
 
         if model is not None:
             model = Path(os.path.abspath(model.expanduser()))  # noqa: PTH100 - resolve() would hide a link's name
@@ -145,6 +154,8 @@ class Demo:
         if ours := [key for key in worker.OURS if key in overrides]:
             raise click.UsageError(f"{ours[0]} is the demo's own and cannot be set here.")
         worker.check_engine(overrides)
+        if self._web and not can_serve():
+            raise DemoFailed("The chat page needs the extra `gateway`: pip install 'llamacpp-mqtt-deploy[gateway]'")
         kind = brokers.choose(choice)
         self._root = overrides.get("mqtt.root", self._root)
         self._say("A broker, a language model and the daemon, on this machine and for this demo:")
@@ -157,6 +168,8 @@ class Demo:
                 broker=broker, directory=processes.directory, model=model, overrides=overrides
             )
             with self._set_up(processes, broker, settings, own_model=model is not None) as bus:
+                if self._web or (self._web is None and not self._once and can_serve()):
+                    self._serve(processes, broker)
                 self._talk(bus)
                 if self._once:
                     self._say("The demo ends here; without --once (DEMO_ONCE) it stays up for your own prompts.")
@@ -194,6 +207,13 @@ class Demo:
         except BusError as error:
             processes.watch()  # a broker or daemon that died is the better reason
             raise DemoFailed(str(error), processes.last_lines("daemon")) from error
+
+    def _serve(self, processes: DemoProcesses, broker: Broker) -> None:
+        from llamacpp_mqtt_deploy.demo import web, worker
+
+        with self._step("gateway") as (done, _):
+            self._page = web.start_gateway(processes, broker, root=self._root, environ=worker.clean_environment())
+            done(f"lmd gateway, the chat page at {self._page}")
 
     @contextlib.contextmanager
     def _step(self, name: str) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
@@ -268,6 +288,9 @@ class Demo:
         from llamacpp_mqtt_deploy.demo.brokers import HOST
         from llamacpp_mqtt_deploy.demo.worker import SESSION
 
+        if self._page:
+            yield f"The chat page, for a browser on this machine: {self._page}"
+            yield ""
         yield "All of it stays up until Ctrl-C. In another terminal:"
         yield ""
         where = f"-h {HOST} -p {broker.port}"
@@ -292,6 +315,10 @@ class Demo:
         yield f"  {lmd.format('ask')} 'What is my name?'"
         yield f"  {lmd.format('chat')}"
         yield ""
+        if self._page:
+            yield "  # ask over HTTP"
+            yield f"  curl -N -d 'Tell me a short story' {self._page}ask"
+            yield ""
 
     # --- small things ----------------------------------------------------------------------------------------------------
 

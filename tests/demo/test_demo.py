@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -233,6 +234,24 @@ def test_a_part_that_dies_while_it_stays_up_ends_it_with_a_sentence(demos: list[
     os.kill(daemon, signal.SIGKILL)
     assert demo.wait(30) == 1
     assert "The daemon ended by itself (signal SIGKILL)" in demo.text
+    demo.nothing_is_left()
+
+
+@pytest.mark.engine
+@pytest.mark.broker
+def test_the_chat_page_and_curl_reach_the_model_over_the_demos_gateway(demos: list[DemoProcess]) -> None:
+    demo = DemoProcess("--set", UNPACED, "--set", BRIEF)
+    demos.append(demo)
+    demo.shows(UP)
+    found = re.search(r"chat page, for a browser on this machine: (http://127\.0\.0\.1:\d+/)", demo.text)
+    assert found, demo.text
+    demo.shows(f"{found[1]}ask")
+    with urllib.request.urlopen(found[1], timeout=20) as page:
+        assert b"<title>" in page.read()
+    with urllib.request.urlopen(f"{found[1]}ask", data=b"Tell me about the sea", timeout=60) as answer:
+        assert "sea" in answer.read().decode().lower()
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.wait(30) == 0
     demo.nothing_is_left()
 
 
