@@ -40,6 +40,8 @@ SUBPROTOCOL = "lmd"
 """What a WebSocket of ours is called; a browser, which can set no header there, sends its key as `lmd.key.KEY` beside it."""
 _KEY_PROTOCOL = "lmd.key."
 
+_OF_A_KEY = "key."
+
 EAGER = frozenset({"ask_events", "chatbot"})
 """Dialects that say something before the answer begins."""
 WITHOUT_ERRORS = frozenset({"ask_text"})
@@ -134,11 +136,11 @@ def stateless(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def session_path(owner: Owner, session: str | None) -> str:
-    """Below the owner's level. Requests without a session share one, in which nothing is kept: they are told apart by their ids,
-    and the same id again means the same request."""
+    """Below the owner's level. Requests without a session share one for each key, in which nothing is kept: they are told apart by
+    their ids, and the same id again means the same request. No client can name that session."""
     if session is None:
-        return f"{owner.level}/{owner.name}"
-    return session_below(owner.level, session)
+        return f"{owner.level}/{_OF_A_KEY}{owner.name}"
+    return session_below(owner.level, f" {session}" if session.startswith(_OF_A_KEY) else session)
 
 
 def idempotency_key(request: HTTPConnection) -> str | None:

@@ -27,6 +27,8 @@ KEY_BYTES = 32
 """Random bytes of a key: too many to guess, so that a plain SHA-256 is enough of a hash."""
 MAX_KEY_CHARS = 256
 MAX_KEYS = 1000
+MAX_NAME_CHARS = 60
+"""So that a topic level can hold more beside it."""
 MAX_FILE_BYTES = 1024 * 1024
 LOOK_EVERY_S = 1.0
 """How soon a changed keys file counts."""
@@ -205,8 +207,8 @@ def _entry(file: Path, name: str, table: object) -> KeyEntry:
 
 def check_key_name(name: str) -> None:
     """Raise ValueError for what cannot name a key: it is a topic level of the key's requests that name no session."""
-    if not 1 <= len(name) <= 64 or not all(c.isascii() and (c.isalnum() or c in "_-") for c in name):
-        raise ValueError(f"{name!r} is no name for a key: 1 to 64 letters, digits, _ or -")
+    if not 1 <= len(name) <= MAX_NAME_CHARS or not all(c.isascii() and (c.isalnum() or c in "_-") for c in name):
+        raise ValueError(f"{name!r} is no name for a key: 1 to {MAX_NAME_CHARS} letters, digits, _ or -")
 
 
 def new_key() -> str:

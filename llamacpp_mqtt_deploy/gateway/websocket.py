@@ -20,6 +20,7 @@ from llamacpp_mqtt_deploy.core.formats.plain import parse_ask
 from llamacpp_mqtt_deploy.core.formats.rendering import error_event
 from llamacpp_mqtt_deploy.core.payloads import decode_payload
 from llamacpp_mqtt_deploy.core.routes import is_level
+from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.exchange import SUBPROTOCOL, Services, errand, note
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
 from llamacpp_mqtt_deploy.gateway.problems import told
@@ -28,6 +29,8 @@ from llamacpp_mqtt_deploy.gateway.told_events import ToldEvents
 
 log = structlog.get_logger(__name__)
 
+SOCKETS = 1024
+"""Sockets at once, a quarter of them for one first topic level."""
 REQUESTS_OF_ONE_SOCKET = 64
 POLICY_VIOLATION, TOO_BIG, SERVICE_RESTART = 1008, 1009, 1012
 _CLEAN_CLOSES = (1000, 1001, 1005)
@@ -39,18 +42,21 @@ class Events:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._sockets = Capacity(total=SOCKETS, each=SOCKETS // 4)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         socket = WebSocket(scope, receive, send)
-        try:
-            owner = self._services.owner(socket)
-        except RequestError as error:
-            note(scope, outcome=error.code)
-            await socket.close(POLICY_VIOLATION, "a key is needed")  # before the handshake: the client sees 403
-            return
-        note(scope, owner=owner.name)
-        await socket.accept(SUBPROTOCOL if SUBPROTOCOL in scope.get("subprotocols", ()) else None)
-        await _Conversation(self._services, owner, socket).run()
+        with ExitStack() as stack:
+            try:
+                owner = self._services.owner(socket)
+                stack.enter_context(self._sockets.place(owner.level))
+            except RequestError as error:
+                note(scope, outcome=error.code)
+                await socket.close(POLICY_VIOLATION, error.code)  # before the handshake: the client sees 403
+                return
+            note(scope, owner=owner.name)
+            await socket.accept(SUBPROTOCOL if SUBPROTOCOL in scope.get("subprotocols", ()) else None)
+            await _Conversation(self._services, owner, socket).run()
 
 
 class _Conversation:
@@ -64,8 +70,11 @@ class _Conversation:
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._controls: set[asyncio.Task[None]] = set()
         self._clean = False
+        self._reader: asyncio.Task[Any] | None = None
+        self._stuck = False
 
     async def run(self) -> None:
+        self._reader = asyncio.current_task()
         try:
             while True:
                 message = await self._socket.receive()
@@ -75,6 +84,9 @@ class _Conversation:
                 await self._take(message.get("text") or message.get("bytes") or "")
         except (WebSocketDisconnect, _Closed):
             return
+        except asyncio.CancelledError:
+            if not self._stuck:
+                raise
         finally:
             for task in (*self._tasks.values(), *self._controls):
                 task.cancel()
@@ -192,7 +204,13 @@ class _Conversation:
                 if self._socket_gone():
                     raise _Closed
                 await self._socket.send_text(encode(dict(event)).decode())
-        except (TimeoutError, WebSocketDisconnect, RuntimeError, OSError) as error:
+        except TimeoutError as error:
+            # Whoever takes nothing gets no more: the socket ends, with all of its requests.
+            if self._reader is not None and not self._stuck:
+                self._stuck = True
+                self._reader.cancel()
+            raise _Closed from error
+        except (WebSocketDisconnect, RuntimeError, OSError) as error:
             raise _Closed from error
 
     def _socket_gone(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -150,6 +151,23 @@ def test_who_lost_the_connection_asks_again_and_gets_the_whole_answer(world: Wor
     assert len(engine.calls) == 1
 
 
+def test_who_asks_again_takes_the_answer_over_and_the_older_reader_is_told(world: World) -> None:
+    gate = Gate()
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("one", gate, " two")
+    asked: Any = {"json": chat(stream=True), "headers": {"Idempotency-Key": "twice"}, "timeout": 20}
+    with httpx.stream("POST", f"{gateway.url}{CHAT}", **asked) as older:
+        lines = pieces(older)
+        assert next(lines)["choices"]
+        with httpx.stream("POST", f"{gateway.url}{CHAT}", **asked) as newer:
+            assert list(lines)[-1]["error"]["code"] == "duplicate_request"
+            gate.open()
+            assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces(newer)) == "one two"
+    assert len(engine.calls) == 1
+
+
 def test_whoever_does_not_come_back_in_time_is_cancelled(world: World) -> None:
     engine = ScriptedEngine(slots=1)
     world.worker(engine)
@@ -190,18 +208,15 @@ def test_a_full_queue_is_429_with_the_time_to_wait(world: World) -> None:
         with httpx.stream("POST", f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20):
             pass
 
-    holders = [threading.Thread(target=hold, daemon=True) for _ in range(2)]
-    for holder in holders:
-        holder.start()
-    eventually(lambda: engine.busy == 1)
-    refused = httpx.Response(200)
+    def waiting() -> int:
+        ack = httpx.post(f"{gateway.url}/control", json={"action": "ping", "session": "x"}, timeout=20).json()
+        return int(ack["queue"])
 
-    def full() -> bool:
-        nonlocal refused
-        refused = httpx.post(f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=2)
-        return refused.status_code == 429
-
-    eventually(full)
+    for queued in (0, 1):
+        threading.Thread(target=hold, daemon=True).start()
+        eventually(lambda queued=queued: engine.busy == 1 and waiting() == queued)  # type: ignore[misc]
+    refused = httpx.post(f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20)
+    assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
 
@@ -332,15 +347,14 @@ def test_a_reader_that_takes_nothing_is_cut_and_others_go_on(world: World) -> No
         eventually(lambda: len(engine.calls) == 1)
         for _ in range(5):
             assert httpx.post(f"{gateway.url}{CHAT}", json=chat(), timeout=20).status_code == 200
+        eventually(lambda: gateway.gateway._capacity.taken == 0)
         wire.settimeout(30)
         received = b""
-        try:
+        with contextlib.suppress(ConnectionResetError):
             while part := wire.recv(65536):
                 received += part
-                time.sleep(0)
-        except ConnectionResetError:
-            pass
-        assert b"[DONE]" not in received or received.endswith(b"0\r\n\r\n")
+        assert b"[DONE]" not in received
+        assert not received.endswith(b"0\r\n\r\n")
 
 
 def test_one_key_leaves_places_to_the_others(world: World) -> None:
@@ -422,6 +436,17 @@ def test_the_same_id_of_two_keys_is_two_requests(world: World) -> None:
         texts[name] = answer.json()["choices"][0]["message"]["content"]
     assert texts == {name: f"I am {name}" for name in gateway.keys}
     assert len(worker.engine.calls) == 3
+
+
+def test_a_session_cannot_be_named_like_the_place_of_anothers_requests(world: World) -> None:
+    worker = world.worker()
+    gateway = world.gateway(keys={"alice": {"level": "team"}, "bob": {"level": "team"}})
+    asked = {"messages": [{"role": "user", "content": "secret"}]}
+    headers = {"x-api-key": gateway.keys["alice"], "Idempotency-Key": "same"}
+    assert httpx.post(f"{gateway.url}{CHAT}", json=asked, headers=headers, timeout=20).status_code == 200
+    stolen = {**asked, "session": "key.alice", "request_id": "same", "stream": False}
+    httpx.post(f"{gateway.url}/ask", json=stolen, headers={"x-api-key": gateway.keys["bob"]}, timeout=20)
+    assert len(worker.engine.calls) == 2
 
 
 def test_a_key_is_held_to_its_models_its_lane_and_its_rate(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket as plain_socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,6 +124,19 @@ def test_a_socket_that_is_closed_cancels_its_requests(gateway: RunningGateway, e
         next(event for event in events_of(socket, "r") if event["type"] == "chunk")
         assert engine.busy == 1
     eventually(lambda: engine.busy == 0, 2)
+
+
+def test_a_socket_that_takes_nothing_is_ended_with_its_requests(world: World, engine: ScriptedEngine) -> None:
+    world.worker(engine)
+    gateway = world.gateway(gateway__slow_reader_s=0.5)
+    engine.play(*["x" * 8000 for _ in range(450)], Silence())
+    wire = plain_socket.socket()
+    wire.setsockopt(plain_socket.SOL_SOCKET, plain_socket.SO_RCVBUF, 4096)
+    wire.connect(("127.0.0.1", gateway.port))
+    with connect(address(gateway), sock=wire, close_timeout=1, max_queue=1) as socket:
+        say(socket, type="request", session="s", request_id="r", prompt="long")
+        eventually(lambda: engine.busy == 1)
+        eventually(lambda: engine.busy == 0, 20)
 
 
 @pytest.mark.parametrize(
