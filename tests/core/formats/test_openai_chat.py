@@ -164,6 +164,13 @@ def test_an_error_names_the_field_at_fault() -> None:
     assert json.loads(reply.body)["error"]["param"] == "top_p"
 
 
+@pytest.mark.parametrize("code,param", [("model_not_found", "model"), ("context_overflow", "messages"), ("busy", None)])
+def test_an_error_whose_code_tells_the_field_names_it_also_where_the_worker_did_not(
+    code: str, param: str | None
+) -> None:
+    assert json.loads(OPENAI_CHAT.failure({"code": code, "message": "No."}).body)["error"]["param"] == param
+
+
 # --- bodies ----------------------------------------------------------------------------------------------------------
 
 

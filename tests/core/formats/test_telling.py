@@ -142,7 +142,13 @@ def test_a_call_that_is_not_whole_keeps_everything_else_waiting() -> None:
 
 
 def test_what_still_waits_at_the_end_comes_block_by_block() -> None:
-    cut = [ToolCall(0, "a", "f", "{"), ToolCall(1, "b", "g", "{"), Text("x"), ToolCall(1, None, None, "}"), Text("y")]
+    cut: list[Spoken] = [
+        ToolCall(0, "a", "f", "{"),
+        ToolCall(1, "b", "g", "{"),
+        Text("x"),
+        ToolCall(1, None, None, "}"),
+        Text("y"),
+    ]
     assert blocks(*cut) == ["+0T", "=0{", "-0{", "+1T", "=1{", "=1}", "-1{}", "+2T", "=2x", "=2y", "-2xy"]
 
 
