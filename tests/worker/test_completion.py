@@ -281,6 +281,26 @@ def test_a_reset_in_the_moment_in_which_the_disk_refuses_an_end_still_forgets(mo
     assert bench.registry.find(bench.job.key) is None
 
 
+def test_an_end_whose_history_the_store_cannot_take_for_a_defect_is_stored_and_told_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(monkeypatch)
+    bench.job.answer.add_text("hi", 101.0)
+    finish, tried = bench.store.finish, list[bool]()
+
+    def broken(*given: Any, history: object, **more: Any) -> None:
+        tried.append(history is not None)
+        if history is not None:
+            raise RuntimeError("a defect")
+        finish(*given, **more)
+
+    monkeypatch.setattr(bench.store, "finish", broken)
+    bench.completion.done(bench.job, "stop")
+    assert bench.end()["full_content"] == "hi"
+    assert tried == [True, False]
+    assert (bench.store.unfinished(), bench.store.history(("default", "demo"))) == ([], ())
+
+
 def test_a_stateless_request_and_a_forgotten_one_leave_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
     for fields, remembered in (({}, 2), ({"messages": [{"role": "user", "content": "x"}]}, 0)):
         bench = Bench(monkeypatch, **fields)

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 from typing_extensions import override
 
-from llamacpp_mqtt_deploy.core.addresses import Address
+from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Busy
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Store, StoreError
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
@@ -18,7 +18,7 @@ from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker
 from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
-from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals
+from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals, first_level_of
 from tests.support.lone_job import lone_job, registry
 
 ADA = Address(kind="request", route="default", session="ada/1", reply_topic="llm/reply/ada/1", first_level="ada")
@@ -141,6 +141,13 @@ def test_a_refusal_and_a_rejection_leave_a_line_each_for_the_operator() -> None:
     assert (refused["topic"], refused["bytes"]) == ("llm/request/ada/1", 1)
     assert (rejected["event"], rejected["code"]) == ("request.rejected", "duplicate_request")
     assert rejected["topic"] == "llm/request/ada/1"
+
+
+def test_whose_message_it_is_can_be_told_from_its_topic_alone() -> None:
+    topics = TopicMap(root="llm", worker_id="w1")
+    assert first_level_of(topics, "llm/request/ada/1") == "ada"
+    assert first_level_of(topics, "llm/request/ada/too/deep") == "ada"
+    assert first_level_of(topics, "llm") == ""
 
 
 def test_the_log_shows_no_more_of_a_topic_than_a_line_can_hold() -> None:
