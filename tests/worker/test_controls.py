@@ -16,6 +16,7 @@ from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from llamacpp_mqtt_deploy.worker.client_work import ClientWork
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus, Event, WholeWorker
+from tests.worker.test_background import HeldStore
 
 
 class SlowDisk:
@@ -425,3 +426,20 @@ def test_a_reset_that_is_refused_for_want_of_a_place_changes_nothing(bus: Bus, m
     done = bus.listener.terminal("r1")
     assert (done["finish_reason"], done["full_content"]) == ("stop", "one two")
     assert len(worker.daemon.parts.store.history(("default", "demo"))) == 2
+
+
+def test_what_is_cancelled_by_a_reset_is_forgotten_also_when_its_end_is_written_after_it(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine()
+    worker = bus.worker(engine)
+    engine.play("a secret", Gate())
+    bus.ask("x", request_id="r1")
+    bus.listener.until(type="chunk", request_id="r1")
+    held = HeldStore(worker, monkeypatch, "finish", matches="r1")
+    bus.control("reset")
+    assert held.reached.wait(10)
+    bus.listener.until(type="ack", action="reset", status="ok")
+    held.open.set()
+    assert bus.listener.terminal("r1")["full_content"] == "a secret"
+    assert worker.daemon.parts.store.history(("default", "demo")) == ()
