@@ -90,6 +90,26 @@ def test_a_page_that_is_loaded_again_goes_on_with_the_answer(page: ChatPage, eng
     assert len(engine.calls) == 1
 
 
+def test_an_answer_that_the_worker_may_have_forgotten_is_not_asked_for_again(
+    page: ChatPage, engine: ScriptedEngine
+) -> None:
+    engine.play("One, ", "two, ", Gate())
+    page.ask("Count")
+    page.until(lambda: "two" in page.answer())
+    page.browser.get(f"{page.url}icon.svg")
+    page.run("""
+      const name = Object.keys(localStorage).find((key) => key.startsWith('lmd.chat.'));
+      const turns = JSON.parse(localStorage.getItem(name));
+      turns.at(-1).heardAt -= 601_000;
+      localStorage.setItem(name, JSON.stringify(turns));
+    """)
+    page.browser.get(page.url)
+    page.connected()
+    assert "closed before the end" in page.text(".problem p")
+    assert page.answer() == "One, two,"
+    assert len(engine.calls) == 1
+
+
 def test_a_waiting_question_shows_its_place_in_the_queue(page: ChatPage, engine: ScriptedEngine) -> None:
     gate = Gate()
     engine.play("busy ", gate)
@@ -177,6 +197,42 @@ def test_an_error_is_told_and_can_be_tried_again(page: ChatPage, engine: Scripte
     assert page.answer() == "Hello?"
     assert not page.find(".problem").is_displayed()
     assert len(page.all(".question")) == 1
+
+
+def test_two_tabs_show_the_same_chats(page: ChatPage) -> None:
+    page.ask("From the first tab")
+    page.ended()
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("tab")
+    second = page.browser.current_window_handle
+    page.resize(1200, 800)
+    try:
+        page.browser.get(page.url)
+        page.connected()
+        page.find("#chats .open").click()
+        page.ask("From the second tab")
+        page.ended()
+        page.browser.switch_to.window(first)
+        page.until(lambda: page.answer() == "From the second tab")
+        page.ask("From the first again")
+        page.ended()
+        assert [turn.text for turn in page.all(".question .text")] == [
+            "From the first tab",
+            "From the second tab",
+            "From the first again",
+        ]
+        page.browser.switch_to.window(second)
+        page.run("document.querySelector('#chats .remove').click()")
+        page.find("#remove .danger").click()
+        page.browser.switch_to.window(first)
+        page.until(lambda: page.text("#title") == "New chat")
+        page.ask("A new one")
+        page.ended()
+        assert page.answer() == "A new one"
+    finally:
+        page.browser.switch_to.window(second)
+        page.browser.close()
+        page.browser.switch_to.window(first)
 
 
 def test_chats_are_kept_renamed_and_deleted(page: ChatPage) -> None:

@@ -4,7 +4,14 @@ import { randomId } from "./lmd.js";
 
 const INDEX = "lmd.chats";
 const MOST = 200;
-const key = (id) => `lmd.chat.${id}`;
+const PREFIX = "lmd.chat.";
+const key = (id) => PREFIX + id;
+
+/** The chat that is kept under this key, or the list of them: `{list: true}`, `{id}`; nothing for other keys. */
+export function keptUnder(name) {
+  if (name === INDEX) return { list: true };
+  return name?.startsWith(PREFIX) ? { id: name.slice(PREFIX.length) } : {};
+}
 
 function load(name, otherwise) {
   try {
@@ -25,6 +32,11 @@ export class Chats {
   reload() {
     const index = load(INDEX, []);
     this.all = Array.isArray(index) ? index.filter((chat) => typeof chat?.id === "string") : [];
+  }
+
+  /** Reads a chat anew that another tab has written. */
+  reread(id) {
+    this.#turns.delete(id);
   }
 
   find(id) {
@@ -100,6 +112,6 @@ export class Chats {
 }
 
 /** What is worth keeping of a turn: nothing that lives only while it is shown. */
-function stored({ role, text, reasoning, calls, figures, problem, finish, request, sentAt }) {
-  return { role, text, reasoning, calls, figures, problem, finish, request, sentAt };
+function stored({ role, text, reasoning, calls, figures, problem, finish, request, heardAt }) {
+  return { role, text, reasoning, calls, figures, problem, finish, request, heardAt };
 }

@@ -2,7 +2,7 @@
 
 import { ask } from "./lmd.js";
 
-const KEPT_MS = 600_000; // how long a worker keeps the end of a request (limits.remember_s)
+const KEPT_MS = 600_000; // how long a worker keeps the end of a request (limits.remember_s): later it would run once more
 const SAVE_EVERY_MS = 2000;
 
 export class Conversation {
@@ -32,6 +32,7 @@ export class Conversation {
 
   /** The same question again after an error, in the place of the answer that failed. */
   again(chatId, turn) {
+    if (this.runs(chatId)) return;
     const { request_id, ...fields } = turn.request;
     // A request that this page gave up may have been answered meanwhile: the same id brings that answer.
     const request = turn.problem?.madeHere ? turn.request : fields;
@@ -50,9 +51,14 @@ export class Conversation {
     for (const { id } of this.chats.all) {
       const turn = this.chats.turns(id).at(-1);
       if (!turn?.request?.request_id || turn.finish || turn.problem) continue;
-      if (Date.now() - turn.sentAt < KEPT_MS) this.#run(id, turn);
+      if (Date.now() - turn.heardAt < KEPT_MS) this.#run(id, turn);
       else turn.problem = { code: "interrupted", message: "The page was closed before the end of this answer." };
     }
+  }
+
+  /** Before the page is left. */
+  save() {
+    for (const chatId of this.#running.keys()) this.chats.save(chatId);
   }
 
   forget(chatId) {
@@ -62,12 +68,13 @@ export class Conversation {
   }
 
   #run(chatId, turn) {
-    turn.sentAt = Date.now();
-    turn.live = { phase: "waiting" };
+    turn.heardAt ??= Date.now();
+    turn.live = { phase: "waiting", since: Date.now() };
     let savedAt = 0;
     let asked;
     asked = ask(this.bus, { session: this.bus.session(chatId), ...turn.request }, {
       onNews: (news) => {
+        turn.heardAt = Date.now();
         note(turn, news, asked?.reader);
         if (Date.now() - savedAt > SAVE_EVERY_MS) {
           savedAt = Date.now();
@@ -106,7 +113,7 @@ function note(turn, { event, content, reasoning }, reader) {
   }
   if (content) {
     live.phase = "writing";
-    live.firstTextMs ??= Date.now() - turn.sentAt;
+    live.firstTextMs ??= Date.now() - live.since;
     live.thoughtMs ??= live.thinkingSince && Date.now() - live.thinkingSince;
   }
 }

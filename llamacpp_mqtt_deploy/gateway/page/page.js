@@ -1,6 +1,6 @@
 // The page: puts settings, chats, connection, conversation and transcript together, and listens to the reader's hands.
 
-import { Chats } from "./chats.js";
+import { Chats, keptUnder } from "./chats.js";
 import { connect } from "./connection.js";
 import { Conversation } from "./conversation.js";
 import { loadSettings, requestFields, saveSettings } from "./settings.js";
@@ -225,14 +225,20 @@ function showWay() {
   url.disabled = way.value !== "broker";
 }
 
-// Another tab of this browser has changed the list.
+// Another tab of this browser has changed the list, or a chat.
 addEventListener("storage", ({ key }) => {
-  if (key !== "lmd.chats") return;
-  chats.reload();
-  showChats();
-  showRunning();
+  const { list, id } = keptUnder(key);
+  if (list) {
+    chats.reload();
+    if (shown && !chats.find(shown)) open(null);
+    else showChats();
+    showRunning();
+  } else if (id && !conversation.runs(id)) {
+    chats.reread(id);
+    if (id === shown) redraw();
+  }
 });
-addEventListener("pagehide", () => shown && chats.save(shown));
+addEventListener("pagehide", () => conversation.save());
 
 // --- begin -------------------------------------------------------------------------------------------------------------
 
