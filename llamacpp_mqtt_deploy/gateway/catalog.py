@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -129,7 +129,7 @@ def is_live(status: Mapping[str, Any], now: float) -> bool:
 
 def _models(status: Mapping[str, Any]) -> tuple[str, ...]:
     told = status.get("models")
-    return tuple(name for name in told if isinstance(name, str)) if isinstance(told, Sequence) else ()
+    return tuple(name for name in told if isinstance(name, str)) if isinstance(told, list) else ()
 
 
 def _load(health: Mapping[str, Any]) -> float:
