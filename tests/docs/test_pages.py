@@ -164,6 +164,7 @@ def test_every_exit_code_of_run_and_ask_is_explained() -> None:
         ("... with `engine-inside.conf` and `gpu.conf`", units.DAEMON, ("engine-inside.conf", "gpu.conf")),
         ("`llama-server.service`", units.SERVER, ()),
         ("... with `gpu.conf`", units.SERVER, ("gpu.conf",)),
+        ("`llamacpp-mqtt-gateway.service`", units.GATEWAY, ()),
     ],
 )
 def test_a_figure_of_the_sandbox_is_the_measured_one(
