@@ -75,7 +75,7 @@ class BoundedHttp(H11Protocol):
         if cycle is not None and not cycle.response_complete:
             self._waiting_since = now
         elif now - self._waiting_since >= self.head_timeout_s:
-            self.transport.abort()
+            self.transport.close()  # not abort(): a client between two requests should see an end, not a reset
             return
         self._timer = self.loop.call_later(self.head_timeout_s / 4, self._look)
 

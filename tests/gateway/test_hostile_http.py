@@ -97,7 +97,7 @@ def gateway(start_mosquitto: Callable[..., Mosquitto], tmp_path: Path) -> Iterat
     broker = start_mosquitto()
     worker = ScriptedWorker(broker.port, tmp_path / "worker", limits__queue_size=1000)
     gateway = GatewayProcess(
-        tmp_path / "gateway", broker.port, gateway__header_timeout_s=1.0, gateway__body_timeout_s=1.0
+        tmp_path / "gateway", broker.port, gateway__header_timeout_s=3.0, gateway__body_timeout_s=1.0
     )
     try:
         gateway.start()
