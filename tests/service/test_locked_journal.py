@@ -60,11 +60,13 @@ def test_a_kill_after_an_end_that_met_a_locked_database_brings_no_other_end(
     watcher.first(type="chunk", request_id="r1")
     lock = sqlite3.connect(first.settings["sessions.path"], timeout=5, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
-    with contextlib.suppress(Exception):  # nothing goes out before the journal has it: just as well
-        watcher.first(15, final=True, request_id="r1")
+    told = watcher.first(40, final=True, request_id="r1")  # after 20 s it is told all the same
+    assert first.log("journal.end_told_unstored")
     first.kill()
     lock.close()
-    start_worker(broker.port, llama_server.url)
+    second = start_worker(broker.port, llama_server.url)
+    assert second.log("store.told_ends_taken_in")[0]["missing"] == 1
+    assert told.event["type"] == "done"
     eventually(lambda: any(s.event.get("final") for s in watcher.seen() if s.event.get("request_id") == "r1"), 20)
     watcher.publish("llm/request/c", b'{"request_id":"later","prompt":"hi","max_tokens":3}')
     watcher.terminal("later")
