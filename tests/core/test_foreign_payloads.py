@@ -137,6 +137,8 @@ def test_every_fault_of_a_table_is_told_in_a_sentence() -> None:
     assert check_fields({"prompt": ""}) == ['prompt is called "": the name is empty']
     assert check_fields({"zzz": "x"}) == ['"zzz" is not a field of a request']
     assert check_fields({"prompt": ".".join("a" * 31)}) == []
+    (overlap,) = check_fields({"prompt": "stop", "model": "stop.name"})
+    assert overlap.startswith("prompt (stop) and model (stop.name) overlap")
 
 
 def test_a_field_is_found_where_its_clients_write_it() -> None:

@@ -82,6 +82,10 @@ def test_pings_give_nothing() -> None:
     assert decode(b":\n\n", b"data: 1\n\n:\n\n:\n\ndata: 2\n\n") == [b"1", b"2"]
 
 
+def test_lines_may_end_in_a_carriage_return_alone() -> None:
+    assert SseDecoder().feed(b"data: a\rdata: b\n\n") == [b"a\nb"]
+
+
 def test_lines_of_one_event_are_joined() -> None:
     assert decode(b"data: a\ndata: b\n\n") == [b"a\nb"]
 
