@@ -467,3 +467,11 @@ def test_a_legal_filter_has_no_fault(good: str) -> None:
 @pytest.mark.parametrize("bad", ["", "a#", "#/a", "a/#/b", "a+", "+a/b", "a/b+", "a/##", "a/\x00"])
 def test_an_illegal_filter_is_refused(bad: str) -> None:
     assert filter_fault(bad)
+
+
+@pytest.mark.parametrize(
+    "one, other, overlap",
+    [("a/#", "a", True), ("a/b/#", "a", False), ("a/+", "a", False), ("a/#", "b", False), ("#", "a/b", True)],
+)
+def test_a_filter_for_all_below_a_level_overlaps_the_level_itself(one: str, other: str, overlap: bool) -> None:
+    assert filters_overlap(one, other) is filters_overlap(other, one) is overlap
