@@ -126,7 +126,7 @@ def document(*, with_keys: bool) -> dict[str, Any]:
 def _generation(said: str, needed: Mapping[str, Any], optional: Mapping[str, Any]) -> dict[str, Any]:
     content = {
         JSON: {"schema": {"type": "object"}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {},
         "application/x-ndjson": {"schema": {"type": "string"}},
         "text/plain": {"schema": {"type": "string"}},
     }
