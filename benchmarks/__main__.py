@@ -25,6 +25,7 @@ from benchmarks.page import write
 from benchmarks.processor import cost
 from benchmarks.samples import LoadFailed
 from benchmarks.speed import first_token, throughput
+from benchmarks.through_gateway import through_gateway
 from benchmarks.users import paced
 from benchmarks.world import ROOT, World
 
@@ -39,6 +40,7 @@ CASES: Mapping[str, Callable[[Bench], None]] = {
     "h": in_process,
     "i": paced,
     "k": floor,
+    "l": through_gateway,
 }
 
 

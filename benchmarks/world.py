@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from benchmarks.bus import Bus
 from benchmarks.samples import Load
+from tests.gateway.process import GatewayProcess
 from tests.support.daemon_process import DaemonProcess
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
@@ -89,6 +90,18 @@ class RelayProcess:
         result = self._bus.run(**load)
         result.daemon_cpu_s = processor_time_s(self._process.pid) - before
         return result
+
+
+class GatewayInFront:
+    """A running gateway, a process of its own, whose worker answers."""
+
+    def __init__(self, process: GatewayProcess) -> None:
+        self._process = process
+        self.port = process.port
+
+    def cpu_s(self) -> float:
+        """The processor time of the gateway so far, of all its threads: user and system."""
+        return processor_time_s(self._process.pid)
 
 
 class World:
@@ -185,6 +198,22 @@ class World:
                 process.stop()
             finally:
                 process.close()
+
+    @contextlib.contextmanager
+    def gateway(self, engine: str) -> Iterator[GatewayInFront]:
+        """A gateway in front of a worker that nobody else speaks to, in front of this engine."""
+        worker = self.daemon_process(engine)
+        folder = Path(tempfile.mkdtemp(prefix="gateway", dir=self.folder))
+        gateway = GatewayProcess(folder, self.broker.port, mqtt__root=worker.settings["mqtt.root"])
+        try:
+            worker.start()
+            worker.wait_ready(60.0)
+            gateway.start()
+            gateway.wait_ready(60.0)
+            yield GatewayInFront(gateway)
+        finally:
+            gateway.close()
+            worker.close()
 
     def daemon_process(
         self, engine: str | None, *, protocol: str = "5", folder: Path | None = None, **settings: Any

@@ -54,6 +54,17 @@ def test_the_bus_is_measured_beside_a_real_engine(tmp_path: Path) -> None:
 
 @pytest.mark.broker
 @pytest.mark.engine
+def test_the_gateway_is_measured_beside_mqtt(tmp_path: Path) -> None:
+    run("--only", "l", "--json", str(tmp_path / "new.json"))
+    figures = figures_of(tmp_path / "new.json")
+    assert figures["tokens/s, gateway / MQTT, 8 streams"]["target"] == ">= 0.9"
+    assert figures["first token through the gateway later, p50, 1 stream"]["target"] == "<= 3"
+    assert figures["first token through the gateway, 8 streams"]["n"] == 2 * 8 * 4
+    assert figures["processor time of the gateway per token, 8 streams"]["value"] > 0
+
+
+@pytest.mark.broker
+@pytest.mark.engine
 def test_a_cancel_and_the_second_turn_of_a_chat_are_measured_at_a_real_engine(tmp_path: Path) -> None:
     run("--only", "e,g", "--json", str(tmp_path / "new.json"))
     figures = figures_of(tmp_path / "new.json")

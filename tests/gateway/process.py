@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -76,10 +77,32 @@ class GatewayProcess:
         lines = [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
         return [line for line in lines if line.get("event") == event]
 
-    def rss_bytes(self) -> int:
+    @property
+    def pid(self) -> int:
         assert self._process is not None
-        fields = Path(f"/proc/{self._process.pid}/statm").read_text().split()
+        return self._process.pid
+
+    def rss_bytes(self) -> int:
+        fields = Path(f"/proc/{self.pid}/statm").read_text().split()
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def wait_ready(self, timeout_s: float = 20.0) -> None:
+        """Until a request would be answered: the broker is there, and a worker is known."""
+
+        def ready() -> bool:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+            with contextlib.closing(connection), contextlib.suppress(OSError):
+                connection.request("GET", "/readyz")
+                return connection.getresponse().status == 200
+            return False
+
+        eventually(ready, timeout_s)
 
     def _ended(self) -> bool:
         assert self._process is not None
