@@ -28,6 +28,8 @@ from llamacpp_mqtt_deploy.client.workers import StatusBoard
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
 LIVE_ANSWERS = 1000
+LONGEST_EXPIRY_S = 0xFFFFFFFF
+"""What MQTT's Message Expiry Interval can hold (section 3.3.2.3.3): 136 years."""
 KEPT_FILTERS = 64  # reply subscriptions that are kept for the next request of their session
 
 
@@ -170,7 +172,7 @@ class Traffic(Generic[C, F, K]):
     def publish(self, answer: F) -> None:
         """Publish the request; what becomes of it comes with the answer."""
         topic = self.topic("request", answer.session)
-        expiry_s = None if answer.timeout_s is None else max(1, math.ceil(answer.timeout_s))
+        expiry_s = None if answer.timeout_s is None else min(LONGEST_EXPIRY_S, max(1, math.ceil(answer.timeout_s)))
 
         def acknowledged(value: int, reason: str) -> None:
             if value == NO_MATCHING_SUBSCRIBERS:

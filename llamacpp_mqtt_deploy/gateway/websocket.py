@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from llamacpp_mqtt_deploy.client.async_answer import AsyncAnswer
 from llamacpp_mqtt_deploy.client.exceptions import BusError
-from llamacpp_mqtt_deploy.core.errors import BadRequest, Busy, RequestError
+from llamacpp_mqtt_deploy.core.errors import BadRequest, Busy, Internal, RequestError
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.formats.plain import parse_ask
 from llamacpp_mqtt_deploy.core.formats.rendering import error_event
@@ -160,6 +161,13 @@ class _Conversation:
             await self._tell(_named(name) | told(error) | {"final": True})
         except _Closed:
             return
+        except Exception:
+            # Nobody waits for this task: without an answer the client would wait for ever.
+            log.exception("http.failed", path="/ws")
+            with contextlib.suppress(_Closed):
+                await self._tell(
+                    _named(name) | error_event(Internal("The gateway failed; its log says more.")) | {"final": True}
+                )
         finally:
             if answer is not None:
                 running.leave(answer, may_come_back=can_return and not self._clean)

@@ -506,6 +506,12 @@ def test_a_session_that_is_no_session_path_is_refused_before_anything_is_sent(se
         Client().ask("hello", session=session or " ")
 
 
+@pytest.mark.parametrize("timeout_s", [2.0**32, 1e308])
+def test_a_time_limit_beyond_what_mqtt_can_tell_is_asked_for_all_the_same(broker: Mosquitto, timeout_s: float) -> None:
+    with PlayedWorker(broker.port), Client("127.0.0.1", broker.port, protocol="5") as bus:
+        assert bus.ask("hello", timeout_s=timeout_s).result(10).content == "hello"
+
+
 def test_the_request_on_the_wire_holds_only_what_was_asked_for(broker: Mosquitto) -> None:
     with PlayedWorker(broker.port) as worker, Client("127.0.0.1", broker.port) as bus:
         bus.ask("hi", temperature=0.5, seed=None, timeout_s=9).result(10)

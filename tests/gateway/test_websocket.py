@@ -160,6 +160,18 @@ def test_a_frame_that_cannot_be_read_is_told_and_the_socket_lives_on(socket: Con
     assert list(events_of(socket, "fine"))[-1]["full_content"] == "hello"
 
 
+def test_a_defect_of_the_gateway_is_told_and_nobody_waits_for_ever(
+    gateway: RunningGateway, socket: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    assert gateway.gateway._running is not None
+    monkeypatch.setattr(gateway.gateway._running, "begin", broken)
+    say(socket, session="s", request_id="r", prompt="hello")
+    assert [event["code"] for event in events_of(socket, "r")] == ["internal"]
+
+
 def test_a_frame_over_the_limit_closes_the_socket(world: World) -> None:
     world.worker()
     gateway = world.gateway(gateway__max_body_bytes=2000)
