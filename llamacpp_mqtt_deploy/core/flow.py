@@ -85,5 +85,7 @@ class FlowControl:
         """For how long reading on is of no use, when text waits: it could not be sent before."""
         due_in_s = self.due_in_s(now)
         if due_in_s is None:
-            due_in_s = max(self.round_trip_s, SHORTEST_REST_S)
+            # As long as usual, then as long again as it has taken: a broker that hangs costs no processor time.
+            waited_s = 0.0 if self.sent_at is None else now - self.sent_at
+            due_in_s = max(self.round_trip_s, waited_s, SHORTEST_REST_S)
         return min(due_in_s, KEEP_UP_S)

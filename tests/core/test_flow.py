@@ -45,6 +45,8 @@ def test_no_time_is_named_while_an_acknowledgement_is_awaited() -> None:
 def test_a_reader_rests_until_text_may_go_and_never_long() -> None:
     flow = sent_one(at=100.0, min_interval_s=0.01)
     assert flow.rest_s(100.0) == SHORTEST_REST_S  # the broker has not answered
+    assert flow.rest_s(100.004) == pytest.approx(0.004)
+    assert flow.rest_s(107.0) == KEEP_UP_S, "a broker that hangs costs no processor time"
     flow.acknowledge(100.0)
     assert flow.in_flight() == 0
     assert flow.rest_s(100.0) == pytest.approx(0.01)
@@ -58,11 +60,10 @@ def test_a_reader_that_awaits_an_acknowledgement_rests_as_long_as_this_broker_ta
     for number in range(40):
         flow.sent, flow.sent_at = flow.sent + 1, float(number)
         flow.acknowledge(number + 0.008)
-    flow.sent += 1
+    flow.sent, flow.sent_at = flow.sent + 1, 40.0
     assert flow.rest_s(40.0) == pytest.approx(0.008, rel=0.01)
-    flow.sent_at = 40.0
     flow.acknowledge(40.1)  # one that came late counts for a quarter
-    flow.sent += 1
+    flow.sent, flow.sent_at = flow.sent + 1, 41.0
     assert flow.rest_s(41.0) == KEEP_UP_S
     assert flow.round_trip_s == pytest.approx(0.75 * 0.008 + 0.25 * 0.1, rel=0.01)
 
