@@ -65,6 +65,10 @@ class BoundedHttp(H11Protocol):
         self._look_no_more()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        self._waiting_since = self.loop.time()
+        super().on_response_complete()
+
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._look_no_more()
         super().handle_websocket_upgrade(event)

@@ -327,6 +327,20 @@ def test_a_client_that_sends_its_head_or_its_body_too_slowly_is_cut_off(world: W
         assert b" 504 " in wire.recv(100)
 
 
+def test_a_connection_that_is_in_use_is_not_closed(world: World) -> None:
+    gateway = world.gateway(ready=False, gateway__header_timeout_s=0.5)
+    with socket.create_connection(("127.0.0.1", gateway.port)) as wire:
+        wire.settimeout(10)
+        ends_at = time.monotonic() + 2
+        while time.monotonic() < ends_at:
+            wire.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):
+                part = wire.recv(4096)
+                assert part, "closed between two requests"
+                answer += part
+
+
 def test_a_head_without_end_is_refused(gateway: RunningGateway) -> None:
     with socket.create_connection(("127.0.0.1", gateway.port)) as wire:
         wire.settimeout(10)
