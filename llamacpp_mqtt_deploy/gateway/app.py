@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -149,6 +149,8 @@ def _answering(services: Services, answer: Answer) -> Callable[[Request], Awaita
         except RequestError as error:
             note(request.scope, outcome=error.code)
             return http(_failure_of(request)(error_event(error)))
+        except ClientDisconnect:
+            return Response(status_code=400)  # while its body was read: nobody is left to be answered
 
     return endpoint
 

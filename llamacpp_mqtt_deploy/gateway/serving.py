@@ -20,6 +20,7 @@ from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
 from llamacpp_mqtt_deploy.config.settings import GatewaySettings, Settings
 from llamacpp_mqtt_deploy.core.routes import is_level
 from llamacpp_mqtt_deploy.gateway.app import build
+from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.catalog import Catalog
 from llamacpp_mqtt_deploy.gateway.exchange import Services
@@ -206,7 +207,7 @@ class Gateway:
         return uvicorn.Config(
             app,
             http=type("_BoundedHttp", (BoundedHttp,), {"head_timeout_s": settings.header_timeout_s}),
-            ws="websockets-sansio",
+            ws=type("_BoundedSocket", (BoundedSocket,), {"slow_reader_s": settings.slow_reader_s}),
             ws_max_size=settings.max_body_bytes,
             ws_max_queue=16,
             ws_per_message_deflate=False,  # a small frame may unpack to a giant one, and chunks are too small to gain

@@ -1,0 +1,89 @@
+"""uvicorn's WebSocket protocol with bounds where it has none: what waits for a client that reads nothing, fragments, handshakes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from typing_extensions import override
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+_REFUSED = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+CUT = 1006
+"""The code for an end without a close frame (RFC 6455, section 7.1.5)."""
+
+
+class BoundedSocket(WebSocketsSansIOProtocol):
+    """A client that reads nothing is not read either, and is cut after `slow_reader_s`; uvicorn would gather the answers to its
+    pings without end. Empty fragments cost nothing, others no more than their bytes."""
+
+    slow_reader_s = 60.0
+    _cutting: asyncio.TimerHandle | None = None
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # The head was fit for HTTP but not for a WebSocket. uvicorn would neither answer nor close.
+        if not self.handshake_initiated and not self.transport.is_closing():
+            self.transport.write(_REFUSED)
+            self.transport.close()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cut_no_more()
+        if self.conn.close_rcvd is None:
+            # Before uvicorn says 1005, which is a close frame without a code.
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": CUT, "reason": ""})
+        super().connection_lost(exc)
+
+    # --- a client that reads nothing -------------------------------------------------------------------------------------
+
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.transport.pause_reading()
+        if self._cutting is None:
+            self._cutting = self.loop.call_later(self.slow_reader_s, self.transport.abort)
+
+    @override
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cut_no_more()
+        if not self.read_paused:
+            self.transport.resume_reading()
+
+    @override
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if not self.writable.is_set() and not self.disconnected:
+            self.transport.pause_reading()  # uvicorn has just resumed it
+        return message
+
+    def _cut_no_more(self) -> None:
+        if self._cutting is not None:
+            self._cutting.cancel()
+            self._cutting = None
+
+    # --- fragments -------------------------------------------------------------------------------------------------------
+
+    @override
+    def handle_text(self, event: Any) -> None:
+        super().handle_text(event)
+        self._gather(event)
+
+    @override
+    def handle_bytes(self, event: Any) -> None:
+        super().handle_bytes(event)
+        self._gather(event)
+
+    def _gather(self, event: Any) -> None:
+        if not event.fin:
+            self.frames = [bytearray(event.data)]  # type: ignore[list-item]
+
+    @override
+    def handle_cont(self, event: Any) -> None:
+        gathered: Any = self.frames[0]
+        gathered += event.data
+        if event.fin:
+            self.frames = [bytes(gathered)]
+            self.send_receive_event_to_app()
