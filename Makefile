@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast mutants bench hostile flood brokers audit faults soak check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast mutants bench hostile flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -145,6 +145,13 @@ hostile: install broker ## send HOSTILE_MESSAGES hostile messages with good requ
 FLOOD_MESSAGES ?= 5000
 flood: install broker ## let one client flood the worker with FLOOD_MESSAGES of each kind while another one chats, and print what that one saw
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" FLOOD_MESSAGES=$(FLOOD_MESSAGES) $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/service/test_two_clients.py
+
+# A minute or two. The suite does IDLE_STREAMS=100 ACTIVE_STREAMS=32.
+IDLE_STREAMS ?= 1000
+ACTIVE_STREAMS ?= 256
+ACTIVE_ROUNDS ?= 8
+gateway-load: install broker ## read IDLE_STREAMS idle and ACTIVE_STREAMS active streams at once through the gateway, and print what it cost
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" IDLE_STREAMS=$(IDLE_STREAMS) ACTIVE_STREAMS=$(ACTIVE_STREAMS) ACTIVE_ROUNDS=$(ACTIVE_ROUNDS) $(BIN)/python -m pytest -q -s -p no:cacheprovider -o timeout=1800 tests/gateway/test_many_streams.py
 
 # About ten minutes. nats-server and rabbitmq-server come from apt and are tested where they are installed.
 brokers: install broker ## try the promises on every broker that is installed, and write the table in docs/brokers.md
