@@ -24,7 +24,7 @@ from llamacpp_mqtt_deploy.core.formats.plain import ASK_EVENTS
 from llamacpp_mqtt_deploy.core.formats.rendering import HttpReply, error_event
 from llamacpp_mqtt_deploy.gateway.bodies import read_object
 from llamacpp_mqtt_deploy.gateway.exchange import AnswerEndpoint, Ask, AskEndpoint, Services, note
-from llamacpp_mqtt_deploy.gateway.guards import Journaled, SamePlace
+from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES, Journaled, PlainHead, SamePlace
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
 from llamacpp_mqtt_deploy.gateway.openapi import document, page
 from llamacpp_mqtt_deploy.gateway.pages import Pages, page_files
@@ -38,7 +38,7 @@ Answer = Callable[[Request, Owner], Awaitable[HttpReply]]
 
 def build(services: Services) -> ASGIApp:
     """The whole application."""
-    middleware = [Middleware(Journaled)]
+    middleware = [Middleware(Journaled), Middleware(PlainHead, max_bytes=HEAD_BYTES)]
     if services.keys is None:
         middleware.append(Middleware(SamePlace, origins=services.settings.cors_origins))
     if services.settings.cors_origins:

@@ -12,12 +12,16 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llamacpp_mqtt_deploy.core.errors import BadRequest
 from llamacpp_mqtt_deploy.core.formats.rendering import error_event
 from llamacpp_mqtt_deploy.gateway.answer_response import Cut
 from llamacpp_mqtt_deploy.gateway.problems import Forbidden
 from llamacpp_mqtt_deploy.gateway.replies import http, plain_failure
 
 log = structlog.get_logger(__name__)
+
+HEAD_BYTES = 32 * 1024
+"""Request line and headers together."""
 
 _DEFECT = {"type": "error", "code": "internal", "message": "The gateway failed; its log says more.", "retryable": False}
 
@@ -85,6 +89,33 @@ def urlsplit_netloc(url: str) -> str:
         return urlsplit(url).netloc.lower()
     except ValueError:
         return ""
+
+
+class PlainHead:
+    """A head that another reader might read in another way is refused, and its connection closed with all that follows: a proxy
+    before us may see one request where we see two. uvicorn takes both framings at once, any version, and heads of any size that
+    come in one piece."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = self._problem(scope) if scope["type"] == "http" else None
+        if problem is None:
+            await self._app(scope, receive, send)
+        else:
+            await http(plain_failure(error_event(BadRequest(problem))), connection="close")(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> str | None:
+        names = {name for name, _ in scope["headers"]}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            return "A request has Content-Length or Transfer-Encoding, not both."
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return "The gateway speaks HTTP/1.1."
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_bytes:
+            return f"The headers have more than {self._max_bytes} bytes."
+        return None
 
 
 class Journaled:

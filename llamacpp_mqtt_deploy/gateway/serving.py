@@ -24,13 +24,12 @@ from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.catalog import Catalog
 from llamacpp_mqtt_deploy.gateway.exchange import Services
+from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES
 from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, Owner
 from llamacpp_mqtt_deploy.gateway.running_answers import Running
 
 log = structlog.get_logger(__name__)
 
-HEAD_BYTES = 32 * 1024
-"""Request line and headers together."""
 IDLE_CONNECTIONS = 1024
 """Connections beside those that hold an answer: pages, probes, clients between two requests."""
 BACKLOG = 1024
