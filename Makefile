@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast mutants bench hostile flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast mutants bench hostile hostile-http flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -145,6 +145,12 @@ hostile: install broker ## send HOSTILE_MESSAGES hostile messages with good requ
 FLOOD_MESSAGES ?= 5000
 flood: install broker ## let one client flood the worker with FLOOD_MESSAGES of each kind while another one chats, and print what that one saw
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" FLOOD_MESSAGES=$(FLOOD_MESSAGES) $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/service/test_two_clients.py
+
+# A minute or two. HOSTILE_HTTP=800 is what the suite does; HOSTILE_SEED chooses the requests.
+HOSTILE_HTTP ?= 20000
+HOSTILE_SEED ?= 9
+hostile-http: install broker ## send HOSTILE_HTTP hostile requests and frames to the gateway with good ones among them, and print what it cost
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" HOSTILE_HTTP=$(HOSTILE_HTTP) HOSTILE_SEED=$(HOSTILE_SEED) $(BIN)/python -m pytest -q -s -p no:cacheprovider -o timeout=1800 tests/gateway/test_hostile_http.py tests/gateway/test_hostile_wire.py tests/gateway/test_hostile_sockets.py
 
 # A minute or two. The suite does IDLE_STREAMS=100 ACTIVE_STREAMS=32.
 IDLE_STREAMS ?= 1000
