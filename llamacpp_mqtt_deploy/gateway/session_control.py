@@ -41,6 +41,12 @@ async def ask_control(services: Services, owner: Owner, fields: Mapping[str, Any
     if request_id is not None and not (isinstance(request_id, str) and is_level(request_id)):
         expected = "1 to 64 letters, digits, _ . or -"
         raise BadRequest(f"request_id: expected {expected}", fields={"request_id": expected})
+    if action == "cancel" and session is None and request_id is None:
+        # It would end all that the owner asked without a session, and so what others of the same key wait for.
+        raise BadRequest(
+            "session: cancel needs one, or a request_id",
+            fields={"session": "the session that is meant, or a request_id"},
+        )
     services.catalog.pick(None)
     path = session_path(owner, session)
     try:

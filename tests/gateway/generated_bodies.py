@@ -89,7 +89,7 @@ def _value(schema: dict[str, Any], dice: random.Random) -> Any:
 
 def _text(schema: dict[str, Any], dice: random.Random) -> str:
     if "pattern" in schema:
-        return "".join(dice.choices("abcXYZ019_.-", k=dice.choice([1, 8, 64])))
+        return "".join(dice.choices("abcXYZ019_.-", k=dice.choice([12, 33, 64])))
     if "maxLength" in schema:
         return "".join(dice.choices("abc/:", k=dice.randint(1, schema["maxLength"])))
     return dice.choice(_TEXTS) + SECRET

@@ -118,6 +118,22 @@ def test_a_client_that_goes_away_frees_its_slot_within_half_a_second(world: Worl
     assert time.monotonic() - left_at < 0.5
 
 
+def test_a_cancel_that_names_neither_session_nor_request_ends_nobodys_answer(world: World) -> None:
+    gate = Gate()
+    engine = ScriptedEngine(slots=4)
+    engine.play("one", gate, " two")
+    world.worker(engine)
+    gateway = world.gateway()
+    with httpx.Client(base_url=gateway.url, timeout=20) as http, http.stream("POST", "/ask", content="count") as answer:
+        pieces = answer.iter_text()
+        assert next(pieces) == "one"
+        refused = httpx.post(f"{gateway.url}/control", json={"action": "cancel"}, timeout=20)
+        gate.open()
+        assert "".join(pieces) == " two"
+    assert refused.status_code == 400
+    assert "request_id" in refused.text
+
+
 def test_a_request_with_an_idempotency_key_runs_once_and_gets_its_answer_again(world: World) -> None:
     worker = world.worker()
     gateway = world.gateway()
