@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamacpp_mqtt_deploy.core.outbox_budget import OutboxBudget
+from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
 
 
 def test_the_last_place_for_an_answer_is_named_and_given() -> None:
@@ -54,3 +54,7 @@ def test_answers_of_a_byte_find_as_many_places_as_there_are_bytes() -> None:
     assert (budget.messages_left(), budget.bytes_left()) == (299, 26)
     budget.give_back(4)
     assert (budget.messages_left(), budget.bytes_left()) == (300, 30)
+
+
+def test_mebibytes_are_those_of_the_configuration() -> None:
+    assert MIB == 1_048_576

@@ -332,3 +332,21 @@ def test_a_look_whether_others_let_go_waits_for_nobody(journal: Journal, tmp_pat
 def test_the_thread_does_not_keep_a_process_that_ends(journal: Journal) -> None:
     assert journal.writer._thread.daemon
     assert journal.writer._thread.name == "journal"
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_transaction_leaves_nothing_of_it_open(journal: Journal) -> None:
+    go_on = journal.hold()
+
+    def broken_disk(_: sqlite3.Connection) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
+
+    first, broken = journal.add("first"), journal.writer.submit(broken_disk)
+    go_on()
+    for write in (first, broken):
+        with pytest.raises(StoreError, match="disk I/O error"):
+            write.wait(10)
+    assert journal.values() == []
+    journal.add("afterwards").wait(10)
+    assert journal.values() == ["afterwards"]
