@@ -73,7 +73,8 @@ def test_a_flood_that_only_brings_answers_leaves_the_outbox_to_the_streams_of_ot
     if flood is _controls:
         eventually(lambda: _acks(bus) == 2 * _OUTBOX)
     elif flood is _copies_of_one_that_runs:
-        assert len(answers) > _OUTBOX
+        # Those that found room; once it has ended, copies that wait together are answered by its one end.
+        assert len(answers) >= _OUTBOX // 3
     assert bus.listener.terminal("f")["full_content"] == "slow"
 
 
