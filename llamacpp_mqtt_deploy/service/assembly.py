@@ -18,6 +18,7 @@ from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.service.shortages import Shortages
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger
+from llamacpp_mqtt_deploy.worker.admitting import LocalAdmission
 from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.client_work import ClientWork
@@ -122,31 +123,37 @@ class Parts:
             engine=engine,
         )
         admin = AdminReplies(answers=answers, topics=topics, operations=self.operations)
-        self.intake = Intake(
-            topics=topics,
-            acknowledger=Acknowledger(link),
+        refusals = Refusals(
             answers=answers,
-            refusals=Refusals(
-                answers=answers,
-                store=store,
-                registry=self.registry,
-                counters=self.counters,
-                max_event_bytes=self.max_event_bytes,
-                message_log=self.message_log,
-            ),
             store=store,
             registry=self.registry,
-            maker=maker,
+            counters=self.counters,
+            max_event_bytes=self.max_event_bytes,
+            message_log=self.message_log,
+        )
+        self.intake = Intake(
+            topics=topics,
+            answers=answers,
+            refusals=refusals,
+            admission=LocalAdmission(
+                acknowledger=Acknowledger(link),
+                refusals=refusals,
+                store=store,
+                registry=self.registry,
+                maker=maker,
+                cancel=controls.cancel,
+                completion=self.completion,
+                counters=self.counters,
+                redelivery=self.redelivery,
+                background=self.background,
+                now=clock.now,
+            ),
             controls=controls,
             admin=admin.handle,
-            completion=self.completion,
             counters=self.counters,
             policies=in_force.policies,
-            redelivery=self.redelivery,
-            background=self.background,
             message_log=self.message_log,
             inbox_messages=settings.mqtt.inbox_messages,
-            now=clock.now,
         )
         self.recovery = Recovery(
             store=store,
