@@ -12,12 +12,12 @@ from typing import Literal, Protocol
 
 from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.errors import RequestError
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Store
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Store, StoreError
 
 
-class LeaseLost(Exception):
+class LeaseLost(StoreError):
     """This worker's lease on the request (or altogether) is over: another worker has it or may have it. Publish nothing of it
-    and write nothing."""
+    and write nothing. To whoever knows no pools it is a journal that cannot be written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,8 @@ class Claimed:
     """An entry that is this worker's now. `entry.starts` counts the starts on all workers."""
 
     entry: Entry
+    waited_s: float = 0.0
+    """Seconds since it was enqueued, by the database's clock: those of two workers may differ by minutes."""
     why: Claim = "run"
     by_own_level: bool = False
     """For `evicted`: a more urgent request of the same first level took the place."""
@@ -135,8 +137,9 @@ class SharedJournal(Store, Protocol):
     """A store in a database that several workers use at once. `open` connects; before `join` only what reads works.
 
     Of `Store`, `unfinished` gives what this worker owns, `undelivered` the ends that it wrote or took over; `mark_started`,
-    `mark_streaming`, `finish` and their `_soon` forms fail with LeaseLost where the entry is no longer this worker's. All
-    durations are measured by the database's clock.
+    `mark_streaming`, `finish` and their `_soon` forms fail with LeaseLost where the entry is no longer this worker's. A
+    `finish`, `reset` or `free_session` that lets the next prompt of a session go wakes the workers (`work`). All durations are
+    measured by the database's clock.
     """
 
     def join(self, member: Member) -> int:
