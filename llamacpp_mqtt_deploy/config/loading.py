@@ -15,10 +15,10 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from llamacpp_mqtt_deploy.config import consistency, foreign_variables, keys
+from llamacpp_mqtt_deploy.config.configured_routes import configured_routes
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, exposed, mqtt_password
 from llamacpp_mqtt_deploy.config.settings import Settings
 from llamacpp_mqtt_deploy.core.route_checks import check_routes
-from llamacpp_mqtt_deploy.core.routes import route_topics
 
 __all__ = ["ConfigurationError", "Loaded", "engine_api_key", "find_file", "load", "mqtt_password"]
 
@@ -292,18 +292,7 @@ def _validate(tree: Tree, origins: Mapping[str, str], problems: list[str]) -> Se
 
 def _route_faults(settings: Settings) -> list[str]:
     mqtt = settings.mqtt
-    templates = [
-        route_topics(
-            root=mqtt.root,
-            name=name,
-            request=route.request,
-            reply=route.reply,
-            control=route.control,
-            trust_payload_session=route.trust_payload_session,
-        )
-        for name, route in settings.routes.items()
-    ]
-    return check_routes(root=mqtt.root, worker_id=mqtt.worker_id, routes=templates)
+    return check_routes(root=mqtt.root, worker_id=mqtt.worker_id, routes=configured_routes(settings))
 
 
 def _problem(kind: str, loc: tuple[int | str, ...], found: object, origins: Mapping[str, str]) -> str:

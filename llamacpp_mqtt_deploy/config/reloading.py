@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamacpp_mqtt_deploy.config.configured_routes import TOPIC_KEYS
 from llamacpp_mqtt_deploy.config.settings import Settings
 
 # Sections that are read for each request, timer or line of the log. Everything else is built in at the start: the
@@ -24,7 +25,6 @@ _LIVE_KEYS = frozenset(
     }
 )
 _BUILT_IN_KEYS = frozenset({"logging.format", "limits.startup_timeout_s"})
-_TOPIC_KEYS = frozenset({"request", "reply", "control", "trust_payload_session"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def is_live(path: Sequence[str]) -> bool:
     """Whether a change of this key (`("routes", "maze", "model")`) comes into force without a restart."""
     section, key = path[0], path[-1]
     if section == "routes":
-        return key not in _TOPIC_KEYS
+        return key not in TOPIC_KEYS
     name = ".".join(path)
     return name not in _BUILT_IN_KEYS and (section in _LIVE_SECTIONS or name in _LIVE_KEYS)
 
@@ -83,6 +83,6 @@ def _routes(old: Settings, new: Settings, changed: list[str], waiting: list[str]
         waiting += [f"routes.{name}.{key}" for key in different if key not in live]
         changed += [f"routes.{name}.{key}" for key in live]
         if live:
-            topics = {key: getattr(mine, key) for key in _TOPIC_KEYS}
+            topics = {key: getattr(mine, key) for key in TOPIC_KEYS}
             routes[name] = theirs.model_copy(update=topics)
     return routes

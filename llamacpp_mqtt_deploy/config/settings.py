@@ -277,12 +277,16 @@ class RouteSettings(SamplingSettings):
     request: str | None = None
     """Topic of requests: `maze/user_input`, or `maze/request/{session}`."""
     reply: str | None = None
-    """Topic of events, with `{session}`: `maze/assistant_response/{session}`."""
+    """Topic of answers, with `{session}`: `maze/assistant_response/{session}`. `{client_id}` and `{request_id}` may follow, each a level
+    of its own: the topic ends before the first of them that a payload does not name."""
+    allow_reply_topic: bool = False
+    """A payload may name the topic of its answer in `reply_topic`, below what stands before `{session}` in `reply`."""
     control: str | None = None
     """Topic of control messages, with `{session}`; none when the session comes from the payload."""
-    fields: dict[str, str] = Field(default_factory=dict)
-    """Names of existing clients for our request fields: `{prompt = "message", session_id = "sessionId"}`; a name with dots leads
-    into objects of the payload: `{prompt = "message.text"}`."""
+    fields: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Names of existing clients for our request fields, `client_id` and `reply_topic`: `{prompt = "message", session_id = "sessionId"}`;
+    a name with dots leads into objects of the payload: `{prompt = "message.text"}`. Of several names the first one that is there
+    counts: `{system_prompt = ["systemPrompt", "prompt_template.content"]}`."""
     system_prompt: str | None = None
     """System prompt of this route's sessions."""
     allow_system_prompt: bool = True
@@ -306,6 +310,8 @@ class RouteSettings(SamplingSettings):
     everybody else when he says so."""
     trust_payload_session: bool = False
     """The session comes from the payload: whoever may publish here can read and steer every session of the route."""
+    default_session: str | None = None
+    """Session of payloads that name none, with `trust_payload_session`; without it they are refused."""
 
 
 class StatusSettings(Section):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest
+from llamacpp_mqtt_deploy.core.names import FieldNames
 from llamacpp_mqtt_deploy.core.route_checks import check_routes
 from llamacpp_mqtt_deploy.core.routes import (
     MAX_TOPIC_BYTES,
+    ReplyTemplate,
     RouteTopics,
     TopicTemplate,
+    is_level,
     is_session,
     with_default,
 )
@@ -23,7 +26,7 @@ AddressKind = Literal["request", "control", "admin"]
 class Address:
     """Where a message came from and where its answers go.
 
-    `session` and `reply_topic` are None for a request whose session is still in its payload: `TopicMap.with_session`
+    `session` and `reply_topic` are None for a request whose session is still in its payload: `TopicMap.with_payload`
     completes it. `first_level` is what rate limits, quotas and fair turns count by: the first level of the session path,
     which the broker's access list binds to a user, or `route:NAME` where the session comes from the payload and anybody
     can make up as many as he likes. For `admin`, `route` and `first_level` are empty and `reply_topic` is the admin reply
@@ -41,7 +44,7 @@ class Address:
 class _Compiled:
     topics: RouteTopics
     request: TopicTemplate
-    reply: TopicTemplate
+    reply: ReplyTemplate
     control: TopicTemplate | None
 
 
@@ -67,7 +70,7 @@ class TopicMap:
             route.name: _Compiled(
                 route,
                 TopicTemplate.cut(route.request),
-                TopicTemplate.cut(route.reply),
+                ReplyTemplate.cut(route.reply, free=route.allow_reply_topic),
                 None if route.control is None else TopicTemplate.cut(route.control),
             )
             for route in routes
@@ -118,19 +121,72 @@ class TopicMap:
                 return _complete("control", route, session)
         return None
 
-    def with_session(self, route: str, session: str | None, *, field_name: str = "session_id") -> Address:
+    def with_payload(self, address: Address, body: Mapping[str, Any], names: FieldNames) -> Address:
+        """The address of a request whose payload was read: the session where it stands in it, and the reply topic where ids of the
+        payload belong to that, or it names one. `names` are those of the route.
+
+        Raises BadRequest, with the fields at fault, for what cannot be a part of a topic.
+        """
+        route = self._compiled[address.route]
+        if address.session is None:
+            session = body.get("session_id", route.topics.default_session)
+            address = self.with_session(address.route, session, field_name=names.of("session_id"))
+        if route.reply.by_session:
+            return address
+        assert address.session is not None
+        named = body.get("reply_topic") if route.reply.free else None
+        if named is not None:
+            if not isinstance(named, str) or not self._may_name(route, named, address.session):
+                below = "/".join(route.reply.session.head)
+                raise _bad(names.of("reply_topic"), f"a topic below {below}/ of at most {MAX_TOPIC_BYTES} bytes")
+            return replace(address, reply_topic=named)
+        ids = {name: body.get(name) for name in route.reply.ids}
+        for name, value in ids.items():
+            if value is not None and not (isinstance(value, str) and is_level(value)):
+                raise _bad(names.of(name), "1 to 64 letters, digits, _ . or -")
+        topic = route.reply.fill(address.session, ids)
+        if len(topic.encode()) > MAX_TOPIC_BYTES:
+            raise _bad(names.of(route.reply.ids[-1]), f"shorter: {_TOO_LONG}")
+        return replace(address, reply_topic=topic)
+
+    def with_ids(self, address: Address, ids: Mapping[str, Any]) -> Address:
+        """The same for the answer to a request that is refused: what cannot be a part of a topic is passed over."""
+        route = self._compiled[address.route]
+        if address.session is None:
+            session = ids.get("session_id", route.topics.default_session)
+            found = self.find_session(address.route, session) if isinstance(session, str) else None
+            if found is None:
+                return address
+            address = found
+        if route.reply.by_session:
+            return address
+        assert address.session is not None
+        named = ids.get("reply_topic")
+        if isinstance(named, str) and self._may_name(route, named, address.session):
+            return replace(address, reply_topic=named)
+        levels = {name: value for name, value in ids.items() if isinstance(value, str) and is_level(value)}
+        topic = route.reply.fill(address.session, levels)
+        return replace(address, reply_topic=topic) if len(topic.encode()) <= MAX_TOPIC_BYTES else address
+
+    @staticmethod
+    def _may_name(route: _Compiled, topic: str, session: str) -> bool:
+        if len(topic.encode("utf-8", "surrogatepass")) > MAX_TOPIC_BYTES:
+            return False
+        return route.reply.takes(topic, session, any_session=route.topics.trust_payload_session)
+
+    def with_session(self, route: str, session: Any, *, field_name: str = "session_id") -> Address:
         """The address of a request of `route` whose session stands in its payload, in the field of this name.
 
         Raises BadRequest when it is no session path, or too long for the route's reply topic.
         """
-        address = None if session is None else self.find_session(route, session)
+        address = self.find_session(route, session) if isinstance(session, str) else None
         if address is not None:
             return address
-        if session is None or not is_session(session):
-            expected = "one or two levels of letters, digits, _ . and -, each at most 64 characters, joined by /"
-        else:
-            expected = f"shorter: the reply topic must not be longer than {MAX_TOPIC_BYTES} bytes"
-        raise BadRequest(f"{field_name}: expected {expected}", fields={field_name: expected})
+        if not isinstance(session, str) or not is_session(session):
+            raise _bad(
+                field_name, "one or two levels of letters, digits, _ . and -, each at most 64 characters, joined by /"
+            )
+        raise _bad(field_name, f"shorter: {_TOO_LONG}")
 
     def find_session(self, route: str, session: str) -> Address | None:
         """The same for an answer to a request that is refused anyway; None when there is no such address."""
@@ -148,8 +204,15 @@ class TopicMap:
         )
 
 
+_TOO_LONG = f"the reply topic must not be longer than {MAX_TOPIC_BYTES} bytes"
+
+
+def _bad(name: str, expected: str) -> BadRequest:
+    return BadRequest(f"{name}: expected {expected}", fields={name: expected})
+
+
 def _complete(kind: AddressKind, route: _Compiled, session: str) -> Address | None:
-    reply = route.reply.fill(session)
+    reply = route.reply.fill(session, {})
     if len(reply.encode()) > MAX_TOPIC_BYTES:
         return None
     # A session path holds no `:`, so a route cannot be mistaken for a user.

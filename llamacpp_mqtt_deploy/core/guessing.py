@@ -32,24 +32,27 @@ class GuessedIds:
 
     session_id: str | None
     request_id: str | None
+    client_id: str | None = None
 
 
 def guess_ids(payload: bytes, names: FieldNames) -> GuessedIds:
     """The ids that stand where the clients of this route write them, as far as the payload can be followed.
 
     Only a value at the very path of its field counts: the same key in another object, or inside a text, may belong to
-    somebody else. Both ids are checked, so that nothing from the wire reaches a topic as it stands.
+    somebody else. All ids are checked, so that nothing from the wire reaches a topic as it stands.
     """
-    found: dict[str, set[str | int]] = {"session_id": set(), "request_id": set()}
+    found: dict[str, set[str | int]] = {"session_id": set(), "request_id": set(), "client_id": set()}
     for path, value in _values(payload[:MAX_GUESS_BYTES]):
         name = names.at(path)
         if name in found:
             found[name].add(value)
     session = names.id_text("session_id", _only(found["session_id"]))
     request = names.id_text("request_id", _only(found["request_id"]))
+    client = names.id_text("client_id", _only(found["client_id"]))
     return GuessedIds(
         session_id=session if isinstance(session, str) and is_session(session) else None,
         request_id=request if isinstance(request, str) and is_level(request) else None,
+        client_id=client if isinstance(client, str) and is_level(client) else None,
     )
 
 

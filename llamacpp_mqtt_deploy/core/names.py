@@ -14,6 +14,12 @@ from llamacpp_mqtt_deploy.core.payloads import MAX_DEPTH, shown
 
 REQUEST_FIELDS: frozenset[str] = frozenset(RequestFields.model_fields)
 
+REPLY_FIELDS: frozenset[str] = frozenset({"client_id", "reply_topic"})
+"""Fields of a payload that say where its answer goes, on routes that ask for them."""
+
+Names = Mapping[str, "str | Sequence[str]"]
+"""What clients call our fields; several names where some clients use one and some another, the first one that is there counts."""
+
 MAX_NAMED = 8
 """Unknown fields that are named in the warnings."""
 
@@ -53,18 +59,26 @@ _Tree = dict[str, "str | _Tree"]
 class FieldNames:
     """The names that the clients of one route use; `fields` maps ours to theirs, all others are as in the protocol.
 
-    A name with dots is a path into objects of the payload: `message.text`.
+    A name with dots is a path into objects of the payload: `message.text`. `more` are fields that only some routes know.
     """
 
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Names = field(default_factory=dict)
+    more: tuple[str, ...] = field(default=(), repr=False)
+    _theirs: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
     _tree: _Tree = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_tree", _tree(self.fields))
+        theirs = _each(self.fields)
+        object.__setattr__(self, "_theirs", theirs)
+        object.__setattr__(self, "_tree", _tree(theirs, self.more))
 
     def of(self, name: str) -> str:
         """A field of ours as these clients know it."""
-        return self.fields.get(name, name)
+        return self._theirs.get(name, (name,))[0]
+
+    def all_of(self, name: str) -> tuple[str, ...]:
+        """All names of a field of ours."""
+        return self._theirs.get(name, (name,))
 
     def of_path(self, path: str) -> str:
         """The same for a path such as `messages[2].content`."""
@@ -82,7 +96,7 @@ class FieldNames:
         """The known fields under our names, and the names that are not known. A null is as good as absent.
 
         Our own name of a renamed field is understood too. Raises BadRequest when both are there, and when the object that
-        a field lies in is something else.
+        a field lies in is something else. Of several names that the route gives a field, the first one counts.
         """
         body: dict[str, Any] = {}
         origin: dict[str, str] = {}
@@ -92,12 +106,17 @@ class FieldNames:
                 unknown.append(path)
             elif value is None:
                 continue
-            elif name in origin:
-                words = f"only one of {origin[name]} and {path}"
-                raise BadRequest(f"{path}: expected {words}, they mean the same field", fields={path: words})
-            else:
+            elif name not in origin or self._comes_first(name, path, origin[name]):
                 origin[name], body[name] = path, self.id_text(name, value)
         return body, tuple(unknown)
+
+    def _comes_first(self, name: str, path: str, other: str) -> bool:
+        """Whether of two names in one payload the first counts."""
+        ranks = self._theirs.get(name, ())
+        if path in ranks and other in ranks:
+            return ranks.index(path) < ranks.index(other)
+        words = f"only one of {other} and {path}"
+        raise BadRequest(f"{path}: expected {words}, they mean the same field", fields={path: words})
 
     def id_text(self, name: str, value: Any) -> Any:
         """A whole number that stands for an id as text; every other value as it is.
@@ -105,7 +124,7 @@ class FieldNames:
         Session ids are often keys of a database. A request id must be random, so a number (rather a counter) is taken only
         from clients that have a name of their own for it, and were not written for this protocol.
         """
-        is_id = name == "session_id" or (name == "request_id" and name in self.fields)
+        is_id = name in ("session_id", "client_id") or (name == "request_id" and name in self.fields)
         return str(value) if is_id and type(value) is int and value >= 0 else value
 
     def warnings(self, unknown: Sequence[str]) -> list[str]:
@@ -123,9 +142,13 @@ class FieldNames:
         return f"; did you mean {shown(self.of(known))}?" if known else ""
 
 
-def _tree(fields: Mapping[str, str]) -> _Tree:
-    tree: _Tree = {name: name for name in REQUEST_FIELDS}
-    for ours, theirs in fields.items():
+def _each(fields: Names) -> dict[str, tuple[str, ...]]:
+    return {ours: (theirs,) if isinstance(theirs, str) else tuple(theirs) for ours, theirs in fields.items()}
+
+
+def _tree(fields: Mapping[str, tuple[str, ...]], more: Sequence[str]) -> _Tree:
+    tree: _Tree = {name: name for name in (*REQUEST_FIELDS, *more)}
+    for ours, theirs in ((ours, name) for ours, names in fields.items() for name in names):
         *above, last = theirs.split(".")
         node = tree
         for key in above:
@@ -163,20 +186,21 @@ def nearest(name: str) -> str | None:
     return known
 
 
-def check_fields(fields: Mapping[str, str]) -> list[str]:
+def check_fields(fields: Names) -> list[str]:
     """Sentences about what is wrong with a route's `fields`; empty when it can be used."""
     found = []
+    known = REQUEST_FIELDS | REPLY_FIELDS
     for name in fields:
-        if name not in REQUEST_FIELDS:
-            known = nearest(name)
-            hint = f"; did you mean {shown(known)}?" if known else ""
+        if name not in known:
+            near = nearest(name)
+            hint = f"; did you mean {shown(near)}?" if near else ""
             found.append(f"{shown(name)} is not a field of a request{hint}")
-    found += [
-        f"{ours} is called {shown(theirs)}: {fault}" for ours, theirs in fields.items() if (fault := _fault(theirs))
-    ]
-    theirs = list(fields.values())
+    pairs = [(ours, name) for ours, names in _each(fields).items() for name in names]
+    found += [f"{ours} has an empty list of names" for ours, names in _each(fields).items() if not names]
+    found += [f"{ours} is called {shown(theirs)}: {fault}" for ours, theirs in pairs if (fault := _fault(theirs))]
+    theirs = [name for _, name in pairs]
     found += [f"two fields are called {shown(name)}" for name in sorted({n for n in theirs if theirs.count(n) > 1})]
-    return found or list(_overlaps(fields))
+    return found or list(_overlaps(pairs))
 
 
 def _fault(theirs: str) -> str | None:
@@ -192,10 +216,11 @@ def _fault(theirs: str) -> str | None:
     return None
 
 
-def _overlaps(fields: Mapping[str, str]) -> Iterator[str]:
+def _overlaps(pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
     """One field inside another: whatever the payload holds there, one of the two could not be read."""
-    paths = {name: name for name in REQUEST_FIELDS if name not in fields and name not in fields.values()} | dict(fields)
-    for outer, theirs in paths.items():
-        inner = sorted(name for name, path in paths.items() if path.startswith(f"{theirs}."))
-        for name in inner:
-            yield f"{outer} ({theirs}) and {name} ({paths[name]}) overlap: the first would have to be an object and a value"
+    renamed, taken = {ours for ours, _ in pairs}, {theirs for _, theirs in pairs}
+    paths = [(name, name) for name in REQUEST_FIELDS if name not in renamed and name not in taken] + list(pairs)
+    for outer, theirs in paths:
+        for name, path in sorted(paths):
+            if path.startswith(f"{theirs}."):
+                yield f"{outer} ({theirs}) and {name} ({path}) overlap: the first would have to be an object and a value"

@@ -14,7 +14,7 @@ from llamacpp_mqtt_deploy.core.aliases import resolve
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, Unsupported
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, Lane, RequestFields
-from llamacpp_mqtt_deploy.core.names import FieldNames
+from llamacpp_mqtt_deploy.core.names import FieldNames, Names
 from llamacpp_mqtt_deploy.core.payloads import decode_payload, shown
 from llamacpp_mqtt_deploy.core.routes import is_level, is_session
 from llamacpp_mqtt_deploy.core.validation import WireModel, expectations, faults
@@ -42,6 +42,8 @@ class RequestPolicy:
     """What a route and the worker allow.
 
     `fields` maps our names to those of existing clients (`{"prompt": "message"}`, with dots for paths); `names` reads them.
+    `reply_fields` are the fields that this route's reply topics are made of, beside the session. `default_session` is that of
+    payloads that name none.
     `models` are the names that a request may choose: an empty tuple refuses every name, None leaves names to the engine;
     `aliases` lead from other names to those, or to `default`. `tool_names` are the route's own tools, offered when a request
     brings none. Times are seconds.
@@ -51,7 +53,9 @@ class RequestPolicy:
     max_tokens: int | None = None
     max_timeout_s: float | None = None
     default_timeout_s: float | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Names = field(default_factory=dict)
+    reply_fields: tuple[str, ...] = ()
+    default_session: str | None = None
     allow_system_prompt: bool = True
     allow_messages: bool = True
     allow_tools: bool = True
@@ -64,7 +68,7 @@ class RequestPolicy:
     names: FieldNames = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", FieldNames(self.fields))
+        object.__setattr__(self, "names", FieldNames(self.fields, self.reply_fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,11 @@ class RawRequest:
     session_id: str | None
     unknown: tuple[str, ...]
     digest: str
+
+    def ids(self) -> dict[str, Any]:
+        """What a refusal of it is addressed by, as far as the client named it."""
+        named = {name: self.body[name] for name in ("session_id", "client_id", "reply_topic") if name in self.body}
+        return named | {"request_id": self.request_id}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +190,7 @@ def check_request(raw: RawRequest, *, policy: RequestPolicy) -> Generate:
     mode = _mode(request, names, hints)
     _check_combinations(request, mode, names)
     _check_permissions(request, policy, names)
-    if policy.trust_payload_session and request.session_id is None:
+    if policy.trust_payload_session and request.session_id is None and policy.default_session is None:
         raise _bad({"session_id": _REQUEST["session_id"]}, names)
     tools = None if request.tools is None else tuple(_plain(tool) for tool in request.tools)
     messages = tuple(_message(message) for message in request.messages or ())
@@ -353,8 +362,10 @@ def _has_image(message: Message) -> bool:
 
 
 def _session(request: RequestFields, policy: RequestPolicy, names: FieldNames, warnings: list[str]) -> str | None:
-    if policy.trust_payload_session or request.session_id is None:
-        return request.session_id
+    if policy.trust_payload_session:
+        return request.session_id or policy.default_session
+    if request.session_id is None:
+        return None
     warnings.append(f"{names.of('session_id')} was ignored: on this route the topic names the session")
     return None
 

@@ -8,11 +8,14 @@ from itertools import combinations
 
 from llamacpp_mqtt_deploy.core.routes import (
     DEFAULT_ROUTE,
+    ID_FIELDS,
     MAX_TOPIC_BYTES,
     SESSION_FIELD,
+    ReplyTemplate,
     RouteTopics,
     TopicTemplate,
     is_level,
+    is_session,
     route_topics,
     with_default,
 )
@@ -55,13 +58,18 @@ def _check_templates(root: str, route: RouteTopics) -> Iterator[str]:
         # Clients, access lists and dashboards find a worker by these topics; an application gets a route of its own.
         yield f"{where}: its topics are fixed; add another route for other topics or payload sessions"
         return
-    given = (("request", route.request), ("reply", route.reply), ("control", route.control))
-    for key, template in given:
+    for key, template in (("request", route.request), ("control", route.control)):
         if template is not None:
             yield from (f'{where}.{key} "{_shown(template)}" {fault}' for fault in _template_faults(template))
+    yield from (f'{where}.reply "{_shown(route.reply)}" {fault}' for fault in _reply_faults(route))
     has_session = SESSION_FIELD in route.request.split("/")
     if SESSION_FIELD not in route.reply.split("/"):
         yield f"{where}.reply needs a level {SESSION_FIELD}: without it every client reads every answer"
+    if route.default_session is not None:
+        if not is_session(route.default_session):
+            yield f'{where}.default_session "{_shown(route.default_session)}" is no session path'
+        if not route.trust_payload_session:
+            yield f"{where}.default_session: the topic names the session here; it needs trust_payload_session = true"
     if route.trust_payload_session:
         if has_session:
             yield (
@@ -83,7 +91,24 @@ def _check_templates(root: str, route: RouteTopics) -> Iterator[str]:
             yield f"{where}.control needs a level {SESSION_FIELD}"
 
 
-def _template_faults(template: str) -> Iterator[str]:
+def _reply_faults(route: RouteTopics) -> Iterator[str]:
+    levels = route.reply.split("/")
+    while levels and levels[-1] in ID_FIELDS:
+        del levels[-1]
+    ids = route.reply.split("/")[len(levels) :]
+    if any(level in ID_FIELDS for level in levels) or len(set(ids)) < len(ids):
+        yield f"may hold {' and '.join(ID_FIELDS)} only at its end, each once"
+    rest = "/".join(level for level in levels if level not in ID_FIELDS)
+    yield from _template_faults(rest, ids=len(ids))
+    template = TopicTemplate.cut(rest)
+    if route.allow_reply_topic and (not template.head or template.tail):
+        yield (
+            f"does not go with allow_reply_topic: that lets clients name a topic below what stands before {SESSION_FIELD}, "
+            f"so it has to begin with a level and to have none of its own after {SESSION_FIELD}"
+        )
+
+
+def _template_faults(template: str, *, ids: int = 0) -> Iterator[str]:
     if not template:
         yield "is empty"
         return
@@ -103,7 +128,8 @@ def _template_faults(template: str) -> Iterator[str]:
     if any("{" in level or "}" in level for level in rest):
         yield f"may hold nothing in braces but {SESSION_FIELD} as a level of its own"
     room = MAX_TOPIC_BYTES - 64 if len(rest) < len(levels) else MAX_TOPIC_BYTES
-    if len("/".join(rest).encode("utf-8", "surrogatepass")) + 1 > room:
+    # Ids are mostly UUIDs.
+    if len("/".join(rest).encode("utf-8", "surrogatepass")) + 1 > room - 37 * ids:
         yield f"is too long: a topic may have {MAX_TOPIC_BYTES} bytes, 64 of them for the session"
 
 
@@ -115,12 +141,16 @@ def _uses(root: str, routes: Iterable[RouteTopics]) -> Iterator[_Use]:
             ("reply", route.reply, False),
         ):
             if template is not None:
-                filters = tuple(TopicTemplate.cut(template).filters())
-                yield _Use(f"routes.{route.name}.{key}", template, filters, reads)
+                filters = TopicTemplate.cut(template).filters() if reads else _reply(route).filters()
+                yield _Use(f"routes.{route.name}.{key}", template, tuple(filters), reads)
     # Of all workers, not only of this one: an answer on another worker's admin topic would be an order to it.
     yield _Use("the admin topic", f"{root}/admin/{{worker}}", (f"{root}/admin/+",), True)
     for kind in ("admin-reply", "status", "health"):
         yield _Use(f"the {kind} topic", f"{root}/{kind}/{{worker}}", (f"{root}/{kind}/+",), False)
+
+
+def _reply(route: RouteTopics) -> ReplyTemplate:
+    return ReplyTemplate.cut(route.reply, free=route.allow_reply_topic)
 
 
 def _clash(one: _Use, other: _Use) -> str | None:

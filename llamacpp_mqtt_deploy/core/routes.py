@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 DEFAULT_ROUTE = "default"
 SESSION_FIELD = "{session}"
+ID_FIELDS = ("{client_id}", "{request_id}")
+"""May stand at the end of a reply topic: what the payload holds under these names, each one level."""
 
 MAX_TOPIC_BYTES = 200
 """Longest topic that is read or written, in bytes; brokers and small clients stop well below the 65535 of MQTT 4.7.3."""
 
 SESSION_LEVELS = (1, 2)
 """A session path is `{name}` or `{user}/{name}`."""
+
+MOST_REPLY_LEVELS = SESSION_LEVELS[-1] + len(ID_FIELDS)
+"""Levels that a client may name below the beginning of its route's reply topics: session path, client and request."""
 
 # No anchors: always used with fullmatch, because `$` lets "abc\n" through and one such topic in a publish makes the broker
 # close the connection after every reconnect.
@@ -35,13 +40,19 @@ def is_session(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteTopics:
-    """The topics of one route as templates; `{session}` stands for a session path, always as a level of its own."""
+    """The topics of one route as templates; `{session}` stands for a session path, always as a level of its own.
+
+    `reply` may end with `{client_id}` and `{request_id}`. With `allow_reply_topic` a payload may name the reply topic itself, below
+    what stands before `{session}` in `reply`. `default_session` is that of payloads that name none.
+    """
 
     name: str
     request: str
     reply: str
     control: str | None = None
     trust_payload_session: bool = False
+    allow_reply_topic: bool = False
+    default_session: str | None = None
 
 
 def route_topics(
@@ -52,6 +63,8 @@ def route_topics(
     reply: str | None = None,
     control: str | None = None,
     trust_payload_session: bool = False,
+    allow_reply_topic: bool = False,
+    default_session: str | None = None,
 ) -> RouteTopics:
     """The topics of a configured route, with those left out filled in.
 
@@ -68,7 +81,13 @@ def route_topics(
     if control is None and not trust_payload_session:
         control = f"{base}/control/{SESSION_FIELD}"
     return RouteTopics(
-        name=name, request=request, reply=reply, control=control, trust_payload_session=trust_payload_session
+        name=name,
+        request=request,
+        reply=reply,
+        control=control,
+        trust_payload_session=trust_payload_session,
+        allow_reply_topic=allow_reply_topic,
+        default_session=default_session,
     )
 
 
@@ -107,6 +126,65 @@ class TopicTemplate:
             return None
         session = levels[first:last]
         return "/".join(session) if all(map(is_level, session)) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTemplate:
+    """A template of reply topics: what `TopicTemplate` has, and ids of the payload behind it.
+
+    `free`: clients may name the topic themselves, below `session.head`.
+    """
+
+    session: TopicTemplate
+    ids: tuple[str, ...]
+    free: bool
+
+    @classmethod
+    def cut(cls, text: str, *, free: bool = False) -> ReplyTemplate:
+        levels = text.split("/")
+        end = len(levels)
+        while end and levels[end - 1] in ID_FIELDS:
+            end -= 1
+        names = tuple(level.strip("{}") for level in levels[end:])
+        return cls(TopicTemplate.cut("/".join(levels[:end])), names, free)
+
+    @property
+    def by_session(self) -> bool:
+        """Whether the session alone tells the topic."""
+        return not (self.ids or self.free)
+
+    def filters(self) -> list[str]:
+        """Filters for all topics that may come of it."""
+        found = [
+            "/".join((known, *["+"] * more)) for known in self.session.filters() for more in range(len(self.ids) + 1)
+        ]
+        if self.free:
+            found += ["/".join((*self.session.head, *["+"] * count)) for count in range(1, MOST_REPLY_LEVELS + 1)]
+        return list(dict.fromkeys(found))
+
+    def fill(self, session: str, ids: Mapping[str, str | None]) -> str:
+        """The topic; it ends before the first id that is not there."""
+        known: list[str] = []
+        for name in self.ids:
+            value = ids.get(name)
+            if value is None:
+                break
+            known.append(value)
+        return "/".join((self.session.fill(session), *known))
+
+    def takes(self, topic: str, session: str, *, any_session: bool) -> bool:
+        """Whether a client of this session may name this topic; `any_session` where it may name any session, too."""
+        below = topic.split("/")
+        first = len(self.session.head)
+        wanted = () if any_session else tuple(session.split("/"))
+        found = tuple(below[first:])
+        return (
+            self.free
+            and tuple(below[:first]) == self.session.head
+            and 1 <= len(found) <= MOST_REPLY_LEVELS
+            and all(map(is_level, found))
+            and found[: len(wanted)] == wanted
+        )
 
 
 def with_default(root: str, routes: Sequence[RouteTopics]) -> tuple[RouteTopics, ...]:

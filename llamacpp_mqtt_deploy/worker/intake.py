@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache, partial
 
 import structlog
@@ -173,9 +174,7 @@ class Intake:
             raw = read_request(payload, policy=policy)
             if raw is None:
                 return
-            if address.session is None:
-                name = policy.names.of("session_id")
-                address = self._topics.with_session(address.route, raw.session_id, field_name=name)
+            address = self._topics.with_payload(address, raw.body, policy.names)
             asked_for = message.delivery.response_topic
             if asked_for is not None and asked_for != address.reply_topic:
                 request_id = raw.request_id or uuid.uuid4().hex
@@ -184,10 +183,8 @@ class Intake:
             self._admission.enter(message, address, raw, check_request(raw, policy=policy))
         except (RequestError, MemoryError) as problem:
             error = problem if isinstance(problem, RequestError) else self._starved(message)
-            ids = raw or guess_ids(payload, policy.names)
-            if address.session is None and ids.session_id is not None:
-                address = self._topics.find_session(address.route, ids.session_id) or address
-            self._refusals.refuse(message, address, ids.request_id, error)
+            ids = raw.ids() if raw is not None else asdict(guess_ids(payload, policy.names))
+            self._refusals.refuse(message, self._topics.with_ids(address, ids), ids.get("request_id"), error)
 
     def _starved(self, message: Received) -> RequestError:
         self._counters.starved()

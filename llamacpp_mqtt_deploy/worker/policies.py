@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llamacpp_mqtt_deploy.config.configured_routes import configured_routes
 from llamacpp_mqtt_deploy.config.settings import RouteSettings, Settings, StreamingMode
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
+from llamacpp_mqtt_deploy.core.names import REPLY_FIELDS
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy
-from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE, RouteTopics, route_topics
+from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE, ReplyTemplate
 
 _PLAIN_ROUTE = RouteSettings()
 
@@ -79,21 +81,9 @@ def queue_limits(settings: Settings) -> QueueLimits:
 
 def topic_map(settings: Settings) -> TopicMap:
     """The topics of this configuration; raises ValueError with a sentence for each fault."""
-    return TopicMap(root=settings.mqtt.root, worker_id=settings.mqtt.worker_id, routes=tuple(_topics(settings)))
-
-
-def _topics(settings: Settings) -> list[RouteTopics]:
-    return [
-        route_topics(
-            root=settings.mqtt.root,
-            name=name,
-            request=route.request,
-            reply=route.reply,
-            control=route.control,
-            trust_payload_session=route.trust_payload_session,
-        )
-        for name, route in settings.routes.items()
-    ]
+    return TopicMap(
+        root=settings.mqtt.root, worker_id=settings.mqtt.worker_id, routes=tuple(configured_routes(settings))
+    )
 
 
 def _route(settings: Settings, name: str, route: RouteSettings, engine_models: tuple[str, ...]) -> RoutePolicy:
@@ -114,6 +104,8 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
             max_timeout_s=limits.max_timeout_s,
             default_timeout_s=min(timeout_s, limits.max_timeout_s),
             fields=dict(route.fields),
+            reply_fields=_reply_fields(route),
+            default_session=route.default_session,
             allow_system_prompt=route.allow_system_prompt,
             allow_messages=route.allow_messages,
             allow_tools=route.allow_tools,
@@ -132,3 +124,9 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
         tools=route.tools,
         model=route.model or engine.model,
     )
+
+
+def _reply_fields(route: RouteSettings) -> tuple[str, ...]:
+    """What a payload of this route may hold beside the fields of a request."""
+    ids = ReplyTemplate.cut(route.reply or "").ids
+    return tuple(name for name in ids if name in REPLY_FIELDS) + (("reply_topic",) if route.allow_reply_topic else ())

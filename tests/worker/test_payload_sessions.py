@@ -84,3 +84,38 @@ def test_a_broken_copy_of_a_running_request_does_not_end_it(bus: Bus) -> None:
     _publish(bus, b'{"sessionId":"s7","requestId":"r7","message":{"text":"go north"}')
     told = _event(bus, "s7", type="rejected")
     assert (told["request_id"], told["code"]) == ("r7", "duplicate_request")
+
+
+FULL = GAME | {
+    "routes__game__reply": "game/assistant_response/{session}/{client_id}/{request_id}",
+    "routes__game__default_session": "everybody",
+    "routes__game__fields": {"prompt": "message", "client_id": "clientId", "request_id": "requestId"},
+}
+
+
+def test_a_payload_without_a_session_belongs_to_the_default_session(bus: Bus) -> None:
+    bus.worker(**FULL)
+    _publish(bus, b"just a text")
+    assert _event(bus, "everybody", type="done")["full_content"] == "just a text"
+    _publish(bus, b'{"message":"with an id","clientId":"c1"}')
+    assert _event(bus, "everybody/c1", type="done")["full_content"] == "with an id"
+
+
+def test_a_refusal_goes_to_the_ids_of_the_payload(bus: Bus) -> None:
+    bus.worker(**FULL)
+    _publish(bus, b'{"message":7,"clientId":"c1","requestId":"r1"}')
+    assert _event(bus, "everybody/c1/r1", type="error")["fields"] == {"message": "a text that is not empty"}
+    _publish(bus, b'{"message":"x","clientId":"c/1","requestId":"r2"}')
+    assert list(_event(bus, "everybody", type="error")["fields"]) == ["clientId"]
+
+
+def test_a_request_that_is_sent_again_is_answered_where_it_was_answered_first(bus: Bus) -> None:
+    bus.worker(**FULL)
+    payload = b'{"message":"x","clientId":"c1","requestId":"r1"}'
+    _publish(bus, payload)
+    first = _event(bus, "everybody/c1/r1", type="done")
+    _publish(bus, payload)
+    _publish(bus, b'{"message":"after","clientId":"c1","requestId":"r2"}')
+    _event(bus, "everybody/c1/r2", type="done")
+    ends = [event for event in bus.listener.events if event.get("request_id") == "r1" and event["type"] == "done"]
+    assert ends == [first, first]

@@ -153,3 +153,18 @@ def test_a_limit_of_starts_that_was_lowered_at_a_reload_ends_a_request_that_wait
     error = bus.listener.terminal("often")
     assert (error["code"], "2 times" in error["message"]) == ("engine_lost", True)
     assert len(engine.calls) == 1
+
+
+def test_a_request_that_is_taken_up_is_answered_where_its_client_waits(bus: Bus) -> None:
+    """Its reply topic was made of ids in the payload, or named there."""
+    key = EntryKey("game", "demo", "r1")
+    topic = "game/assistant_response/demo/c1/r1"
+    entry = _entry("r1", key=key, topic="game/input", payload=b'{"message": "hi"}', reply_topic=topic)
+    _leave(bus, [entry])
+    bus.worker(
+        routes__game__request="game/input",
+        routes__game__reply="game/assistant_response/{session}",
+        routes__game__trust_payload_session=True,
+        routes__game__fields={"prompt": "message"},
+    )
+    assert bus.listener.terminal("r1")["_topic"] == topic
