@@ -32,6 +32,7 @@ from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_clock import JournalClock
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
+from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits, topic_map
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
@@ -155,13 +156,19 @@ class Parts:
             message_log=self.message_log,
             inbox_messages=settings.mqtt.inbox_messages,
         )
-        self.recovery = Recovery(
+        requests = JournaledRequests(
             store=store,
-            registry=self.registry,
             maker=maker,
             topics=topics,
             policies=in_force.policies,
             redelivery=self.redelivery,
+            now=clock.now,
+        )
+        self.recovery = Recovery(
+            store=store,
+            registry=self.registry,
+            requests=requests,
+            max_starts=lambda: in_force.settings.limits.max_starts,
             now=clock.now,
         )
         self.threads = GenerationThreads(

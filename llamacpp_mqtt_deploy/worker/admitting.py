@@ -93,33 +93,14 @@ class LocalAdmission:
 
     def enter(self, message: Received, address: Address, raw: RawRequest, request: Generate) -> None:
         assert address.session is not None
-        delivery = message.delivery
         key = EntryKey(address.route, address.session, request.request_id or uuid.uuid4().hex)
         if request.request_id is not None and self._sent_again(message, address, key, raw.digest):
             return
-        if delivery.correlation is not None and message.correlation is None:
-            note = f"Correlation Data over {MAX_CORRELATION_BYTES} bytes is not mirrored"
-            request = replace(request, warnings=(*request.warnings, note))
-        limits_s = [limit for limit in (request.timeout_s, delivery.expiry_s) if limit is not None]
-        timeout_s = min(limits_s)
-        waited_s = max(0.0, time.monotonic() - delivery.received_at)
-        now = self._now()
-        entry = Entry(
-            key=key,
-            topic=delivery.topic,
-            payload=delivery.payload,
-            digest=raw.digest,
-            correlation=message.correlation,
-            accepted_at=now,
-            expires_at=now + timeout_s - waited_s,
-            reply_topic=address.reply_topic or "",
-        )
+        request = noted(message, request)
+        entry, timeout_s = journal_entry(message, address, key, raw, request, now=self._now())
+        received_at = message.delivery.received_at
         job = self._maker.make(
-            entry=entry,
-            address=address,
-            request=request,
-            received_at=delivery.received_at,
-            deadline=delivery.received_at + timeout_s,
+            entry=entry, address=address, request=request, received_at=received_at, deadline=received_at + timeout_s
         )
         self._accepted.append(_Accepted(job, self._registry.enter(job)))
 
@@ -228,3 +209,32 @@ class LocalAdmission:
             if job.key in positions:
                 job.position = positions[job.key]
                 job.responder.queued(position=job.position, reason=job.wait_reason)
+
+
+def noted(message: Received, request: Generate) -> Generate:
+    """The request, with a warning where something of the message is left out."""
+    if message.delivery.correlation is None or message.correlation is not None:
+        return request
+    note = f"Correlation Data over {MAX_CORRELATION_BYTES} bytes is not mirrored"
+    return replace(request, warnings=(*request.warnings, note))
+
+
+def journal_entry(
+    message: Received, address: Address, key: EntryKey, raw: RawRequest, request: Generate, *, now: float
+) -> tuple[Entry, float]:
+    """What the journal keeps of a request that is accepted `now` (seconds since the epoch), and its time limit in seconds from its
+    receipt."""
+    delivery = message.delivery
+    timeout_s = min(limit for limit in (request.timeout_s, delivery.expiry_s) if limit is not None)
+    waited_s = max(0.0, time.monotonic() - delivery.received_at)
+    entry = Entry(
+        key=key,
+        topic=delivery.topic,
+        payload=delivery.payload,
+        digest=raw.digest,
+        correlation=message.correlation,
+        accepted_at=now,
+        expires_at=now + timeout_s - waited_s,
+        reply_topic=address.reply_topic or "",
+    )
+    return entry, timeout_s

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
-from llamacpp_mqtt_deploy.core import events
-from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import Internal, Interrupted, RequestError, TimedOut
-from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
-from llamacpp_mqtt_deploy.ports import Entry, Store, StoreError
-from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
+from llamacpp_mqtt_deploy.ports import Entry, Store
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_clock import wall
+from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests, terminal_of
 from llamacpp_mqtt_deploy.worker.own_errors import lost_too_often
-from llamacpp_mqtt_deploy.worker.policies import Policies
-from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
 
@@ -40,19 +34,15 @@ class Recovery:
         *,
         store: Store,
         registry: JobRegistry,
-        maker: JobMaker,
-        topics: TopicMap,
-        policies: Callable[[], Policies],
-        redelivery: Redelivery,
+        requests: JournaledRequests,
+        max_starts: Callable[[], int],
         now: Callable[[], float] = wall,
     ) -> None:
         self._now = now
         self._store = store
         self._registry = registry
-        self._maker = maker
-        self._topics = topics
-        self._policies = policies
-        self._redelivery = redelivery
+        self._requests = requests
+        self._max_starts = max_starts
 
     def run(self) -> Recovered:
         found = Recovered()
@@ -86,7 +76,7 @@ class Recovery:
         error = Internal("the worker failed on this request after a restart; its log says why")
         try:
             if entry.terminal is None:
-                self._finish(entry, _terminal(entry, error, metadata=None))
+                self._requests.finish(entry, terminal_of(entry, error, metadata=None))
                 return
         except Exception:
             log.exception("recovery.end_failed", request_id=entry.key.request_id, session=entry.key.session)
@@ -105,32 +95,24 @@ class Recovery:
     def _deliver(self, entry: Entry) -> bool:
         """Publish an end that no broker has acknowledged."""
         if entry.terminal is not None:
-            self._publish(entry, entry.terminal, again=True)
+            self._requests.publish(entry, entry.terminal, again=True)
         return True
 
     def _take_up(self, entry: Entry) -> bool:
         """Put an accepted request back into the queue; False when it ended instead."""
-        policies = self._policies()
-        now, wall_now = time.monotonic(), self._now()
+        wall_now = self._now()
         try:
             if entry.state == "streaming":
                 raise Interrupted("the worker died in the middle of this answer; send a new request for it")
-            if entry.starts >= policies.settings.limits.max_starts:
+            if entry.starts >= self._max_starts():
                 raise lost_too_often(entry.starts)
             left_s = entry.left_s(wall_now)
             if left_s is not None and left_s <= 0:
                 raise TimedOut("the time limit of this request passed while the worker was down")
-            address, request = self._read(entry, policies)
+            job = self._requests.job(entry, waited_s=entry.waited_s(wall_now), left_s=left_s)
         except RequestError as error:
-            self._end(entry, error)
+            self._requests.end(entry, error)
             return False
-        waited_s = entry.waited_s(wall_now)
-        if left_s is None:
-            left_s = policies.settings.generation.timeout_s
-        job = self._maker.make(
-            entry=entry, address=address, request=request, received_at=now - waited_s, deadline=now + left_s
-        )
-        job.starts = entry.starts
         try:
             self._registry.enter(job, recovered=True)
             job.position = self._registry.positions().get(entry.key, 1)
@@ -141,65 +123,3 @@ class Recovery:
             self._registry.leave(job)
             raise
         return True
-
-    def _read(self, entry: Entry, policies: Policies) -> tuple[Address, Generate]:
-        """The request as today's configuration reads it; raises a RequestError when that refuses it."""
-        route = policies.routes.get(entry.key.route)
-        address = self._topics.address(entry.topic)
-        if route is None or address is None:
-            raise Interrupted("the worker was configured anew and no longer serves this topic")
-        if address.session is None:
-            address = self._topics.with_session(address.route, entry.key.session)
-        if entry.reply_topic:
-            # It may have been made of ids in the payload; whoever waits, waits there.
-            address = replace(address, reply_topic=entry.reply_topic)
-        raw = read_request(entry.payload, policy=route.parse)
-        if raw is None:
-            raise Interrupted("the worker lost this request")
-        return address, check_request(raw, policy=route.parse)
-
-    def _end(self, entry: Entry, error: RequestError) -> None:
-        self._finish(entry, _terminal(entry, error, metadata=self._metadata(entry)))
-        log.warning(
-            "request.finished",
-            route=entry.key.route,
-            session=entry.key.session,
-            request_id=entry.key.request_id,
-            outcome=error.code,
-            starts=entry.starts,
-            message=error.message,
-        )
-
-    def _metadata(self, entry: Entry) -> dict[str, object] | None:
-        """The client's own `metadata`, which every terminal event echoes; None when it cannot be read any more."""
-        route = self._policies().routes.get(entry.key.route)
-        policy = RequestPolicy() if route is None else route.parse
-        try:
-            raw = read_request(entry.payload, policy=replace(policy, max_request_bytes=len(entry.payload) + 1))
-        except RequestError:
-            return None
-        found = raw.body.get("metadata") if raw is not None else None
-        return found if isinstance(found, dict) else None
-
-    def _finish(self, entry: Entry, terminal: bytes) -> None:
-        now = self._now()
-        try:
-            self._store.finish(entry.key, terminal, now=now)
-        except StoreError as problem:
-            log.error("journal.failed", step="finish", problem=str(problem), request_id=entry.key.request_id)
-            self._redelivery.store_later(entry.key, terminal, now=now, history=None, since=time.monotonic())
-        self._publish(entry, terminal)
-
-    def _publish(self, entry: Entry, terminal: bytes, *, again: bool = False) -> None:
-        self._redelivery.send(entry.key, entry.reply_topic, terminal, entry.correlation, again=again)
-
-
-def _terminal(entry: Entry, error: RequestError, *, metadata: dict[str, object] | None) -> bytes:
-    return events.interrupted(
-        request_id=entry.key.request_id,
-        session_id=entry.key.session,
-        code=error.code,
-        message=error.message,
-        retryable=error.retryable,
-        metadata=metadata,
-    )

@@ -19,6 +19,7 @@ from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests
 from llamacpp_mqtt_deploy.worker.policies import Policies, topic_map
 from llamacpp_mqtt_deploy.worker.recovery import Recovered, Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -54,16 +55,20 @@ class NextLife:
         self.recovery = Recovery(
             store=self.store,
             registry=self.registry,
-            maker=JobMaker(
-                outbox=self,
-                loop=self.loop,
+            requests=JournaledRequests(
+                store=self.store,
+                maker=JobMaker(
+                    outbox=self,
+                    loop=self.loop,
+                    policies=lambda: policies,
+                    max_event_bytes=lambda: 4096,
+                    active_streams=lambda: 1,
+                ),
+                topics=topic_map(settings),
                 policies=lambda: policies,
-                max_event_bytes=lambda: 4096,
-                active_streams=lambda: 1,
+                redelivery=Redelivery(outbox=self, store=self.store, max_event_bytes=lambda: 131072),
             ),
-            topics=topic_map(settings),
-            policies=lambda: policies,
-            redelivery=Redelivery(outbox=self, store=self.store, max_event_bytes=lambda: 131072),
+            max_starts=lambda: MAX_STARTS,
         )
 
     def publish(self, topic: str, payload: bytes, **_: Any) -> Published:
