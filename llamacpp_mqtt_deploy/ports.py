@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message
+from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.core.wallclock import elapsed_s
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
@@ -284,6 +285,7 @@ class ToldEnd:
     now: float
     history: HistoryChange | None = None
     chunks: bytes | None = None
+    spent: Spent | None = None
 
 
 class Pending(Protocol):
@@ -346,11 +348,12 @@ class Store(Protocol):
         now: float,
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
+        spent: Spent | None = None,
     ) -> None:
-        """Store the terminal event and the change of the history in one transaction, and let go of the payload (the digest
-        stays). `chunks` is the record of what the terminal event does not tell (`core/chunk_record.py`); it is kept as long as
-        the entry. A request ends once: a second call changes nothing, its history neither. Under an unknown key only the
-        history changes."""
+        """Store the terminal event, the change of the history and what the request has cost (`ledger`) in one transaction, and
+        let go of the payload (the digest stays). `chunks` is the record of what the terminal event does not tell (`core/chunk_record.py`); it is kept as long as
+        the entry. A request ends once: a second call changes nothing, neither history nor ledger. Under an unknown key only
+        the history changes."""
 
     def finish_soon(
         self,
@@ -360,7 +363,14 @@ class Store(Protocol):
         now: float,
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
+        spent: Spent | None = None,
     ) -> Pending: ...
+
+    def ledger(
+        self, *, since_day: int, first_level: str | None = None, skip: int = 0, most: int = 1000
+    ) -> list[LedgerRow]:
+        """What first levels have spent since this day, the newest day first and within it who took most tokens first. A bounded
+        number of days is kept, and of levels within a day; the others stand together under `REST`."""
 
     def set_aside(self, ends: Sequence[ToldEnd]) -> bool:
         """Keep these ends outside of the journal, which does not take them: the next `open` gives them to it, where it has not

@@ -181,6 +181,15 @@ def warnings(settings: Settings) -> Iterator[str]:
         yield f"engine.url: prompts, answers and the API key cross the network to {url.hostname} unencrypted"
     if settings.sessions.store == "memory":
         yield "sessions.store: accepted requests and histories are lost when the worker ends (memory)"
+    yield from _levels_of_no_route(settings)
+
+
+def _levels_of_no_route(settings: Settings) -> Iterator[str]:
+    for name in settings.levels:
+        of_route, _, route_name = name.rpartition(":")
+        route = settings.routes.get(route_name)
+        if of_route and (route is None or not route.trust_payload_session):
+            yield f"levels.{name}: applies to nobody: there is no route {route_name!r} with trust_payload_session"
 
 
 def _is_this_machine(host: str) -> bool:

@@ -15,7 +15,9 @@ from pydantic.fields import FieldInfo
 
 from llamacpp_mqtt_deploy.config.settings import Settings
 
-# Stands for the name that the user gives to a route.
+# Sections of tables to which the user gives names.
+NAMED_TABLES = frozenset({"routes", "levels"})
+# Stands for such a name.
 ANY_NAME = "NAME"
 MASK = "********"
 
@@ -98,13 +100,13 @@ def nearest(path: Sequence[str]) -> str | None:
     )  # `prot` is a `port` with two letters swapped, not a `root`
     if close:
         return ".".join([*shown, close[0]])
-    same_name = [key.dotted for key in keys().values() if key.path[-1] == name and key.path[0] != "routes"]
+    same_name = [key.dotted for key in keys().values() if key.path[-1] == name and key.path[0] not in NAMED_TABLES]
     return same_name[0] if same_name else None
 
 
 def _generic(path: Sequence[str]) -> tuple[str, ...]:
-    if len(path) > 1 and path[0] == "routes":
-        return ("routes", ANY_NAME, *path[2:])
+    if len(path) > 1 and path[0] in NAMED_TABLES:
+        return (path[0], ANY_NAME, *path[2:])
     return tuple(path)
 
 

@@ -295,11 +295,15 @@ def _route_faults(settings: Settings) -> list[str]:
     return check_routes(root=mqtt.root, worker_id=mqtt.worker_id, routes=configured_routes(settings))
 
 
+_NAMES = {
+    "routes": "the name of a route is 1 to 64 letters, digits, _ . or -",
+    "levels": 'the name of a first topic level is 1 to 64 letters, digits, _ . or -, or "route:NAME"',
+}
+
+
 def _problem(kind: str, loc: tuple[int | str, ...], found: object, origins: Mapping[str, str]) -> str:
     if loc[-1:] == ("[key]",):
-        return _line(
-            [str(part) for part in loc[:-1]], "the name of a route is 1 to 64 letters, digits, _ . or -", origins
-        )
+        return _line([str(part) for part in loc[:-1]], _NAMES.get(str(loc[0]), "expected a name"), origins)
     path = tuple(str(part) for part in loc)
     if kind == "extra_forbidden":
         near = keys.nearest(path)

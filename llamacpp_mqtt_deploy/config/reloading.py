@@ -39,6 +39,8 @@ class Reloaded:
 def is_live(path: Sequence[str]) -> bool:
     """Whether a change of this key (`("routes", "maze", "model")`) comes into force without a restart."""
     section, key = path[0], path[-1]
+    if section == "levels":
+        return True
     if section == "routes":
         return key not in TOPIC_KEYS
     name = ".".join(path)
@@ -54,6 +56,9 @@ def reload(old: Settings, new: Settings) -> Reloaded:
         if section == "routes":
             merged[section] = _routes(old, new, changed, waiting)
             continue
+        if section == "levels":
+            merged[section] = _levels(old, new, changed)
+            continue
         if section == "gateway":  # another program's
             continue
         mine, theirs = getattr(old, section), getattr(new, section)
@@ -68,6 +73,12 @@ def reload(old: Settings, new: Settings) -> Reloaded:
                 waiting.append(f"{section}.{key}")
         merged[section] = mine.model_copy(update=update)
     return Reloaded(old.model_copy(update=merged), tuple(changed), tuple(waiting))
+
+
+def _levels(old: Settings, new: Settings, changed: list[str]) -> dict[str, Any]:
+    names = sorted({*old.levels, *new.levels})
+    changed += [f"levels.{name}" for name in names if old.levels.get(name) != new.levels.get(name)]
+    return dict(new.levels)
 
 
 def _routes(old: Settings, new: Settings, changed: list[str], waiting: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, St
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 TopicPart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+LevelName = Annotated[str, StringConstraints(pattern=r"^(route:)?[A-Za-z0-9_.-]{1,64}$")]
 Lane = Literal["interactive", "normal", "batch"]
 StreamingMode = Literal["native", "simulated", "off"]
 
@@ -254,6 +255,9 @@ class LimitsSettings(Section):
     max_requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Requests and controls per minute of one first topic level; 0 is no limit. Cancels may use another minute's worth in
     advance."""
+    tokens_per_day: Annotated[int, Field(ge=0, le=10**12)] = 0
+    """Tokens, of prompts and answers together, that one first topic level may use in a day (UTC); 0 is no limit. A request is
+    refused with `rate_limited` when none are left, or when requests under way may take what is left."""
     max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 32768
     """Longest answer that a request may ask for, in tokens."""
     max_timeout_s: Annotated[float, Field(gt=0, le=7 * 86400)] = 3600.0
@@ -312,6 +316,18 @@ class RouteSettings(SamplingSettings):
     """The session comes from the payload: whoever may publish here can read and steer every session of the route."""
     default_session: str | None = None
     """Session of payloads that name none, with `trust_payload_session`; without it they are refused."""
+
+
+class LevelSettings(Section):
+    """What one first topic level may use, where that is not what all may: a user of the broker, or `"route:NAME"` for all who
+    send to a route with `trust_payload_session`."""
+
+    max_priority: Lane | None = None
+    """Highest lane that its requests may ask for, in place of their route's."""
+    tokens_per_day: Annotated[int, Field(ge=0, le=10**12)] | None = None
+    """In place of `limits.tokens_per_day`; 0 is no limit."""
+    max_requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """In place of `limits.max_requests_per_minute`; 0 is no limit."""
 
 
 class StatusSettings(Section):
@@ -391,6 +407,7 @@ class Settings(BaseSettings):
     sessions: SessionsSettings = SessionsSettings()
     limits: LimitsSettings = LimitsSettings()
     routes: dict[TopicPart, RouteSettings] = Field(default_factory=dict)
+    levels: dict[LevelName, LevelSettings] = Field(default_factory=dict)
     status: StatusSettings = StatusSettings()
     metrics: MetricsSettings = MetricsSettings()
     gateway: GatewaySettings = GatewaySettings()

@@ -184,14 +184,26 @@ class AdminFields(WireModel):
     """A message on an admin topic."""
 
     action: Annotated[
-        Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level"],
-        Expect("cancel_all, drain, resume, reload, restart_engine or log_level"),
+        Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level", "usage"],
+        Expect("cancel_all, drain, resume, reload, restart_engine, log_level or usage"),
     ]
     """What to do."""
     level: Annotated[Literal["debug", "info", "warning", "error"] | None, Expect("debug, info, warning or error")] = (
         None
     )
     """The new level, for `log_level`."""
+    first_level: Annotated[
+        Annotated[str, StringConstraints(max_length=70)] | None, Expect("a text of at most 70 characters")
+    ] = None
+    """For `usage`: of this first topic level alone."""
+    days: Annotated[Annotated[Integer, Field(ge=1, le=366)] | None, Expect("a whole number from 1 to 366")] = None
+    """For `usage`: of so many days, today included; 1 when absent."""
+    limit: Annotated[Annotated[Integer, Field(ge=1, le=1000)] | None, Expect("a whole number from 1 to 1000")] = None
+    """For `usage`: at most so many rows; 100 when absent."""
+    offset: Annotated[
+        Annotated[Integer, Field(ge=0, le=1_000_000)] | None, Expect("a whole number from 0 to 1000000")
+    ] = None
+    """For `usage`: without the first so many rows, the `next_offset` of the answer before."""
     transaction: Annotated[
         Annotated[str, StringConstraints(max_length=64)] | None, Expect("a text of at most 64 characters")
     ] = None

@@ -22,7 +22,7 @@ from llamacpp_mqtt_deploy.core.validation import WireModel, expectations, faults
 Mode = Literal["prompt", "messages", "tool_results"]
 Stream = bool | Literal["sentence"]
 ControlAction = Literal["cancel", "reset", "delete", "history", "ping"]
-AdminAction = Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level"]
+AdminAction = Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level", "usage"]
 
 MAX_CONTROL_BYTES = 4096
 """A control or admin message has three short fields."""
@@ -147,11 +147,15 @@ class ControlCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminCommand:
-    """An admin message; `level` is set for `log_level` and only for it."""
+    """An admin message; `level` is set for `log_level` and only for it. What stands behind `transaction` is for `usage`."""
 
     action: AdminAction
     level: Literal["debug", "info", "warning", "error"] | None = None
     transaction: str | None = None
+    first_level: str | None = None
+    days: int = 1
+    limit: int = 100
+    offset: int = 0
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -243,6 +247,15 @@ def parse_admin(payload: bytes) -> AdminCommand:
     Raises BadRequest, PayloadTooLarge, as `parse_control` does.
     """
     found = _order(AdminFields, payload, _ADMIN)
+    if found.action == "usage":
+        return AdminCommand(
+            action=found.action,
+            transaction=found.transaction,
+            first_level=found.first_level,
+            days=found.days or 1,
+            limit=found.limit or 100,
+            offset=found.offset or 0,
+        )
     if found.action != "log_level":
         return AdminCommand(action=found.action, transaction=found.transaction)
     if found.level is None:
@@ -430,7 +443,7 @@ def _priority(request: RequestFields, policy: RequestPolicy, names: FieldNames, 
         return wanted
     if request.priority is not None:
         warnings.append(
-            f"{names.of('priority')} was lowered from {wanted} to this route's highest, {policy.max_priority}"
+            f"{names.of('priority')} was lowered from {wanted} to the highest one allowed here, {policy.max_priority}"
         )
     return policy.max_priority
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints
 
 from llamacpp_mqtt_deploy.core.fields import Lane
 from llamacpp_mqtt_deploy.schema.event_models import (
@@ -17,6 +19,29 @@ from llamacpp_mqtt_deploy.schema.event_models import (
 )
 
 WorkerState = Literal["online", "draining", "offline"]
+
+
+Day = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+class UsageRow(Emitted):
+    """What a first topic level has spent in a day."""
+
+    day: Day
+    """In UTC."""
+    first_level: NonEmpty
+    """Who: the first level of his topics, `route:NAME` for all who send to a route that takes the session from the payload, `*` for
+    those whom the ledger has no row for (beyond 500 in a day)."""
+    requests: Count
+    """Accepted requests that have ended."""
+    tokens_in: Count
+    """Of their prompts, histories included."""
+    tokens_out: Count
+    """Of their answers."""
+    engine_s: Number
+    """Seconds for which they held a slot of the engine."""
+    tokens_per_day: Count | None = None
+    """What this level may use in a day, where that is limited."""
 
 
 class AdminAck(Emitted):
@@ -48,6 +73,12 @@ class AdminAck(Emitted):
     """`reload`: settings that are in force now."""
     needs_restart: list[str] | None = None
     """`reload`: settings that were changed and wait for a restart."""
+    today: Day | None = None
+    """`usage`: the day that it is for the worker, in UTC."""
+    usage: list[UsageRow] | None = None
+    """`usage`: the newest day first, and within it who took most tokens first."""
+    next_offset: Count | None = None
+    """`usage`: where to go on; absent when these are the last rows."""
 
 
 class RouteStatus(Emitted):
@@ -96,6 +127,8 @@ class LimitsStatus(Emitted):
     session_queue: Count | None = None
     """Prompts of one session that may wait."""
     max_requests_per_minute: Count | None = None
+    """Of one first topic level; 0 is no limit."""
+    tokens_per_day: Count | None = None
     """Of one first topic level; 0 is no limit."""
     remember_s: Number | None = None
     """How long an ended request is remembered."""

@@ -14,12 +14,13 @@ from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.requests import AdminCommand, parse_admin
-from llamacpp_mqtt_deploy.ports import Delivery, Engine
+from llamacpp_mqtt_deploy.ports import Delivery, Engine, StoreError
+from llamacpp_mqtt_deploy.service.ledger_report import LedgerReport
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.control import Controls
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
-from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits
+from llamacpp_mqtt_deploy.worker.policies import InForce, level_limits, queue_limits
 
 log = structlog.get_logger(__name__)
 
@@ -81,6 +82,7 @@ class Operations:
             limits=queue_limits(found.settings),
             aging_s=limits.aging_s,
             max_requests_per_minute=limits.max_requests_per_minute,
+            levels=level_limits(found.settings),
         )
         if "logging.level" in found.changed:
             logs.set_level(found.settings.logging.level)
@@ -92,7 +94,8 @@ class Operations:
 class AdminReplies:
     """Answers admin messages, in the intake's thread."""
 
-    def __init__(self, *, answers: Answers, topics: TopicMap, operations: Operations) -> None:
+    def __init__(self, *, answers: Answers, topics: TopicMap, operations: Operations, ledger: LedgerReport) -> None:
+        self._ledger = ledger
         self._answers = answers
         self._topics = topics
         self._operations = operations
@@ -108,6 +111,9 @@ class AdminReplies:
             ack |= self._do(admin)
         except RequestError as error:
             ack |= {"status": "error", "code": error.code, "message": error.message, **error.details}
+        except StoreError as problem:
+            log.error("journal.failed", step="admin", problem=str(problem))
+            ack |= {"status": "error", "code": "internal", "message": "the worker's state cannot be read"}
         log.warning("admin.answered", action=ack["action"], status=ack["status"])
         self._answers.publish(self._topics.admin_reply_topic, encode(ack), correlation=correlation)
 
@@ -136,3 +142,5 @@ class AdminReplies:
                 assert admin.level is not None
                 self._operations.log_level(admin.level)
                 return {"level": admin.level}
+            case "usage":
+                return self._ledger.answer(admin)

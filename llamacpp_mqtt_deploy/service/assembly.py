@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
 from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.service.identity import client_id, mark
+from llamacpp_mqtt_deploy.service.ledger_report import LedgerReport
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.service.shortages import Shortages
@@ -34,7 +35,7 @@ from llamacpp_mqtt_deploy.worker.journal_clock import JournalClock
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
-from llamacpp_mqtt_deploy.worker.policies import InForce, queue_limits, topic_map
+from llamacpp_mqtt_deploy.worker.policies import InForce, level_limits, queue_limits, topic_map
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -75,6 +76,7 @@ class Parts:
             aging_s=limits.aging_s,
             max_requests_per_minute=limits.max_requests_per_minute,
             slots=settings.engine.slots or 1,
+            levels=level_limits(settings),
         )
         self.redelivery = Redelivery(outbox=link, store=store, max_event_bytes=self.max_event_bytes)
         marks = JournalMarks(store)
@@ -123,7 +125,13 @@ class Parts:
             presence=self.presence,
             engine=engine,
         )
-        admin = AdminReplies(answers=answers, topics=topics, operations=self.operations)
+        self.ledger = LedgerReport(
+            store=store,
+            limits=lambda: level_limits(in_force.settings),
+            max_event_bytes=self.max_event_bytes,
+            now=clock.now,
+        )
+        admin = AdminReplies(answers=answers, topics=topics, operations=self.operations, ledger=self.ledger)
         refusals = Refusals(
             answers=answers,
             store=store,

@@ -185,6 +185,7 @@ class Daemon:
         self._notifier.status("starting")
         self._started_at = time.monotonic()
         self._open_store()
+        parts.ledger.begin(parts.registry)
         try:
             parts.engine.open()
         except ValueError as problem:  # what will never work: a model file that is not there
@@ -361,6 +362,7 @@ class Daemon:
                 log.warning("engine.on_cpu", problem=problem)
             slots = self._settings.engine.slots or info.slots
             self.parts.registry.set_slots(slots)
+            self.parts.registry.set_context(info.n_ctx)
             self.parts.threads.ensure(slots)
             self.parts.in_force.change(engine_models=info.models)
         self._renew()

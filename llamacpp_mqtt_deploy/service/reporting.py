@@ -60,6 +60,7 @@ def status_fields(
             "queue_size": limits.queue_size,
             "session_queue": limits.session_queue,
             "max_requests_per_minute": limits.max_requests_per_minute,
+            "tokens_per_day": limits.tokens_per_day,
             "remember_s": limits.remember_s,
         },
         "heartbeat_s": settings.streaming.heartbeat_s,

@@ -28,6 +28,12 @@ ROW_BYTES = 512
 UNDELIVERED_S = 86400.0
 """Seconds for which a terminal event waits for a broker that never came back."""
 
+LEDGER_DAYS = 62
+"""Days of the ledger that are kept, counted by those on which there were requests."""
+
+LEDGER_LEVELS = 500
+"""First levels of a day with a row of their own: about 3 MB for all days. The others share one."""
+
 
 def first_level_of(session: str) -> str:
     """The level that a broker's access list binds to an identity."""

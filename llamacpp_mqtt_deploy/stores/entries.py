@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.bounds import first_level_of
+
+Found = Literal["unknown", "unfinished", "ended"]
 
 _SELECT = (
     "SELECT route, session, request_id, topic, payload, digest, correlation, accepted_at, expires_at, state, starts, "
@@ -93,13 +95,13 @@ def set_streaming(db: sqlite3.Connection, key: EntryKey) -> None:
 
 def end(
     db: sqlite3.Connection, key: EntryKey, terminal: bytes, *, now: float, place: int, chunks: bytes | None
-) -> bool:
-    """Store the terminal event and drop the payload; False when the request had ended before."""
+) -> Found:
+    """Store the terminal event and drop the payload of a request that was found unfinished."""
     row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(key)).fetchone()
     if row is None:
-        return True
+        return "unknown"
     if row[1] == "ended":
-        return False
+        return "ended"
     db.execute(
         "UPDATE entries SET state = 'ended', terminal = ?, bytes = ?, delivered = 0, ended_at = ?, ended_order = ? "
         "WHERE id = ?",
@@ -108,7 +110,7 @@ def end(
     if chunks is not None:
         db.execute("INSERT INTO chunks (id, record) VALUES (?, ?)", (row[0], chunks))
     db.execute("DELETE FROM payloads WHERE id = ?", (row[0],))
-    return True
+    return "unfinished"
 
 
 def set_delivered(db: sqlite3.Connection, keys: Sequence[EntryKey]) -> None:

@@ -76,12 +76,27 @@ _V3 = (
     f"CREATE TABLE chunks (id INTEGER PRIMARY KEY, record BLOB NOT NULL) {_STRICT}",
 )
 
+_ADDED = (
+    # Beside the versions: whoever goes back to an older worker keeps his state, and that worker passes over the table.
+    f"""
+    CREATE TABLE IF NOT EXISTS ledger (
+        day INTEGER NOT NULL,
+        first_level TEXT NOT NULL,
+        requests INTEGER NOT NULL,
+        tokens_in INTEGER NOT NULL,
+        tokens_out INTEGER NOT NULL,
+        engine_s REAL NOT NULL,
+        PRIMARY KEY (day, first_level)
+    ) {_STRICT}
+    """,
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)
 """Statements that bring a file from version N to N + 1, for N = 0, 1, ...; released steps never change."""
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the database to the newest version, one transaction for each step."""
+    """Bring the database to the newest version, one transaction for each step, and add what stands beside the versions."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     for target, statements in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.execute("BEGIN IMMEDIATE")
@@ -95,3 +110,5 @@ def migrate(connection: sqlite3.Connection) -> None:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+    for statement in _ADDED:
+        connection.execute(statement)

@@ -17,9 +17,10 @@ from pathlib import Path
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Message
+from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import entries as rows
-from llamacpp_mqtt_deploy.stores import histories, purging
+from llamacpp_mqtt_deploy.stores import histories, ledger, purging
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
 from llamacpp_mqtt_deploy.stores.histories import SessionKey
@@ -126,8 +127,9 @@ class SqliteStore:
         now: float,
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
+        spent: Spent | None = None,
     ) -> None:
-        self.finish_soon(key, terminal, now=now, history=history, chunks=chunks).wait(WRITE_TIMEOUT_S)
+        self.finish_soon(key, terminal, now=now, history=history, chunks=chunks, spent=spent).wait(WRITE_TIMEOUT_S)
 
     def finish_soon(
         self,
@@ -137,15 +139,18 @@ class SqliteStore:
         now: float,
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
+        spent: Spent | None = None,
     ) -> Pending:
         opened = self._opened()
         # Encoded first: what JSON cannot hold is the caller's mistake, not the disk's.
         appended = [] if history is None else histories.encoded(history)
 
         def step(db: sqlite3.Connection) -> None:
-            ended = rows.end(db, key, terminal, now=now, place=next(opened.places), chunks=chunks)
-            if ended and history is not None:
+            found = rows.end(db, key, terminal, now=now, place=next(opened.places), chunks=chunks)
+            if found != "ended" and history is not None:
                 histories.change(db, history, appended, now=now, max_bytes=self._max_history_bytes)
+            if found == "unfinished" and spent is not None:
+                ledger.add(db, spent, now)
 
         size = len(terminal) + len(chunks or b"") + sum(len(text) for _, text in appended)
         return opened.writer.submit(step, size=size, durable=True, urgent=True)
@@ -181,7 +186,15 @@ class SqliteStore:
         if end.history is not None:
             appended = histories.encoded(end.history)
             histories.change(db, end.history, appended, now=end.now, max_bytes=self._max_history_bytes)
+        if end.spent is not None:
+            ledger.add(db, end.spent, end.now)
         return True
+
+    def ledger(
+        self, *, since_day: int, first_level: str | None = None, skip: int = 0, most: int = 1000
+    ) -> list[LedgerRow]:
+        with self._read() as db:
+            return ledger.rows(db, since_day=since_day, first_level=first_level, skip=skip, most=most)
 
     def chunks(self, key: EntryKey) -> bytes | None:
         with self._read() as db:

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import structlog
 
+from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, ToldEnd
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -82,13 +83,14 @@ class ToldEnds:
 
 
 def _written(end: ToldEnd) -> bytes:
-    history = end.history
+    history, spent = end.history, end.spent
     line = {
         "key": [end.key.route, end.key.session, end.key.request_id],
         "now": end.now,
         "terminal": _text(end.terminal),
         "chunks": None if end.chunks is None else _text(end.chunks),
         "history": None if history is None else [history.session, history.append, history.forget_before],
+        "spent": None if spent is None else [spent.first_level, spent.tokens_in, spent.tokens_out, spent.engine_s],
     }
     return orjson.dumps(line) + b"\n"
 
@@ -116,6 +118,17 @@ def _read(line: dict[str, Any]) -> ToldEnd:
         now=float(line["now"]),
         history=history,
         chunks=None if line["chunks"] is None else base64.b64decode(line["chunks"]),
+        spent=_spent(line.get("spent")),
+    )
+
+
+def _spent(told: Any) -> Spent | None:
+    """Older workers told nothing of it."""
+    if told is None:
+        return None
+    first_level, tokens_in, tokens_out, engine_s = told
+    return Spent(
+        first_level=str(first_level), tokens_in=int(tokens_in), tokens_out=int(tokens_out), engine_s=float(engine_s)
     )
 
 

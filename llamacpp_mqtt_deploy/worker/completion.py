@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.core.deltas import FinishReason
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import interrupted
 from llamacpp_mqtt_deploy.core.history import exchange_of
+from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
 from llamacpp_mqtt_deploy.worker.accumulator import Told, done_fields, usage_fields
 from llamacpp_mqtt_deploy.worker.counters import Counters
@@ -207,7 +208,9 @@ class Completion:
             self._record(job, outcome, error)
 
         try:
-            stored = self._write(job, terminal, history, self._chunks(job, terminal), tell)
+            spent = _spent(job)
+            self._registry.spend(spent, self._now())
+            stored = self._write(job, terminal, history, self._chunks(job, terminal), spent, tell)
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
             stored = True
@@ -224,24 +227,25 @@ class Completion:
         terminal: bytes,
         history: HistoryChange | None,
         chunks: bytes | None,
+        spent: Spent,
         tell: Callable[[], None],
     ) -> bool:
         """Store the end; False when the store does not take it now: then `tell` is called as soon as it does, or after a while."""
         began = time.monotonic()
         try:
-            self._store.finish(job.key, terminal, now=self._now(), history=history, chunks=chunks)
+            self._store.finish(job.key, terminal, now=self._now(), history=history, chunks=chunks, spent=spent)
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
         except StoreError as problem:
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
-            self._tell_later(job, terminal, history, chunks, tell, since=began)
+            self._tell_later(job, terminal, history, chunks, spent, tell, since=began)
             return False
         except Exception:
             # A defect, perhaps of these messages: without them the end may still be written.
             log.exception("ending.failed", step="finish", request_id=job.key.request_id)
             if history is not None:
-                return self._write(job, terminal, None, chunks, tell)
-            self._tell_later(job, terminal, None, chunks, tell, since=began)
+                return self._write(job, terminal, None, chunks, spent, tell)
+            self._tell_later(job, terminal, None, chunks, spent, tell, since=began)
             return False
         return True
 
@@ -251,13 +255,21 @@ class Completion:
         terminal: bytes,
         history: HistoryChange | None,
         chunks: bytes | None,
+        spent: Spent,
         tell: Callable[[], None],
         *,
         since: float,
     ) -> None:
         self._registry.hold_end(job)
         self._redelivery.store_later(
-            job.key, terminal, now=self._now(), history=history, chunks=chunks, then=tell, since=since
+            job.key,
+            terminal,
+            now=self._now(),
+            history=history,
+            chunks=chunks,
+            then=tell,
+            since=since,
+            spent=spent,
         )
         if job.forgotten and history is not None:
             self._redelivery.forget(history.session)
@@ -342,6 +354,19 @@ def _error_details(job: Job, error: RequestError, told: Told) -> dict[str, Any]:
     if job.request.metadata is not None:
         details["metadata"] = job.request.metadata
     return details
+
+
+def _spent(job: Job) -> Spent:
+    """What the request has cost. An engine that tells no usage leaves the pieces to count."""
+    usage, engine_s = job.answer.usage(), 0.0
+    if job.started_at is not None:
+        engine_s = max(0.0, (job.released_at or time.monotonic()) - job.started_at)
+    return Spent(
+        first_level=job.address.first_level,
+        tokens_in=usage.prompt_tokens,
+        tokens_out=usage.completion_tokens or job.answer.pieces,
+        engine_s=round(engine_s, 3),
+    )
 
 
 def _timings(job: Job) -> dict[str, Any]:

@@ -168,7 +168,8 @@ class Intake:
     def _receive(self, message: Received, address: Address) -> None:
         """One request up to its place in the queue; refusals are answered here."""
         payload = message.delivery.payload
-        policy = self._policies().routes[address.route].parse
+        policies = self._policies()
+        policy = policies.routes[address.route].parse
         raw: RawRequest | None = None
         try:
             raw = read_request(payload, policy=policy)
@@ -180,7 +181,8 @@ class Intake:
                 request_id = raw.request_id or uuid.uuid4().hex
                 self._refusals.reject(message, address, request_id, "reply_topic_forbidden")
                 return
-            self._admission.enter(message, address, raw, check_request(raw, policy=policy))
+            allowed = policies.parse_for(address.route, address.first_level)
+            self._admission.enter(message, address, raw, check_request(raw, policy=allowed))
         except (RequestError, MemoryError) as problem:
             error = problem if isinstance(problem, RequestError) else self._starved(message)
             ids = raw.ids() if raw is not None else asdict(guess_ids(payload, policy.names))

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import Generate
+from llamacpp_mqtt_deploy.core.spending import Estimate
 from llamacpp_mqtt_deploy.io_loop import IoLoop, Timer
 from llamacpp_mqtt_deploy.ports import Entry, Outbox
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.responder import Responder
+
+# Of a request's JSON, for a guess at its prompt.
+_BYTES_PER_TOKEN = 4
 
 
 class JobMaker:
@@ -60,6 +64,10 @@ class JobMaker:
             session=None if request.mode == "messages" else (address.route, address.session),
             received_at=received_at,
             deadline=deadline,
+            estimate=Estimate(
+                tokens_in=len(entry.payload) // _BYTES_PER_TOKEN,
+                tokens_out=policies.longest_answer(address.route, request),
+            ),
         )
         responder.on_overflow = lambda: job.stop.set("outbox_full")
         return job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +15,7 @@ from llamacpp_mqtt_deploy.core.early_cancels import EarlyCancels
 from llamacpp_mqtt_deploy.core.errors import ShuttingDown
 from llamacpp_mqtt_deploy.core.rates import RateLimiter
 from llamacpp_mqtt_deploy.core.requests import Generate
+from llamacpp_mqtt_deploy.core.spending import Estimate, LedgerRow, LevelLimits, Quotas, Spent
 from llamacpp_mqtt_deploy.core.turns import LANES, Ticket
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Pending
 from llamacpp_mqtt_deploy.stopping import StopSignal
@@ -47,7 +48,11 @@ class Job:
     wait_reason: str = "waiting"
     position: int = 0
     starts: int = 0
+    estimate: Estimate = field(default_factory=Estimate)
+    """What it may come to cost."""
     started_at: float | None = None
+    """When it got a slot, and when it gave it back."""
+    released_at: float | None = None
     prompt_done: bool = False
     opened: bool = False
     """The engine has taken it up; before that it only waits for the engine."""
@@ -85,12 +90,22 @@ class JobRegistry:
     Owner of the lock: it is held for arithmetic only. Publishing, storing and calling back is left to the callers.
     """
 
-    def __init__(self, *, limits: QueueLimits, aging_s: float, max_requests_per_minute: int, slots: int) -> None:
+    def __init__(
+        self,
+        *,
+        limits: QueueLimits,
+        aging_s: float,
+        max_requests_per_minute: int,
+        slots: int,
+        levels: LevelLimits | None = None,
+    ) -> None:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._takers = WaitingThreads(self._lock)
         self._queue = AdmissionQueue(limits=limits, aging_s=aging_s)
         self._rates = RateLimiter(max_requests_per_minute)
+        self._quotas = Quotas(levels)
+        self._rates.own = self._quotas.limits.own_requests_per_minute
         self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
         self._early = EarlyCancels()
         self._changing: Counter[tuple[str, str]] = Counter()
@@ -108,8 +123,17 @@ class JobRegistry:
 
     # --- limits that a reload can change ----------------------------------------------------------------------------
 
-    def set_limits(self, *, limits: QueueLimits, aging_s: float, max_requests_per_minute: int) -> None:
+    def set_limits(
+        self,
+        *,
+        limits: QueueLimits,
+        aging_s: float,
+        max_requests_per_minute: int,
+        levels: LevelLimits | None = None,
+    ) -> None:
         with self._lock:
+            self._quotas.limits = levels or LevelLimits()
+            self._rates.own = self._quotas.limits.own_requests_per_minute
             self._queue.limits = limits
             self._queue.turns.aging_s = aging_s
             self._rates.per_minute = max_requests_per_minute
@@ -119,6 +143,23 @@ class JobRegistry:
         with self._lock:
             self._slots = max(1, slots)
             self._call_takers(self._slots)
+
+    def set_context(self, tokens: int | None) -> None:
+        """The engine's context: no request can cost more."""
+        with self._lock:
+            self._quotas.context_tokens = tokens
+
+    # --- quotas --------------------------------------------------------------------------------------------------------
+
+    def begin_ledger(self, rows: Iterable[LedgerRow]) -> None:
+        """Count from what an earlier life of the worker has counted."""
+        with self._lock:
+            self._quotas.begin(rows)
+
+    def spend(self, spent: Spent, now: float) -> None:
+        """A request has cost this; `now` is seconds since the epoch."""
+        with self._lock:
+            self._quotas.spend(spent, now)
 
     # --- entering ------------------------------------------------------------------------------------------------------
 
@@ -132,6 +173,7 @@ class JobRegistry:
                 if self._draining or self._closed:
                     raise ShuttingDown("the worker takes no new requests at the moment; try again later")
                 self._rates.check(job.address.first_level, job.received_at)
+                self._quotas.check(job.address.first_level, job.entry.accepted_at, retry_after_s=self._retry_after_s())
             job.wait_reason = self.wait_reason
             job.ticket = _ticket(job)
             paced = [other.ticket for other in self._jobs.values() if other.phase == "pacing" and other.ticket]
@@ -139,6 +181,7 @@ class JobRegistry:
             if not recovered:
                 # Counted once it has its place: whoever is told to come back later has spent nothing.
                 self._rates.take(job.address.first_level, job.received_at)
+            self._quotas.set_aside(job.key, job.address.first_level, job.estimate, job.entry.accepted_at)
             self._jobs[job.key] = job
             return [self._jobs[ticket.key] for ticket in leaving]  # type: ignore[index]  # our own keys
 
@@ -205,6 +248,7 @@ class JobRegistry:
             self._held.discard(job)
             if job.phase == "running":
                 job.phase = "pacing" if pacing else "ending"
+            job.released_at = time.monotonic()
             if job.started_at is not None:
                 self._mean_run_s += 0.2 * (time.monotonic() - job.started_at - self._mean_run_s)
             self._call_takers(1)
@@ -236,6 +280,7 @@ class JobRegistry:
             self._queue.remove(job.key)
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
+                self._quotas.release(job.key)
             if job.session is not None and not self._session_runs(job.session):
                 self._queue.leave_session(job.session)
             self._call_takers(1)

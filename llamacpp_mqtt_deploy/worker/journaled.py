@@ -12,6 +12,7 @@ from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import Interrupted, RequestError
 from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy, check_request, read_request
+from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.pool_ports import LeaseLost
 from llamacpp_mqtt_deploy.ports import Entry, Store, StoreError
 from llamacpp_mqtt_deploy.worker.jobmaker import JobMaker
@@ -68,7 +69,7 @@ class JournaledRequests:
         raw = read_request(entry.payload, policy=route.parse)
         if raw is None:
             raise Interrupted("the worker lost this request")
-        return address, check_request(raw, policy=route.parse)
+        return address, check_request(raw, policy=policies.parse_for(entry.key.route, address.first_level))
 
     def end(self, entry: Entry, error: RequestError) -> None:
         """End the entry with this error: journal, then tell."""
@@ -96,16 +97,23 @@ class JournaledRequests:
 
     def finish(self, entry: Entry, terminal: bytes) -> None:
         """Journal this end and publish it; nothing of both when another worker has the entry meanwhile."""
-        now = self._now()
+        now, spent = self._now(), Spent(first_level=self._first_level(entry))
         try:
-            self._store.finish(entry.key, terminal, now=now)
+            self._store.finish(entry.key, terminal, now=now, spent=spent)
         except LeaseLost:
             log.info("request.taken_over", session=entry.key.session, request_id=entry.key.request_id)
             return
         except StoreError as problem:
             log.error("journal.failed", step="finish", problem=str(problem), request_id=entry.key.request_id)
-            self._redelivery.store_later(entry.key, terminal, now=now, history=None, since=time.monotonic())
+            self._redelivery.store_later(
+                entry.key, terminal, now=now, history=None, since=time.monotonic(), spent=spent
+            )
         self.publish(entry, terminal)
+
+    def _first_level(self, entry: Entry) -> str:
+        """Whose request it was; what it cost died with the worker that ran it."""
+        address = self._topics.address(entry.topic)
+        return entry.key.session.partition("/")[0] if address is None else address.first_level
 
     def publish(self, entry: Entry, terminal: bytes, *, again: bool = False) -> None:
         self._redelivery.send(entry.key, entry.reply_topic, terminal, entry.correlation, again=again)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from llamacpp_mqtt_deploy.config.configured_routes import configured_routes
-from llamacpp_mqtt_deploy.config.settings import RouteSettings, Settings, StreamingMode
+from llamacpp_mqtt_deploy.config.settings import Lane, RouteSettings, Settings, StreamingMode
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
 from llamacpp_mqtt_deploy.core.names import REPLY_FIELDS
-from llamacpp_mqtt_deploy.core.requests import RequestPolicy
+from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE, ReplyTemplate
+from llamacpp_mqtt_deploy.core.spending import LevelLimits
 
 _PLAIN_ROUTE = RouteSettings()
 
@@ -24,6 +25,8 @@ class RoutePolicy:
 
     name: str
     parse: RequestPolicy
+    by_lane: Mapping[Lane, RequestPolicy]
+    """The same for first levels that have a highest lane of their own."""
     mode: StreamingMode
     system_prompt: str | None
     sampling: Mapping[str, Any]
@@ -48,6 +51,18 @@ class Policies:
             settings,
             {name: _route(settings, name, settings.routes.get(name, _PLAIN_ROUTE), engine_models) for name in names},
         )
+
+    def parse_for(self, route: str, first_level: str) -> RequestPolicy:
+        """What the requests of this first level may ask for on this route: a lane of its own stands above the route's."""
+        policy = self.routes[route]
+        level = self.settings.levels.get(first_level)
+        return policy.parse if level is None or level.max_priority is None else policy.by_lane[level.max_priority]
+
+    def longest_answer(self, route: str, request: Generate) -> int:
+        """Most tokens that this request can be answered."""
+        most = self.settings.limits.max_tokens
+        wanted = request.sampling.get("max_tokens", self.routes[route].sampling.get("max_tokens"))
+        return most if wanted is None else min(most, wanted)
 
 
 class InForce:
@@ -79,6 +94,22 @@ def queue_limits(settings: Settings) -> QueueLimits:
     )
 
 
+def level_limits(settings: Settings) -> LevelLimits:
+    """What first topic levels may use."""
+    own = settings.levels
+    return LevelLimits(
+        tokens_per_day=settings.limits.tokens_per_day,
+        own_tokens_per_day={
+            name: level.tokens_per_day for name, level in own.items() if level.tokens_per_day is not None
+        },
+        own_requests_per_minute={
+            name: level.max_requests_per_minute
+            for name, level in own.items()
+            if level.max_requests_per_minute is not None
+        },
+    )
+
+
 def topic_map(settings: Settings) -> TopicMap:
     """The topics of this configuration; raises ValueError with a sentence for each fault."""
     return TopicMap(
@@ -96,26 +127,28 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
                 sampling[field] = list(value) if isinstance(value, tuple) else value
     models = tuple(dict.fromkeys(m for m in (engine.model, *engine.models, route.model, *engine_models) if m))
     timeout_s = route.timeout_s or generation.timeout_s
+    parse = RequestPolicy(
+        max_request_bytes=limits.max_request_bytes,
+        max_tokens=limits.max_tokens,
+        max_timeout_s=limits.max_timeout_s,
+        default_timeout_s=min(timeout_s, limits.max_timeout_s),
+        fields=dict(route.fields),
+        reply_fields=_reply_fields(route),
+        default_session=route.default_session,
+        allow_system_prompt=route.allow_system_prompt,
+        allow_messages=route.allow_messages,
+        allow_tools=route.allow_tools,
+        trust_payload_session=route.trust_payload_session,
+        models=models or None,
+        aliases=dict(engine.aliases),
+        tool_names=tuple(tool["function"]["name"] for tool in route.tools),
+        default_priority=route.default_priority,
+        max_priority=route.max_priority,
+    )
     return RoutePolicy(
         name=name,
-        parse=RequestPolicy(
-            max_request_bytes=limits.max_request_bytes,
-            max_tokens=limits.max_tokens,
-            max_timeout_s=limits.max_timeout_s,
-            default_timeout_s=min(timeout_s, limits.max_timeout_s),
-            fields=dict(route.fields),
-            reply_fields=_reply_fields(route),
-            default_session=route.default_session,
-            allow_system_prompt=route.allow_system_prompt,
-            allow_messages=route.allow_messages,
-            allow_tools=route.allow_tools,
-            trust_payload_session=route.trust_payload_session,
-            models=models or None,
-            aliases=dict(engine.aliases),
-            tool_names=tuple(tool["function"]["name"] for tool in route.tools),
-            default_priority=route.default_priority,
-            max_priority=route.max_priority,
-        ),
+        parse=parse,
+        by_lane={lane: replace(parse, max_priority=lane) for lane in get_args(Lane)},
         mode=route.mode or settings.streaming.mode,
         system_prompt=route.system_prompt if route.system_prompt is not None else generation.system_prompt,
         sampling=sampling,

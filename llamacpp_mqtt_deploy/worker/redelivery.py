@@ -11,6 +11,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.core.chunk_record import unpacked, written
 from llamacpp_mqtt_deploy.core.fitting import fitted, refitted
+from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Share, Store, StoreError
 from llamacpp_mqtt_deploy.worker.unstored_ends import UnstoredEnds
 
@@ -77,10 +78,11 @@ class Redelivery:
         chunks: bytes | None = None,
         then: Callable[[], object] | None = None,
         since: float,
+        spent: Spent | None = None,
     ) -> None:
         """An end that the store could not take (a locked database, a full disk): tried again, or a restart would end the
         request once more. `then` runs once: when it is stored, or `TELL_AFTER_S` after `since` (monotonic seconds)."""
-        self._unstored.add(key, terminal, now=now, history=history, chunks=chunks, then=then, since=since)
+        self._unstored.add(key, terminal, now=now, history=history, chunks=chunks, then=then, since=since, spent=spent)
 
     def unstored(self, key: EntryKey) -> bytes | None:
         """The terminal event of a request whose end the store could not take yet."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from llamacpp_mqtt_deploy.core.events import encode
+from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Store, StoreError, ToldEnd
 
 log = structlog.get_logger(__name__)
@@ -40,6 +41,7 @@ class UnstoredEnd:
     chunks: bytes | None
     then: Callable[[], object] | None
     since: float
+    spent: Spent | None = None
 
     def size(self) -> int:
         history = 0 if self.history is None else len(encode({"": self.history.append}))
@@ -70,9 +72,10 @@ class UnstoredEnds:
         chunks: bytes | None,
         then: Callable[[], object] | None,
         since: float,
+        spent: Spent | None = None,
     ) -> None:
         """Keep one more, of a request that ended at `since` (monotonic seconds); the oldest ones beyond the bounds are told, and lost to the journal."""
-        end = UnstoredEnd(terminal, now, history, chunks, then, since)
+        end = UnstoredEnd(terminal, now, history, chunks, then, since, spent)
         size = end.size()
         lost: list[tuple[EntryKey, UnstoredEnd]] = []
         with self._lock:
@@ -137,7 +140,7 @@ class UnstoredEnds:
         """Whether it need not be tried again."""
         history = end.history
         try:
-            self._store.finish(key, end.terminal, now=end.now, history=history, chunks=end.chunks)
+            self._store.finish(key, end.terminal, now=end.now, history=history, chunks=end.chunks, spent=end.spent)
             if history is not None and end.history is None:
                 self._store.reset(history.session)  # a reset came while we wrote
         except StoreError:
@@ -174,7 +177,14 @@ class UnstoredEnds:
     def _set_aside(self, ends: Sequence[tuple[EntryKey, UnstoredEnd]]) -> bool:
         kept = self._store.set_aside(
             [
-                ToldEnd(key=key, terminal=end.terminal, now=end.now, history=end.history, chunks=end.chunks)
+                ToldEnd(
+                    key=key,
+                    terminal=end.terminal,
+                    now=end.now,
+                    history=end.history,
+                    chunks=end.chunks,
+                    spent=end.spent,
+                )
                 for key, end in ends
             ]
         )

@@ -63,7 +63,7 @@ class PlayedWorker:
         self.play = play
         self.name = name
         self.orders: list[dict[str, Any]] = []
-        self.admin_ack: dict[str, Any] | None = {}
+        self.admin_ack: dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]] | None = {}
         self.requests: list[tuple[str, bytes]] = []
         self.controls: list[tuple[str, dict[str, Any]]] = []
         self.history: dict[str, list[dict[str, str]]] = {}
@@ -159,6 +159,7 @@ class PlayedWorker:
     def _obey(self, order: dict[str, Any]) -> None:
         self.orders.append(order)
         if self.admin_ack is not None:
-            ack = {"type": "ack", "worker": self.name, "action": order["action"], "status": "ok", **self.admin_ack}
+            told = self.admin_ack(order) if callable(self.admin_ack) else self.admin_ack
+            ack = {"type": "ack", "worker": self.name, "action": order["action"], "status": "ok", **told}
             for transaction in ("somebody-else", order["transaction"]):
                 self._publish(f"llm/admin-reply/{self.name}", json.dumps(ack | {"transaction": transaction}).encode())

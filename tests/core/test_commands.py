@@ -32,6 +32,14 @@ def test_an_admin_message_is_an_object_or_the_bare_action(action: str) -> None:
     assert parse_admin(action.encode()) == AdminCommand(action=action)  # type: ignore[arg-type]
 
 
+def test_usage_is_asked_for_by_level_and_days() -> None:
+    assert parse_admin(b"usage") == AdminCommand(action="usage", days=1, limit=100, offset=0)
+    asked = {"action": "usage", "days": 7, "first_level": "route:maze", "limit": 10, "offset": 20}
+    assert parse_admin(encoded(asked)) == AdminCommand(
+        action="usage", days=7, first_level="route:maze", limit=10, offset=20
+    )
+
+
 def test_a_log_level_needs_its_level() -> None:
     assert parse_admin(b"log_level debug") == AdminCommand(action="log_level", level="debug")
     assert parse_admin(b'{"action":"log_level","level":"info"}') == AdminCommand(action="log_level", level="info")

@@ -298,7 +298,7 @@ def test_a_priority_is_lowered_to_the_lane_of_the_route() -> None:
 def test_nobody_goes_before_others_unless_the_route_allows_it() -> None:
     hurried = ask(priority="interactive")
     assert hurried.priority == "normal"
-    assert hurried.warnings == ("priority was lowered from interactive to this route's highest, normal",)
+    assert hurried.warnings == ("priority was lowered from interactive to the highest one allowed here, normal",)
 
 
 def test_a_model_must_be_one_of_those_that_are_served() -> None:

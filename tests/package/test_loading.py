@@ -126,6 +126,28 @@ def test_all_problems_are_told_at_once_each_with_section_key_expectation_and_pla
     )
 
 
+def test_a_level_is_a_user_or_a_route(write: Path) -> None:
+    write.write_text(
+        '[levels.alice]\ntokens_per_day = 5\n[levels."route:maze"]\nmax_priority = "batch"\n'
+        '[levels."a/b"]\ntokens_per_day = 1\n[levels.bob]\nmax_priority = "first"\ntoken_per_day = 1\n'
+    )
+    name = 'the name of a first topic level is 1 to 64 letters, digits, _ . or -, or "route:NAME"'
+    assert sorted(problems(write)) == sorted(
+        [
+            f"[levels] a/b: {name} (file {write}:6)",
+            f'[levels.bob] max_priority: expected one of "interactive", "normal", "batch", found "first" (file {write}:8)',
+            f"[levels.bob] token_per_day: unknown key; did you mean tokens_per_day? (file {write}:9)",
+        ]
+    )
+
+
+def test_the_level_of_a_route_that_takes_no_session_from_the_payload_is_warned_about(write: Path) -> None:
+    write.write_text('[levels."route:maze"]\ntokens_per_day = 5\n')
+    assert any(
+        "no route 'maze' with trust_payload_session" in warning for warning in load(write, {}, environ={}).warnings
+    )
+
+
 def test_two_letters_that_changed_places_are_recognised(write: Path) -> None:
     write.write_text("[mqtt]\nprot = 1883\n")
     assert problems(write) == [f"[mqtt] prot: unknown key; did you mean port? (file {write}:2)"]

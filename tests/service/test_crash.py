@@ -79,6 +79,11 @@ def test_after_sigkill_each_of_16_requests_ends_once_and_answers_again_when_sent
     for name in payloads:
         assert watcher.first(since=again, request_id=name, final=True).payload == stored[name]
     assert not any(seen.event.get("type") in ("start", "chunk") for seen in watcher.seen()[again:])
+    ledger = watcher.count()
+    watcher.publish("llm/admin/w1", b"usage")
+    rows = watcher.first(since=ledger, action="usage").event["usage"]
+    assert sum(row["requests"] for row in rows) == len(payloads), "each counts once"
+    assert {row["first_level"] for row in rows if row["tokens_out"]} == {f"b{number}" for number in range(8)}
     assert third.stop() == 0
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import orjson
 import pytest
 
+from llamacpp_mqtt_deploy.core.spending import REST, LedgerRow, Spent, day_of
 from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
+from llamacpp_mqtt_deploy.stores.bounds import LEDGER_DAYS, LEDGER_LEVELS
 from tests.support.store_cases import MEMBERS, NOW, SESSION, change, entry, key, new_store, talk
 
 OTHER = ("default", "hall")
@@ -543,3 +545,84 @@ def test_many_threads_at_once_lose_and_double_nothing(member: str, tmp_path: Pat
         assert contents[::2] == contents[1::2]  # prompt and answer always side by side
         assert len(set(contents)) == 25 * len([c for c in range(8) if c % 3 == n])
     store.close()
+
+
+# --- ledger ------------------------------------------------------------------------------------------------------------
+
+TODAY = day_of(NOW)
+
+
+def spend(store: Store, name: str, first_level: str = "alice", *, at: float = NOW, tokens: int = 1) -> None:
+    """One request that ends with these costs."""
+    store.accept([entry(name)])
+    store.finish(key(name), b"{}", now=at, spent=Spent(first_level=first_level, tokens_in=tokens, engine_s=0.5))
+
+
+def test_what_requests_cost_is_added_up_by_first_level_and_day(store: Store) -> None:
+    store.accept([entry("a"), entry("b"), entry("c"), entry("d")])
+    for name, level, at in (
+        ("a", "alice", NOW),
+        ("b", "alice", NOW + 60),
+        ("c", "bob", NOW),
+        ("d", "alice", NOW + DAY_S),
+    ):
+        spent = Spent(first_level=level, tokens_in=10, tokens_out=3, engine_s=1.5)
+        store.finish(key(name), b"end", now=at, spent=spent)
+    cost = {"tokens_in": 10, "tokens_out": 3, "engine_s": 1.5}
+    twice = {"tokens_in": 20, "tokens_out": 6, "engine_s": 3.0}
+    alice = LedgerRow(day=TODAY, first_level="alice", requests=2, **twice)  # type: ignore[arg-type]
+    bob = LedgerRow(day=TODAY, first_level="bob", requests=1, **cost)  # type: ignore[arg-type]
+    next_day = LedgerRow(day=TODAY + 1, first_level="alice", requests=1, **cost)  # type: ignore[arg-type]
+    assert store.ledger(since_day=0) == [next_day, alice, bob]
+    assert store.ledger(since_day=TODAY + 1) == [next_day]
+    assert store.ledger(since_day=0, first_level="bob") == [bob]
+    assert store.ledger(since_day=0, skip=1, most=1) == [alice]
+
+
+def test_a_request_that_is_ended_twice_has_cost_something_once(store: Store) -> None:
+    spend(store, "r", tokens=5)
+    store.finish(key("r"), b"again", now=NOW, spent=Spent(first_level="alice", tokens_in=7))
+    assert [row.tokens for row in store.ledger(since_day=0)] == [5]
+
+
+def test_an_end_that_the_journal_does_not_know_costs_nothing(store: Store) -> None:
+    store.finish(key("unknown"), b"end", now=NOW, spent=Spent(first_level="alice", tokens_in=7))
+    assert store.ledger(since_day=0) == []
+
+
+def test_an_end_whose_history_cannot_be_stored_has_cost_nothing_yet(store: Store) -> None:
+    store.accept([entry()])
+    broken = change("q", messages=[{"role": "assistant", "content": object()}])
+    with pytest.raises((StoreError, TypeError)):
+        store.finish(key(), b"", now=NOW, history=broken, spent=Spent(first_level="alice", tokens_in=7))
+    assert store.ledger(since_day=0) == []
+
+
+def test_the_ledger_outlives_what_a_purge_forgets(store: Store) -> None:
+    spend(store, "r")
+    store.mark_delivered([key("r")])
+    assert purge(store, now=NOW + 10 * DAY_S, ttl_s=1.0)["entries"] == 1
+    assert [row.first_level for row in store.ledger(since_day=0)] == ["alice"]
+
+
+def test_the_ledger_keeps_the_newest_days(tmp_path: Path) -> None:
+    store = new_store("sqlite", tmp_path)
+    store.open()
+    for day in range(LEDGER_DAYS + 3):
+        spend(store, f"r{day}", at=NOW + day * DAY_S)
+    kept = [row.day for row in store.ledger(since_day=0)]
+    store.close()
+    assert kept == [TODAY + day for day in reversed(range(3, LEDGER_DAYS + 3))]
+
+
+def test_first_levels_that_find_no_row_of_their_own_share_one(tmp_path: Path) -> None:
+    store = new_store("memory", tmp_path)
+    store.open()
+    for number in range(LEDGER_LEVELS + 4):
+        spend(store, f"r{number}", f"user{number}")
+    spend(store, "known", "user0", tokens=9)
+    rows = store.ledger(since_day=0)
+    store.close()
+    assert len(rows) == LEDGER_LEVELS + 1
+    assert (rows[0].first_level, rows[0].tokens) == ("user0", 10)
+    assert [(row.requests, row.tokens) for row in rows if row.first_level == REST] == [(4, 4)]

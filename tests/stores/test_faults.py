@@ -19,6 +19,7 @@ import orjson
 import pytest
 
 import llamacpp_mqtt_deploy
+from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.ports import StoreError, StoreFull, StoreInUse
 from llamacpp_mqtt_deploy.stores import schema, statefile
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
@@ -573,6 +574,26 @@ def test_a_file_of_the_first_version_is_migrated(path: Path, monkeypatch: pytest
     assert len(store.history(SESSION)) == 1
     assert store.purge(now=NOW, remember_s=600, ttl_s=1e9, max_sessions=10, max_bytes=1).entries == 1
     store.close()
+
+
+def test_the_ledger_comes_and_goes_with_newer_and_older_workers_on_the_same_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def life(name: str) -> list[LedgerRow]:
+        store = SqliteStore(path)
+        store.open()
+        store.accept([entry(name)])
+        spent = None if older else Spent(first_level="alice", tokens_in=1)
+        store.finish(key(name), b"end", now=NOW, spent=spent)
+        rows = [] if older else store.ledger(since_day=0)
+        store.close()
+        return rows
+
+    for older, name, requests in ((True, "a", 0), (False, "b", 1), (True, "c", 0), (False, "d", 2)):
+        with monkeypatch.context() as patch:
+            if older:
+                patch.setattr(schema, "_ADDED", ())
+            assert [row.requests for row in life(name)] == ([requests] if requests else [])
 
 
 def test_a_migration_that_fails_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from tests.support.store_cases import NOW, entry
@@ -69,8 +70,9 @@ class Stores(RuleBasedStateMachine):
             append=({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}),
             forget_before=new,
         )
+        spent = Spent(first_level=chosen.session, tokens_in=len(prompt), tokens_out=len(answer), engine_s=0.5)
         for store in (self.real, self.model):
-            store.finish(chosen, answer.encode(), now=self.now, history=history if remembered else None)
+            store.finish(chosen, answer.encode(), now=self.now, history=history if remembered else None, spent=spent)
 
     @rule(chosen=st.lists(keys, max_size=5))
     def deliver(self, chosen: list[EntryKey]) -> None:
@@ -104,6 +106,7 @@ class Stores(RuleBasedStateMachine):
     def both_know_the_same(self) -> None:
         assert self.real.unfinished() == self.model.unfinished()
         assert self.real.undelivered() == self.model.undelivered()
+        assert self.real.ledger(since_day=0) == self.model.ledger(since_day=0)
         for route, session in SESSIONS:
             assert self.real.history((route, session)) == self.model.history((route, session))
             for request_id in ("r1", "r2", "r3"):

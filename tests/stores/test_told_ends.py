@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import HistoryChange, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import told_ends
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
@@ -181,3 +182,15 @@ def test_the_file_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kept.count(False) > 10
     assert (tmp_path / "ends").stat().st_size <= 10_000
     assert len(ends.read()) == kept.count(True)
+
+
+def test_what_a_told_request_has_cost_is_counted_once_wherever_its_end_was_kept(path: Path) -> None:
+    spent = Spent(first_level="alice", tokens_in=3, tokens_out=4, engine_s=0.5)
+    _told_under_a_lock(path, _end("r1", spent=spent), _end("r2", spent=spent), _end("r3"))
+    with _opened(path) as store:
+        (row,) = store.ledger(since_day=0)
+        assert (row.first_level, row.requests, row.tokens_in, row.tokens_out, row.engine_s) == ("alice", 2, 6, 8, 1.0)
+        store.finish(key("r1"), TERMINAL, now=NOW + 6, spent=spent)
+        assert store.ledger(since_day=0) == [row]
+    with _opened(path) as store:
+        assert store.ledger(since_day=0) == [row]

@@ -10,6 +10,7 @@ from operator import attrgetter
 import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Message
+from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent, day_of
 from llamacpp_mqtt_deploy.core.wallclock import mended
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores.bounds import (
@@ -49,6 +50,7 @@ class ModelStore:
         self._order = 0
         self._records: dict[EntryKey, _Record] = {}
         self._sessions: dict[SessionKey, _Session] = {}
+        self._ledger: dict[tuple[int, str], LedgerRow] = {}
 
     def open(self) -> None:
         with self._lock:
@@ -112,6 +114,7 @@ class ModelStore:
         now: float,
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
+        spent: Spent | None = None,
     ) -> None:
         # Encoded first: what JSON cannot hold must not leave half of the change behind.
         appended = [] if history is None else [(_role(m), orjson.dumps(m)) for m in history.append]
@@ -126,6 +129,8 @@ class ModelStore:
                 )
                 record.ended_order = self._next()
                 record.chunks = chunks
+                if spent is not None:
+                    self._spend(spent, now)
             if history is not None:
                 self._change(history, appended, now)
 
@@ -134,6 +139,14 @@ class ModelStore:
             self._check_open()
             record = self._records.get(key)
             return None if record is None else record.chunks
+
+    def ledger(
+        self, *, since_day: int, first_level: str | None = None, skip: int = 0, most: int = 1000
+    ) -> list[LedgerRow]:
+        with self._lock:
+            self._check_open()
+            rows = [r for r in self._ledger.values() if r.day >= since_day and first_level in (None, r.first_level)]
+        return sorted(rows, key=lambda r: (-r.day, -r.tokens, r.first_level))[skip : skip + most]
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None:
         with self._lock:
@@ -212,6 +225,18 @@ class ModelStore:
         kept = [*kept, *appended]
         cut = messages_to_forget([(role, len(text)) for role, text in kept], self._max_history_bytes)
         session.messages = kept[cut:]
+
+    def _spend(self, spent: Spent, now: float) -> None:
+        place = (day_of(now), spent.first_level)
+        nothing = LedgerRow(day=place[0], first_level=place[1], requests=0, tokens_in=0, tokens_out=0, engine_s=0.0)
+        so_far = self._ledger.get(place, nothing)
+        self._ledger[place] = replace(
+            so_far,
+            requests=so_far.requests + 1,
+            tokens_in=so_far.tokens_in + spent.tokens_in,
+            tokens_out=so_far.tokens_out + spent.tokens_out,
+            engine_s=so_far.engine_s + spent.engine_s,
+        )
 
     def _mend_times(self, now: float) -> None:
         for record in self._records.values():
