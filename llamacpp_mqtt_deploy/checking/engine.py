@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +18,12 @@ from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.shared_libraries import lacking_library
 from llamacpp_mqtt_deploy.ports import EngineInfo
 from llamacpp_mqtt_deploy.service.idle_gpu import NVIDIA_SIGNS, idle_gpu
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
+LOAD_WITHIN_S = 60.0  # from a slow card
 GENERATE_WITHIN_S = 60.0  # one token, behind whatever the engine is doing
 # ProtectHome=yes of the service hides these (systemd.exec(5)).
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
@@ -160,7 +164,22 @@ def _binary(engine: EngineSettings) -> Finding:
             "there is no llama-server on PATH and no xllamacpp package",
             "install one of them, or set engine.managed.binary",
         )
-    return ok("engine.binary", "the xllamacpp package")
+    return _loaded_wheel()
+
+
+def _loaded_wheel() -> Finding:
+    """Whether the xllamacpp package can be loaded, in a process of its own: it is large, and a crash of it is not ours."""
+    command = [sys.executable, "-P", "-c", "import xllamacpp"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_WITHIN_S, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return warn("engine.binary", f"the xllamacpp package cannot be tried: {error}")
+    if ended.returncode == 0:
+        return ok("engine.binary", "the xllamacpp package")
+    said = " ".join(ended.stderr.split())[-300:]
+    lacks = lacking_library(ended.stderr)
+    how = lacks or said or f"exit code {ended.returncode}"
+    return fail("engine.binary", f"the xllamacpp package cannot be loaded: {how}", "" if lacks else "install it again")
 
 
 def _model_file(engine: EngineSettings) -> Iterator[Finding]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.shared_libraries import lacking_library
+
 log = structlog.get_logger(__name__)
 
 KV_TYPES: Mapping[str, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q5_1": 7, "q8_0": 8}  # enum ggml_type
@@ -91,11 +93,14 @@ class Library:
     def __init__(self) -> None:
         try:
             import llama_cpp  # noqa: PLC0415 - takes a second and may be absent
-        except ImportError as error:
-            raise NotInstalled(MISSING) from error
-        except (OSError, RuntimeError) as error:
-            # A build for another processor, or a missing CUDA library.
-            raise NotInstalled(f"llama-cpp-python is installed and its library does not load: {error}") from error
+        except (ImportError, OSError, RuntimeError) as error:
+            # A build for another processor, or a library that this machine lacks (libgomp, CUDA's).
+            lacks = lacking_library(str(error))
+            if isinstance(error, ImportError) and not lacks:
+                raise NotInstalled(MISSING) from error
+            raise NotInstalled(
+                f"llama-cpp-python is installed and its library does not load: {f'{lacks}.' if lacks else error}"
+            ) from error
         self.c: Any = llama_cpp.llama_cpp
         missing = [name for name in _NEEDED if not hasattr(self.c, name)]
         if missing:

@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
+from llamacpp_mqtt_deploy.core.shared_libraries import lacking_library
 from llamacpp_mqtt_deploy.engines.managed import lifeline, wheel_server
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
@@ -181,6 +182,9 @@ def _help(program: Program, stop: StopSignal) -> str:
                     raise CannotLaunch(f"{program.shown} --help does not end") from None
     text = output.decode("utf-8", "replace")
     if "--model" not in text:
+        lacks = lacking_library(text)
+        if lacks:
+            raise CannotLaunch(f"{program.shown} cannot be started: {lacks}")
         lines = " ".join(text.split())[-300:]
         raise CannotLaunch(f"{program.shown} --help ended with {asked.returncode} and says no flags: {lines}")
     return text

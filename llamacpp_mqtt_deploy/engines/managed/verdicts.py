@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
+from llamacpp_mqtt_deploy.core.shared_libraries import lacking_library
 from llamacpp_mqtt_deploy.engines.managed import lifeline
 from llamacpp_mqtt_deploy.ports import EngineState
 
@@ -114,6 +115,9 @@ class Verdicts:
             return Verdict("closed", "", 0.0)
         if end.wish == "restart":
             return Verdict("restarting", "The server is started anew, as was asked for.", 0.0)
+        lacks = lacking_library(end.last) if end.ready_s is None else None
+        if lacks:
+            return self.cannot(f"The server cannot be started: {lacks}. `restart_engine` tries at once.")
         if end.ready_s is None:
             self._crashes_before_ready += 1
             # An exit code is the server's own decision; one that was ready before may only lack memory for a moment.

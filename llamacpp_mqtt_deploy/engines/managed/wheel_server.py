@@ -1,12 +1,14 @@
 """A program with llama-server's flags that runs the server inside the `xllamacpp` wheel, for machines without llama-server."""
 
-# Imports nothing of ours: it is started by its path, in a child process that a crash of llama.cpp may take along.
+# Imports nothing of ours before something goes wrong: it is started by its path, in a child process that a crash of llama.cpp may
+# take along.
 
 from __future__ import annotations
 
 import argparse
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -158,6 +160,9 @@ def configure(module: Any, arguments: list[str]) -> Any:
             put(module, params, value)
         except (AttributeError, KeyError, OSError, TypeError, ValueError, OverflowError) as error:
             parser.error(f"{names[-1]} {value if value is not None else ''} does not work: {error!r}")
+    if not params.model_alias:
+        # As llama-server does; the wheel would tell every client the whole path.
+        params.model_alias = {os.path.basename(params.model.path)}  # noqa: PTH119 - nothing else here needs pathlib
     return params
 
 
@@ -169,21 +174,36 @@ def _tagged(index: int, kind: Callable[[str], Any]) -> Callable[[str], tuple[int
     return convert
 
 
+def _explained(error: Exception) -> str:
+    from llamacpp_mqtt_deploy.core.shared_libraries import lacking_library  # noqa: PLC0415 - only when it went wrong
+
+    lacks = lacking_library(str(error))
+    return f"{error}: {lacks}" if lacks else str(error)
+
+
 def _say(level: str, text: str) -> None:
     sys.stderr.write(f"{level} wheel_server: {text}\n")
     sys.stderr.flush()
 
 
 def _end_with_stdin() -> None:
-    """End when the parent closes our standard input, or dies. Must not wait for the wheel, which may never come back."""
+    """End when the parent closes our standard input, or dies. Must not wait for the wheel, which may never come back.
+
+    Only for a pipe: systemd gives its services /dev/null, which ends at once, and says by a signal when to go.
+    """
+    if not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return
     while os.read(0, 4096):
         pass
     os._exit(0)
 
 
 def main() -> None:
-    import xllamacpp  # noqa: PLC0415 - 0.1 s and 100 MB that --help and a wrong flag need not wait for
-
+    try:
+        import xllamacpp  # noqa: PLC0415 - 0.1 s and 100 MB that --help and a wrong flag need not wait for
+    except (ImportError, OSError) as error:
+        _say("E", f"the xllamacpp package cannot be loaded: {_explained(error)}")
+        raise SystemExit(LOAD_ERROR) from None
     params = configure(xllamacpp, sys.argv[1:])
     key = os.environ.pop("LLAMA_API_KEY", "")
     if key:
