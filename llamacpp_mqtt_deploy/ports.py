@@ -13,7 +13,11 @@ from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
 # --- engines: who makes tokens ---------------------------------------------------------------------------------------
 
-EngineState = Literal["starting", "loading", "ready", "restarting", "unreachable", "failed", "closed"]
+EngineState = Literal["starting", "loading", "ready", "asleep", "restarting", "unreachable", "failed", "closed"]
+"""`asleep`: it holds no model for now, which is no fault: the next call loads it."""
+
+Unloaded = Literal["done", "busy", "away", "unsupported"]
+"""What came of the wish to let the model go: it is gone; calls are under way; there is none to let go; not this kind of engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,12 @@ class EngineInfo:
     streams: bool = True
     problem: str = ""
     """One sentence for the operator about what went wrong a while ago and will again, also when `state` is `ready`."""
+    can_restart: bool = False
+    """`restart` is in our power."""
+    can_unload: bool = False
+    """`unload` and `keep_awake` are."""
+    kept_awake: bool = False
+    """Somebody has asked it not to fall asleep."""
 
 
 class Engine(Protocol):
@@ -48,7 +58,8 @@ class Engine(Protocol):
         ValueError only for what will never work (a missing model file)."""
 
     def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
-        """Wait until the engine answers; False when the time passed or the signal was set. None waits for ever."""
+        """Wait until the engine answers, or would if it were called (`asleep`); False when the time passed or the signal was
+        set. None waits for ever."""
 
     def info(self) -> EngineInfo:
         """The latest knowledge, at once, without touching the engine."""
@@ -87,6 +98,13 @@ class Engine(Protocol):
 
     def restart(self) -> bool:
         """Restart the engine (admin `restart_engine`); False when this kind cannot."""
+
+    def unload(self) -> Unloaded:
+        """Let the model go until the next call (admin `unload`), when nothing runs. Ends `keep_awake`."""
+
+    def keep_awake(self, seconds: float | None) -> bool:
+        """Do not fall asleep for so long, and wake up if need be; None is until told otherwise, 0 ends it. False when this kind
+        never sleeps."""
 
     def close(self, deadline: Deadline) -> None:
         """Stop what runs and release everything; idempotent."""

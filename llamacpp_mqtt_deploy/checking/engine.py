@@ -54,6 +54,8 @@ def check_engine(engine: EngineSettings, *, generate: bool, running: Mapping[str
             layers = shown if isinstance(shown, str) else None
             info = EngineInfo(state="ready", kind=engine.kind, backend=told["backend"], gpu_layers=layers)
             yield from _backend(engine, info)
+    elif state == "asleep":
+        yield ok("engine.reachable", "the running worker says that its engine is asleep; the next request wakes it")
     else:
         yield fail(
             "engine.reachable", f"the running worker says that its engine is {state}", "look into the worker's log"

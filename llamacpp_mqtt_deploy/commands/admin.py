@@ -27,6 +27,9 @@ from llamacpp_mqtt_deploy.commands.terminal import (
 if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.client import BusClient
 
+MAX_AWAKE_S = 604800
+"""As the worker takes it."""
+
 EXIT_CODES = """\b
     Exit codes:
       0    the worker has done it
@@ -43,12 +46,16 @@ _HELP: Mapping[str, str] = {
     "cancel-all": "Cancel every running and waiting request of every client.",
     "reload": "Read the configuration again. A wrong one changes nothing.",
     "restart-engine": "Restart the engine, where it is the worker's own (engine.kind managed or inprocess).",
+    "unload": "Let the engine's model go until the next request, when nothing runs (engine.kind managed).",
+    "keep-awake": "Keep the engine from falling asleep for so many seconds, and wake it: without a number until told otherwise, 0 ends it.",
+    "model": "Answer requests that name no model with this one, until the worker's next start or reload.",
     "log-level": "Change how much the worker logs, until its next start.",
 }
 
 
 @click.group(
-    help=f"""Tell a running worker what to do: drain, resume, cancel everything, reload, restart the engine, log more or less.
+    help=f"""Tell a running worker what to do: drain, resume, cancel everything, reload, restart the engine or let it sleep, choose a
+    model, log more or less.
 
     The broker decides who may: a user that writes llm/admin/# and reads llm/admin-reply/# (llm-operator in the recommended
     access list). --worker names the worker where several are online.
@@ -57,6 +64,7 @@ _HELP: Mapping[str, str] = {
     Examples:
       lmd admin drain -u llm-operator --password-file ~/.operator
       lmd admin reload --worker kitchen
+      lmd admin keep-awake 3600
       lmd admin log-level debug --worker kitchen
       lmd admin cancel-all --json | jq .cancelled
 
@@ -87,6 +95,8 @@ def _add(name: str) -> None:
         config_file: Path | None,
         overrides: Mapping[str, str],
         level: str | None = None,
+        seconds: float | None = None,
+        model: str | None = None,
         **flags: Any,
     ) -> None:
         settings = client_settings(config_file, overrides, flags)
@@ -96,7 +106,7 @@ def _add(name: str) -> None:
             try:
                 with told(f"lmd admin {name}", outcome), bus_client(settings) as bus:
                     chosen = choose(bus, worker, timeout_s=timeout_s)
-                    ack = bus.admin(chosen, action, timeout_s=timeout_s, level=level)
+                    ack = bus.admin(chosen, action, timeout_s=timeout_s, level=level, seconds=seconds, model=model)
                     outcome.append(_show(chosen, name, ack, as_json=as_json))
             except KeyboardInterrupt:
                 leave(CANCELLED)
@@ -104,6 +114,10 @@ def _add(name: str) -> None:
 
     if name == "log-level":
         act = click.argument("level", type=click.Choice(["debug", "info", "warning", "error"]))(act)
+    elif name == "keep-awake":
+        act = click.argument("seconds", type=click.FloatRange(0, MAX_AWAKE_S), required=False)(act)
+    elif name == "model":
+        act = click.argument("model", metavar="NAME")(act)
     command.add_command(click.command(name, help=f"{_HELP[name]}\n\n{inspect.cleandoc(EXIT_CODES)}")(act))
 
 
@@ -166,6 +180,19 @@ def _done(worker: str, name: str, ack: Mapping[str, Any]) -> str:
             return told + (f" A restart is needed for {waiting}." if waiting else "")
         case "restart-engine":
             return f"{worker} restarts its engine."
+        case "unload":
+            return f"{worker} lets its model go; the next request loads it."
+        case "keep-awake":
+            if not ack.get("keep_awake"):
+                return f"{worker} lets its engine fall asleep again."
+            limit = (
+                f"for {seconds:g} s"
+                if isinstance(seconds := ack.get("seconds"), int | float)
+                else "until `lmd admin keep-awake 0`"
+            )
+            return f"{worker} keeps its engine awake {limit}."
+        case "model":
+            return f"{worker} answers requests that name no model with {ack.get('model', '?')}."
         case _:
             return f"{worker} logs at the level {ack.get('level', '?')}."
 

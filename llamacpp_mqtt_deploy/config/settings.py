@@ -108,6 +108,9 @@ class ManagedSettings(Section):
     """Further arguments for llama-server, after ours."""
     cache_ram_mib: Annotated[int, Field(ge=0, le=1_048_576)] = 512
     """Memory for the server's prompt cache in MiB (llama-server's own default is 8192)."""
+    sleep_after_s: Annotated[float, Field(ge=0, le=30 * 86400)] = 0.0
+    """Seconds without a request after which the server ends and gives its memory back, until the next request starts it again; 0
+    is never."""
 
 
 class EngineSettings(Section):

@@ -24,6 +24,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_METADATA_BYTES = 4096
+MAX_AWAKE_S = 7 * 86400  # for longer there is no limit at all
 
 Lane = Literal["interactive", "normal", "batch"]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -184,10 +185,27 @@ class AdminFields(WireModel):
     """A message on an admin topic."""
 
     action: Annotated[
-        Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level", "usage"],
-        Expect("cancel_all, drain, resume, reload, restart_engine, log_level or usage"),
+        Literal[
+            "cancel_all",
+            "drain",
+            "resume",
+            "reload",
+            "restart_engine",
+            "unload",
+            "keep_awake",
+            "model",
+            "log_level",
+            "usage",
+        ],
+        Expect("cancel_all, drain, resume, reload, restart_engine, unload, keep_awake, model, log_level or usage"),
     ]
     """What to do."""
+    seconds: Annotated[Annotated[float, Field(ge=0, le=MAX_AWAKE_S)] | None, Expect("0 to 604800 seconds")] = None
+    """How long, for `keep_awake`: 0 ends it, absent is until told otherwise."""
+    model: Annotated[
+        Annotated[str, StringConstraints(min_length=1, max_length=256)] | None, Expect("the name of a model")
+    ] = None
+    """The model of requests that name none, for `model`."""
     level: Annotated[Literal["debug", "info", "warning", "error"] | None, Expect("debug, info, warning or error")] = (
         None
     )

@@ -22,7 +22,9 @@ from llamacpp_mqtt_deploy.core.validation import WireModel, expectations, faults
 Mode = Literal["prompt", "messages", "tool_results"]
 Stream = bool | Literal["sentence"]
 ControlAction = Literal["cancel", "reset", "delete", "history", "ping"]
-AdminAction = Literal["cancel_all", "drain", "resume", "reload", "restart_engine", "log_level", "usage"]
+AdminAction = Literal[
+    "cancel_all", "drain", "resume", "reload", "restart_engine", "unload", "keep_awake", "model", "log_level", "usage"
+]
 
 MAX_CONTROL_BYTES = 4096
 """A control or admin message has three short fields."""
@@ -33,6 +35,8 @@ LANES: tuple[Lane, ...] = ("interactive", "normal", "batch")
 _REQUEST = expectations(RequestFields)
 _CONTROL = expectations(ControlFields)
 _ADMIN = expectations(AdminFields)
+_ADMIN_WORDS = {"log_level": ("level", True), "keep_awake": ("seconds", False), "model": ("model", True)}
+"""The field of an admin action that has one, and whether it must be there; as a bare word it follows the action."""
 
 _MODES: tuple[Mode, ...] = ("prompt", "messages", "tool_results")
 
@@ -147,10 +151,13 @@ class ControlCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminCommand:
-    """An admin message; `level` is set for `log_level` and only for it. What stands behind `transaction` is for `usage`."""
+    """An admin message; `level` is set for `log_level`, `model` for `model`, and each only for it. `seconds` of `keep_awake` may be
+    None: until told otherwise. What stands behind `transaction` is for `usage`."""
 
     action: AdminAction
     level: Literal["debug", "info", "warning", "error"] | None = None
+    seconds: float | None = None
+    model: str | None = None
     transaction: str | None = None
     first_level: str | None = None
     days: int = 1
@@ -256,11 +263,12 @@ def parse_admin(payload: bytes) -> AdminCommand:
             limit=found.limit or 100,
             offset=found.offset or 0,
         )
-    if found.action != "log_level":
+    field, needed = _ADMIN_WORDS.get(found.action, ("", False))
+    if not field:
         return AdminCommand(action=found.action, transaction=found.transaction)
-    if found.level is None:
-        raise _bad({"level": _ADMIN["level"]}, None, **_answerable(found.model_dump()))
-    return AdminCommand(action=found.action, level=found.level, transaction=found.transaction)
+    if needed and getattr(found, field) is None:
+        raise _bad({field: _ADMIN[field]}, None, **_answerable(found.model_dump()))
+    return AdminCommand(action=found.action, transaction=found.transaction, **{field: getattr(found, field)})
 
 
 _Order = TypeVar("_Order", ControlFields, AdminFields)
@@ -271,11 +279,23 @@ def _order(kind: type[_Order], payload: bytes, expected: Mapping[str, str]) -> _
     if content is None:
         raise _bad({"action": expected["action"]})
     if isinstance(content, str):
-        words = content.split()
-        content = dict(zip(("action", "level"), words, strict=False)) if len(words) <= 2 else {"action": content}
-        if kind is ControlFields and len(words) == 2:
-            content = {"action": " ".join(words)}
+        action, *rest = content.split()
+        field, _ = _ADMIN_WORDS.get(action, ("", False))  # no control action is among them
+        if field and len(rest) == 1:
+            content = {"action": action, field: _word(field, rest[0])}
+        else:
+            content = {"action": " ".join((action, *rest))}
     return _validated(kind, {name: value for name, value in content.items() if value is not None}, expected)
+
+
+def _word(field: str, word: str) -> str | float:
+    """The value of a bare word; what is no number stays a text, which is told as a fault."""
+    if field != "seconds":
+        return word
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ CountedCode = Annotated[
     str, AfterValidator(_counted_code), Field(json_schema_extra={"enum": sorted([*BY_CODE, *REJECTIONS])})
 ]
 FaultyFields = dict[str, str]
-EngineStateName = Literal["starting", "loading", "ready", "restarting", "unreachable", "failed", "closed"]
+EngineStateName = Literal["starting", "loading", "ready", "asleep", "restarting", "unreachable", "failed", "closed"]
 
 
 # --- parts of events -------------------------------------------------------------------------------------------------

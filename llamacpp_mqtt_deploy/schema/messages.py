@@ -67,6 +67,12 @@ class AdminAck(Emitted):
     """`cancel_all`: how many requests were told to stop."""
     state: Literal["online", "draining"] | None = None
     """`drain`, `resume`: the worker's state now."""
+    keep_awake: bool | None = None
+    """`keep_awake`: whether the engine is kept awake now."""
+    seconds: Number | None = None
+    """`keep_awake`: for how long; absent is until told otherwise."""
+    model: str | None = None
+    """`model`: the model of requests that name none now."""
     level: Literal["debug", "info", "warning", "error"] | None = None
     """`log_level`: the level now."""
     changed: list[str] | None = None
@@ -138,7 +144,7 @@ class EngineStatus(Emitted):
     """The engine's condition."""
 
     state: EngineStateName
-    """Whether it answers."""
+    """Whether it answers. `asleep` is no fault: it holds no model for now, and the next request loads it."""
     kind: NonEmpty
     """What it is."""
     backend: str | None = None
@@ -147,6 +153,8 @@ class EngineStatus(Emitted):
     """Layers on the GPU of all (25/25), or the model's share there (43%), where the engine tells."""
     detail: str | None = None
     """One sentence for the operator, where something is wrong or slower than it need be."""
+    keep_awake: bool | None = None
+    """Whether somebody keeps it awake; only where it can fall asleep."""
 
 
 class Status(Emitted):
@@ -172,6 +180,8 @@ class Status(Emitted):
     """By name."""
     models: list[str] | None = None
     """What requests may name in `model`."""
+    model: str | None = None
+    """The model of requests that name none, where the engine tells."""
     n_ctx: Count | None = None
     """Context of one request in tokens."""
     slots: Count | None = None

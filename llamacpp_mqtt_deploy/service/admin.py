@@ -11,9 +11,12 @@ from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.config.loading import ConfigurationError, Loaded, load
 from llamacpp_mqtt_deploy.config.reloading import reload
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
-from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.aliases import resolve
+from llamacpp_mqtt_deploy.core.errors import Busy, EngineUnavailable, ModelNotFound, RequestError, Unsupported
 from llamacpp_mqtt_deploy.core.events import encode
+from llamacpp_mqtt_deploy.core.payloads import shown
 from llamacpp_mqtt_deploy.core.requests import AdminCommand, parse_admin
+from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
 from llamacpp_mqtt_deploy.ports import Delivery, Engine, StoreError
 from llamacpp_mqtt_deploy.service.ledger_report import LedgerReport
 from llamacpp_mqtt_deploy.service.presence import Presence
@@ -64,6 +67,45 @@ class Operations:
     def restart_engine(self) -> bool:
         """Restart the engine; False when this kind of engine is not ours."""
         return self._engine.restart()
+
+    def unload(self) -> None:
+        """Let the engine's model go until the next request. Raises Busy, EngineUnavailable, Unsupported."""
+        match self._engine.unload():
+            case "busy":
+                raise Busy("requests are running; wait until they are done, or cancel them first")
+            case "away":
+                raise EngineUnavailable(f"the engine has no model to let go: it is {self._engine.info().state}")
+            case "unsupported":
+                raise Unsupported("this kind of engine keeps its model; engine.kind managed can let it go")
+            case "done":
+                pass
+
+    def keep_awake(self, seconds: float | None) -> Mapping[str, Any]:
+        """Hold the engine awake for so long; None is until told otherwise, 0 ends it. Raises Unsupported."""
+        if not self._engine.keep_awake(seconds):
+            raise Unsupported("this kind of engine never falls asleep; only engine.kind managed does")
+        return {"keep_awake": seconds != 0} | ({"seconds": seconds} if seconds else {})
+
+    def choose_model(self, name: str) -> str:
+        """Answer requests that name no model with this one, until the next start or reload. Raises ModelNotFound, Unsupported."""
+        settings, routes = self._in_force.settings, self._in_force.policies().routes
+        engine, known = settings.engine, self._engine.info().models
+        names = routes[DEFAULT_ROUTE].parse.models or known
+        model = resolve(name, engine.aliases) or engine.model
+        if model is None or model not in names:
+            raise ModelNotFound(
+                f"{shown(name)} is not served by this worker",
+                fields={"model": f"one of {', '.join(names[:8]) or 'none: the engine names no model'}"},
+            )
+        route = settings.routes.get(DEFAULT_ROUTE)
+        if route is not None and route.model:
+            raise Unsupported("routes.default.model names the model of these requests, and goes before this")
+        # What was the model until now may still be named.
+        models = tuple(dict.fromkeys((*([engine.model] if engine.model else []), *engine.models)))
+        chosen = engine.model_copy(update={"model": model, "models": models})
+        self._in_force.change(settings=settings.model_copy(update={"engine": chosen}), engine_models=known)
+        self._presence.renew()
+        return model
 
     def log_level(self, level: str) -> None:
         logs.set_level(level)
@@ -138,6 +180,14 @@ class AdminReplies:
                     "code": "unsupported",
                     "message": "this kind of engine is not ours to restart; restart the server itself",
                 }
+            case "unload":
+                self._operations.unload()
+                return {}
+            case "keep_awake":
+                return self._operations.keep_awake(admin.seconds)
+            case "model":
+                assert admin.model is not None
+                return {"model": self._operations.choose_model(admin.model)}
             case "log_level":
                 assert admin.level is not None
                 self._operations.log_level(admin.level)

@@ -44,7 +44,9 @@ log = structlog.get_logger(__name__)
 EXIT_CLEAN, EXIT_OTHER, EXIT_CONFIGURATION, EXIT_UNREACHABLE = 0, 1, 2, 3
 
 # What `queued` says while the engine is in this state; everything else is an engine that went away.
-_WAIT_REASONS = {"ready": "waiting", "starting": "loading", "loading": "loading"}
+_WAIT_REASONS = {"ready": "waiting", "starting": "loading", "loading": "loading", "asleep": "loading"}
+# The engine answers, or will as soon as somebody asks.
+_SERVING = ("ready", "asleep")
 # A filter that the broker refused is tried again: an operator mends the access list while we run.
 _START_UP_AGAIN_S = 30.0
 _PURGE_EVERY_S = 5.0
@@ -370,7 +372,7 @@ class Daemon:
 
     def _announce(self) -> None:
         """READY=1 once: when we are subscribed and the engine answers."""
-        if not self.ready and self._subscribed and self.parts.engine.info().state == "ready":
+        if not self.ready and self._subscribed and self.parts.engine.info().state in _SERVING:
             self.ready = True
             self._notifier.ready()
             log.info(
@@ -401,7 +403,7 @@ class Daemon:
         link, engine = self.parts.link.info(), self.parts.engine.info()
         missing = [
             *([] if self._subscribed else [f"the broker: {link.detail or self.parts.presence.problem or link.state}"]),
-            *([] if engine.state == "ready" else [f"the engine: {engine.detail or engine.state}"]),
+            *([] if engine.state in _SERVING else [f"the engine: {engine.detail or engine.state}"]),
         ]
         raise Ending(EXIT_UNREACHABLE, f"not ready after {limit_s:g} s, out of reach: {'; '.join(missing)}")
 

@@ -67,5 +67,7 @@ def _tell(info: EngineInfo, last: EngineInfo | None) -> None:
             backend=info.backend,
             gpu_layers=info.gpu_layers,
         )
+    elif info.state == "asleep":
+        log.info("engine.asleep")
     else:
         log.warning("engine.not_ready", state=info.state, detail=info.detail)

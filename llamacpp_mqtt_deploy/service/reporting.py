@@ -37,12 +37,16 @@ def status_fields(
     detail = engine.detail or idle_gpu(settings.engine, engine)
     if detail:
         told["detail"] = detail
+    if engine.can_unload:
+        told["keep_awake"] = engine.kept_awake
     models = policies.routes["default"].parse.models or engine.models
     names = tuple(dict.fromkeys((*models, *settings.engine.aliases)))
+    model = policies.routes["default"].model or next(iter(engine.models), None)
     return {
         "version": __version__,
         "routes": routes,
         "models": list(names),
+        **({} if model is None else {"model": model}),
         "n_ctx": engine.n_ctx,
         "slots": slots,
         "capabilities": {

@@ -24,7 +24,7 @@ from llamacpp_mqtt_deploy.core.deltas import (
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineUnavailable, IdleTimeout, RequestError, ShuttingDown
 from llamacpp_mqtt_deploy.engines.draining import drain
 from llamacpp_mqtt_deploy.engines.slots import Slots
-from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
+from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState, Unloaded
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 REMEMBERED_CALLS = 1000  # enough for any test, and a demonstration that runs for weeks stays small
@@ -136,15 +136,21 @@ class ScriptedEngine:
         model: str = "scripted",
         streams: bool = True,
         unavailable_after_s: float = 60.0,
+        further_models: tuple[str, ...] = (),
         count: Callable[[EngineCall], int | None] = count_words,
     ) -> None:
         self.calls: deque[EngineCall] = deque(maxlen=REMEMBERED_CALLS)
         self.restarts = 0
+        self.wakes = 0
+        """How often a call or `keep_awake` has ended its sleep."""
+        self.kept_awake: float | None = 0.0
+        """Seconds of the last `keep_awake`; None is until told otherwise."""
         self._script = script
         self._played: deque[Script] = deque()
         self._slots = Slots(slots)
         self._n_ctx = n_ctx
         self._model = model
+        self._models = (model, *further_models)
         self._streams = streams
         self._unavailable_after_s = unavailable_after_s
         self._count = count
@@ -191,13 +197,16 @@ class ScriptedEngine:
             kind="scripted",
             detail=self._detail,
             backend="script",
-            models=(self._model,),
+            models=self._models,
             n_ctx=self._n_ctx,
             slots=self._slots.size,
             tools=True,
             thinking=True,
             json_schema=True,
             streams=self._streams,
+            can_restart=True,
+            can_unload=True,
+            kept_awake=self.kept_awake != 0,
         )
 
     def probe(self) -> EngineInfo:
@@ -255,6 +264,31 @@ class ScriptedEngine:
         self.restarts += 1
         return True
 
+    def unload(self) -> Unloaded:
+        with self._changed:
+            if self._state not in ("ready", "asleep"):
+                return "away"
+            if self.busy:
+                return "busy"
+            self.kept_awake = 0.0
+        self.become("asleep")
+        return "done"
+
+    def keep_awake(self, seconds: float | None) -> bool:
+        self.kept_awake = seconds
+        if seconds != 0:
+            self._wake_up()
+        return True
+
+    def _wake_up(self) -> bool:
+        """End the sleep; False when it did not sleep."""
+        with self._changed:
+            if self._state != "asleep":
+                return False
+            self.wakes += 1
+        self.become("ready")
+        return True
+
     def close(self, deadline: Deadline) -> None:
         self.become("closed")
         self._closing.set("shutting_down")
@@ -301,7 +335,8 @@ class ScriptedEngine:
         stop.raise_if_set()
         if self._state == "ready":
             return
-        on_wait("loading" if self._state in ("starting", "loading") else "engine_restarting")
+        on_wait("loading" if self._state in ("starting", "loading", "asleep") else "engine_restarting")
+        self._wake_up()
         if not self.wait_ready(stop, self._unavailable_after_s):
             stop.raise_if_set()
             raise EngineUnavailable(f"The engine did not become ready within {self._unavailable_after_s:g} s.")

@@ -27,11 +27,21 @@ pytestmark = pytest.mark.broker
             "in force now: limits.queue_size. A restart is needed for mqtt.host.",
         ),
         (["restart-engine"], {"action": "restart_engine"}, {}, "played restarts its engine."),
+        (["unload"], {"action": "unload"}, {}, "played lets its model go; the next request loads it."),
+        (["keep-awake"], {"action": "keep_awake"}, {"keep_awake": True}, "awake until `lmd admin keep-awake 0`."),
+        (
+            ["keep-awake", "60"],
+            {"action": "keep_awake", "seconds": 60.0},
+            {"keep_awake": True, "seconds": 60.0},
+            "awake for 60 s.",
+        ),
+        (["keep-awake", "0"], {"action": "keep_awake", "seconds": 0.0}, {"keep_awake": False}, "fall asleep again."),
+        (["model", "qwen"], {"action": "model", "model": "qwen"}, {"model": "qwen"}, "name no model with qwen."),
         (["log-level", "debug"], {"action": "log_level", "level": "debug"}, {"level": "debug"}, "at the level debug."),
     ],
 )
 def test_each_order_is_sent_and_its_answer_told(
-    broker: Mosquitto, environment: dict[str, str], words: list[str], sent: dict[str, str], ack: dict[str, object],
+    broker: Mosquitto, environment: dict[str, str], words: list[str], sent: dict[str, object], ack: dict[str, object],
     said: str,
 ) -> None:  # fmt: skip
     with PlayedWorker(broker.port) as worker:

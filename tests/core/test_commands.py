@@ -25,7 +25,9 @@ def test_a_request_id_belongs_to_cancel() -> None:
     assert parse_control(b'{"action":"reset","request_id":"r1"}').request_id is None
 
 
-@pytest.mark.parametrize("action", ["cancel_all", "drain", "resume", "reload", "restart_engine"])
+@pytest.mark.parametrize(
+    "action", ["cancel_all", "drain", "resume", "reload", "restart_engine", "unload", "keep_awake"]
+)
 def test_an_admin_message_is_an_object_or_the_bare_action(action: str) -> None:
     expected = AdminCommand(action=action, transaction="t1")  # type: ignore[arg-type]
     assert parse_admin(encoded({"action": action, "transaction": "t1"})) == expected
@@ -38,6 +40,30 @@ def test_usage_is_asked_for_by_level_and_days() -> None:
     assert parse_admin(encoded(asked)) == AdminCommand(
         action="usage", days=7, first_level="route:maze", limit=10, offset=20
     )
+
+
+def test_keep_awake_takes_its_seconds_as_a_number_or_a_word() -> None:
+    hour = AdminCommand(action="keep_awake", seconds=3600)
+    assert parse_admin(b"keep_awake 3600") == hour
+    assert parse_admin(b'{"action":"keep_awake","seconds":3600}') == hour
+    assert parse_admin(b"keep_awake") == AdminCommand(action="keep_awake")
+    assert parse_admin(b"keep_awake 0") == AdminCommand(action="keep_awake", seconds=0)
+    for bad in (b"keep_awake long", b"keep_awake nan", b"keep_awake -1", b"keep_awake 604801", b"keep_awake 1 h"):
+        with pytest.raises(BadRequest):
+            parse_admin(bad)
+
+
+def test_a_choice_of_model_needs_its_name() -> None:
+    assert parse_admin(b"model qwen3:4b") == AdminCommand(action="model", model="qwen3:4b")
+    assert parse_admin(b'{"action":"model","model":"two words"}') == AdminCommand(action="model", model="two words")
+    for bad in (b"model", b'{"action":"model"}', b'{"action":"model","model":""}', b"model " + b"x" * 257):
+        with pytest.raises(BadRequest) as caught:
+            parse_admin(bad)
+        assert "model" in caught.value.details["fields"] or "action" in caught.value.details["fields"]
+
+
+def test_what_belongs_to_another_action_is_passed_over() -> None:
+    assert parse_admin(b'{"action":"drain","seconds":3,"model":"x","level":"info"}') == AdminCommand(action="drain")
 
 
 def test_a_log_level_needs_its_level() -> None:

@@ -30,7 +30,7 @@ from llamacpp_mqtt_deploy.engines.inprocess.modelfile import Unreadable, Unusabl
 from llamacpp_mqtt_deploy.engines.inprocess.prefixes import Prefixes
 from llamacpp_mqtt_deploy.engines.inprocess.running import CallInterrupted, Plan, Run
 from llamacpp_mqtt_deploy.engines.slots import Slots
-from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
+from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState, Unloaded
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 if TYPE_CHECKING:  # needs jinja2, which comes with llama-cpp-python and may be absent like it
@@ -59,7 +59,9 @@ class InprocessEngine:
         self._closing = StopSignal()
         self._slots = Slots(1)
         self._changed = threading.Condition()  # guards what follows; held for arithmetic only
-        self._info = EngineInfo(state="starting", kind="inprocess", detail="The model was not loaded yet.")
+        self._info = EngineInfo(
+            state="starting", kind="inprocess", detail="The model was not loaded yet.", can_restart=True
+        )
         self._waiting: deque[Run] = deque()
         self._running: Run | None = None
         self._reload = False
@@ -123,6 +125,12 @@ class InprocessEngine:
         if running is not None:
             running.interrupt()
         return True
+
+    def unload(self) -> Unloaded:
+        return "unsupported"
+
+    def keep_awake(self, seconds: float | None) -> bool:
+        return False
 
     def close(self, deadline: Deadline) -> None:
         self._become("closed", "")

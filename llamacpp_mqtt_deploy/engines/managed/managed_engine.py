@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import secrets
 import selectors
 import signal
@@ -11,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import structlog
@@ -21,6 +23,7 @@ from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import EngineUnavailable, ShuttingDown
 from llamacpp_mqtt_deploy.engines.managed import launching
 from llamacpp_mqtt_deploy.engines.managed.child import EXITED_LOOK_EVERY_S, Child, oom_kills
+from llamacpp_mqtt_deploy.engines.managed.idleness import Idleness
 from llamacpp_mqtt_deploy.engines.managed.launching import CannotLaunch, Endpoint
 from llamacpp_mqtt_deploy.engines.managed.privatedir import PrivateDir
 from llamacpp_mqtt_deploy.engines.managed.serverlog import ServerLog
@@ -31,7 +34,7 @@ from llamacpp_mqtt_deploy.engines.server import dialects
 from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.io_loop import IoLoop
-from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState
+from llamacpp_mqtt_deploy.ports import EngineInfo, EngineState, Unloaded
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
 log = structlog.get_logger(__name__)
@@ -71,10 +74,13 @@ class ManagedEngine:
             slots=settings.slots or launching.default_slots(),
             models=tuple(dict.fromkeys(((settings.model,) if settings.model else ()) + settings.models)),
             n_ctx=settings.context_tokens,
+            can_restart=True,
+            can_unload=True,
         )
         self._closing = StopSignal()
         self._hurry = False  # start now, without the rest of the pause
         self._verdicts = Verdicts()
+        self._idleness = Idleness(settings.managed.sleep_after_s)
         self._endpoint: Endpoint | None = None
         self._arguments: list[str] | None = None
         self._wakeup: socket.socket | None = None  # the supervisor's end of what interrupts its waiting
@@ -113,22 +119,22 @@ class ManagedEngine:
         forget = stop.on_stop(self._notify)
         try:
             with self._changed:
-                while self._phase not in ("ready", "closed") and not stop.is_set():
+                while self._phase not in ("ready", "asleep", "closed") and not stop.is_set():
                     if deadline is not None and deadline.passed():
                         return False
                     self._changed.wait(None if deadline is None else deadline.remaining_s())
-                return self._phase == "ready"
+                return self._phase in ("ready", "asleep")
         finally:
             forget()
 
     def info(self) -> EngineInfo:
+        now = time.monotonic()
         with self._changed:
-            phase, detail, inner, known = self._phase, self._detail, self._inner, self._known
-            problem = self._verdicts.problem(time.monotonic())
+            phase, detail, inner = self._phase, self._detail, self._inner
+            known = replace(self._known, problem=self._verdicts.problem(now), kept_awake=self._idleness.kept_awake(now))
         if phase != "ready" or inner is None:
-            return replace(known, state=phase, detail=detail, problem=problem)
-        said = inner.info()
-        return replace(said, backend=known.backend, gpu_layers=known.gpu_layers, problem=problem)
+            return replace(known, state=phase, detail=detail)
+        return _told(inner.info(), known)
 
     def probe(self) -> EngineInfo:
         with self._changed:
@@ -145,10 +151,33 @@ class ManagedEngine:
             log.info("llama_server.restart_asked")
             self._verdicts.forgive()
             self._hurry = True
-            if self._life is None:
+            if self._phase == "asleep":
+                self._rouse()
+            elif self._life is None:
                 self._enter("restarting", "The server is started anew, as was asked for.")
             self._end(self._life, "restart", "a restart was asked for")
         self._wake()
+        return True
+
+    def unload(self) -> Unloaded:
+        with self._changed:
+            if self._phase == "asleep":
+                return "done"
+            if self._phase != "ready":
+                return "away"
+            if self._idleness.users:
+                return "busy"
+            self._idleness.keep_awake(0, time.monotonic())
+            self._end(self._life, "sleep", "it was asked to let the model go")
+        self._wake()
+        return "done"
+
+    def keep_awake(self, seconds: float | None) -> bool:
+        with self._changed:
+            self._idleness.keep_awake(seconds, time.monotonic())
+            if self._phase == "asleep" and seconds != 0:
+                self._rouse()
+        self._wake()  # the time until it may sleep has changed
         return True
 
     def close(self, deadline: Deadline) -> None:
@@ -189,8 +218,8 @@ class ManagedEngine:
         on_wait: Callable[[str], None],
     ) -> Iterator[Delta]:
         stop.raise_if_set()
-        inner = self._when_ready(stop, on_wait)
-        yield from inner.stream(call, stop=stop, on_wait=on_wait)
+        with self._used():
+            yield from self._when_ready(stop, on_wait).stream(call, stop=stop, on_wait=on_wait)
 
     def pump(
         self,
@@ -201,25 +230,45 @@ class ManagedEngine:
         feed: Callable[[Sequence[Delta]], float],
     ) -> Finished:
         stop.raise_if_set()
-        inner = self._when_ready(stop, on_wait)
-        return inner.pump(call, stop=stop, on_wait=on_wait, feed=feed)
+        with self._used():
+            return self._when_ready(stop, on_wait).pump(call, stop=stop, on_wait=on_wait, feed=feed)
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
-        with self._changed:
-            inner = self._inner if self._phase == "ready" else None
-        return None if inner is None else inner.count_tokens(call, stop=stop)
+        with self._used():
+            with self._changed:
+                inner = self._inner if self._phase == "ready" else None
+            return None if inner is None else inner.count_tokens(call, stop=stop)
 
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
         return dialects.unsupported(call, "llamacpp")
 
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        """While inside, the server is not put to sleep."""
+        with self._changed:
+            self._idleness.begin()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._idleness.end(time.monotonic())
+
+    def _rouse(self) -> None:
+        """Start the server that sleeps, or is about to; under the lock. It is loading from now on, for everybody who asks."""
+        self._hurry = True
+        self._enter("loading", "The server is started: it was asleep.")
+
     def _when_ready(self, stop: StopSignal, on_wait: Callable[[str], None]) -> ServerEngine:
-        """Wait while the server loads, for as long as that takes, and while it is restarted, for `unavailable_after_s`."""
+        """Wait while the server loads, for as long as that takes, and while it is restarted, for `unavailable_after_s`. One that
+        sleeps is started."""
         told = ""
         away_since: float | None = None
         forget = stop.on_stop(self._notify)
         try:
             while True:
                 with self._changed:
+                    if self._phase == "asleep":
+                        self._rouse()
                     phase, inner = self._phase, self._inner
                     if phase == "ready" and inner is not None:
                         return inner
@@ -250,6 +299,7 @@ class ManagedEngine:
         while not self._closing.is_set():
             with self._changed:
                 self._hurry = False
+            pause_s: float | None
             try:
                 self._prepare()
                 pause_s = self._live()
@@ -276,8 +326,8 @@ class ManagedEngine:
         with self._changed:
             self._endpoint, self._arguments, self._inner = endpoint, made, inner
 
-    def _live(self) -> float:
-        """One life of the server. Returns the pause before the next, in seconds."""
+    def _live(self) -> float | None:
+        """One life of the server. Returns the pause before the next, in seconds; None until somebody asks for it."""
         assert self._program is not None
         assert self._endpoint is not None
         assert self._arguments is not None
@@ -351,9 +401,11 @@ class ManagedEngine:
     def _remind(self, life: Life) -> float:
         """Send the signals that are due; the seconds until the next."""
         look_s = 1.0 if life.child.ending is not None else EXITED_LOOK_EVERY_S
+        now = time.monotonic()
+        if not life.wish:
+            look_s = min(look_s, self._doze(life, now))
         if not life.wish:
             return look_s
-        now = time.monotonic()
         if life.wish == "hung":
             life.child.send(signal.SIGKILL)  # it did not even answer a question
             return look_s
@@ -370,7 +422,15 @@ class ManagedEngine:
         due_s = second_s if waited_s < second_s else self._kill_after_s
         return min(look_s, max(0.01, due_s - waited_s))
 
-    def _ended(self, life: Life, code: int) -> float:
+    def _doze(self, life: Life, now: float) -> float:
+        """Have the server end when nobody has used it for long enough; seconds until it is time to look again."""
+        with self._changed:
+            left_s = self._idleness.left_s(now) if self._phase == "ready" else math.inf
+            if left_s == 0.0:
+                self._end(life, "sleep", f"nobody used it for {self._settings.managed.sleep_after_s:g} s")
+        return max(0.01, left_s)
+
+    def _ended(self, life: Life, code: int) -> float | None:
         """Tell of an end; the pause before the next start in seconds."""
         end = End(
             code=code,
@@ -380,7 +440,7 @@ class ManagedEngine:
             last=life.log.last(),
             out_of_memory=life.oom_kills is not None and (oom_kills() or 0) > life.oom_kills,
         )
-        ours = life.wish in ("close", "restart")
+        ours = life.wish in ("close", "restart", "sleep")
         (log.info if ours else log.error)(
             "llama_server.ended",
             how=end.how,
@@ -390,9 +450,12 @@ class ManagedEngine:
         )
         with self._changed:
             self._verdicts.remember(end, time.monotonic())
-            return self._obey(self._verdicts.judge(end))
+            verdict = self._verdicts.judge(end)
+            if verdict.state == "asleep" and self._hurry:  # somebody came while it ended
+                return 0.0
+            return self._obey(verdict)
 
-    def _not_started(self, error: Exception) -> float:
+    def _not_started(self, error: Exception) -> float | None:
         """Tell why; the pause before the next start in seconds."""
         known = isinstance(error, CannotLaunch)
         detail = f"{error}." if known else f"The worker failed to start its server: {error}."
@@ -405,16 +468,16 @@ class ManagedEngine:
         with self._changed:
             return self._obey((self._verdicts.lacks if lacking else self._verdicts.cannot)(detail))
 
-    def _obey(self, verdict: Verdict) -> float:
+    def _obey(self, verdict: Verdict) -> float | None:
         """Under the lock."""
         self._enter(verdict.state, verdict.detail)
         return verdict.pause_s
 
-    def _pause(self, seconds: float) -> None:
-        deadline = Deadline(seconds)
+    def _pause(self, seconds: float | None) -> None:
+        deadline = None if seconds is None else Deadline(seconds)
         with self._changed:
-            while not (self._hurry or self._closing.is_set() or deadline.passed()):
-                self._changed.wait(deadline.remaining_s())
+            while not (self._hurry or self._closing.is_set() or (deadline is not None and deadline.passed())):
+                self._changed.wait(None if deadline is None else deadline.remaining_s())
 
     # --- the thread that looks how it is -----------------------------------------------------------------------------
 
@@ -428,7 +491,8 @@ class ManagedEngine:
                 return
             life.ready_at = now
             self._verdicts.ready()
-            self._known = replace(said, backend=life.log.backend, gpu_layers=life.log.gpu_layers)
+            self._idleness.ready(now)
+            self._known = _told(said, replace(self._known, backend=life.log.backend, gpu_layers=life.log.gpu_layers))
             self._enter("ready", "")
         seconds = round(now - life.started_at, 2)
         log.info("llama_server.ready", pid=life.child.pid, seconds=seconds, backend=life.log.backend)
@@ -446,7 +510,10 @@ class ManagedEngine:
         if life is None or (life.wish and wish != "close"):
             return
         life.wish, life.why = wish, why
-        if wish != "close":
+        if wish == "sleep":
+            self._hurry = False
+            self._enter("asleep", "")
+        elif wish != "close":
             self._enter("restarting", f"The server is ended: {why}.")
 
     def _enter(self, phase: EngineState, detail: str) -> None:
@@ -463,6 +530,19 @@ class ManagedEngine:
         if self._waker is not None:
             with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
                 self._waker.send(b"\0")
+
+
+def _told(said: EngineInfo, known: EngineInfo) -> EngineInfo:
+    """What the server says of itself, with what only its owner knows."""
+    return replace(
+        said,
+        backend=known.backend,
+        gpu_layers=known.gpu_layers,
+        problem=known.problem,
+        can_restart=known.can_restart,
+        can_unload=known.can_unload,
+        kept_awake=known.kept_awake,
+    )
 
 
 def _loading(life: Life) -> str:

@@ -28,17 +28,17 @@ STARVED_FOR_S = 600.0
 
 _NO_MEMORY = ("out of memory", "bad_alloc", "failed to allocate", "cannot allocate memory")
 
-Wish = Literal["", "restart", "hung", "close"]
+Wish = Literal["", "restart", "hung", "sleep", "close"]
 """Why we wanted a server to end, if we did."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the engine is after an end, and the pause before the next start in seconds."""
+    """What the engine is after an end, and the pause before the next start in seconds; None is until somebody asks for it."""
 
     state: EngineState
     detail: str
-    pause_s: float
+    pause_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +115,8 @@ class Verdicts:
             return Verdict("closed", "", 0.0)
         if end.wish == "restart":
             return Verdict("restarting", "The server is started anew, as was asked for.", 0.0)
+        if end.wish == "sleep":
+            return Verdict("asleep", "", None)
         lacks = lacking_library(end.last) if end.ready_s is None else None
         if lacks:
             return self.cannot(f"The server cannot be started: {lacks}. `restart_engine` tries at once.")

@@ -35,7 +35,7 @@ from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
 from llamacpp_mqtt_deploy.engines.server.waiting import FIRST_PAUSE_S, LONGEST_PAUSE_S, NotReady, ReadyWait, until_ready
 from llamacpp_mqtt_deploy.engines.slots import Slots
 from llamacpp_mqtt_deploy.io_loop import IoLoop
-from llamacpp_mqtt_deploy.ports import EngineInfo
+from llamacpp_mqtt_deploy.ports import EngineInfo, Unloaded
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 
 log = structlog.get_logger(__name__)
@@ -114,6 +114,12 @@ class ServerEngine:
         return self._ask()
 
     def restart(self) -> bool:
+        return False
+
+    def unload(self) -> Unloaded:
+        return "unsupported"
+
+    def keep_awake(self, seconds: float | None) -> bool:
         return False
 
     def close(self, deadline: Deadline) -> None:
