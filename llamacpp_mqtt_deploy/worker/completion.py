@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import interrupted
 from llamacpp_mqtt_deploy.core.history import exchange_of
 from llamacpp_mqtt_deploy.core.spending import Spent
+from llamacpp_mqtt_deploy.pool_ports import LeaseLost
 from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
 from llamacpp_mqtt_deploy.worker.accumulator import Told, done_fields, usage_fields
 from llamacpp_mqtt_deploy.worker.counters import Counters
@@ -236,6 +237,9 @@ class Completion:
             self._store.finish(job.key, terminal, now=self._now(), history=history, chunks=chunks, spent=spent)
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
+        except LeaseLost:
+            self._leave_to_another(job)
+            return False
         except StoreError as problem:
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
             self._tell_later(job, terminal, history, chunks, spent, tell, since=began)
@@ -248,6 +252,12 @@ class Completion:
             self._tell_later(job, terminal, None, chunks, spent, tell, since=began)
             return False
         return True
+
+    def _leave_to_another(self, job: Job) -> None:
+        """Another worker of the pool has taken the request over: its end is that one's to tell."""
+        log.warning("request.taken_over", session=job.key.session, request_id=job.key.request_id)
+        job.responder.close()
+        self._registry.leave(job)
 
     def _tell_later(
         self,
@@ -268,6 +278,7 @@ class Completion:
             history=history,
             chunks=chunks,
             then=tell,
+            taken_over=lambda: self._leave_to_another(job),
             since=since,
             spent=spent,
         )

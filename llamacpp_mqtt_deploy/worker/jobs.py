@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.early_cancels import EarlyCancels
-from llamacpp_mqtt_deploy.core.errors import ShuttingDown
+from llamacpp_mqtt_deploy.core.errors import RateLimited, ShuttingDown
 from llamacpp_mqtt_deploy.core.rates import RateLimiter
 from llamacpp_mqtt_deploy.core.requests import Generate
 from llamacpp_mqtt_deploy.core.spending import Estimate, LedgerRow, LevelLimits, Quotas, Spent
@@ -115,6 +116,8 @@ class JobRegistry:
         """What those in the queue wait for, as `queued` tells it; set when the engine comes and goes."""
         self.engine_away_since: float | None = None
         """Since when the engine cannot be reached (monotonic seconds); None when it can."""
+        self.slot_freed: Callable[[], object] = lambda: None
+        """Called when a slot may be free; must return at once."""
         self._pausing = False
         self._draining = False
         self._closed = False
@@ -143,6 +146,7 @@ class JobRegistry:
         with self._lock:
             self._slots = max(1, slots)
             self._call_takers(self._slots)
+        self.slot_freed()
 
     def set_context(self, tokens: int | None) -> None:
         """The engine's context: no request can cost more."""
@@ -194,6 +198,19 @@ class JobRegistry:
                     ticket.held = False
             self._call_takers(len(jobs))
 
+    def check_rate(self, first_level: str, received_at: float) -> None:
+        """Raises RateLimited when the level may send no request now, ShuttingDown when the worker is closed; counts nothing."""
+        with self._lock:
+            if self._closed:
+                raise ShuttingDown("the worker takes no new requests at the moment; try again later")
+            self._rates.check(first_level, received_at)
+
+    def take_rate(self, first_level: str, received_at: float) -> None:
+        """Count a request that has its place in a queue elsewhere."""
+        # Those of one burst were checked before any of them counted.
+        with self._lock, contextlib.suppress(RateLimited):
+            self._rates.take(first_level, received_at)
+
     def count_control(self, first_level: str, *, ahead: bool = False) -> None:
         """Count a control against the level's rate; raises RateLimited. `ahead` as in `RateLimiter.check`."""
         with self._lock:
@@ -237,6 +254,11 @@ class JobRegistry:
                 return False
             return job.key not in self._queue.front(self._free(), time.monotonic())
 
+    def idle_slots(self) -> int:
+        """For how many requests of a common queue there is a slot here, beside those that have a place in this queue."""
+        with self._lock:
+            return 0 if self._draining or self._closed else max(0, self._free() - len(self._queue))
+
     def _free(self) -> int:
         return 0 if self._pausing else max(0, self._slots - len(self._held))
 
@@ -252,6 +274,7 @@ class JobRegistry:
             if job.started_at is not None:
                 self._mean_run_s += 0.2 * (time.monotonic() - job.started_at - self._mean_run_s)
             self._call_takers(1)
+        self.slot_freed()
 
     # --- ending --------------------------------------------------------------------------------------------------------
 

@@ -66,6 +66,9 @@ class JournaledRequests:
             raise Interrupted("the worker was configured anew and no longer serves this topic")
         if address.session is None:
             address = self._topics.with_session(address.route, entry.key.session)
+        if entry.reply_topic:
+            # It may have been made of ids in the payload; whoever waits, waits there.
+            address = replace(address, reply_topic=entry.reply_topic)
         raw = read_request(entry.payload, policy=route.parse)
         if raw is None:
             raise Interrupted("the worker lost this request")

@@ -54,10 +54,12 @@ class _Sending:
 class Redelivery:
     """Delivers terminal events at least once. `sweep` has to be called about once a second.
 
-    `max_event_bytes` is the limit of the connection just now; an end that is larger is made to fit (`core/fitting.py`).
+    `max_event_bytes` is the limit of the connection just now; an end that is larger is made to fit (`core/fitting.py`). `tells_unstored`: see `UnstoredEnds`.
     """
 
-    def __init__(self, *, outbox: Outbox, store: Store, max_event_bytes: Callable[[], int]) -> None:
+    def __init__(
+        self, *, outbox: Outbox, store: Store, max_event_bytes: Callable[[], int], tells_unstored: bool = True
+    ) -> None:
         self._outbox = outbox
         self._store = store
         self._max_event_bytes = max_event_bytes
@@ -65,7 +67,7 @@ class Redelivery:
         self._closing = False
         self._taken: list[EntryKey] = []
         self._given_up: list[tuple[EntryKey, _Sending]] = []
-        self._unstored = UnstoredEnds(store)
+        self._unstored = UnstoredEnds(store, tells_unstored=tells_unstored)
         self._waiting: OrderedDict[EntryKey, _Sending] = OrderedDict()
 
     def store_later(
@@ -77,12 +79,24 @@ class Redelivery:
         history: HistoryChange | None,
         chunks: bytes | None = None,
         then: Callable[[], object] | None = None,
+        taken_over: Callable[[], object] | None = None,
         since: float,
         spent: Spent | None = None,
     ) -> None:
         """An end that the store could not take (a locked database, a full disk): tried again, or a restart would end the
-        request once more. `then` runs once: when it is stored, or `TELL_AFTER_S` after `since` (monotonic seconds)."""
-        self._unstored.add(key, terminal, now=now, history=history, chunks=chunks, then=then, since=since, spent=spent)
+        request once more. `then` runs once: when it is stored, or `TELL_AFTER_S` after `since` (monotonic seconds).
+        `taken_over` runs instead when another worker of the pool has the request meanwhile."""
+        self._unstored.add(
+            key,
+            terminal,
+            now=now,
+            history=history,
+            chunks=chunks,
+            then=then,
+            since=since,
+            taken_over=taken_over,
+            spent=spent,
+        )
 
     def unstored(self, key: EntryKey) -> bytes | None:
         """The terminal event of a request whose end the store could not take yet."""

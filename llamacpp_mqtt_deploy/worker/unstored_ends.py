@@ -12,6 +12,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.spending import Spent
+from llamacpp_mqtt_deploy.pool_ports import LeaseLost
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Store, StoreError, ToldEnd
 
 log = structlog.get_logger(__name__)
@@ -33,7 +34,8 @@ _NOT_KEPT = "If the worker is killed before the journal takes it, the request ge
 
 @dataclass(slots=True, eq=False)
 class UnstoredEnd:
-    """An end that the store could not take yet. `then` runs once: when it is stored, or was kept back for long enough."""
+    """An end that the store could not take yet. `then` runs once: when it is stored, or was kept back for long enough;
+    `taken_over` instead, when another worker has the request meanwhile."""
 
     terminal: bytes
     now: float
@@ -42,6 +44,7 @@ class UnstoredEnd:
     then: Callable[[], object] | None
     since: float
     spent: Spent | None = None
+    taken_over: Callable[[], object] | None = None
 
     def size(self) -> int:
         history = 0 if self.history is None else len(encode({"": self.history.append}))
@@ -49,10 +52,15 @@ class UnstoredEnd:
 
 
 class UnstoredEnds:
-    """Tries them again in `catch_up`, which has to be called about once a second. May be used from any thread."""
+    """Tries them again in `catch_up`, which has to be called about once a second. May be used from any thread.
 
-    def __init__(self, store: Store) -> None:
+    `tells_unstored`: whether an end may be told that the store does not take for long. Not in a pool: there another worker may
+    end the request meanwhile, for everybody to see.
+    """
+
+    def __init__(self, store: Store, *, tells_unstored: bool = True) -> None:
         self._store = store
+        self._tells_unstored = tells_unstored
         self._lock = threading.Lock()
         self._ends: OrderedDict[EntryKey, UnstoredEnd] = OrderedDict()
         self._sizes: dict[EntryKey, int] = {}
@@ -73,9 +81,10 @@ class UnstoredEnds:
         then: Callable[[], object] | None,
         since: float,
         spent: Spent | None = None,
+        taken_over: Callable[[], object] | None = None,
     ) -> None:
         """Keep one more, of a request that ended at `since` (monotonic seconds); the oldest ones beyond the bounds are told, and lost to the journal."""
-        end = UnstoredEnd(terminal, now, history, chunks, then, since, spent)
+        end = UnstoredEnd(terminal, now, history, chunks, then, since, spent, taken_over)
         size = end.size()
         lost: list[tuple[EntryKey, UnstoredEnd]] = []
         with self._lock:
@@ -124,11 +133,15 @@ class UnstoredEnds:
         for key, end in waiting:
             if time.monotonic() - began > _ROUND_S:
                 break
-            if self._stored(key, end):
-                with self._lock:
-                    if self._ends.get(key) is end:
-                        del self._ends[key], self._sizes[key]
-                self._tell(end)
+            try:
+                if not self._stored(key, end):
+                    continue
+            except LeaseLost:
+                end.then = end.taken_over
+            with self._lock:
+                if self._ends.get(key) is end:
+                    del self._ends[key], self._sizes[key]
+            self._tell(end)
         self._tell_overdue()
         with self._lock:
             all_stored = not self._ends
@@ -137,12 +150,14 @@ class UnstoredEnds:
             self._store.clear_aside()
 
     def _stored(self, key: EntryKey, end: UnstoredEnd) -> bool:
-        """Whether it need not be tried again."""
+        """Whether it need not be tried again. Raises LeaseLost."""
         history = end.history
         try:
             self._store.finish(key, end.terminal, now=end.now, history=history, chunks=end.chunks, spent=end.spent)
             if history is not None and end.history is None:
                 self._store.reset(history.session)  # a reset came while we wrote
+        except LeaseLost:
+            raise
         except StoreError:
             return False
         except Exception:
@@ -155,7 +170,7 @@ class UnstoredEnds:
         """Its client has waited long enough: better that the request is perhaps ended twice than not at all. And only perhaps:
         what is told is kept beside the database, where that is possible."""
         with self._lock:
-            if self._closing:
+            if self._closing or not self._tells_unstored:
                 return
             overdue = [
                 (key, end)
