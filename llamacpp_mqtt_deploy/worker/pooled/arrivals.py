@@ -23,7 +23,7 @@ from llamacpp_mqtt_deploy.worker.counters import Counters
 from llamacpp_mqtt_deploy.worker.jobs import JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_clock import wall
 from llamacpp_mqtt_deploy.worker.pooled.claiming import Claims
-from llamacpp_mqtt_deploy.worker.pooled.waiting import WaitingRequests
+from llamacpp_mqtt_deploy.worker.pooled.queue_watch import WaitingRequests
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals
 

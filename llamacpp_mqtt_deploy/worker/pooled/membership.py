@@ -14,7 +14,7 @@ from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests
 from llamacpp_mqtt_deploy.worker.pooled.claiming import Claims
-from llamacpp_mqtt_deploy.worker.pooled.waiting import WaitingRequests
+from llamacpp_mqtt_deploy.worker.pooled.queue_watch import WaitingRequests
 
 log = structlog.get_logger(__name__)
 
