@@ -184,6 +184,7 @@ class Outbox(Protocol):
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
         share: Share = "event",
+        content_type: str = "application/json",
     ) -> Published:
         """Queue a publish and say whether it was; what was not queued is forgotten, and its `on_done` never runs.
 

@@ -11,7 +11,9 @@ from llamacpp_mqtt_deploy.config import credentials
 from llamacpp_mqtt_deploy.config.settings import Settings
 from llamacpp_mqtt_deploy.core.aliases import check_aliases
 from llamacpp_mqtt_deploy.core.conversation import check_tools
+from llamacpp_mqtt_deploy.core.formats.route_formats import OWN_FORMAT
 from llamacpp_mqtt_deploy.core.names import check_fields
+from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
 
 Finding = tuple[str, str]
 """The dotted key that a problem is reported under, and the sentence."""
@@ -31,6 +33,11 @@ def problems(
     yield from (("engine.aliases", fault) for fault in check_aliases(settings.engine.aliases, models=_models(settings)))
     for name, route in settings.routes.items():
         yield from ((f"routes.{name}.fields", fault) for fault in check_fields(route.fields))
+        if name == DEFAULT_ROUTE and route.format != OWN_FORMAT:
+            yield (
+                f"routes.{name}.format",
+                f'expected "{OWN_FORMAT}", found "{route.format}": clients of the protocol ask here; add another route',
+            )
         yield from ((f"routes.{name}.tools", fault) for fault in check_tools(route.tools))
 
 

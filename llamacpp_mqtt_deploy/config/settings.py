@@ -14,6 +14,7 @@ TopicPart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 LevelName = Annotated[str, StringConstraints(pattern=r"^(route:)?[A-Za-z0-9_.-]{1,64}$")]
 Lane = Literal["interactive", "normal", "batch"]
 StreamingMode = Literal["native", "simulated", "off"]
+RouteFormat = Literal["events", "text", "text-chunks", "tokens", "content", "chatbot", "typed-chunks", "typed-events"]
 
 
 def _expand_home(path: Path) -> Path:
@@ -308,6 +309,10 @@ class RouteSettings(SamplingSettings):
     """Overall limit of this route's requests in seconds, waiting included."""
     mode: StreamingMode | None = None
     """Streaming mode of this route."""
+    format: RouteFormat = "events"
+    """What answers look like: `events` of the protocol, `text` (the whole answer as plain text), `text-chunks` (plain text as it
+    comes), or a kind of JSON objects: `tokens`, `content`, `chatbot`, `typed-chunks`, `typed-events` ([what they look
+    like](protocol.md#formats))."""
     model: str | None = None
     """Model of requests that name none."""
     default_priority: Lane = "normal"

@@ -75,6 +75,7 @@ class MqttLink:
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
         share: Share = "event",
+        content_type: str = "application/json",
     ) -> Published:
         fault = topic_fault(topic) or self._size_fault(topic, payload, correlation)
         if fault is not None:
@@ -82,7 +83,17 @@ class MqttLink:
             log.warning("publish.unfit", topic=ascii(topic[:200]), bytes=len(payload), why=fault)
             return "unfit"
         expires_at = None if expiry_s is None else time.monotonic() + expiry_s
-        publish = Publish(topic, payload, qos, retain, correlation, expires_at, on_done, answer=share == "answer")
+        publish = Publish(
+            topic,
+            payload,
+            qos,
+            retain,
+            correlation,
+            expires_at,
+            on_done,
+            answer=share == "answer",
+            content_type=content_type,
+        )
         return "queued" if self._connection.enqueue(publish) else "full"
 
     def room_for_answers(self, largest: int, *, timeout_s: float = 0.0) -> int:

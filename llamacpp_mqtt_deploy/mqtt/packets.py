@@ -28,10 +28,12 @@ class _Packed(Properties):
 
 
 @lru_cache(maxsize=512)
-def publish_properties(correlation: bytes | None, expiry_s: int | None) -> _Packed:
+def publish_properties(
+    correlation: bytes | None, expiry_s: int | None, content_type: str = "application/json"
+) -> _Packed:
     """The properties of one of our publishes; a stream uses the same ones for all its events."""
     properties: Any = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    properties.ContentType = "application/json"
+    properties.ContentType = content_type
     if correlation is not None:
         properties.CorrelationData = correlation
     if expiry_s is not None:
@@ -41,5 +43,6 @@ def publish_properties(correlation: bytes | None, expiry_s: int | None) -> _Pack
 
 def packet_bytes(publish: Publish, version: Version) -> int:
     """The size of the PUBLISH packet, at most."""
-    properties = len(publish_properties(publish.correlation, 0 if publish.expires_at else None).pack())
+    expiry_s = 0 if publish.expires_at else None
+    properties = len(publish_properties(publish.correlation, expiry_s, publish.content_type).pack())
     return 9 + len(publish.topic.encode()) + (properties if version == "5" else 0) + len(publish.payload)

@@ -198,7 +198,9 @@ class PahoWire:
 
         Raises ValueError when paho could never take it.
         """
-        properties = publish_properties(publish.correlation, expiry_s) if self.version == "5" else None
+        properties = (
+            publish_properties(publish.correlation, expiry_s, publish.content_type) if self.version == "5" else None
+        )
         info = self._client.publish(publish.topic, publish.payload, min(publish.qos, 1), retain, properties)
         if info.rc == paho.MQTT_ERR_QUEUE_SIZE or (info.rc == paho.MQTT_ERR_NO_CONN and publish.qos == 0):
             return None

@@ -31,6 +31,7 @@ class Publish:
     on_done: Callable[[bool], None] | None
     answer: bool = False
     """It answers a message that was not accepted; see `OutboxBudget`."""
+    content_type: str = "application/json"
     size: int = 0
     """The bytes that it was counted with."""
     sent_at: float = 0.0

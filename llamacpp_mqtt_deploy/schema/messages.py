@@ -98,6 +98,8 @@ class RouteStatus(Emitted):
     """Topic of control messages, where there is one."""
     mode: Literal["native", "simulated", "off"] | None = None
     """How answers are streamed."""
+    format: NonEmpty | None = None
+    """What answers look like: `events` of this page, or another format."""
     trust_payload_session: bool | None = None
     """The session comes from the payload."""
 

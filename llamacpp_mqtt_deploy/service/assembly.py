@@ -40,6 +40,7 @@ from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.refusals import Refusals
+from llamacpp_mqtt_deploy.worker.route_renderings import RouteRenderings
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
 
 
@@ -78,7 +79,10 @@ class Parts:
             slots=settings.engine.slots or 1,
             levels=level_limits(settings),
         )
-        self.redelivery = Redelivery(outbox=link, store=store, max_event_bytes=self.max_event_bytes)
+        renderings = RouteRenderings(in_force.policies)
+        self.redelivery = Redelivery(
+            outbox=link, store=store, max_event_bytes=self.max_event_bytes, new_rendering=renderings.of
+        )
         marks = JournalMarks(store)
         self.completion = Completion(
             store=store,
@@ -95,6 +99,7 @@ class Parts:
             policies=in_force.policies,
             max_event_bytes=self.max_event_bytes,
             active_streams=self.registry.running,
+            new_rendering=renderings.of,
         )
         answers = Answers(link, max_event_bytes=self.max_event_bytes)
         controls = Controls(
@@ -109,6 +114,7 @@ class Parts:
             expose_history=lambda: in_force.settings.sessions.expose_history,
             max_event_bytes=self.max_event_bytes,
             message_log=self.message_log,
+            tells=lambda route: not renderings.has_format(route),
         )
         self.presence = Presence(
             mark=mark(client_id(settings)),
@@ -139,6 +145,7 @@ class Parts:
             counters=self.counters,
             max_event_bytes=self.max_event_bytes,
             message_log=self.message_log,
+            new_rendering=renderings.of,
         )
         self.intake = Intake(
             topics=topics,

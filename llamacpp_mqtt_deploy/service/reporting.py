@@ -29,6 +29,7 @@ def status_fields(
             "request": route.request,
             "reply": route.reply,
             "mode": policies.routes[route.name].mode,
+            "format": policies.routes[route.name].format,
             "trust_payload_session": route.trust_payload_session,
         } | ({"control": route.control} if route.control else {})
     told: dict[str, Any] = {"state": engine.state, "kind": engine.kind, "backend": engine.backend}

@@ -84,6 +84,7 @@ class LoopbackLink:
         expiry_s: int | None = None,
         on_done: Callable[[bool], None] | None = None,
         share: Share = "event",
+        content_type: str = "application/json",
     ) -> Published:
         fault = topic_fault(topic)
         limit = self._broker.max_payload_bytes
@@ -99,7 +100,7 @@ class LoopbackLink:
             if not self._budget.take(size, answer=answer):
                 return "full"
             gives_back = functools.partial(self._budget.give_back, size, answer=answer)
-            self._put(topic, payload, qos, retain, correlation, expiry_s, on_done, gives_back)
+            self._put(topic, payload, qos, retain, correlation, expiry_s, on_done, gives_back, content_type)
         return "queued"
 
     def room_for_answers(self, largest: int, *, timeout_s: float = 0.0) -> int:
@@ -271,8 +272,10 @@ class LoopbackLink:
         expiry_s: int | None,
         on_done: Callable[[bool], None] | None,
         gives_back: Callable[[], None],
+        content_type: str = "application/json",
     ) -> None:
         message = StoredMessage(
+            content_type=content_type,
             topic=topic,
             payload=payload,
             qos=min(qos, 1),

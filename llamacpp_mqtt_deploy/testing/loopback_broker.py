@@ -25,6 +25,7 @@ class StoredMessage:
     correlation: bytes | None = None
     response_topic: str | None = None
     expires_at: float | None = None
+    content_type: str | None = None
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ class Answers:
         self._link = link
         self._max_event_bytes = max_event_bytes
         # At most one burst of the intake: `room` gives nothing while one waits here.
-        self._waiting: deque[tuple[str, bytes, bytes | None]] = deque()
+        self._waiting: deque[tuple[str, bytes, bytes | None, str]] = deque()
 
     def room(self, *, timeout_s: float) -> int:
         """How many messages may be read; 0 when there was no room for an answer all this time."""
@@ -31,10 +31,15 @@ class Answers:
             self._waiting.popleft()
         return self._link.room_for_answers(self._max_event_bytes())
 
-    def publish(self, topic: str, payload: bytes, *, correlation: bytes | None) -> None:
+    def publish(
+        self, topic: str, payload: bytes, *, correlation: bytes | None, content_type: str = "application/json"
+    ) -> None:
         """Publish an answer, or keep it for the next `room`: events may have taken the place that was promised."""
-        if self._waiting or not self._publish(topic, payload, correlation):
-            self._waiting.append((topic, payload, correlation))
+        if self._waiting or not self._publish(topic, payload, correlation, content_type):
+            self._waiting.append((topic, payload, correlation, content_type))
 
-    def _publish(self, topic: str, payload: bytes, correlation: bytes | None) -> bool:
-        return self._link.publish(topic, payload, correlation=correlation, share="answer") != "full"
+    def _publish(self, topic: str, payload: bytes, correlation: bytes | None, content_type: str) -> bool:
+        published = self._link.publish(
+            topic, payload, correlation=correlation, share="answer", content_type=content_type
+        )
+        return published != "full"

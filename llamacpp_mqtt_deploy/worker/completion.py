@@ -114,7 +114,14 @@ class Completion:
         error = stop_error("unjournaled", limit_s=0.0, started=False)
         terminal = _plain_error(job, error, metadata=job.request.metadata)
         try:
-            self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation, share="answer")
+            self._redelivery.send(
+                job.key,
+                job.responder.topic,
+                terminal,
+                job.entry.correlation,
+                share="answer",
+                rendering=job.rendering,
+            )
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
         finally:
@@ -201,7 +208,9 @@ class Completion:
 
         def tell() -> None:
             try:
-                self._redelivery.send(job.key, job.responder.topic, terminal, job.entry.correlation)
+                self._redelivery.send(
+                    job.key, job.responder.topic, terminal, job.entry.correlation, rendering=job.rendering
+                )
             except Exception:
                 log.exception("ending.failed", request_id=job.key.request_id)
             finally:

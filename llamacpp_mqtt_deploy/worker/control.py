@@ -61,7 +61,9 @@ class Controls:
         expose_history: Callable[[], bool],
         max_event_bytes: Callable[[], int],
         message_log: MessageLog,
+        tells: Callable[[str], bool] = lambda _route: True,
     ) -> None:
+        self._tells = tells
         self._answers = answers
         self._link = link
         self._store = store
@@ -76,11 +78,14 @@ class Controls:
         self._histories = HistoryReads()
 
     def handle(self, address: Address, payload: bytes, correlation: bytes | None) -> None:
-        """Do what the message asks, and publish its `ack` on the session's reply topic: at once, or when it is done."""
+        """Do what the message asks, and publish its `ack` on the session's reply topic: at once, or when it is done.
+
+        Where `tells` says so of the route: clients of a format do not know what an ack is.
+        """
         assert address.session is not None
         ack = {"type": "ack", "action": None, "status": "ok", "session_id": address.session}
         asked = _Asked(address, (address.route, address.session), correlation, ack)
-        if self._step(asked, lambda: self._begin(asked, payload)):
+        if self._step(asked, lambda: self._begin(asked, payload)) and self._tells(address.route):
             assert address.reply_topic is not None
             self._answers.publish(address.reply_topic, self._fitted(asked.ack), correlation=correlation)
 
@@ -112,6 +117,10 @@ class Controls:
 
     def _publish_later(self, asked: _Asked, on_done: Callable[[bool], None] | None = None) -> None:
         """In the thread of `work`: wait for room among the answers, and give the ack up when there is none for long."""
+        if not self._tells(asked.address.route):
+            if on_done is not None:
+                on_done(True)
+            return
         payload = self._fitted(asked.ack)
         assert asked.address.reply_topic is not None
         if self._link.room_for_answers(len(payload), timeout_s=_ROOM_S):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.core.formats.route_formats import WHOLE_FORMATS
+from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
 from llamacpp_mqtt_deploy.core.requests import Generate
 from llamacpp_mqtt_deploy.core.spending import Estimate
 from llamacpp_mqtt_deploy.io_loop import IoLoop, Timer
-from llamacpp_mqtt_deploy.ports import Entry, Outbox
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Outbox
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.responder import Responder
+from llamacpp_mqtt_deploy.worker.route_renderings import RenderedOutbox
 
 # Of a request's JSON, for a guess at its prompt.
 _BYTES_PER_TOKEN = 4
@@ -29,7 +33,9 @@ class JobMaker:
         policies: Callable[[], Policies],
         max_event_bytes: Callable[[], int],
         active_streams: Callable[[], int],
+        new_rendering: Callable[[EntryKey], RouteRendering | None] = lambda _key: None,
     ) -> None:
+        self._new_rendering = new_rendering
         self._outbox = outbox
         self._loop = loop
         self._active_streams = active_streams
@@ -41,14 +47,19 @@ class JobMaker:
         assert address.reply_topic is not None
         policies = self._policies()
         streaming = policies.settings.streaming
+        policy = policies.routes[address.route]
+        rendering = self._new_rendering(entry.key)
+        if rendering is not None:
+            # What its messages are made of; no client of the route reads the event itself.
+            request = replace(request, full_content=True)
         responder = Responder(
-            outbox=self._outbox,
+            outbox=self._outbox if rendering is None else RenderedOutbox(self._outbox, rendering),
             topic=address.reply_topic,
             writer=EventWriter(
                 request_id=entry.key.request_id, session_id=address.session, max_bytes=self._max_event_bytes()
             ),
             correlation=entry.correlation,
-            silent=request.stream is False or policies.routes[address.route].mode == "off",
+            silent=request.stream is False or policy.mode == "off" or policy.format in WHOLE_FORMATS,
             wake=self._wake,
             coalesce_min_s=streaming.coalesce_min_s,
             active_streams=self._active_streams,
@@ -68,6 +79,7 @@ class JobMaker:
                 tokens_in=len(entry.payload) // _BYTES_PER_TOKEN,
                 tokens_out=policies.longest_answer(address.route, request),
             ),
+            rendering=rendering,
         )
         responder.on_overflow = lambda: job.stop.set("outbox_full")
         return job

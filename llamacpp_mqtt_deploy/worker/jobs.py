@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.early_cancels import EarlyCancels
 from llamacpp_mqtt_deploy.core.errors import RateLimited, ShuttingDown
+from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
 from llamacpp_mqtt_deploy.core.rates import RateLimiter
 from llamacpp_mqtt_deploy.core.requests import Generate
 from llamacpp_mqtt_deploy.core.spending import Estimate, LedgerRow, LevelLimits, Quotas, Spent
@@ -66,6 +67,8 @@ class Job:
     marking: Pending | None = None
     """What writes to the journal that the stream begins; the chunks wait for it."""
     forgotten: bool = False
+    rendering: RouteRendering | None = None
+    """What makes messages of its events, on a route with a format."""
     ticket: Ticket | None = None
     """Its place in the queue, also when it waits no more."""
     _ended: bool = False

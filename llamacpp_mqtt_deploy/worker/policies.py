@@ -28,6 +28,7 @@ class RoutePolicy:
     by_lane: Mapping[Lane, RequestPolicy]
     """The same for first levels that have a highest lane of their own."""
     mode: StreamingMode
+    format: str
     system_prompt: str | None
     sampling: Mapping[str, Any]
     thinking: bool | None
@@ -150,6 +151,7 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
         parse=parse,
         by_lane={lane: replace(parse, max_priority=lane) for lane in get_args(Lane)},
         mode=route.mode or settings.streaming.mode,
+        format=route.format,
         system_prompt=route.system_prompt if route.system_prompt is not None else generation.system_prompt,
         sampling=sampling,
         thinking=route.thinking if route.thinking is not None else generation.thinking,

@@ -11,6 +11,8 @@ import structlog
 
 from llamacpp_mqtt_deploy.core.chunk_record import unpacked, written
 from llamacpp_mqtt_deploy.core.fitting import fitted, refitted
+from llamacpp_mqtt_deploy.core.formats.rendering import JSON
+from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
 from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, Outbox, Share, Store, StoreError
 from llamacpp_mqtt_deploy.worker.unstored_ends import UnstoredEnds
@@ -38,6 +40,8 @@ class _Sending:
     chunks: int = 0
     """How many of the events are such chunks."""
     sent: int = 0
+    rendering: RouteRendering | None = None
+    """What makes messages of the events, on a route with a format; it knows what its client was told already."""
 
     def size(self) -> int:
         return len(self.terminal or b"") + sum(map(len, self.events))
@@ -48,7 +52,7 @@ class _Sending:
 
     def put_down(self) -> None:
         """Keep no bytes of it; it begins anew, which its client has to bear."""
-        self.terminal, self.events, self.chunks, self.sent = None, [], 0, 0
+        self.terminal, self.events, self.chunks, self.sent, self.rendering = None, [], 0, 0, None
 
 
 class Redelivery:
@@ -58,8 +62,15 @@ class Redelivery:
     """
 
     def __init__(
-        self, *, outbox: Outbox, store: Store, max_event_bytes: Callable[[], int], tells_unstored: bool = True
+        self,
+        *,
+        outbox: Outbox,
+        store: Store,
+        max_event_bytes: Callable[[], int],
+        tells_unstored: bool = True,
+        new_rendering: Callable[[EntryKey], RouteRendering | None] = lambda _key: None,
     ) -> None:
+        self._new_rendering = new_rendering
         self._outbox = outbox
         self._store = store
         self._max_event_bytes = max_event_bytes
@@ -116,13 +127,15 @@ class Redelivery:
         *,
         share: Share = "event",
         again: bool = False,
+        rendering: RouteRendering | None = None,
     ) -> None:
         """Publish a terminal event; what finds no place, or a defect of the link, is tried again by `sweep`. One that is told
         again to whoever sent his request again is an answer.
 
-        `again`: its client may have lost chunks of which this end does not tell the text; they go before it.
+        `again`: its client may have lost chunks of which this end does not tell the text; they go before it. `rendering` is that
+        of the request in this life: without it a route's format tells the answer anew.
         """
-        self._send(key, _Sending(topic, terminal, correlation, share, again))
+        self._send(key, _Sending(topic, terminal, correlation, share, again, rendering=rendering))
 
     def _send(self, key: EntryKey, sending: _Sending) -> None:
         with self._lock:
@@ -159,8 +172,15 @@ class Redelivery:
             if sending.terminal is None:
                 return
         chunks = self._recorded(key) if sending.again else []
-        sending.chunks = len(chunks)
-        sending.events = [*chunks, *fitted(sending.terminal, self._max_event_bytes())]
+        limit = self._max_event_bytes()
+        events = [*chunks, *fitted(sending.terminal, limit)]
+        sending.rendering = sending.rendering or self._new_rendering(key)
+        if sending.rendering is None:
+            sending.chunks, sending.events = len(chunks), events
+        else:
+            sending.events = sending.rendering.end(events, limit)
+            if not sending.events:
+                self._taken_as_it_is(key)
 
     def _recorded(self, key: EntryKey) -> list[bytes]:
         waiting = self._unstored.find(key)
@@ -181,6 +201,7 @@ class Redelivery:
                 correlation=sending.correlation,
                 on_done=(lambda ok: self._done(key, sending, taken=ok)) if is_end else None,
                 share=sending.next_share(),
+                content_type=JSON if sending.rendering is None else sending.rendering.content_type,
             )
             if published == "full":
                 return False
@@ -199,6 +220,9 @@ class Redelivery:
         rest = sending.events[sending.sent :]
         if all(len(event) <= limit for event in rest):
             return False
+        if sending.rendering is not None:
+            sending.events[sending.sent :] = sending.rendering.shortened(rest, limit)
+            return True
         assert sending.terminal is not None
         if sending.sent < sending.chunks:
             # Chunks keep their borders: without the rest of them, the end alone.
@@ -208,6 +232,11 @@ class Redelivery:
         smaller = refitted(rest, sending.sent, limit) if sending.sent else fitted(sending.terminal, limit)
         sending.events[sending.sent :] = smaller
         return max(map(len, smaller)) <= limit
+
+    def _taken_as_it_is(self, key: EntryKey) -> None:
+        """This format has nothing to say at the end."""
+        with self._lock:
+            self._taken.append(key)
 
     def _done(self, key: EntryKey, sending: _Sending, *, taken: bool) -> None:
         # The link's thread: note it, and leave the work to `sweep`.

@@ -11,6 +11,7 @@ from llamacpp_mqtt_deploy.core import events
 from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import EventWriter
+from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
 from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, Store, StoreError
 from llamacpp_mqtt_deploy.worker.answers import Answers
 from llamacpp_mqtt_deploy.worker.counters import Counters
@@ -59,7 +60,9 @@ class Refusals:
         counters: Counters,
         max_event_bytes: Callable[[], int],
         message_log: MessageLog,
+        new_rendering: Callable[[EntryKey], RouteRendering | None] = lambda _key: None,
     ) -> None:
+        self._new_rendering = new_rendering
         self._answers = answers
         self._store = store
         self._registry = registry
@@ -85,11 +88,10 @@ class Refusals:
             # A broken copy of a request that is known: an `error` would end the good one for its client.
             self.reject(message, address, request_id, "duplicate_request")
             return
-        writer = EventWriter(
-            request_id=request_id or uuid.uuid4().hex, session_id=address.session, max_bytes=self._max_event_bytes()
-        )
+        key = EntryKey(address.route, address.session, request_id or uuid.uuid4().hex)
+        writer = EventWriter(request_id=key.request_id, session_id=key.session, max_bytes=self._max_event_bytes())
         payload = writer.error(code=error.code, message=error.message, retryable=error.retryable, details=error.details)
-        self._answers.publish(address.reply_topic, payload, correlation=message.correlation)
+        self._publish(message, address.reply_topic, key, payload)
 
     def reject(self, message: Received, address: Address, request_id: str, code: _Rejected) -> None:
         """Answer with a `rejected` event, which ends no stream."""
@@ -102,7 +104,16 @@ class Refusals:
         self._counters.refused(code)
         self._log.info("request.rejected", message.first_level, code=code, topic=message.shown_topic())
         payload = events.rejected(request_id=request_id, session_id=address.session, code=code, message=text)
-        self._answers.publish(address.reply_topic, payload, correlation=message.correlation)
+        key = EntryKey(address.route, address.session, request_id)
+        self._publish(message, address.reply_topic, key, payload)
+
+    def _publish(self, message: Received, topic: str, key: EntryKey, event: bytes) -> None:
+        rendering = self._new_rendering(key)
+        if rendering is None:
+            self._answers.publish(topic, event, correlation=message.correlation)
+            return
+        for part in rendering.shortened(rendering.refusal(event), self._max_event_bytes()):
+            self._answers.publish(topic, part, correlation=message.correlation, content_type=rendering.content_type)
 
     def _is_known(self, route: str, session: str, request_id: str) -> bool:
         key = EntryKey(route, session, request_id)

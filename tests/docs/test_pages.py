@@ -9,15 +9,19 @@ from pathlib import Path
 from types import ModuleType
 
 import click
+import orjson
 import pytest
 
 import llamacpp_mqtt_deploy
 from llamacpp_mqtt_deploy import cli
 from llamacpp_mqtt_deploy.config import keys
 from llamacpp_mqtt_deploy.core.errors import BY_CODE
+from llamacpp_mqtt_deploy.core.formats.route_formats import ROUTE_FORMATS, TEXT_FORMATS
+from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
 from llamacpp_mqtt_deploy.schema.event_models import REJECTIONS
 from tests.docs.pages import PAGES, ROOT, all_blocks, anchors, blocks, links
 from tests.package import test_units as units
+from tests.support.answer_events import answered, occasion
 from tests.support.services import require_program
 
 README = ROOT / "README.md"
@@ -72,6 +76,22 @@ def test_every_test_that_is_named_exists(page: Path) -> None:
         if not path.exists() or (name and f"def {name}(" not in path.read_text("utf-8")):
             missing.append(f"{file}::{name}")
     assert missing == []
+
+
+def test_the_table_of_formats_shows_what_each_publishes() -> None:
+    page = (DOCS / "protocol.md").read_text("utf-8")
+    table = page.partition("| format | what is published")[2].partition("\n\n")[0]
+    rows = {row.split("`")[1]: row for row in table.splitlines()[2:]}
+    assert set(rows) == set(ROUTE_FORMATS)
+    for name in set(rows) - {"events"} - TEXT_FORMATS:
+        told = RouteRendering(name, occasion(session="s1"))
+        events = answered(("content", "It is"), ("content", " noon.")).events
+        parts = [part.decode() for event in events for part in told.parts(orjson.dumps(event))]
+        shown = [text for text in rows[name].split("`")[2:] if text.startswith("{") and "SENTENCE" not in text]
+        assert len(shown) >= 2
+        for text in shown:
+            begin, _, end = text.partition(", ...")
+            assert any(part.startswith(begin.removesuffix("}")) and part.endswith(end) for part in parts), text
 
 
 def test_every_promise_has_its_test() -> None:

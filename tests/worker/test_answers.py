@@ -110,7 +110,7 @@ class _Link(LoopbackLink):
 
     @override
     def publish(self, topic: str, payload: bytes, *, correlation: bytes | None = None, **wishes: Any) -> Published:
-        assert wishes == {"share": "answer"}
+        assert wishes == {"share": "answer", "content_type": "application/json"}
         said = self.says.pop(0) if self.says else "queued"
         if said == "queued":
             self.sent.append((topic, payload, correlation))

@@ -30,7 +30,7 @@ class Told(Answers):
         self.events: list[dict[str, Any]] = []
 
     @override
-    def publish(self, topic: str, payload: bytes, *, correlation: bytes | None) -> None:
+    def publish(self, topic: str, payload: bytes, *, correlation: bytes | None, content_type: str = "") -> None:
         self.events.append(json.loads(payload) | {"_topic": topic, "_correlation": correlation})
 
 

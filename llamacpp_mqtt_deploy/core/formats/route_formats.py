@@ -37,3 +37,12 @@ ROUTE_FORMATS: Mapping[str, Callable[[Asked, Occasion], PartedStream]] = {
     "typed-events": partial(TypedEventStream, bare=True),
 }
 """By the name that the configuration gives."""
+
+OWN_FORMAT = "events"
+"""Events go out as they are: nothing is rendered."""
+
+TEXT_FORMATS = frozenset({"text", "text-chunks"})
+"""Their messages are plain text, not JSON."""
+
+WHOLE_FORMATS = frozenset({"text"})
+"""Nothing is told before the end."""
