@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message
 from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
+from llamacpp_mqtt_deploy.core.histogram import Histogram
 from llamacpp_mqtt_deploy.core.wallclock import elapsed_s
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
@@ -154,6 +155,8 @@ class LinkInfo:
     reconnects: int = 0
     unacknowledged: int = 0
     """QoS 1 publishes that wait for their PUBACK."""
+    outbox_bytes: int = 0
+    """What they and those that were not sent yet take, topics and payloads."""
     last_puback_at: float | None = None
     """Monotonic seconds."""
     poisoned: int = 0
@@ -339,6 +342,10 @@ class Store(Protocol):
     The methods that end in `_soon` only begin to write and return. Writes take effect in the order of the calls, whatever
     thread they come from and whether they waited; a reader sees one when it is over. What waits for the disk is bounded: a
     `_soon` for which there is no place, or whose fate is known, raises StoreError at once."""
+
+    @property
+    def commit_times(self) -> Histogram:
+        """Seconds that each transaction took which succeeded, since the store was made."""
 
     def open(self) -> None: ...
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from llamacpp_mqtt_deploy.config import credentials
-from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.config import credentials, listen_address
+from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
 from llamacpp_mqtt_deploy.core.aliases import check_aliases
 from llamacpp_mqtt_deploy.core.conversation import check_tools
 from llamacpp_mqtt_deploy.core.formats.route_formats import OWN_FORMAT
@@ -30,6 +30,7 @@ def problems(
     yield from _mqtt(settings, environ)
     yield from _engine(settings, environ)
     yield from _sizes(settings, given)
+    yield from _metrics(settings.metrics)
     yield from (("engine.aliases", fault) for fault in check_aliases(settings.engine.aliases, models=_models(settings)))
     for name, route in settings.routes.items():
         yield from ((f"routes.{name}.fields", fault) for fault in check_fields(route.fields))
@@ -138,6 +139,19 @@ def _bad_url(url: str) -> str | None:
             return f'found "{url}"'
 
 
+def _metrics(metrics: MetricsSettings) -> Iterator[Finding]:
+    if metrics.listen is not None:
+        try:
+            listen_address.parse(metrics.listen)
+        except ValueError as problem:
+            yield "metrics.listen", str(problem)
+    if metrics.textfile is not None and metrics.textfile.suffix != ".prom":
+        yield (
+            "metrics.textfile",
+            f"expected a name that ends in .prom (node-exporter reads no other), found {metrics.textfile}",
+        )
+
+
 def _sizes(settings: Settings, given: Callable[[str], bool]) -> Iterator[Finding]:
     streaming, limits = settings.streaming, settings.limits
     most_chars = (limits.max_event_bytes - _ENVELOPE_BYTES) // _BYTES_PER_CHAR
@@ -188,6 +202,8 @@ def warnings(settings: Settings) -> Iterator[str]:
         yield f"engine.url: prompts, answers and the API key cross the network to {url.hostname} unencrypted"
     if settings.sessions.store == "memory":
         yield "sessions.store: accepted requests and histories are lost when the worker ends (memory)"
+    if settings.metrics.listen is not None and not listen_address.parse(settings.metrics.listen).is_loopback:
+        yield f"metrics.listen: everybody who can reach {settings.metrics.listen} can read the metrics, which ask for no password"
     yield from _levels_of_no_route(settings)
 
 

@@ -346,7 +346,12 @@ class StatusSettings(Section):
 
 
 class MetricsSettings(Section):
-    """Reserved for the metrics page."""
+    """Figures for Prometheus; off unless one of these is set. Needs the extra `metrics`."""
+
+    listen: str | None = None
+    """Where `/metrics` is served over HTTP, to everybody who can connect: `127.0.0.1:9469`, or `unix:///run/lmd/metrics.sock`."""
+    textfile: UserPath | None = None
+    """File `NAME.prom` that is written every 15 seconds, for the textfile collector of node-exporter; removed at the end."""
 
 
 class GatewaySettings(Section):

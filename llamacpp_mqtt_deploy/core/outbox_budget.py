@@ -27,6 +27,9 @@ class _Tally:
         self._bytes_out += size
         self._messages_out += 1
 
+    def bytes_held(self) -> int:
+        return self._bytes_in - self._bytes_out
+
     def messages_left(self) -> int:
         return self._most_messages - (self._messages_in - self._messages_out)
 

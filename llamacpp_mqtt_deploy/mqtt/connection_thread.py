@@ -493,6 +493,7 @@ class ConnectionThread:
             max_payload_bytes=self.max_payload_bytes(),
             reconnects=max(0, self._connections - 1),
             unacknowledged=len(self._outgoing),
+            outbox_bytes=self._sending.held_bytes(),
             last_puback_at=self._sending.last_puback_at,
             poisoned=self._sending.poisoned,
         )

@@ -41,6 +41,10 @@ class Sending:
         self._changed = changed
         self._refused: dict[str, Reminder] = {}
 
+    def held_bytes(self) -> int:
+        """What waits and what is in flight."""
+        return self._budget.bytes_held()
+
     def flush(self, deadline: Deadline) -> bool:
         """Wait, in another thread, until nothing is left to send; False when the deadline passed."""
         with self._changed:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
-from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
 from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.service.identity import client_id, mark
 from llamacpp_mqtt_deploy.service.ledger_report import LedgerReport
+from llamacpp_mqtt_deploy.service.measuring import Measuring
 from llamacpp_mqtt_deploy.service.presence import Presence
 from llamacpp_mqtt_deploy.service.reporting import HealthReport, status_fields
 from llamacpp_mqtt_deploy.service.shortages import Shortages
@@ -42,6 +43,10 @@ from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.refusals import Refusals
 from llamacpp_mqtt_deploy.worker.route_renderings import RouteRenderings
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
+
+if TYPE_CHECKING:
+    from llamacpp_mqtt_deploy.metrics.publishing import Metrics
+    from llamacpp_mqtt_deploy.metrics.readings import Readings
 
 
 class Parts:
@@ -209,6 +214,17 @@ class Parts:
         self.health = HealthReport(worker_id=settings.mqtt.worker_id, registry=self.registry, counters=self.counters)
         self.shortages = Shortages(counters=self.counters, engine=engine.info)
         self.engine_watch = EngineWatch(engine, on_engine_change)
+        self.measuring = Measuring(
+            settings=lambda: in_force.settings,
+            registry=self.registry,
+            counters=self.counters,
+            engine=engine.info,
+            engine_watch=self.engine_watch,
+            link=link.info,
+            store=store,
+            presence=self.presence,
+        )
+        self.metrics = make_metrics(settings.metrics, self.measuring.read)
 
     def max_event_bytes(self) -> int:
         """The largest event: ours, or what the broker takes."""
@@ -269,6 +285,19 @@ def make_link(settings: Settings, loop: IoLoop) -> Link:
     return MqttLink(
         settings.mqtt, client_id=client_id(settings), password=lambda: _hidden(mqtt_password(settings)), loop=loop
     )
+
+
+def make_metrics(settings: MetricsSettings, read: Callable[[], Readings]) -> Metrics | None:
+    """What `[metrics]` asks for; None, and nothing imported, when it asks for nothing. Raises ImportError with what to do."""
+    if settings.listen is None and settings.textfile is None:
+        return None
+    try:
+        from llamacpp_mqtt_deploy.metrics.publishing import Metrics
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"[metrics] needs the Python package {error.name!r}: pip install 'llamacpp-mqtt-deploy[metrics]', or remove the section"
+        ) from error
+    return Metrics(settings, read)
 
 
 def _hidden(secret: str | None) -> str | None:

@@ -57,6 +57,8 @@ _LOOK_AT_STORE_EVERY_S = _LOOK_AT_MACHINE_EVERY_S = 1.0
 _STORE_AGAIN_S = 5.0
 # After the drain: for terminal events to be written, acknowledged by the broker, and threads to end.
 _CLOSE_S = 5.0
+# Last of all, so that they show the drain too; they wait for nothing but a disk that hangs.
+_METRICS_CLOSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,8 @@ class Daemon:
         except Exception:
             log.exception("worker.close_failed")
             code = code or EXIT_OTHER
+        if self.parts.metrics is not None:
+            self.parts.metrics.close(_METRICS_CLOSE_S)
         return code
 
     def _catch_signals(self) -> None:
@@ -188,6 +192,8 @@ class Daemon:
         self._started_at = time.monotonic()
         self._open_store()
         parts.ledger.begin(parts.registry)
+        if parts.metrics is not None:  # not earlier: the store is ours, and so are the port and the file
+            parts.metrics.start()
         try:
             parts.engine.open()
         except ValueError as problem:  # what will never work: a model file that is not there
@@ -410,6 +416,7 @@ class Daemon:
     def _feed(self) -> None:
         """Feed systemd's watchdog, unless one of its threads hangs."""
         trouble = self._watchdog.trouble()
+        self.parts.measuring.hanging = trouble or ""
         if trouble is None:
             self._notifier.watchdog()
         elif trouble != self._trouble_told:

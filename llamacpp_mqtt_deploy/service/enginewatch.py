@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from llamacpp_mqtt_deploy.ports import Engine, EngineInfo
+from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, EngineState
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 log = structlog.get_logger(__name__)
@@ -26,6 +26,12 @@ class EngineWatch:
         self._engine = engine
         self._on_change = on_change
         self._stop = StopSignal()
+        self.returns = 0
+        """How often the engine answered again after it had been away: its process was restarted, or could not be reached. To be woken
+        is no return, it was not away."""
+        self.seen: EngineState = "starting"
+        """The state at the last look."""
+        self._was_ready = self._away = False
         self._thread = threading.Thread(target=self._loop, name="engine-watch", daemon=True)
 
     def start(self) -> None:
@@ -40,6 +46,7 @@ class EngineWatch:
                 if info.state != "ready" or time.monotonic() - asked_at >= _READY_EVERY_S:
                     info = self._engine.probe()
                     asked_at = time.monotonic()
+                self._count(info.state)
                 if info != last:
                     _tell(info, last)
                     last = info
@@ -47,6 +54,16 @@ class EngineWatch:
             except Exception:
                 log.exception("engine.probe_failed")
             self._stop.wait(_LOOK_EVERY_S)
+
+    def _count(self, state: EngineState) -> None:
+        before, self.seen = self.seen, state
+        if state == "ready":
+            self.returns += self._away
+            self._was_ready, self._away = True, False
+        elif state == "asleep":
+            self._away = False
+        elif before == "ready" or state in ("restarting", "unreachable", "failed"):
+            self._away = self._was_ready
 
     def close(self, timeout_s: float) -> None:
         self._stop.set("shutting_down")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
 from llamacpp_mqtt_deploy.ports import StoreError
 
 Step = Callable[[sqlite3.Connection], object]
@@ -120,10 +122,13 @@ class GroupCommit:
         *,
         explain: Callable[[Exception], StoreError],
         make_room: Callable[[], bool],
+        commit_times: Histogram | None = None,
     ) -> None:
         self._connection = connection
         self._explain = explain
         self._make_room = make_room
+        self.commit_times = commit_times or Histogram(COMMIT_BOUNDS_S)
+        """Seconds that each transaction took which succeeded, fsync included."""
         self._connection_lock = threading.Lock()
         self._durable: bool | None = None
         self._short_of_room = False
@@ -229,6 +234,7 @@ class GroupCommit:
                 db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}").fetchall()
                 self._short_of_room = False
             changes = db.total_changes
+            began = time.monotonic()
             db.execute("BEGIN IMMEDIATE")
             try:
                 for write in batch:
@@ -239,6 +245,7 @@ class GroupCommit:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+            self.commit_times.observe(time.monotonic() - began)
             if db.total_changes > changes:
                 self._well_again()
 

@@ -18,6 +18,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
+from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import entries as rows
 from llamacpp_mqtt_deploy.stores import histories, ledger, purging
@@ -51,6 +52,7 @@ class SqliteStore:
         self._file: StateFile | MemoryFile = MemoryFile() if path is None else StateFile(path)
         self._lock = threading.Lock()
         self._open: _Open | None = None
+        self.commit_times = Histogram(COMMIT_BOUNDS_S)
         self._damage: StoreError | None = None
         """What a read found; writes may go on for a while."""
 
@@ -65,7 +67,7 @@ class SqliteStore:
     def open(self) -> None:
         with self._lock:
             if self._open is None:
-                opened = _Open(self._file, self._explained)
+                opened = _Open(self._file, self._explained, self.commit_times)
                 try:
                     self._take_in_told_ends(opened)
                 except BaseException:
@@ -289,7 +291,9 @@ class SqliteStore:
 class _Open:
     """What an open store has: a connection that writes, in a thread of its own, and one that reads."""
 
-    def __init__(self, file: StateFile | MemoryFile, explain: Callable[[Exception], StoreError]) -> None:
+    def __init__(
+        self, file: StateFile | MemoryFile, explain: Callable[[Exception], StoreError], commit_times: Histogram
+    ) -> None:
         self._file = file
         self._explain = explain
         self._connection = file.open(self._look)
@@ -297,7 +301,9 @@ class _Open:
         self._reader: sqlite3.Connection | None = None
         try:
             self._reader = file.reader()
-            self.writer = GroupCommit(self._connection, explain=explain, make_room=file.make_room)
+            self.writer = GroupCommit(
+                self._connection, explain=explain, make_room=file.make_room, commit_times=commit_times
+            )
         except BaseException:
             self._close_connections()
             raise

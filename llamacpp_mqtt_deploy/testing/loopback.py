@@ -153,6 +153,7 @@ class LoopbackLink:
                 max_payload_bytes=self.max_payload_bytes(),
                 reconnects=self._reconnects,
                 unacknowledged=len(self._outbox),
+                outbox_bytes=self._budget.bytes_held(),
                 last_puback_at=self._last_puback_at,
             )
 

@@ -302,6 +302,9 @@ class Completion:
             outcome,
             error=error is not None,
             usage=usage,
+            lane=job.request.priority,
+            total_s=timings["total_ms"] / 1000,
+            first_token_s=None if timings["first_token_ms"] is None else timings["first_token_ms"] / 1000,
         )
         fields: dict[str, Any] = {
             "route": job.key.route,

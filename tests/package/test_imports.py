@@ -38,6 +38,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "sqlite3": ("stores/",),
     "starlette": ("gateway/", "commands/gateway"),
     "uvicorn": ("gateway/", "commands/gateway"),
+    "prometheus_client": ("metrics/exposition",),
     "pydantic": ("",),
     "pydantic_core": ("",),
     "typing_extensions": ("",),
@@ -66,6 +67,7 @@ RANKS: Mapping[str, int] = {
     "gateway": 65,
     "client": 60,
     "service": 60,
+    "metrics": 55,
     "worker": 50,
     "testing": 45,
     "mqtt": 40,
@@ -265,6 +267,7 @@ def test_there_is_no_circle() -> None:
             f"{NAME}.commands.run, {NAME}.logs, {NAME}.config.loading",
             ("rich", "paho", "requests", "llama_cpp", "amqtt"),
         ),
+        (f"{NAME}.service.daemon", ("prometheus_client",)),
         (f"{NAME}.commands.config", ("rich", "paho", "requests")),
     ],
 )
