@@ -41,6 +41,7 @@ from llamacpp_mqtt_deploy.core.formats.http_routes import HTTP_ROUTES
 from llamacpp_mqtt_deploy.core.formats.openai_errors import openai_error
 from llamacpp_mqtt_deploy.core.formats.rendering import STATUS
 from llamacpp_mqtt_deploy.core.validation import Expect
+from llamacpp_mqtt_deploy.metrics.families import FAMILIES
 from llamacpp_mqtt_deploy.schema import event_models, messages
 from llamacpp_mqtt_deploy.schema.document import schema, schema_text
 
@@ -347,6 +348,15 @@ def _box(part: str, x: float, y: float) -> list[str]:
     ]
 
 
+def _metrics() -> str:
+    def rows() -> Iterator[tuple[str, ...]]:
+        for family in FAMILIES:
+            labels = (family.name,) if family.kind == "stateset" else family.labels
+            yield f"`{family.name}`", family.kind, ", ".join(f"`{label}`" for label in labels), family.meaning
+
+    return _table(("metric", "kind", "labels", "meaning"), rows())
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "request-fields": lambda: _table(("field", "expects", "meaning"), _fields(RequestFields)),
     "control-fields": lambda: _table(("field", "expects", "meaning"), _fields(ControlFields)),
@@ -359,6 +369,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "order": _order,
     "errors": _errors,
     "settings": _settings,
+    "metrics": _metrics,
     "http-paths": _http_paths,
     "http-errors": _http_errors,
     "openai-chat-fields": _api_fields(openai_chat),

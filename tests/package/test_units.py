@@ -75,6 +75,7 @@ def exposure(unit: Path) -> float:
     [
         (DAEMON, (), 1.1),
         (DAEMON, ("local-only.conf",), 0.9),
+        (DAEMON, ("metrics.conf",), 1.1),
         (DAEMON, ("engine-inside.conf", "gpu.conf"), 1.5),
         (DAEMON, ("engine-inside.conf", "jetson.conf"), 1.6),
         (GATEWAY, (), 1.1),
@@ -213,3 +214,17 @@ def test_the_users_of_the_units_are_made() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_drop_in_for_metrics_opens_the_port_of_the_documentation_and_nothing_more() -> None:
+    drop_in = FOLDER / "drop-ins" / "metrics.conf"
+    page = (FOLDER.parent / "docs" / "metrics.md").read_text("utf-8")
+    port = re.search(r'listen = "127\.0\.0\.1:(\d+)"', page)
+    assert port
+    assert values(drop_in) == {
+        "SocketBindAllow": [f"tcp:{port[1]}"],
+        "RuntimeDirectoryMode": ["0710"],
+        "ReadWritePaths": ["-/var/lib/prometheus/node-exporter"],
+    }
+    assert 'textfile = "/var/lib/prometheus/node-exporter/' in page
+    assert f"unix:///run/{one(DAEMON, 'RuntimeDirectory')}/" in page
