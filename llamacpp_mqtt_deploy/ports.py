@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message
-from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.core.histogram import Histogram
+from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.core.wallclock import elapsed_s
 from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 

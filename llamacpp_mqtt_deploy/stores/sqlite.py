@@ -17,8 +17,8 @@ from pathlib import Path
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Message
-from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
+from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import entries as rows
 from llamacpp_mqtt_deploy.stores import histories, ledger, purging

@@ -208,7 +208,7 @@ def test_the_threads_have_the_names_that_are_listed() -> None:
     # What a worker's process starts is listed; the client and the helper beside a managed server are other processes.
     ours = {
         name
-        for folder in ("worker", "service", "mqtt", "engines", "stores", ".")
+        for folder in ("worker", "service", "metrics", "mqtt", "engines", "stores", ".")
         for file in (Path(llamacpp_mqtt_deploy.__file__).parent / folder).glob("**/*.py" if folder != "." else "*.py")
         for name in re.findall(r'Thread\([^)]*name=f?"([a-z-]+)', file.read_text("utf-8"))
         if file.name != "wheel_server.py"

@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.config.loading import load
 from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.ports import EngineState
 from llamacpp_mqtt_deploy.service.daemon import run
+from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.metrics.scraping import OPENMETRICS, address_of, get, scrape
 from tests.support.waiting import eventually
@@ -102,6 +103,10 @@ def test_an_engine_that_comes_back_has_restarted_once(bus: Bus) -> None:
     eventually(lambda: scrape(url).value("lmd_engine_restarts_total") == 1)
 
 
+def _until_seen(watch: EngineWatch, state: EngineState) -> None:
+    eventually(lambda: watch.seen == state)
+
+
 def test_an_engine_that_is_woken_has_not_restarted(bus: Bus) -> None:
     engine = ScriptedEngine()
     worker = bus.worker(engine, **LISTEN)
@@ -110,7 +115,7 @@ def test_an_engine_that_is_woken_has_not_restarted(bus: Bus) -> None:
     states: tuple[EngineState, ...] = ("ready", "asleep", "loading", "ready", "restarting", "ready")
     for state in states:
         engine.become(state)
-        eventually(lambda wanted=state: watch.seen == wanted)
+        _until_seen(watch, state)
     assert scrape(url).value("lmd_engine_restarts_total") == 1
 
 
