@@ -26,8 +26,6 @@ class Member:
 
     worker_id: str
     instance: str
-    client_id: str
-    """Its MQTT client id: whoever takes over from it fetches what the broker still keeps for it."""
     slots: int
     models: tuple[str, ...] = ()
     """Names that requests may ask for; a request without one goes to any worker."""

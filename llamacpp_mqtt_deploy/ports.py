@@ -226,6 +226,10 @@ class Link(Outbox, Protocol):
         TimeoutError (also when `give_up`, asked now and again while it waits, says so), ConnectionError. Never call it from a callback. Not repeated on reconnect: `on_online` does that.
         `retained` asks for the messages that the broker keeps for these topics (MQTT 3.1.1 sends them always, flagged)."""
 
+    def unsubscribe(self, filters: Sequence[str], *, timeout_s: float) -> None:
+        """End subscriptions and wait for the broker's word: after it nothing more comes for them that is not here already.
+        Raises TimeoutError, ConnectionError. Never call it from a callback."""
+
     def info(self) -> LinkInfo: ...
 
     def max_payload_bytes(self) -> int | None:

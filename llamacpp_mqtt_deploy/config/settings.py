@@ -345,6 +345,16 @@ class StatusSettings(Section):
     """Seconds between two health messages."""
 
 
+class PoolSettings(Section):
+    """Several workers that serve one root together; each names the pool, and all have one database (`sessions.store = "postgres"`)
+    and the same routes."""
+
+    name: TopicPart | None = None
+    """Name of the pool that this worker belongs to: its requests come through `$share/NAME/...`. Absent: it serves its root alone."""
+    lease_s: Annotated[float, Field(ge=1, le=3600)] = 15.0
+    """Seconds without a sign of life, by the database's clock, until others take over what a worker had."""
+
+
 class MetricsSettings(Section):
     """Figures for Prometheus; off unless one of these is set. Needs the extra `metrics`."""
 
@@ -422,6 +432,7 @@ class Settings(BaseSettings):
     routes: dict[TopicPart, RouteSettings] = Field(default_factory=dict)
     levels: dict[LevelName, LevelSettings] = Field(default_factory=dict)
     status: StatusSettings = StatusSettings()
+    pool: PoolSettings = PoolSettings()
     metrics: MetricsSettings = MetricsSettings()
     gateway: GatewaySettings = GatewaySettings()
     logging: LoggingSettings = LoggingSettings()

@@ -101,6 +101,14 @@ class TopicMap:
         """What to subscribe to for requests; no two of them match the same topic."""
         return [name for route in self._compiled.values() for name in route.request.filters()]
 
+    @property
+    def pool_filter(self) -> str:
+        """Where pools tell how they are."""
+        return f"{self.root}/pool/+"
+
+    def pool_topic(self, pool: str) -> str:
+        return f"{self.root}/pool/{pool}"
+
     def control_filters(self) -> list[str]:
         """What to subscribe to for control messages; `admin_topic` is not among them."""
         return [name for route in self._compiled.values() if route.control for name in route.control.filters()]

@@ -299,7 +299,13 @@ class ConnectionThread:
         if self._state != "online" or wire is None:
             return
         self._receipts.send(self._generation, wire.acknowledge)
-        self._subscriptions.send(lambda asked: wire.subscribe(asked.filters, retained=asked.retained))
+        self._subscriptions.send(
+            lambda asked: (
+                wire.unsubscribe([name for name, _ in asked.filters])
+                if asked.ends
+                else wire.subscribe(asked.filters, retained=asked.retained)
+            )
+        )
         self._sending.pump(wire)
         wire.on_writable()
 

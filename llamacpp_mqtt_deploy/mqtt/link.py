@@ -112,19 +112,30 @@ class MqttLink:
     ) -> Mapping[str, str]:
         if self._connection.is_current():
             raise RuntimeError("subscribe was called from a callback of the link; it would wait for itself")
-        where = self._connection.where
         refused = {f: fault for f, _ in filters if (fault := filter_fault(f)) is not None}
         fit = [(f, qos) for f, qos in filters if f not in refused]
         if not fit:
             return refused
-        subscription = Subscription(fit, retained)
+        return {**refused, **self._await(Subscription(fit, retained), timeout_s, give_up)}
+
+    def unsubscribe(self, filters: Sequence[str], *, timeout_s: float) -> None:
+        if self._connection.is_current():
+            raise RuntimeError("unsubscribe was called from a callback of the link; it would wait for itself")
+        self._await(Subscription([(each, 0) for each in filters], retained=False, ends=True), timeout_s, None)
+
+    def _await(
+        self, subscription: Subscription, timeout_s: float, give_up: Callable[[], bool] | None
+    ) -> Mapping[str, str]:
+        """What the broker refused of it."""
+        where = self._connection.where
         if not self._connection.subscribe(subscription):
             raise ConnectionError(f"not connected to the broker at {where}")
         if not wait_for(subscription.done, timeout_s=timeout_s, give_up=give_up):
-            raise TimeoutError(f"the broker at {where} sent no SUBACK within {timeout_s:g} s")
+            packet = "UNSUBACK" if subscription.ends else "SUBACK"
+            raise TimeoutError(f"the broker at {where} sent no {packet} within {timeout_s:g} s")
         if subscription.refused is None:
             raise ConnectionError(f"the connection to {where} was lost while waiting for SUBACK")
-        return refused | subscription.refused
+        return subscription.refused
 
     def info(self) -> LinkInfo:
         return self._connection.info()

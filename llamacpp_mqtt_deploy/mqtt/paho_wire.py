@@ -105,7 +105,7 @@ class PahoWire:
             client_id=client_id,
             protocol=paho.MQTTv5 if five else paho.MQTTv311,
             # Asked for explicitly: paho's default would drop what the broker kept for us (60 of 60 requests were lost so).
-            clean_session=None if five else False,
+            clean_session=None if five else settings.session_expiry_s == 0,
             transport=settings.transport,
             reconnect_on_failure=False,
             manual_ack=True,
@@ -123,6 +123,7 @@ class PahoWire:
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = lambda _client, _userdata, mid, *_: self._events.suback(mid, [])
         client.on_message = self._on_message
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
@@ -218,6 +219,11 @@ class PahoWire:
         else:
             topics = [(f, min(qos, 1)) for f, qos in filters]
         code, mid = self._client.subscribe(topics)
+        return mid if code == paho.MQTT_ERR_SUCCESS else None
+
+    def unsubscribe(self, filters: Sequence[str]) -> int | None:
+        """Queue an UNSUBSCRIBE; its packet id."""
+        code, mid = self._client.unsubscribe(list(filters))
         return mid if code == paho.MQTT_ERR_SUCCESS else None
 
     def forget_publishes(self) -> None:

@@ -24,10 +24,12 @@ CALLBACK_FAULTS = 3
 
 @dataclass(slots=True)
 class Subscription:
-    """One SUBSCRIBE; `refused` stays None when the connection ended before its SUBACK."""
+    """One SUBSCRIBE, or one UNSUBSCRIBE; `refused` stays None when the connection ended before its answer."""
 
     filters: Sequence[tuple[str, int]]
     retained: bool
+    ends: bool = False
+    """These subscriptions end."""
     done: threading.Event = field(default_factory=threading.Event)
     refused: dict[str, str] | None = None
 
@@ -57,7 +59,7 @@ class Subscriptions:
                 self._sent[mid] = subscription
 
     def answered(self, mid: int, codes: Sequence[tuple[int, str]]) -> None:
-        """The SUBACK came."""
+        """The SUBACK came, or the UNSUBACK, of which the codes are left out."""
         subscription = self._sent.pop(mid, None)
         if subscription is None:
             return

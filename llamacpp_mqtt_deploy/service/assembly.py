@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-from llamacpp_mqtt_deploy import logs
+from llamacpp_mqtt_deploy import __version__, logs
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
+from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
 from llamacpp_mqtt_deploy.io_loop import IoLoop
+from llamacpp_mqtt_deploy.pool_ports import Member, SharedJournal
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
 from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
@@ -37,6 +36,7 @@ from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.policies import InForce, level_limits, queue_limits, topic_map
+from llamacpp_mqtt_deploy.worker.pooled.pool import Pool
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
@@ -86,7 +86,11 @@ class Parts:
         )
         renderings = RouteRenderings(in_force.policies)
         self.redelivery = Redelivery(
-            outbox=link, store=store, max_event_bytes=self.max_event_bytes, new_rendering=renderings.of
+            outbox=link,
+            store=store,
+            max_event_bytes=self.max_event_bytes,
+            new_rendering=renderings.of,
+            tells_unstored=settings.pool.name is None,
         )
         marks = JournalMarks(store)
         self.completion = Completion(
@@ -106,7 +110,49 @@ class Parts:
             active_streams=self.registry.running,
             new_rendering=renderings.of,
         )
+        requests = JournaledRequests(
+            store=store,
+            maker=maker,
+            topics=topics,
+            policies=in_force.policies,
+            redelivery=self.redelivery,
+            now=clock.now,
+        )
         answers = Answers(link, max_event_bytes=self.max_event_bytes)
+        refusals = Refusals(
+            answers=answers,
+            store=store,
+            registry=self.registry,
+            counters=self.counters,
+            max_event_bytes=self.max_event_bytes,
+            message_log=self.message_log,
+            new_rendering=renderings.of,
+        )
+        acknowledger = Acknowledger(link)
+        self.pool: Pool | None = None
+        if settings.pool.name is not None:
+            self.pool = Pool(
+                journal=_shared(store),
+                outbox=link,
+                registry=self.registry,
+                requests=requests,
+                completion=self.completion,
+                counters=self.counters,
+                redelivery=self.redelivery,
+                background=self.background,
+                acknowledger=acknowledger,
+                refusals=refusals,
+                cancel=lambda job: controls.cancel(job),  # noqa: PLW0108  made below
+                describe=self._member,
+                engine_ready=lambda: engine.info().state == "ready",
+                models=self._models,
+                limits=lambda: queue_limits(in_force.settings),
+                aging_s=lambda: in_force.settings.limits.aging_s,
+                heartbeat_s=lambda: in_force.settings.streaming.heartbeat_s,
+                silent=lambda route: renderings.has_format(route) or in_force.policies().routes[route].mode == "off",
+                lease_s=settings.pool.lease_s,
+                now=clock.now,
+            )
         controls = Controls(
             answers=answers,
             link=link,
@@ -120,6 +166,7 @@ class Parts:
             max_event_bytes=self.max_event_bytes,
             message_log=self.message_log,
             tells=lambda route: not renderings.has_format(route),
+            pool=None if self.pool is None else self.pool.sessions,
         )
         self.presence = Presence(
             mark=mark(client_id(settings)),
@@ -127,6 +174,7 @@ class Parts:
             outbox=link,
             every_s=lambda: in_force.settings.status.every_s,
             details=self._status_fields,
+            pool=settings.pool.name,
         )
         self.operations = Operations(
             loaded=loaded,
@@ -143,21 +191,14 @@ class Parts:
             now=clock.now,
         )
         admin = AdminReplies(answers=answers, topics=topics, operations=self.operations, ledger=self.ledger)
-        refusals = Refusals(
-            answers=answers,
-            store=store,
-            registry=self.registry,
-            counters=self.counters,
-            max_event_bytes=self.max_event_bytes,
-            message_log=self.message_log,
-            new_rendering=renderings.of,
-        )
         self.intake = Intake(
             topics=topics,
             answers=answers,
             refusals=refusals,
-            admission=LocalAdmission(
-                acknowledger=Acknowledger(link),
+            admission=self.pool.admission
+            if self.pool is not None
+            else LocalAdmission(
+                acknowledger=acknowledger,
                 refusals=refusals,
                 store=store,
                 registry=self.registry,
@@ -176,14 +217,8 @@ class Parts:
             message_log=self.message_log,
             inbox_messages=settings.mqtt.inbox_messages,
         )
-        requests = JournaledRequests(
-            store=store,
-            maker=maker,
-            topics=topics,
-            policies=in_force.policies,
-            redelivery=self.redelivery,
-            now=clock.now,
-        )
+        if self.pool is not None:
+            self.pool.admission.beat = self.intake.beat
         self.recovery = Recovery(
             store=store,
             registry=self.registry,
@@ -232,6 +267,29 @@ class Parts:
         limit = self.in_force.settings.limits.max_event_bytes
         return limit if broker is None else max(1024, min(limit, broker))
 
+    def recover(self) -> None:
+        """Take up what an earlier life has left: it is in this worker's journal, or the pool gives it to whoever is there."""
+        if self.pool is None:
+            self.recovery.run()
+        else:
+            self.pool.join()
+
+    def _member(self) -> Member:
+        return Member(
+            worker_id=self.in_force.settings.mqtt.worker_id,
+            instance=self.presence.instance,
+            slots=self.registry.load().slots,
+            models=tuple(self._models()),
+            version=__version__,
+            draining=self.presence.state == "draining",
+        )
+
+    def _models(self) -> Sequence[str]:
+        """Every name that a request may ask this worker for."""
+        policy = self.in_force.policies().routes[DEFAULT_ROUTE]
+        names = (*(policy.parse.models or ()), *self.engine.info().models, *self.in_force.settings.engine.aliases)
+        return tuple(dict.fromkeys(names))
+
     def _ping_state(self) -> Mapping[str, Any]:
         return {
             "state": self.presence.state,
@@ -278,13 +336,22 @@ def make_store(settings: Settings) -> Store:
     return SqliteStore(settings.sessions.path if settings.sessions.store == "sqlite" else None)
 
 
+def _shared(store: Store) -> SharedJournal:
+    """The journal of a pool; `consistency` sees to it that a pool has one."""
+    if not hasattr(store, "join"):
+        raise ValueError('pool.name needs sessions.store = "postgres": the workers of a pool share their journal')
+    return cast("SharedJournal", store)
+
+
 def make_link(settings: Settings, loop: IoLoop) -> Link:
     """The link to the broker of `[mqtt]`."""
     from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 
-    return MqttLink(
-        settings.mqtt, client_id=client_id(settings), password=lambda: _hidden(mqtt_password(settings)), loop=loop
-    )
+    mqtt = settings.mqtt
+    if settings.pool.name is not None:
+        # A broker keeps what comes for an absent member of the group too, where no other would ever see it.
+        mqtt = mqtt.model_copy(update={"session_expiry_s": 0})
+    return MqttLink(mqtt, client_id=client_id(settings), password=lambda: _hidden(mqtt_password(settings)), loop=loop)
 
 
 def make_metrics(settings: MetricsSettings, read: Callable[[], Readings]) -> Metrics | None:

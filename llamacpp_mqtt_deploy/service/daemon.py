@@ -38,6 +38,7 @@ from llamacpp_mqtt_deploy.service.watchdog import Watchdog
 from llamacpp_mqtt_deploy.stopping import Deadline
 from llamacpp_mqtt_deploy.worker.deadlines import CHECK_EVERY_S
 from llamacpp_mqtt_deploy.worker.message_log import TELL_EVERY_S
+from llamacpp_mqtt_deploy.worker.pooled.pool import Pool
 
 log = structlog.get_logger(__name__)
 
@@ -105,8 +106,9 @@ class Daemon:
             link=parts.link,
             topics=parts.topics,
             presence=parts.presence,
-            recovery=parts.recovery,
+            recover=parts.recover,
             waiting=self._waits,
+            pool=loaded.settings.pool.name,
         )
         self._watchdog = Watchdog(
             link=parts.link,
@@ -203,6 +205,8 @@ class Daemon:
         parts.client_work.start()
         parts.intake.start()
         parts.threads.ensure(settings.engine.slots or 1)
+        if parts.pool is not None:
+            parts.pool.start()
         parts.engine_watch.start()
         parts.link.open(
             will=parts.presence.will(),
@@ -468,11 +472,15 @@ class Daemon:
             for job in parts.registry.all():
                 if job.phase == "running" and not job.opened:  # it waits for an engine that may be away for long
                     job.stop.set("put_back")
+        if parts.pool is not None:
+            self._leave_the_group(parts.pool)
         self._drain(Deadline(drain_s))
         end = Deadline(_CLOSE_S)
         self._stop_jobs(end)
         parts.intake.close(end.remaining_s())
         parts.client_work.close(end.remaining_s() / 2)
+        if parts.pool is not None:
+            parts.pool.leave(end.remaining_s() / 2)
         parts.link.flush(end)
         parts.redelivery.last_call()
         last = parts.presence.offline() if self._may_say_offline(code) else None
@@ -486,6 +494,16 @@ class Daemon:
         parts.store.close()
         self._notifier.status("stopped")
         log.info("worker.stopped", exit_code=code)
+
+    def _leave_the_group(self, pool: Pool) -> None:
+        """No message of the pool comes to us any more, and what waits is for the others: the broker would go on to deal ours to us,
+        and forget it when we go."""
+        pool.stop_claiming()
+        if self._online:
+            try:
+                self.parts.link.unsubscribe(self._startup.shared_filters(), timeout_s=_CLOSE_S)
+            except (ConnectionError, TimeoutError) as problem:
+                log.warning("pool.unsubscribe_failed", problem=str(problem))
 
     def _drain(self, deadline: Deadline) -> None:
         """Let running requests finish; the second signal cuts it short."""

@@ -37,6 +37,7 @@ class Seen:
     host: str
     live: bool
     at: float
+    pool: str | None = None
 
     def stale_in_s(self, now: float, wall: float) -> float:
         """Seconds until this status is no longer live; a clock far from ours counts from when the status came in."""
@@ -59,8 +60,10 @@ class Presence:
         outbox: Outbox,
         every_s: Callable[[], float],
         details: Callable[[], Mapping[str, Any]],
+        pool: str | None = None,
     ) -> None:
         self._mark = mark
+        self._pool = pool
         self.instance = mark + uuid.uuid4().hex[len(mark) :]
         self.announced = False
         """Whether we have said anything since the start; before that nobody needs to be told that we go."""
@@ -147,6 +150,7 @@ class Presence:
             "every_s": self._every_s(),
             "worker": self._topics.worker_id,
             "host": socket.gethostname(),
+            **({} if self._pool is None else {"pool": self._pool}),
         }
 
     # --- the claim -----------------------------------------------------------------------------------------------------
@@ -177,7 +181,8 @@ class Presence:
         worker = delivery.topic.rpartition("/")[2]
         seen = _read(worker, delivery)
         with self._lock:
-            if self._claiming and self._first is None and seen is not None and seen.live and not seen.gone:
+            claims = seen is not None and seen.live and not seen.gone and not self._is_companion(seen)
+            if self._claiming and self._first is None and seen is not None and claims:
                 self._first = seen.instance
             if seen is None or seen.instance == self.instance:
                 self._seen.pop(worker, None)
@@ -189,7 +194,12 @@ class Presence:
         """Other instances under our root that are not known to be gone."""
         now, wall = time.monotonic(), time.time()
         with self._lock:
-            return [seen for seen in self._seen.values() if not seen.gone and seen.stale_in_s(now, wall) > 0]
+            here = [seen for seen in self._seen.values() if not seen.gone and seen.stale_in_s(now, wall) > 0]
+        return [seen for seen in here if not self._is_companion(seen)]
+
+    def _is_companion(self, seen: Seen) -> bool:
+        """Another worker of our pool."""
+        return self._pool is not None and seen.pool == self._pool and seen.worker != self._topics.worker_id
 
     def twin(self) -> Seen | None:
         """Another instance that speaks under our own worker id, just now."""
@@ -214,6 +224,7 @@ def _read(worker: str, delivery: Delivery) -> Seen | None:
             every_s=min(3600.0, max(0.1, float(told["every_s"]))),
             host=str(told.get("host") or "")[:64],
             live=not delivery.retain,
+            pool=str(told["pool"])[:64] if told.get("pool") else None,
             at=time.monotonic(),
         )
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError):

@@ -11,7 +11,6 @@ from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.ports import Link
 from llamacpp_mqtt_deploy.service.presence import Presence, Seen
 from llamacpp_mqtt_deploy.stopping import Deadline
-from llamacpp_mqtt_deploy.worker.recovery import Recovery
 
 log = structlog.get_logger(__name__)
 
@@ -33,12 +32,20 @@ class Startup:
     """Runs in the main thread, once for each connection. `waiting` is called every second while it waits; True ends it."""
 
     def __init__(
-        self, *, link: Link, topics: TopicMap, presence: Presence, recovery: Recovery, waiting: Callable[[str], bool]
+        self,
+        *,
+        link: Link,
+        topics: TopicMap,
+        presence: Presence,
+        recover: Callable[[], object],
+        waiting: Callable[[str], bool],
+        pool: str | None = None,
     ) -> None:
         self._link = link
         self._topics = topics
         self._presence = presence
-        self._recovery = recovery
+        self._recover = recover
+        self._pool = pool
         self._waiting = waiting
         self.settled = False
         """We were on the bus before: nobody else was there, and what an earlier start left was taken up."""
@@ -51,7 +58,7 @@ class Startup:
         self._look_around()
         if not self.settled:
             self._claim()
-            self._recovery.run()
+            self._recover()
             self.settled = True
         return self._subscribe()
 
@@ -117,8 +124,13 @@ class Startup:
             give_up=lambda: self._waiting("waiting for the broker to answer a subscription"),
         )
 
+    def shared_filters(self) -> list[str]:
+        """What to subscribe to for requests and controls: each message comes to one worker of the pool."""
+        filters = [*self._topics.request_filters(), *self._topics.control_filters()]
+        return filters if self._pool is None else [f"$share/{self._pool}/{each}" for each in filters]
+
     def _subscribe(self) -> bool:
-        filters = [*self._topics.request_filters(), *self._topics.control_filters(), self._topics.admin_topic]
+        filters = [*self.shared_filters(), self._topics.admin_topic]
         refused = self._ask([(name, 1) for name in filters])
         problem = _problem(refused)
         for name, reason in refused.items():

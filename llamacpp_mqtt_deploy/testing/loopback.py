@@ -123,14 +123,30 @@ class LoopbackLink:
     ) -> Mapping[str, str]:
         if threading.current_thread() is self._thread:
             raise RuntimeError("subscribe was called from a callback of the link; it would wait for itself")
+        return self._ask(
+            lambda: self._broker.take_subscription(self._client_id, filters, retained=retained),
+            timeout_s=timeout_s,
+            give_up=give_up,
+        )
+
+    def unsubscribe(self, filters: Sequence[str], *, timeout_s: float) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("unsubscribe was called from a callback of the link; it would wait for itself")
+        self._ask(lambda: self._broker.end_subscription(self._client_id, filters), timeout_s=timeout_s, give_up=None)
+
+    def _ask(
+        self,
+        question: Callable[[], Mapping[str, str] | None],
+        *,
+        timeout_s: float,
+        give_up: Callable[[], bool] | None,
+    ) -> Mapping[str, str]:
+        """What the broker refused; `question` gives None when it has forgotten this client."""
         answers: list[Mapping[str, str] | None] = []
         answered = threading.Event()
 
         def act() -> None:
-            online = self._state == "online"
-            answers.append(
-                self._broker.take_subscription(self._client_id, filters, retained=retained) if online else None
-            )
+            answers.append(question() if self._state == "online" else None)
             answered.set()
 
         if self._state != "online":

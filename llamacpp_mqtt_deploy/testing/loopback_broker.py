@@ -202,6 +202,16 @@ class LoopbackBroker:
                             self._enqueue(session, replace(message, qos=min(message.qos, qos)))
         return refused
 
+    def end_subscription(self, client_id: str, filters: Sequence[str]) -> dict[str, str] | None:
+        """Unsubscribe; None when the broker has forgotten this client."""
+        with self._lock:
+            session = self._sessions.get(client_id)
+            if session is None:
+                return None
+            for each in filters:
+                session.filters.pop(each, None)
+        return {}
+
     def take_publish(self, message: StoredMessage, puback: Callable[[str | None], None]) -> None:
         """Route a message, then acknowledge it; `puback(None)` is success, else the reason of the refusal."""
         with self._lock:

@@ -21,6 +21,7 @@ from llamacpp_mqtt_deploy.worker.history_reads import HistoryReads
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.own_errors import out_of_memory
+from llamacpp_mqtt_deploy.worker.pooled.pooled_sessions import PooledSessions
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
@@ -62,6 +63,7 @@ class Controls:
         max_event_bytes: Callable[[], int],
         message_log: MessageLog,
         tells: Callable[[str], bool] = lambda _route: True,
+        pool: PooledSessions | None = None,
     ) -> None:
         self._tells = tells
         self._answers = answers
@@ -75,6 +77,7 @@ class Controls:
         self._expose_history = expose_history
         self._max_event_bytes = max_event_bytes
         self._log = message_log
+        self._pool = pool
         self._histories = HistoryReads()
 
     def handle(self, address: Address, payload: bytes, correlation: bytes | None) -> None:
@@ -150,7 +153,9 @@ class Controls:
         self._registry.count_control(asked.first_level, ahead=control.action == "cancel")
         match control.action:
             case "cancel":
-                return self._cancel(asked, control.request_id)
+                if self._pool is None:
+                    return self._cancel(asked, control.request_id)
+                self._in_pool(asked, partial(self._pool.cancel, asked.session, control.request_id))
             case "ping":
                 return dict(self._state())
             case "history":
@@ -206,8 +211,21 @@ class Controls:
             self._histories.end(asked.session)
             raise
 
+    def _in_pool(self, asked: _Asked, step: Callable[[], Mapping[str, Any]]) -> None:
+        """Whichever worker runs the session's requests: the database knows, and is asked in another thread."""
+
+        def run() -> None:
+            self._step(asked, step)
+            self._publish_later(asked)
+
+        if not self._work.run(asked.first_level, run):
+            raise _too_many()
+
     def _change_soon(self, asked: _Asked, change: Callable[[tuple[str, str]], None]) -> None:
         """Stop all of the session now, and let the store forget it soon; prompts that come after this wait until it has."""
+        if self._pool is not None:
+            self._in_pool(asked, partial(self._forget_in_pool, self._pool, asked.session, change))
+            return
         if not self._work.has_place(asked.first_level):
             raise _too_many()
         jobs = self._registry.of_session(asked.session)
@@ -232,6 +250,12 @@ class Controls:
             self._registry.free_session(asked.session)
             raise _too_many()
         self.cancel(*jobs)
+
+    def _forget_in_pool(
+        self, pool: PooledSessions, session: tuple[str, str], change: Callable[[tuple[str, str]], None]
+    ) -> Mapping[str, Any]:
+        self._redelivery.forget(session)
+        return pool.forget(session, change)
 
     def _fitted(self, ack: dict[str, Any]) -> bytes:
         """The ack as bytes; a long history loses its oldest messages, and says so."""

@@ -100,9 +100,13 @@ class Intake:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def beat(self) -> None:
+        """The thread is alive, whatever it waits for."""
+        self.beat_at = time.monotonic()
+
     def _loop(self) -> None:
         while True:
-            self.beat_at = time.monotonic()
+            self.beat()
             if not self._may_read.wait(1.0):
                 continue
             if self._shut:

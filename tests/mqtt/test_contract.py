@@ -131,6 +131,17 @@ def test_a_message_arrives_with_its_payload_qos_and_receipt(bus: Bus) -> None:
     assert found.receipt is not None
 
 
+def test_nothing_more_comes_for_a_subscription_that_was_ended(bus: Bus) -> None:
+    case = subscribed(subscribed(bus.case(), bus.topic("request/#")), bus.topic("control/#"))
+    client = bus.client()
+    client.publish(bus.topic("request/a"), b"one")
+    assert case.receive().payload == b"one"
+    case.link.unsubscribe([bus.topic("request/#")], timeout_s=5)
+    client.publish(bus.topic("request/a"), b"two")
+    client.publish(bus.topic("control/a"), b"three")
+    assert case.receive().payload == b"three"
+
+
 def test_the_order_of_requests_is_kept(bus: Bus) -> None:
     case = subscribed(bus.case(), bus.topic("request/#"))
     client = bus.client()
