@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
 from llamacpp_mqtt_deploy import __version__, logs
 from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
