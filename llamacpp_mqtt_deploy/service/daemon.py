@@ -30,6 +30,7 @@ from llamacpp_mqtt_deploy.ports import (
 )
 from llamacpp_mqtt_deploy.service.assembly import Parts
 from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
+from llamacpp_mqtt_deploy.service.pool_report import pool_fields
 from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.service.reporting import status_line
 from llamacpp_mqtt_deploy.service.startup import AnotherWorkerError, Startup
@@ -118,6 +119,7 @@ class Daemon:
             intake=parts.intake,
             threads=parts.threads,
             in_force=parts.in_force,
+            pool=parts.pool,
         )
         self._trouble_told: str | None = None
         self._started_at = time.monotonic()
@@ -359,6 +361,25 @@ class Daemon:
             fields = parts.health.fields(engine=parts.engine.info(), link=parts.link.info(), every_s=every_s)
             topic, expiry_s = parts.topics.health_topic, int(LIVE_RENEWALS * every_s) + 1
             parts.link.publish(topic, encode(fields), retain=True, expiry_s=expiry_s)
+            if parts.pool is not None:
+                parts.background.run("pool", self._publish_pool)
+
+    def _publish_pool(self) -> None:
+        """One of the pool's workers tells how all of them are."""
+        pool, name = self.parts.pool, self._settings.pool.name
+        if pool is None or name is None:
+            return
+        try:
+            if not pool.journal.lead():
+                return
+            load = pool.journal.load()
+        except StoreError as problem:
+            log.warning("pool.status_failed", problem=str(problem))
+            return
+        every_s = self._settings.status.health_every_s
+        fields = pool_fields(name, load, told_by=self._settings.mqtt.worker_id, every_s=every_s)
+        expiry_s = int(LIVE_RENEWALS * every_s) + 1
+        self.parts.link.publish(self.parts.topics.pool_topic(name), encode(fields), retain=True, expiry_s=expiry_s)
 
     # --- the engine ----------------------------------------------------------------------------------------------------
 

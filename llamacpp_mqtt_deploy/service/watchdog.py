@@ -11,6 +11,7 @@ from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.client_work import ClientWork
 from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.policies import InForce
+from llamacpp_mqtt_deploy.worker.pooled.pool import Pool
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
 
 # A thread that has not come round for this long is dead or hung.
@@ -30,6 +31,7 @@ class Watchdog:
         intake: Intake,
         threads: GenerationThreads,
         in_force: InForce,
+        pool: Pool | None = None,
     ) -> None:
         self._link = link
         self._loop = loop
@@ -38,6 +40,7 @@ class Watchdog:
         self._intake = intake
         self._threads = threads
         self._in_force = in_force
+        self._pool = pool
 
     def trouble(self) -> str | None:
         """What does not move any more, in words; None when all is well. Looks only, and returns at once."""
@@ -59,6 +62,8 @@ class Watchdog:
             "client-work": self._client_work.beat_at,
             "intake": self._intake.beat_at,
         }
+        if self._pool is not None:
+            beats |= {"claims": self._pool.claims.beat_at, "membership": self._pool.membership.beat_at}
         for name, beat_at in beats.items():
             if now - beat_at > _SILENT_THREAD_S:
                 return f"the {name} thread hangs"
