@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast mutants bench hostile hostile-http flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast test-metrics prometheus mutants bench hostile hostile-http flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -120,6 +120,22 @@ screenshots: install broker $(STAMPS)/browser ## the pictures of the chat page i
 
 test: install inprocess broker tools node-packages ## the whole suite, with everything that it needs
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# Some 100 MB of Prometheus, and so not a part of `test`: there these tests are skipped where it is missing. Its service is not started.
+prometheus:
+	@if ! command -v prometheus >/dev/null || ! command -v promtool >/dev/null; then \
+		if $(CAN_APT); then \
+			if [ ! -e /usr/sbin/policy-rc.d ]; then \
+				trap 'rm -f /usr/sbin/policy-rc.d' EXIT; \
+				printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; \
+			fi; \
+			$(APT) update && $(APT) install --no-install-recommends -y prometheus; \
+			if [ -d /run/systemd/system ]; then systemctl disable --quiet prometheus.service; fi; \
+		else echo "The metrics are tried with Prometheus. On Debian and Ubuntu: sudo apt-get install prometheus" >&2; exit 1; fi; \
+	fi
+
+test-metrics: install broker prometheus ## try metrics, dashboard and alerts with a real Prometheus and promtool
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -q tests/metrics $(PYTEST_ARGS)
 
 test-fast: install broker ## the suite without the in-process engine, until the first failure
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not inprocess" -x $(PYTEST_ARGS)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from llamacpp_mqtt_deploy.checking.engine import check_engine
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
 from llamacpp_mqtt_deploy.checking.machine import check_clock, check_store, check_versions
+from llamacpp_mqtt_deploy.checking.metrics_endpoint import check_metrics
 from llamacpp_mqtt_deploy.checking.network import check_network
 from llamacpp_mqtt_deploy.checking.permissions import Bus, check_permissions
 from llamacpp_mqtt_deploy.checking.probing import PermissionProbe
@@ -63,6 +64,7 @@ def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bo
     online = bus.online if bus else {}
     yield from check_engine(settings.engine, generate=generate, running=online.get(settings.mqtt.worker_id))
     yield from check_store(settings.sessions)
+    yield from check_metrics(settings.metrics)
     yield check_clock(online)
     yield check_versions()
 
