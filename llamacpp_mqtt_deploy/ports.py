@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message
 from llamacpp_mqtt_deploy.core.histogram import Histogram
@@ -448,6 +448,22 @@ class Store(Protocol):
         disk; never raises."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class SessionPrompts(Protocol):
+    """What a store has to offer beside, where sessions may have system prompts of their own and clients may change all sessions of
+    a route. Every method as those of `Store`."""
+
+    def system_prompt(self, session: tuple[str, str]) -> str | None:
+        """The session's own system prompt; None when it has none."""
+
+    def set_system_prompt(self, session: tuple[str, str], prompt: str | None, *, now: float, reset: bool) -> None:
+        """Keep it as long as the session, which begins with it if need be; None takes it away. `reset`: forget the messages in
+        the same transaction."""
+
+    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+        """Sessions of this route in the order of their names, those behind `after`, that were there at this time."""
 
 
 class StoreError(Exception):

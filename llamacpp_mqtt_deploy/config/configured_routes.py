@@ -12,6 +12,12 @@ TOPIC_KEYS = (
     "trust_payload_session",
     "allow_reply_topic",
     "default_session",
+    "reset_topic",
+    "delete_topic",
+    "system_prompt_topic",
+    "hint_topic",
+    "session_topic",
+    "session_reply_topic",
 )
 """The settings of a route that its subscriptions and addresses are made of: they come into force with a restart."""
 

@@ -14,6 +14,7 @@ TopicPart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 LevelName = Annotated[str, StringConstraints(pattern=r"^(route:)?[A-Za-z0-9_.-]{1,64}$")]
 Lane = Literal["interactive", "normal", "batch"]
 StreamingMode = Literal["native", "simulated", "off"]
+EmptyPayload = Literal["ignore", "reset", "error"]
 RouteFormat = Literal["events", "text", "text-chunks", "tokens", "content", "chatbot", "typed-chunks", "typed-events"]
 
 
@@ -324,6 +325,23 @@ class RouteSettings(SamplingSettings):
     """The session comes from the payload: whoever may publish here can read and steer every session of the route."""
     default_session: str | None = None
     """Session of payloads that name none, with `trust_payload_session`; without it they are refused."""
+    empty_payload: EmptyPayload = "ignore"
+    """What an empty message on `request` means: nothing, forget the session's history, or a mistake of the client's."""
+    reset_topic: str | None = None
+    """Topic on which clients let the history of a session be forgotten. Without `{session}` (needs `trust_payload_session`) the session is
+    put behind it, as in `maze/clear_history/s1`, or stands in the payload."""
+    delete_topic: str | None = None
+    """The same for a session altogether."""
+    system_prompt_topic: str | None = None
+    """The same for a new system prompt, which the session keeps: `{"template": "...", "reset": true}`."""
+    hint_topic: str | None = None
+    """Topic, with `{session}`, of a line at QoS 0 when that was done: `{"hint": "History cleared"}`."""
+    allow_all_sessions: bool = False
+    """A message on these topics that names no session, or `all`, means every session of the route. Without it such a message is ignored."""
+    session_topic: str | None = None
+    """Topic on which any message asks for a new session; the answer is its id as plain text."""
+    session_reply_topic: str | None = None
+    """Topic of those answers, for all who ask."""
 
 
 class LevelSettings(Section):

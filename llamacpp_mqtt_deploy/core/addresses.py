@@ -13,13 +13,15 @@ from llamacpp_mqtt_deploy.core.routes import (
     MAX_TOPIC_BYTES,
     ReplyTemplate,
     RouteTopics,
+    SessionTopic,
     TopicTemplate,
     is_level,
     is_session,
     with_default,
 )
 
-AddressKind = Literal["request", "control", "admin"]
+SessionChange = Literal["reset", "delete", "system_prompt"]
+AddressKind = Literal["request", "control", "admin", "new_session"] | SessionChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,8 @@ class Address:
     """Where a message came from and where its answers go.
 
     `session` and `reply_topic` are None for a request whose session is still in its payload: `TopicMap.with_payload`
-    completes it. `first_level` is what rate limits, quotas and fair turns count by: the first level of the session path,
+    completes it; so they are for a change of sessions that its payload names. For `new_session` the reply topic is the one that all
+    new sessions are told on. `first_level` is what rate limits, quotas and fair turns count by: the first level of the session path,
     which the broker's access list binds to a user, or `route:NAME` where the session comes from the payload and anybody
     can make up as many as he likes. For `admin`, `route` and `first_level` are empty and `reply_topic` is the admin reply
     topic.
@@ -46,6 +49,14 @@ class _Compiled:
     request: TopicTemplate
     reply: ReplyTemplate
     control: TopicTemplate | None
+    changes: Mapping[SessionChange, SessionTopic]
+
+
+_CHANGES: Mapping[str, SessionChange] = {
+    "reset_topic": "reset",
+    "delete_topic": "delete",
+    "system_prompt_topic": "system_prompt",
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class TopicMap:
                 TopicTemplate.cut(route.request),
                 ReplyTemplate.cut(route.reply, free=route.allow_reply_topic),
                 None if route.control is None else TopicTemplate.cut(route.control),
+                {_CHANGES[key]: SessionTopic.cut(topic) for key, topic in route.session_topics().items()},
             )
             for route in routes
         }
@@ -110,8 +122,15 @@ class TopicMap:
         return f"{self.root}/pool/{pool}"
 
     def control_filters(self) -> list[str]:
-        """What to subscribe to for control messages; `admin_topic` is not among them."""
-        return [name for route in self._compiled.values() if route.control for name in route.control.filters()]
+        """What to subscribe to for control messages, and for all else that clients send beside requests; `admin_topic` is not
+        among them."""
+        found: list[str] = []
+        for route in self._compiled.values():
+            found += route.control.filters() if route.control else []
+            for template in route.changes.values():
+                found += template.filters()
+            found += [route.topics.session_topic] if route.topics.session_topic else []
+        return found
 
     def address(self, topic: str) -> Address | None:
         """The address of a received message; None when no route owns the topic or its session path breaks the rules."""
@@ -127,6 +146,27 @@ class TopicMap:
             session = route.control.read(levels) if route.control else None
             if session:
                 return _complete("control", route, session)
+            other = self._other_address(route, topic, levels)
+            if other is not None:
+                return other
+        return None
+
+    def hint_topic(self, route: str, session: str) -> str | None:
+        """Where clients of this session hear what came of a change; None where the route has no such topic."""
+        template = self._compiled[route].topics.hint_topic
+        topic = None if template is None else TopicTemplate.cut(template).fill(session)
+        return None if topic is None or len(topic.encode()) > MAX_TOPIC_BYTES else topic
+
+    @staticmethod
+    def _other_address(route: _Compiled, topic: str, levels: list[str]) -> Address | None:
+        for kind, template in route.changes.items():
+            session = template.read(levels)
+            if session:
+                return _complete(kind, route, session)
+            if session is not None:
+                return _of_route(kind, route, None)
+        if topic == route.topics.session_topic:
+            return _of_route("new_session", route, route.topics.session_reply_topic)
         return None
 
     def with_payload(self, address: Address, body: Mapping[str, Any], names: FieldNames) -> Address:
@@ -203,13 +243,13 @@ class TopicMap:
     def _request_address(self, route: _Compiled, session: str) -> Address | None:
         if session:
             return _complete("request", route, session)
-        return Address(
-            kind="request",
-            route=route.topics.name,
-            session=None,
-            reply_topic=None,
-            first_level=f"route:{route.topics.name}",
-        )
+        return _of_route("request", route, None)
+
+
+def _of_route(kind: AddressKind, route: _Compiled, reply_topic: str | None) -> Address:
+    """Of a message whose topic names no session."""
+    name = route.topics.name
+    return Address(kind=kind, route=name, session=None, reply_topic=reply_topic, first_level=f"route:{name}")
 
 
 _TOO_LONG = f"the reply topic must not be longer than {MAX_TOPIC_BYTES} bytes"

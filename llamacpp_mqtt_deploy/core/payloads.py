@@ -43,10 +43,15 @@ def decode_payload(payload: bytes, *, max_bytes: int) -> str | dict[str, Any] | 
             fields={"payload": f"at most {max_bytes} bytes"},
         )
     payload = payload.removeprefix(_BOM)
-    if not payload.strip(_BLANK):
+    if is_blank(payload):
         return None
     text = _decoded(payload)
     return _object(payload, text) if payload.lstrip(_BLANK).startswith(b"{") else text
+
+
+def is_blank(payload: bytes) -> bool:
+    """Whether it holds nothing but white space."""
+    return not payload.removeprefix(_BOM).strip(_BLANK)
 
 
 def shown(word: str) -> str:

@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.core.routes import (
     SESSION_FIELD,
     ReplyTemplate,
     RouteTopics,
+    SessionTopic,
     TopicTemplate,
     is_level,
     is_session,
@@ -62,6 +63,7 @@ def _check_templates(root: str, route: RouteTopics) -> Iterator[str]:
         if template is not None:
             yield from (f'{where}.{key} "{_shown(template)}" {fault}' for fault in _template_faults(template))
     yield from (f'{where}.reply "{_shown(route.reply)}" {fault}' for fault in _reply_faults(route))
+    yield from _session_topic_faults(where, route)
     has_session = SESSION_FIELD in route.request.split("/")
     if SESSION_FIELD not in route.reply.split("/"):
         yield f"{where}.reply needs a level {SESSION_FIELD}: without it every client reads every answer"
@@ -89,6 +91,25 @@ def _check_templates(root: str, route: RouteTopics) -> Iterator[str]:
             )
         if route.control is not None and SESSION_FIELD not in route.control.split("/"):
             yield f"{where}.control needs a level {SESSION_FIELD}"
+
+
+def _session_topic_faults(where: str, route: RouteTopics) -> Iterator[str]:
+    topics = route.session_topics()
+    hint, asked, told = route.hint_topic, route.session_topic, route.session_reply_topic
+    plain = {"hint_topic": hint, "session_topic": asked, "session_reply_topic": told}
+    for key, topic in (topics | {key: topic for key, topic in plain.items() if topic is not None}).items():
+        yield from (f'{where}.{key} "{_shown(topic)}" {fault}' for fault in _template_faults(topic))
+        named = SESSION_FIELD in topic.split("/")
+        if key in topics and not named and not route.trust_payload_session:
+            yield f"{where}.{key} needs a level {SESSION_FIELD}: anybody could name anybody's session in the payload"
+        if key in ("session_topic", "session_reply_topic") and named:
+            yield f"{where}.{key} can hold no {SESSION_FIELD}: who asks for a session has none"
+    if hint is not None and SESSION_FIELD not in hint.split("/"):
+        yield f"{where}.hint_topic needs a level {SESSION_FIELD}"
+    if hint is not None and not topics:
+        yield f"{where}.hint_topic tells what came of a reset or a new system prompt: set reset_topic or system_prompt_topic"
+    if (asked is None) != (told is None):
+        yield f"{where}: session_topic and session_reply_topic go together"
 
 
 def _reply_faults(route: RouteTopics) -> Iterator[str]:
@@ -143,6 +164,12 @@ def _uses(root: str, routes: Iterable[RouteTopics]) -> Iterator[_Use]:
             if template is not None:
                 filters = TopicTemplate.cut(template).filters() if reads else _reply(route).filters()
                 yield _Use(f"routes.{route.name}.{key}", template, tuple(filters), reads)
+        for key, topic in route.session_topics().items():
+            yield _Use(f"routes.{route.name}.{key}", topic, tuple(SessionTopic.cut(topic).filters()), True)
+        for key, reads in (("hint_topic", False), ("session_topic", True), ("session_reply_topic", False)):
+            topic = getattr(route, key)
+            if topic is not None:
+                yield _Use(f"routes.{route.name}.{key}", topic, tuple(TopicTemplate.cut(topic).filters()), reads)
     # Of all workers, not only of this one: an answer on another worker's admin topic would be an order to it.
     yield _Use("the admin topic", f"{root}/admin/{{worker}}", (f"{root}/admin/+",), True)
     for kind in ("admin-reply", "status", "health"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 DEFAULT_ROUTE = "default"
 SESSION_FIELD = "{session}"
@@ -44,6 +45,9 @@ class RouteTopics:
 
     `reply` may end with `{client_id}` and `{request_id}`. With `allow_reply_topic` a payload may name the reply topic itself, below
     what stands before `{session}` in `reply`. `default_session` is that of payloads that name none.
+
+    `reset_topic`, `delete_topic` and `system_prompt_topic` take what clients want of a session (`SessionTopic`), `hint_topic` tells
+    what came of it. A message on `session_topic` is answered with a new session on `session_reply_topic`.
     """
 
     name: str
@@ -53,6 +57,17 @@ class RouteTopics:
     trust_payload_session: bool = False
     allow_reply_topic: bool = False
     default_session: str | None = None
+    reset_topic: str | None = None
+    delete_topic: str | None = None
+    system_prompt_topic: str | None = None
+    hint_topic: str | None = None
+    session_topic: str | None = None
+    session_reply_topic: str | None = None
+
+    def session_topics(self) -> dict[str, str]:
+        """The topics on which clients change a session, by the setting's name."""
+        found = {key: getattr(self, key) for key in ("reset_topic", "delete_topic", "system_prompt_topic")}
+        return {key: topic for key, topic in found.items() if topic is not None}
 
 
 def route_topics(
@@ -63,15 +78,14 @@ def route_topics(
     reply: str | None = None,
     control: str | None = None,
     trust_payload_session: bool = False,
-    allow_reply_topic: bool = False,
-    default_session: str | None = None,
+    **more: Any,
 ) -> RouteTopics:
     """The topics of a configured route, with those left out filled in.
 
     `default` has `{root}/request/{session}`, `{root}/reply/{session}` and `{root}/control/{session}`. Any other route is
     below the root under its own name, `{root}/{name}/request/{session}` and so on, so that two workers with different roots
     never share a topic by accident. A route whose session comes from the payload gets `{root}/{name}/request` and no
-    control topic.
+    control topic. `more` are those of `RouteTopics` that have no default.
     """
     base = root if name == DEFAULT_ROUTE else f"{root}/{name}"
     if request is None:
@@ -81,13 +95,7 @@ def route_topics(
     if control is None and not trust_payload_session:
         control = f"{base}/control/{SESSION_FIELD}"
     return RouteTopics(
-        name=name,
-        request=request,
-        reply=reply,
-        control=control,
-        trust_payload_session=trust_payload_session,
-        allow_reply_topic=allow_reply_topic,
-        default_session=default_session,
+        name=name, request=request, reply=reply, control=control, trust_payload_session=trust_payload_session, **more
     )
 
 
@@ -126,6 +134,30 @@ class TopicTemplate:
             return None
         session = levels[first:last]
         return "/".join(session) if all(map(is_level, session)) else None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTopic:
+    """A topic on which clients change a session: with `{session}`, or without, where the session stands in the payload or is put
+    behind the topic."""
+
+    template: TopicTemplate
+
+    @classmethod
+    def cut(cls, text: str) -> SessionTopic:
+        return cls(TopicTemplate.cut(text))
+
+    def filters(self) -> list[str]:
+        if self.template.open:
+            return self.template.filters()
+        return ["/".join((*self.template.head, *["+"] * count)) for count in (0, *SESSION_LEVELS)]
+
+    def read(self, levels: Sequence[str]) -> str | None:
+        """The session path in a topic; None when the topic does not fit, "" when it names no session."""
+        template = self.template
+        if not template.open and len(levels) > len(template.head):
+            template = TopicTemplate(template.head, (), open=True)
+        return template.read(levels)
 
 
 @dataclass(frozen=True, slots=True)

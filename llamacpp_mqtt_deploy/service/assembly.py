@@ -45,6 +45,7 @@ from llamacpp_mqtt_deploy.worker.recovery import Recovery
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.refusals import Refusals
 from llamacpp_mqtt_deploy.worker.route_renderings import RouteRenderings
+from llamacpp_mqtt_deploy.worker.session_topics import SessionTopics
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
 
 if TYPE_CHECKING:
@@ -214,6 +215,18 @@ class Parts:
                 now=clock.now,
             ),
             controls=controls,
+            session_topics=SessionTopics(
+                topics=topics,
+                answers=answers,
+                link=link,
+                store=store,
+                registry=self.registry,
+                controls=controls,
+                work=self.client_work,
+                policies=in_force.policies,
+                message_log=self.message_log,
+                now=clock.now,
+            ),
             admin=admin.handle,
             counters=self.counters,
             policies=in_force.policies,

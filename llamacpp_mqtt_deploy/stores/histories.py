@@ -68,6 +68,7 @@ def forget(db: sqlite3.Connection, session: SessionKey) -> None:
 def drop(db: sqlite3.Connection, session: SessionKey) -> None:
     """Forget the session altogether."""
     _forget_messages(db, session)
+    db.execute("DELETE FROM system_prompts WHERE route = ? AND session = ?", session)
     db.execute("DELETE FROM sessions WHERE route = ? AND session = ?", session)
 
 

@@ -89,6 +89,14 @@ _ADDED = (
         PRIMARY KEY (day, first_level)
     ) {_STRICT}
     """,
+    f"""
+    CREATE TABLE IF NOT EXISTS system_prompts (
+        route TEXT NOT NULL,
+        session TEXT NOT NULL,
+        prompt TEXT NOT NULL,
+        PRIMARY KEY (route, session)
+    ) {_STRICT}
+    """,
 )
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)

@@ -21,7 +21,7 @@ from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
 from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import entries as rows
-from llamacpp_mqtt_deploy.stores import histories, ledger, purging
+from llamacpp_mqtt_deploy.stores import histories, ledger, purging, session_prompts
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
 from llamacpp_mqtt_deploy.stores.histories import SessionKey
@@ -227,6 +227,23 @@ class SqliteStore:
     def delete(self, session: SessionKey) -> None:
         write = self._opened().writer.submit(lambda db: histories.drop(db, session), durable=True, urgent=True)
         write.wait(WRITE_TIMEOUT_S)
+
+    def system_prompt(self, session: SessionKey) -> str | None:
+        with self._read() as db:
+            return session_prompts.read(db, session)
+
+    def set_system_prompt(self, session: SessionKey, prompt: str | None, *, now: float, reset: bool) -> None:
+        def step(db: sqlite3.Connection) -> None:
+            if reset:
+                histories.forget(db, session)
+            session_prompts.write(db, session, prompt, now=now)
+
+        size = len(prompt or "")
+        self._opened().writer.submit(step, size=size, durable=True, urgent=True).wait(WRITE_TIMEOUT_S)
+
+    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+        with self._read() as db:
+            return session_prompts.names(db, route, after=after, created_by=created_by, most=most)
 
     def purge(
         self,

@@ -222,40 +222,102 @@ class Controls:
             raise _too_many()
 
     def _change_soon(self, asked: _Asked, change: Callable[[tuple[str, str]], None]) -> None:
-        """Stop all of the session now, and let the store forget it soon; prompts that come after this wait until it has."""
         if self._pool is not None:
             self._in_pool(asked, partial(self._forget_in_pool, self._pool, asked.session, change))
             return
-        if not self._work.has_place(asked.first_level):
-            raise _too_many()
-        jobs = self._registry.of_session(asked.session)
-        for job in jobs:
-            job.forgotten = True
-        self._registry.hold_session(asked.session)
 
-        def forget() -> Mapping[str, Any]:
-            self._redelivery.forget(asked.session)
+        def forget(cancelled: int) -> Mapping[str, Any]:
             change(asked.session)
             return {"cancelled": cancelled}
 
-        def run() -> None:
-            try:
-                self._step(asked, forget)
-            finally:
-                self._registry.free_session(asked.session)
-            self._publish_later(asked)
+        self.change_soon(
+            asked.session,
+            asked.first_level,
+            lambda cancelled: self._step(asked, lambda: forget(cancelled)),
+            after=lambda: self._publish_later(asked),
+        )
 
-        cancelled = sum(job.stop.set("cancelled") for job in jobs)
-        if not self._work.run(asked.first_level, run):
-            self._registry.free_session(asked.session)
+    def change_soon(
+        self,
+        session: tuple[str, str],
+        first_level: str,
+        change: Callable[[int], object],
+        *,
+        after: Callable[[], object],
+        cancels: bool = True,
+    ) -> None:
+        """Stop all of the session now, and let `change` (given how many that were) change it soon, in the thread of `work`; prompts
+        that come after this wait until it has. `after` follows. Raises Busy when too much of this level waits already.
+
+        Without `cancels` only the order counts: what came before goes on as it was.
+        """
+        if self._pool is not None:
+
+            def run_in_pool() -> None:
+                self.change_now(session, change, cancels=cancels)
+                after()
+
+            if not self._work.run(first_level, run_in_pool):
+                raise _too_many()
+            return
+        if not self._work.has_place(first_level):
+            raise _too_many()
+        jobs, cancelled = self._hold(session, cancels=cancels)
+
+        def run() -> None:
+            self._change(session, change, cancelled, cancels=cancels)
+            after()
+
+        if not self._work.run(first_level, run):
+            self._registry.free_session(session)
             raise _too_many()
         self.cancel(*jobs)
+
+    def change_now(self, session: tuple[str, str], change: Callable[[int], object], *, cancels: bool = True) -> None:
+        """The same, at once: in the thread of `work`."""
+        if self._pool is not None:
+            self._change_in_pool(self._pool, session, change, cancels=cancels)
+            return
+        jobs, cancelled = self._hold(session, cancels=cancels)
+        self.cancel(*jobs)
+        self._change(session, change, cancelled, cancels=cancels)
+
+    def _hold(self, session: tuple[str, str], *, cancels: bool) -> tuple[list[Job], int]:
+        jobs = self._registry.of_session(session) if cancels else []
+        for job in jobs:
+            job.forgotten = True
+        self._registry.hold_session(session)
+        return jobs, sum(job.stop.set("cancelled") for job in jobs)
+
+    def _change(
+        self, session: tuple[str, str], change: Callable[[int], object], cancelled: int, *, cancels: bool
+    ) -> None:
+        try:
+            if cancels:
+                self._redelivery.forget(session)
+            change(cancelled)
+        finally:
+            self._registry.free_session(session)
 
     def _forget_in_pool(
         self, pool: PooledSessions, session: tuple[str, str], change: Callable[[tuple[str, str]], None]
     ) -> Mapping[str, Any]:
         self._redelivery.forget(session)
         return pool.forget(session, change)
+
+    def _change_in_pool(
+        self, pool: PooledSessions, session: tuple[str, str], change: Callable[[int], object], *, cancels: bool
+    ) -> None:
+        def forget(_session: tuple[str, str]) -> None:
+            change(0)
+
+        try:
+            if cancels:
+                self._forget_in_pool(pool, session, forget)
+            else:
+                change(0)
+        except (RequestError, StoreError) as problem:
+            log.error("journal.failed", step="control", problem=str(problem), session=session[1])
 
     def _fitted(self, ack: dict[str, Any]) -> bytes:
         """The ack as bytes; a long history loses its oldest messages, and says so."""

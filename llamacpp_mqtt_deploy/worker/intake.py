@@ -12,8 +12,9 @@ from functools import lru_cache, partial
 import structlog
 
 from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
-from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.errors import BadRequest, RequestError
 from llamacpp_mqtt_deploy.core.guessing import guess_ids
+from llamacpp_mqtt_deploy.core.payloads import is_blank
 from llamacpp_mqtt_deploy.core.requests import RawRequest, check_request, read_request
 from llamacpp_mqtt_deploy.ports import Delivery
 from llamacpp_mqtt_deploy.worker.admitting import MAX_CORRELATION_BYTES, Admission
@@ -25,6 +26,7 @@ from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.own_errors import out_of_memory
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.refusals import Received, Refusals, first_level_of
+from llamacpp_mqtt_deploy.worker.session_topics import SessionTopics
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +47,7 @@ class Intake:
         refusals: Refusals,
         admission: Admission,
         controls: Controls,
+        session_topics: SessionTopics,
         admin: Callable[[Delivery, bytes | None], None],
         counters: Counters,
         policies: Callable[[], Policies],
@@ -56,6 +59,7 @@ class Intake:
         self._refusals = refusals
         self._admission = admission
         self._controls = controls
+        self._session_topics = session_topics
         self._admin = admin
         self._counters = counters
         self._policies = policies
@@ -129,7 +133,8 @@ class Intake:
         for delivery in burst:
             try:
                 message = self._received(delivery)
-                if message.address is not None and message.address.kind == "request" and not delivery.retain:
+                if self._is_request(message):
+                    assert message.address is not None
                     self._receive(message, message.address)
                 else:
                     self._admission.commit()
@@ -139,6 +144,13 @@ class Intake:
                 log.exception("intake.failed", topic=delivery.topic[:200])
             self._admission.read(delivery)
         self._admission.commit()
+
+    def _is_request(self, message: Received) -> bool:
+        """Whether it asks for an answer: on some routes an empty message resets its session instead."""
+        address, delivery = message.address, message.delivery
+        if address is None or address.kind != "request" or delivery.retain:
+            return False
+        return not (is_blank(delivery.payload) and self._policies().routes[address.route].empty_payload == "reset")
 
     def _received(self, delivery: Delivery) -> Received:
         data = delivery.correlation
@@ -166,8 +178,10 @@ class Intake:
             )
         elif address.kind == "admin":
             self._admin(message.delivery, message.correlation)
-        else:
+        elif address.kind == "control":
             self._controls.handle(address, message.delivery.payload, message.correlation)
+        else:
+            self._session_topics.handle(message, address)
 
     def _receive(self, message: Received, address: Address) -> None:
         """One request up to its place in the queue; refusals are answered here."""
@@ -178,6 +192,7 @@ class Intake:
         try:
             raw = read_request(payload, policy=policy)
             if raw is None:
+                self._check_empty(address)
                 return
             address = self._topics.with_payload(address, raw.body, policy.names)
             asked_for = message.delivery.response_topic
@@ -189,8 +204,15 @@ class Intake:
             self._admission.enter(message, address, raw, check_request(raw, policy=allowed))
         except (RequestError, MemoryError) as problem:
             error = problem if isinstance(problem, RequestError) else self._starved(message)
-            ids = raw.ids() if raw is not None else asdict(guess_ids(payload, policy.names))
+            ids = (
+                raw.ids() if raw is not None else {} if is_blank(payload) else asdict(guess_ids(payload, policy.names))
+            )
             self._refusals.refuse(message, self._topics.with_ids(address, ids), ids.get("request_id"), error)
+
+    def _check_empty(self, address: Address) -> None:
+        if self._policies().routes[address.route].empty_payload == "error":
+            words = "a prompt, and it is empty"
+            raise BadRequest(f"payload: expected {words}", fields={"payload": words})
 
     def _starved(self, message: Received) -> RequestError:
         self._counters.starved()

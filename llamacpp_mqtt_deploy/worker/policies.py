@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from llamacpp_mqtt_deploy.config.configured_routes import configured_routes
-from llamacpp_mqtt_deploy.config.settings import Lane, RouteSettings, Settings, StreamingMode
+from llamacpp_mqtt_deploy.config.settings import EmptyPayload, Lane, RouteSettings, Settings, StreamingMode
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
@@ -29,6 +29,10 @@ class RoutePolicy:
     """The same for first levels that have a highest lane of their own."""
     mode: StreamingMode
     format: str
+    empty_payload: EmptyPayload
+    allow_all_sessions: bool
+    keeps_system_prompts: bool
+    """Sessions may have a system prompt of their own."""
     system_prompt: str | None
     sampling: Mapping[str, Any]
     thinking: bool | None
@@ -152,6 +156,9 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
         by_lane={lane: replace(parse, max_priority=lane) for lane in get_args(Lane)},
         mode=route.mode or settings.streaming.mode,
         format=route.format,
+        empty_payload=route.empty_payload,
+        allow_all_sessions=route.allow_all_sessions,
+        keeps_system_prompts=route.system_prompt_topic is not None,
         system_prompt=route.system_prompt if route.system_prompt is not None else generation.system_prompt,
         sampling=sampling,
         thinking=route.thinking if route.thinking is not None else generation.thinking,

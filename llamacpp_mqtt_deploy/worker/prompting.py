@@ -13,7 +13,7 @@ from llamacpp_mqtt_deploy.core.deltas import EngineCall, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
 from llamacpp_mqtt_deploy.core.history import fit, pending_tool_calls
 from llamacpp_mqtt_deploy.core.kept_messages import mended
-from llamacpp_mqtt_deploy.ports import Engine, Store, StoreError
+from llamacpp_mqtt_deploy.ports import Engine, SessionPrompts, Store, StoreError
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies, RoutePolicy
 
@@ -69,10 +69,9 @@ class PromptBuilder:
         newest = job.request.new_messages()
         if job.request.mode == "tool_results":
             _check_results(history, newest)
-        system_prompt = job.request.system_prompt
         fitted = fit(
             history,
-            system_prompt=system_prompt if system_prompt is not None else policy.system_prompt,
+            system_prompt=self._system_prompt(job, policy),
             newest=newest,
             budget_tokens=self._budget_tokens(call),
             count=lambda messages: self._engine.count_tokens(replace(call, messages=messages), stop=job.stop),
@@ -80,6 +79,19 @@ class PromptBuilder:
         )
         job.answer.dropped_messages = fitted.dropped_messages
         return replace(call, messages=fitted.messages)
+
+    def _system_prompt(self, job: Job, policy: RoutePolicy) -> str | None:
+        """That of the request, else of its session, else of the route."""
+        if job.request.system_prompt is not None:
+            return job.request.system_prompt
+        if not policy.keeps_system_prompts or not isinstance(self._store, SessionPrompts):
+            return policy.system_prompt
+        try:
+            own = self._store.system_prompt((job.key.route, job.key.session))
+        except StoreError as problem:
+            log.error("history.unreadable", problem=str(problem), session=job.key.session)
+            return policy.system_prompt
+        return own if own is not None else policy.system_prompt
 
     def _history(self, job: Job) -> Sequence[Message]:
         if job.request.new:

@@ -1,0 +1,84 @@
+"""A session's own system prompt: kept as long as the session, over restarts, and no longer."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llamacpp_mqtt_deploy.ports import SessionPrompts
+from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+from tests.support.store_cases import NOW, SESSION, talk
+
+OTHER = ("default", "hall")
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "state.db" if request.param == "file" else None)
+    store.open()
+    yield store
+    store.close()
+
+
+def test_a_session_keeps_the_prompt_that_it_was_given_last(store: SqliteStore) -> None:
+    assert isinstance(store, SessionPrompts)
+    assert store.system_prompt(SESSION) is None
+    for prompt in ("Be kind.", "Be brief. \N{GRINNING FACE}"):
+        store.set_system_prompt(SESSION, prompt, now=NOW, reset=True)
+        assert store.system_prompt(SESSION) == prompt
+    assert store.system_prompt(OTHER) is None
+    assert store.system_prompt(("maze", SESSION[1])) is None
+    store.set_system_prompt(SESSION, None, now=NOW, reset=False)
+    assert store.system_prompt(SESSION) is None
+
+
+def test_a_new_prompt_forgets_the_history_only_where_that_was_asked_for(store: SqliteStore) -> None:
+    talk(store, SESSION)
+    store.set_system_prompt(SESSION, "Be kind.", now=NOW, reset=False)
+    assert len(store.history(SESSION)) == 2
+    store.set_system_prompt(SESSION, "Be brief.", now=NOW, reset=True)
+    assert store.history(SESSION) == ()
+    store.reset(SESSION)
+    assert store.system_prompt(SESSION) == "Be brief."
+
+
+def test_a_session_that_is_forgotten_takes_its_prompt_along(store: SqliteStore) -> None:
+    store.set_system_prompt(SESSION, "Be kind.", now=NOW, reset=True)
+    store.set_system_prompt(OTHER, "Be brief.", now=NOW, reset=True)
+    store.delete(SESSION)
+    assert store.system_prompt(SESSION) is None
+    assert store.system_prompt(OTHER) == "Be brief."
+    purged = store.purge(now=NOW + 100, remember_s=600, ttl_s=50, max_sessions=1000)
+    assert purged.sessions == 1
+    assert store.system_prompt(OTHER) is None
+
+
+def test_the_sessions_of_a_route_are_told_in_pieces(store: SqliteStore) -> None:
+    for number in range(5):
+        store.set_system_prompt(("maze", f"s{number}"), "x", now=NOW, reset=True)
+    store.set_system_prompt(("maze", "young"), "x", now=NOW + 10, reset=True)
+    store.set_system_prompt(OTHER, "x", now=NOW, reset=True)
+    assert store.sessions("maze", after="", created_by=NOW, most=3) == ("s0", "s1", "s2")
+    assert store.sessions("maze", after="s2", created_by=NOW, most=3) == ("s3", "s4")
+    assert store.sessions("maze", after="s4", created_by=NOW, most=3) == ()
+
+
+def test_a_prompt_survives_a_restart_and_a_file_of_an_older_worker_gets_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    first = SqliteStore(path)
+    first.open()
+    first.close()
+    with sqlite3.connect(path) as older:
+        older.execute("DROP TABLE system_prompts")
+    older.close()
+    second = SqliteStore(path)
+    second.open()
+    second.set_system_prompt(SESSION, "Be kind.", now=NOW, reset=True)
+    second.close()
+    third = SqliteStore(path)
+    third.open()
+    assert third.system_prompt(SESSION) == "Be kind."
+    third.close()
