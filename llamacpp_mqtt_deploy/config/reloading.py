@@ -11,7 +11,7 @@ from llamacpp_mqtt_deploy.config.settings import Settings
 
 # Sections that are read for each request, timer or line of the log. Everything else is built in at the start: the
 # connection, the engine, the store, the topics.
-_LIVE_SECTIONS = frozenset({"generation", "streaming", "limits", "status", "logging"})
+_LIVE_SECTIONS = frozenset({"generation", "streaming", "limits", "status", "home_assistant", "logging"})
 _LIVE_KEYS = frozenset(
     {
         "sessions.ttl_s",

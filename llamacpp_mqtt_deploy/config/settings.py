@@ -373,6 +373,19 @@ class PoolSettings(Section):
     """Seconds without a sign of life, by the database's clock, until others take over what a worker had."""
 
 
+class HomeAssistantSettings(Section):
+    """Whether Home Assistant shows this worker as a device."""
+
+    discovery: bool = False
+    """Publish a discovery message, so that Home Assistant shows this worker with its state, its figures and its buttons."""
+    prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}(/[A-Za-z0-9_.-]{1,64}){0,3}$")] = (
+        "homeassistant"
+    )
+    """First topic levels of discovery, as Home Assistant's MQTT integration has them."""
+    level: TopicPart = "homeassistant"
+    """First topic level of what Home Assistant asks: its user name at the broker, where the access list binds levels to users."""
+
+
 class MetricsSettings(Section):
     """Figures for Prometheus; off unless one of these is set. Needs the extra `metrics`."""
 
@@ -451,6 +464,7 @@ class Settings(BaseSettings):
     levels: dict[LevelName, LevelSettings] = Field(default_factory=dict)
     status: StatusSettings = StatusSettings()
     pool: PoolSettings = PoolSettings()
+    home_assistant: HomeAssistantSettings = HomeAssistantSettings()
     metrics: MetricsSettings = MetricsSettings()
     gateway: GatewaySettings = GatewaySettings()
     logging: LoggingSettings = LoggingSettings()

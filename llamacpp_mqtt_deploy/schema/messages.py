@@ -255,6 +255,8 @@ class Health(Emitted):
     """The same by lane."""
     tokens_per_second: Number
     """Of all answers together, over the last period."""
+    first_token_ms: Number | None = None
+    """Time to the first token, waiting included: the mean of the answers that ended in the last period in which any did."""
     requests: RequestsHealth
     """Since the start."""
     errors: dict[CountedCode, Count]

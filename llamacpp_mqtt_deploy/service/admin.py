@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -40,6 +40,7 @@ class Operations:
         controls: Controls,
         presence: Presence,
         engine: Engine,
+        on_reload: Callable[[], object],
     ) -> None:
         self._loaded = loaded
         self._in_force = in_force
@@ -47,6 +48,7 @@ class Operations:
         self._controls = controls
         self._presence = presence
         self._engine = engine
+        self._on_reload = on_reload
 
     def cancel_all(self) -> int:
         """Cancel every request; returns how many were told to stop."""
@@ -130,6 +132,7 @@ class Operations:
             logs.set_level(found.settings.logging.level)
         log.warning("configuration.reloaded", changed=list(found.changed), needs_restart=list(found.needs_restart))
         self._presence.renew()
+        self._on_reload()
         return {"changed": list(found.changed), "needs_restart": list(found.needs_restart)}
 
 

@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.pool_ports import Member, SharedJournal
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
 from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
+from llamacpp_mqtt_deploy.service.discovery import Discovery, memory_of
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.service.identity import client_id, mark
 from llamacpp_mqtt_deploy.service.ledger_report import LedgerReport
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 class Parts:
     """What a worker consists of. Adapters may be given instead of being chosen by the configuration.
 
-    `on_engine_change` runs in the engine watch's thread.
+    `on_engine_change` runs in the engine watch's thread, `on_reload` in that of whoever reloads.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Parts:
         engine: Engine | None,
         store: Store | None,
         on_engine_change: Callable[[EngineInfo], None],
+        on_reload: Callable[[], object],
     ) -> None:
         settings = loaded.settings
         self.in_force = in_force = InForce(settings)
@@ -187,6 +189,7 @@ class Parts:
             controls=controls,
             presence=self.presence,
             engine=engine,
+            on_reload=on_reload,
         )
         self.ledger = LedgerReport(
             store=store,
@@ -264,6 +267,15 @@ class Parts:
         )
         self.health = HealthReport(worker_id=settings.mqtt.worker_id, registry=self.registry, counters=self.counters)
         self.shortages = Shortages(counters=self.counters, engine=engine.info)
+        self.discovery = Discovery(
+            link=link,
+            loop=self.loop,
+            background=self.background,
+            policies=in_force.policies,
+            topics=topics,
+            engine=engine.info,
+            memory=memory_of(settings),
+        )
         self.engine_watch = EngineWatch(engine, on_engine_change)
         self.measuring = Measuring(
             settings=lambda: in_force.settings,

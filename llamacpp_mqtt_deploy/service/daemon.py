@@ -67,7 +67,7 @@ _METRICS_CLOSE_S = 1.0
 class Note:
     """Something for the main thread, from a callback or a signal handler."""
 
-    kind: Literal["online", "lost", "engine", "signal", "reload", "start_up", "store", "short"]
+    kind: Literal["online", "lost", "engine", "signal", "reload", "reloaded", "start_up", "store", "short"]
     value: Any = None
 
 
@@ -102,6 +102,7 @@ class Daemon:
             engine=engine,
             store=store,
             on_engine_change=lambda info: self._notes.put(Note("engine", info)),
+            on_reload=lambda: self._notes.put(Note("reloaded")),
         )
         self._startup = Startup(
             link=parts.link,
@@ -268,6 +269,7 @@ class Daemon:
             case "lost":
                 self._online = self._subscribed = False
                 self.parts.presence.disconnected()
+                self.parts.discovery.disconnected()
                 self._lost(note.value)
             case "engine":
                 self._engine_changed(note.value)
@@ -281,6 +283,8 @@ class Daemon:
                 self.parts.operations.reload()
                 if self.ready:
                     self._notifier.ready()
+            case "reloaded":
+                self._discover()
             case "start_up":
                 if self._online and not self._subscribed:
                     self._start_up()
@@ -293,6 +297,9 @@ class Daemon:
         """The link's thread: sort the statuses of other workers out, put everything else into the inbox."""
         if topic_matches(self.parts.topics.status_filter, delivery.topic):
             self.parts.presence.note(delivery)
+            return True
+        if self.parts.discovery.is_birth(delivery.topic):
+            self.parts.discovery.note(delivery)
             return True
         return self.parts.intake.offer(delivery)
 
@@ -307,7 +314,12 @@ class Daemon:
         if not self._subscribed:
             self.parts.loop.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
         self._publish_health()
+        self._discover()
         self._announce()
+
+    def _discover(self) -> None:
+        if self._online and self._startup.settled:
+            self.parts.discovery.connect(lambda: self._waits("waiting for the broker to answer a subscription"))
 
     def _lost(self, info: LinkInfo) -> None:
         self._say()
@@ -399,6 +411,7 @@ class Daemon:
             self.parts.threads.ensure(slots)
             self.parts.in_force.change(engine_models=info.models)
         self._renew()
+        self.parts.discovery.refresh()
         self._announce()
 
     def _announce(self) -> None:

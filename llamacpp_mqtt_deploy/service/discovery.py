@@ -1,0 +1,252 @@
+"""Tells Home Assistant of this worker, where that is wanted, and takes back what this or an earlier life has told."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from llamacpp_mqtt_deploy import __version__
+from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.core.addresses import TopicMap
+from llamacpp_mqtt_deploy.core.events import encode
+from llamacpp_mqtt_deploy.core.home_assistant import DEFAULT_PREFIX, DiscoveredWorker, discovery_message
+from llamacpp_mqtt_deploy.io_loop import IoLoop
+from llamacpp_mqtt_deploy.ports import Delivery, EngineInfo, Link
+from llamacpp_mqtt_deploy.worker.background import Background
+from llamacpp_mqtt_deploy.worker.policies import Policies
+
+log = structlog.get_logger(__name__)
+
+BIRTH_PAUSE_S = 1.0
+"""Home Assistant has just started, and every device on the bus answers."""
+MOST_OFTEN_S = 10.0
+"""Between two answers to births: anybody who may publish there can send as many as he likes."""
+AGAIN_S = 5.0
+"""After a publish for which the outbox had no place."""
+MOST_REMEMBERED = 16
+_SUBSCRIBE_S = 10.0
+_BIRTH = b"online"
+
+
+def memory_of(settings: Settings) -> Path | None:
+    """The file beside the state that names the topics at which something of ours may be retained; None without a state."""
+    sessions = settings.sessions
+    return sessions.path.with_name(sessions.path.name + ".discovery") if sessions.store == "sqlite" else None
+
+
+def described(policies: Policies, topics: TopicMap, engine: EngineInfo) -> DiscoveredWorker:
+    """This worker, as the message tells it."""
+    settings = policies.settings
+    return DiscoveredWorker(
+        root=topics.root,
+        worker_id=topics.worker_id,
+        version=__version__,
+        level=settings.home_assistant.level,
+        models=policies.routes["default"].parse.models or engine.models,
+        can_restart=engine.can_restart,
+        can_unload=engine.can_unload,
+        health_every_s=settings.status.health_every_s,
+    )
+
+
+class Remembered:
+    """Topics at which the broker may keep something of ours, in a file where there is one."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._topics: list[str] | None = None
+
+    def all(self) -> list[str]:
+        if self._topics is None:
+            self._topics = self._read()
+        return list(self._topics)
+
+    def add(self, topic: str) -> None:
+        topics = self.all()
+        if topic not in topics:
+            self._keep([*topics, topic][-MOST_REMEMBERED:])
+
+    def drop(self, topic: str) -> None:
+        topics = self.all()
+        if topic in topics:
+            self._keep([other for other in topics if other != topic])
+
+    def _read(self) -> list[str]:
+        try:
+            lines = self._file.read_text("utf-8").splitlines() if self._file is not None else []
+        except FileNotFoundError:
+            return []
+        except (OSError, UnicodeDecodeError) as problem:
+            log.warning("discovery.not_remembered", file=str(self._file), why=str(problem))
+            return []
+        return [line for line in lines if line.endswith("/config")][:MOST_REMEMBERED]
+
+    def _keep(self, topics: list[str]) -> None:
+        self._topics = topics
+        if self._file is None:
+            return
+        try:
+            if not topics:
+                self._file.unlink(missing_ok=True)
+                return
+            # Under another name first: a power cut must not leave half of it.
+            draft = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            draft.touch(mode=0o600)
+            draft.write_text("\n".join(topics) + "\n", "utf-8")
+            draft.replace(self._file)
+        except OSError as problem:
+            log.warning("discovery.not_remembered", file=str(self._file), why=problem.strerror)
+
+
+class Discovery:
+    """Publishes the discovery message at each connection, at each birth of Home Assistant and whenever it changes.
+
+    `connect` is called from the main thread, `note` from the link's, `refresh` from any; the rest runs in the background.
+    """
+
+    def __init__(
+        self,
+        *,
+        link: Link,
+        loop: IoLoop,
+        background: Background,
+        policies: Callable[[], Policies],
+        topics: TopicMap,
+        engine: Callable[[], EngineInfo],
+        memory: Path | None,
+    ) -> None:
+        self._link = link
+        self._loop = loop
+        self._background = background
+        self._policies = policies
+        self._topics = topics
+        self._engine = engine
+        self._remembered = Remembered(memory)
+        self._told: tuple[str, bytes] | None = None
+        self._connected = False
+        self._lock = threading.Lock()  # guards the two below
+        self._answering = False
+        self._answered_at = -MOST_OFTEN_S
+
+    # --- when --------------------------------------------------------------------------------------------------------
+
+    def connect(self, give_up: Callable[[], bool]) -> None:
+        """A connection is up, or the settings have changed: listen for births and tell anew. Blocks until the broker has answered."""
+        if self._policies().settings.home_assistant.discovery:
+            try:
+                filters = [(topic, 0) for topic in sorted(self._birth_topics())]
+                refused: Mapping[str, str] = self._link.subscribe(filters, timeout_s=_SUBSCRIBE_S, give_up=give_up)
+            except (ConnectionError, TimeoutError) as problem:
+                log.warning("discovery.deaf", reason=str(problem))
+                return  # the next connection begins anew
+            for topic, reason in refused.items():
+                log.warning("subscription.refused", filter=topic, reason=reason, message="births of Home Assistant")
+        self._connected = True
+        self._background.run("discovery", lambda: self._tell(again=True))
+
+    def disconnected(self) -> None:
+        self._connected = False
+
+    def refresh(self) -> None:
+        """The engine has changed: tell it if that changes the message."""
+        self._background.run("discovery-change", self._tell)
+
+    def is_birth(self, topic: str) -> bool:
+        """Whether this is where Home Assistant says that it has started."""
+        return topic.endswith("/status") and topic in self._birth_topics()
+
+    def note(self, delivery: Delivery) -> None:
+        """Something came on that topic, from whoever may publish there."""
+        if delivery.payload != _BIRTH or not self._policies().settings.home_assistant.discovery:
+            return
+        now = time.monotonic()
+        with self._lock:
+            if self._answering:
+                return
+            self._answering = True
+            pause_s = max(BIRTH_PAUSE_S, self._answered_at + MOST_OFTEN_S - now)
+        self._loop.after(pause_s, self._answer)
+
+    def _answer(self) -> None:
+        with self._lock:
+            self._answering = False
+            self._answered_at = time.monotonic()
+        self._background.run("discovery", lambda: self._tell(again=True))
+
+    def _birth_topics(self) -> set[str]:
+        # Home Assistant's own default stays its birth topic where only the discovery prefix was changed.
+        return {f"{self._policies().settings.home_assistant.prefix}/status", f"{DEFAULT_PREFIX}/status"}
+
+    # --- what, in the background -------------------------------------------------------------------------------------
+
+    def _tell(self, *, again: bool = False) -> None:
+        """Publish what is wanted and not told yet, or all of it again; take everything else back."""
+        if not self._connected:
+            return
+        wanted = self._wanted()
+        for topic in self._remembered.all():
+            if wanted is None or topic != wanted[0]:
+                self._take_back(topic)
+        if wanted is None:
+            self._told = None
+        elif again or wanted != self._told:
+            self._publish(*wanted)
+
+    def _wanted(self) -> tuple[str, bytes] | None:
+        settings = self._policies().settings.home_assistant
+        if not settings.discovery:
+            return None
+        worker = described(self._policies(), self._topics, self._engine())
+        message = discovery_message(worker)
+        payload, limit = encode(message), self._link.max_payload_bytes()
+        if limit is not None and len(payload) > limit:
+            message["components"].pop("choose_model", None)  # the only part without a bound of its own
+            payload = encode(message)
+        if limit is not None and len(payload) > limit:
+            log.error(
+                "discovery.too_large",
+                bytes=len(payload),
+                limit=limit,
+                message="the broker takes no message of this size; raise its maximum packet size for discovery",
+            )
+            return None
+        return worker.topic(settings.prefix), payload
+
+    def _publish(self, topic: str, payload: bytes) -> None:
+        self._remembered.add(topic)
+        self._told = topic, payload
+
+        def done(well: bool) -> None:
+            if not well:
+                log.error(
+                    "discovery.refused",
+                    topic=topic,
+                    message="the broker's access list must let this worker write there",
+                )
+
+        self._sent(self._link.publish(topic, payload, retain=True, on_done=done), topic)
+
+    def _take_back(self, topic: str) -> None:
+        def done(well: bool) -> None:
+            if well:
+                self._background.run(("discovery-forget", topic), lambda: self._forget(topic))
+            else:
+                log.warning("discovery.not_removed", topic=topic)
+
+        self._sent(self._link.publish(topic, b"", retain=True, on_done=done), topic)
+
+    def _forget(self, topic: str) -> None:
+        if self._told is None or self._told[0] != topic:
+            self._remembered.drop(topic)
+            log.info("discovery.removed", topic=topic)
+
+    def _sent(self, outcome: str, topic: str) -> None:
+        if outcome == "full":
+            self._loop.after(AGAIN_S, lambda: self._background.run("discovery", lambda: self._tell(again=True)))
+        elif outcome == "unfit":
+            log.error("discovery.unfit", topic=topic, message="the broker takes no such topic or size")
