@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from llamacpp_mqtt_deploy.checking.discovering import check_discovery
 from llamacpp_mqtt_deploy.checking.engine import check_engine
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
 from llamacpp_mqtt_deploy.checking.machine import check_clock, check_store, check_versions
@@ -59,6 +60,8 @@ def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bo
                     other, _ = _log_in("client", address, stack)
                 bus = Bus(topic_map(settings), worker, other)
                 yield from check_permissions(bus)
+                if settings.home_assistant.discovery:
+                    yield from check_discovery(bus, settings)
         else:
             yield skip("broker.login", "not tried")
     online = bus.online if bus else {}

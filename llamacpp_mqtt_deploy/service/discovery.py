@@ -147,7 +147,7 @@ class Discovery:
             for topic, reason in refused.items():
                 log.warning("subscription.refused", filter=topic, reason=reason, message="births of Home Assistant")
         self._connected = True
-        self._background.run("discovery", lambda: self._tell(again=True))
+        self._tell_again()
 
     def disconnected(self) -> None:
         self._connected = False
@@ -176,11 +176,14 @@ class Discovery:
         with self._lock:
             self._answering = False
             self._answered_at = time.monotonic()
-        self._background.run("discovery", lambda: self._tell(again=True))
+        self._tell_again()
 
     def _birth_topics(self) -> set[str]:
         # Home Assistant's own default stays its birth topic where only the discovery prefix was changed.
         return {f"{self._policies().settings.home_assistant.prefix}/status", f"{DEFAULT_PREFIX}/status"}
+
+    def _tell_again(self) -> None:
+        self._background.run("discovery", lambda: self._tell(again=True))
 
     # --- what, in the background -------------------------------------------------------------------------------------
 
@@ -247,6 +250,6 @@ class Discovery:
 
     def _sent(self, outcome: str, topic: str) -> None:
         if outcome == "full":
-            self._loop.after(AGAIN_S, lambda: self._background.run("discovery", lambda: self._tell(again=True)))
+            self._loop.after(AGAIN_S, self._tell_again)
         elif outcome == "unfit":
             log.error("discovery.unfit", topic=topic, message="the broker takes no such topic or size")

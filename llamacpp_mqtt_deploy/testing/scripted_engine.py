@@ -171,6 +171,12 @@ class ScriptedEngine:
             self._state, self._detail = state, detail
             self._changed.notify_all()
 
+    def serve(self, *models: str) -> None:
+        """Serve these models from now on."""
+        with self._changed:
+            self._model, self._models = models[0], models
+            self._changed.notify_all()
+
     @property
     def busy(self) -> int:
         """Slots in use."""

@@ -12,6 +12,7 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
+from llamacpp_mqtt_deploy.core.home_assistant import DiscoveredWorker
 from tests.client.terminal import lmd
 from tests.client.worker import ACCESS_LIST, PASSWORDS, PlayedWorker
 from tests.support.certificates import Authority
@@ -101,6 +102,7 @@ def test_everything_works_and_nothing_is_left_behind(
     assert "one token in" in rows["engine.generate"][1]
     assert "8192 tokens for each of 4 slots" in rows["engine.context"][1]
     assert retained(guarded.port, "worker") == []
+    assert not [name for name in rows if name.startswith("home-assistant")]  # nobody has asked for it
 
 
 @pytest.mark.parametrize(
@@ -239,3 +241,67 @@ def test_an_engine_that_is_down_is_told_with_one_piece_of_advice(environment: di
     assert url in line
     assert line.lower().count("start the server") == 1
     assert line.count("engine.url") == 1
+
+
+@pytest.mark.parametrize(
+    "protocol,line,verdict,words",
+    [
+        ("5", "topic readwrite homeassistant/device/#", "ok", "arrived"),
+        ("5", "", "FAIL", "Not authorized"),
+        ("3.1.1", "", "warn", "nobody could see whether it arrived"),
+    ],
+)
+def test_the_right_to_tell_home_assistant_is_tried_where_it_is_needed(
+    start_mosquitto: Start,
+    environment: dict[str, str],
+    password_files: dict[str, str],
+    protocol: str,
+    line: str,
+    verdict: str,
+    words: str,
+) -> None:
+    mine = "user worker\n"
+    assert mine in ACCESS_LIST
+    broker = start_mosquitto(users=PASSWORDS, acl=ACCESS_LIST.replace(mine, f"{mine}{line}\n"))
+    settings: dict[str, object] = {
+        "mqtt__host": "127.0.0.1",
+        "mqtt__port": broker.port,
+        "mqtt__protocol": protocol,
+        "mqtt__username": "worker",
+        "mqtt__password_file": password_files["worker"],
+        "mqtt__worker_id": "kitchen",
+    }
+    _, rows = check(environment, "--no-generate", home_assistant__discovery="true", **settings)
+    assert rows["home-assistant.write"][0] == verdict
+    assert words in rows["home-assistant.write"][1]
+    assert rows["home-assistant.birth"][0] == "ok"
+
+
+def test_a_device_that_home_assistant_knows_is_left_as_it_is(broker: Mosquitto, environment: dict[str, str]) -> None:
+    settings: dict[str, object] = {
+        "mqtt__host": "127.0.0.1",
+        "mqtt__port": broker.port,
+        "mqtt__worker_id": "attic",
+        "home_assistant__discovery": "true",
+    }
+    worker = DiscoveredWorker(
+        root="llm", worker_id="attic", version="1", level="ha", models=(), can_restart=True, can_unload=True, health_every_s=30
+    )  # fmt: skip
+    messages: list[tuple[bytes, bool]] = []
+    client = paho.Client(CallbackAPIVersion.VERSION2)
+    client.on_message = lambda _c, _u, message: messages.append((bytes(message.payload), message.retain))
+    client.connect("127.0.0.1", broker.port)
+    client.loop_start()
+    try:
+        eventually(client.is_connected)
+        client.publish(worker.topic("homeassistant"), b'{"told": 1}', qos=1, retain=True).wait_for_publish(10)
+        client.subscribe(worker.topic("homeassistant"), 1)
+        eventually(lambda: messages)
+        _, rows = check(environment, "--no-generate", **settings)
+        assert rows["home-assistant.write"][0] == "ok"
+        eventually(lambda: len(messages) == 2)
+        assert {payload for payload, _ in messages} == {b'{"told": 1}'}
+    finally:
+        client.publish(worker.topic("homeassistant"), b"", qos=1, retain=True).wait_for_publish(10)
+        client.disconnect()
+        client.loop_stop()

@@ -146,9 +146,9 @@ def test_only_what_the_engine_can_do_is_offered() -> None:
     "status,state,available",
     [
         (STATUS, "online", "online"),
-        (STATUS | {"engine": {"state": "asleep"}}, "asleep", "online"),
-        (STATUS | {"state": "draining", "engine": {"state": "asleep"}}, "draining", "online"),
-        (STATUS | {"state": "offline", "reason": "not_subscribed"}, "offline", "offline"),
+        ({**STATUS, "engine": {"state": "asleep"}}, "asleep", "online"),
+        ({**STATUS, "state": "draining", "engine": {"state": "asleep"}}, "draining", "online"),
+        ({**STATUS, "state": "offline", "reason": "not_subscribed"}, "offline", "offline"),
         (WILL, "offline", "offline"),
         (None, "offline", "offline"),
     ],
@@ -262,7 +262,9 @@ def test_the_whole_answer_is_an_attribute_and_other_events_leave_it_as_it_was() 
         assert state_of("answer", event, this=this) == "It is 21 degrees."
         assert attributes(event, this=this) == whole
     # Before the first answer: nothing is known, and Home Assistant may not know the entity yet.
-    for none in ({}, {"this": SimpleNamespace(state="unknown", attributes={})}):
+    unknown: Mapping[str, Any] = {"this": SimpleNamespace(state="unknown", attributes={})}
+    no_entity: Mapping[str, Any] = {}
+    for none in (no_entity, unknown):
         assert state_of("answer", {"type": "queued"}, **none) == "None"
         assert set(attributes({"type": "queued"}, **none).values()) == {None}
 

@@ -17,7 +17,7 @@ from tests.support.shipped_broker import REFUSED, Person, ShippedBroker
 pytestmark = pytest.mark.broker
 
 CONFIG = Path(__file__).parents[2] / "config"
-USERS = ("llm-worker", "llm-operator", "llm-gateway", "alice", "bob")
+USERS = ("llm-worker", "llm-operator", "llm-gateway", "homeassistant", "alice", "bob")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,17 @@ def people(broker: int) -> Iterator[dict[str, Person]]:
         ("llm-gateway", "llm/admin/worker", False),
         ("llm-gateway", "llm/status/worker", False),
         ("llm-gateway", "home/door/set", False),
+        ("llm-worker", "homeassistant/device/lmd_kitchen_12345678/config", True),
+        ("llm-worker", "homeassistant/status", False),
+        ("llm-worker", "homeassistant/light/lamp/config", False),
+        ("alice", "homeassistant/device/lmd_kitchen_12345678/config", False),
+        ("alice", "homeassistant/status", False),
+        ("homeassistant", "homeassistant/status", True),
+        ("homeassistant", "llm/admin/worker", True),
+        ("homeassistant", "llm/request/homeassistant", True),
+        ("homeassistant", "llm/request/alice/kitchen", False),
+        ("homeassistant", "llm/reply/homeassistant", False),
+        ("homeassistant", "llm/status/worker", False),
         ("llm-operator", "llm/admin/worker", True),
         ("llm-operator", "llm/reply/alice/kitchen", False),
     ],

@@ -39,7 +39,8 @@ class Listener:
         except TimeoutError:
             return None
         self.deliveries.append(delivery)
-        kind = delivery.topic.split("/")[1] if "/" in delivery.topic else ""
+        root, _, rest = delivery.topic.partition("/")
+        kind = "" if root == "homeassistant" else rest.partition("/")[0]  # not one of ours
         if kind not in ("reply", "status", "health", "admin-reply", "assistant_response"):
             return {}
         event: Event = json.loads(delivery.payload)
