@@ -207,6 +207,8 @@ def expected(schema: Mapping[str, Any], node: Mapping[str, Any]) -> str:
             return f"a table, each value {expected(schema, values)}" if isinstance(values, Mapping) else "a table"
         case "string" if "pattern" in node:
             pattern = str(node["pattern"])
+            if "(/" in pattern:
+                return "1 to 4 topic levels of letters, digits, _ . or -"
             return "1 to 64 letters, digits, _ . or -" if "{1,64}" in pattern else f"text that matches {pattern}"
         case "string":
             return "the path of a file" if node.get("format") == "path" else "text"

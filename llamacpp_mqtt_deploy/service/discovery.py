@@ -36,7 +36,7 @@ _BIRTH = b"online"
 def memory_of(settings: Settings) -> Path | None:
     """The file beside the state that names the topics at which something of ours may be retained; None without a state."""
     sessions = settings.sessions
-    return sessions.path.with_name(sessions.path.name + ".discovery") if sessions.store == "sqlite" else None
+    return None if sessions.store == "memory" else sessions.path.with_name(sessions.path.name + ".discovery")
 
 
 def described(policies: Policies, topics: TopicMap, engine: EngineInfo) -> DiscoveredWorker:
@@ -96,6 +96,7 @@ class Remembered:
                 return
             # Under another name first: a power cut must not leave half of it.
             draft = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            draft.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft.touch(mode=0o600)
             draft.write_text("\n".join(topics) + "\n", "utf-8")
             draft.replace(self._file)

@@ -306,8 +306,6 @@ class Completion:
             total_s=timings["total_ms"] / 1000,
             first_token_s=None if timings["first_token_ms"] is None else timings["first_token_ms"] / 1000,
         )
-        if timings["first_token_ms"] is not None:
-            self._counters.first_token(timings["first_token_ms"])
         fields: dict[str, Any] = {
             "route": job.key.route,
             "session": job.key.session,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,8 +44,8 @@ class Counters:
         self._first_token = {lane: Histogram(REQUEST_BOUNDS_S) for lane in LANES}
         self._total = {lane: Histogram(REQUEST_BOUNDS_S) for lane in LANES}
         self._told_tokens = 0
-        self._first_token_ms: list[float] = [0.0, 0]  # sum and number since the last snapshot
-        self._told_first_token_ms: float | None = None
+        self._lately: deque[float] = deque(maxlen=1000)  # seconds to the first token, since the last snapshot
+        self._first_token_ms: float | None = None
         self._starved, self._starved_at = 0, 0.0
 
     def accepted(self, requests: int) -> None:
@@ -69,12 +69,7 @@ class Counters:
             self._total[lane].observe(total_s)
             if first_token_s is not None:
                 self._first_token[lane].observe(first_token_s)
-
-    def first_token(self, milliseconds: float) -> None:
-        """An answer has ended whose first token came so long after its request."""
-        with self._lock:
-            self._first_token_ms[0] += milliseconds
-            self._first_token_ms[1] += 1
+                self._lately.append(first_token_s)
 
     def refused(self, code: str) -> None:
         """One request was refused with this code before it was accepted."""
@@ -110,14 +105,13 @@ class Counters:
         """The counting part of the health message; `tokens_per_second` is over the last `period_s` seconds."""
         with self._lock:
             counts = self._counts
-            waited_ms, answers = self._first_token_ms
-            if answers:
-                self._told_first_token_ms = round(waited_ms / answers, 1)
-                self._first_token_ms = [0.0, 0]
+            if self._lately:
+                self._first_token_ms = round(1000 * sum(self._lately) / len(self._lately), 1)
+                self._lately.clear()
             tokens, self._told_tokens = counts["completion"] - self._told_tokens, counts["completion"]
             return {
                 "tokens_per_second": round(tokens / max(period_s, 0.001), 2),
-                "first_token_ms": self._told_first_token_ms,
+                "first_token_ms": self._first_token_ms,
                 "requests": {name: counts[name] for name in ("accepted", "done", "cancelled", "failed")},
                 "errors": dict(self._failed + self._refused),
                 "tokens": {name: counts[name] for name in ("prompt", "cached", "completion")},

@@ -53,6 +53,17 @@ def test_tokens_per_second_are_those_since_the_last_look() -> None:
     assert counters.snapshot(period_s=0.0)["tokens_per_second"] == 4000.0  # no time at all is taken for a millisecond
 
 
+def test_the_first_token_is_that_of_the_answers_of_late_and_stays_known_while_there_are_none() -> None:
+    counters = Counters()
+    assert counters.snapshot(period_s=1.0)["first_token_ms"] is None
+    for first_token_s in (0.1, 0.3, None):
+        counters.ended("stop", error=False, usage=TokenUsage(), lane="normal", total_s=1.0, first_token_s=first_token_s)
+    assert counters.snapshot(period_s=1.0)["first_token_ms"] == 200.0
+    assert counters.snapshot(period_s=1.0)["first_token_ms"] == 200.0
+    counters.ended("stop", error=False, usage=TokenUsage(), lane="batch", total_s=1.0, first_token_s=0.05)
+    assert counters.snapshot(period_s=1.0)["first_token_ms"] == 50.0
+
+
 def test_a_want_of_memory_is_told_as_long_as_it_is_of_interest(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -228,7 +228,7 @@ def test_a_memory_that_cannot_be_read_or_written_is_no_reason_to_fail(tmp_path: 
     broken = tmp_path / "x"
     broken.write_bytes(b"\xff\xfe")
     assert discovery.Remembered(broken).all() == []
-    nowhere = discovery.Remembered(tmp_path / "no" / "such" / "folder")
+    nowhere = discovery.Remembered(broken / "below" / "a" / "file")
     nowhere.add("homeassistant/device/a/config")
     assert nowhere.all() == ["homeassistant/device/a/config"]
     without = discovery.Remembered(None)
