@@ -123,15 +123,15 @@ test: install inprocess broker tools node-packages ## the whole suite, with ever
 
 # Some 100 MB of Prometheus, and so not a part of `test`: there these tests are skipped where it is missing. Its service is not started.
 prometheus:
-	@if ! command -v prometheus >/dev/null || ! command -v promtool >/dev/null; then \
+	@if ! command -v prometheus >/dev/null || ! command -v prometheus-node-exporter >/dev/null; then \
 		if $(CAN_APT); then \
 			if [ ! -e /usr/sbin/policy-rc.d ]; then \
 				trap 'rm -f /usr/sbin/policy-rc.d' EXIT; \
 				printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; \
 			fi; \
-			$(APT) update && $(APT) install --no-install-recommends -y prometheus; \
-			if [ -d /run/systemd/system ]; then systemctl disable --quiet prometheus.service; fi; \
-		else echo "The metrics are tried with Prometheus. On Debian and Ubuntu: sudo apt-get install prometheus" >&2; exit 1; fi; \
+			$(APT) update && $(APT) install --no-install-recommends -y prometheus prometheus-node-exporter; \
+			if [ -d /run/systemd/system ]; then systemctl disable --quiet prometheus.service prometheus-node-exporter.service; fi; \
+		else echo "The metrics are tried with Prometheus. On Debian and Ubuntu: sudo apt-get install prometheus prometheus-node-exporter" >&2; exit 1; fi; \
 	fi
 
 test-metrics: install broker prometheus ## try metrics, dashboard and alerts with a real Prometheus and promtool

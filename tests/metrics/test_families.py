@@ -70,11 +70,11 @@ def test_names_are_unique(readings: Readings) -> None:
     assert len(list(WorkerCollector(lambda: readings).collect())) == len(FAMILIES)
 
 
-def test_a_worker_has_some_three_hundred_series_and_no_more_however_it_is_used(parts: Parts) -> None:
+def test_a_worker_has_some_two_hundred_series_and_no_more_however_it_is_used(parts: Parts) -> None:
     before = _series(parts)
     parts.counters.refused("a code that nobody knows")
     parts.counters.refused("busy")
-    assert _series(parts) == before < 350
+    assert _series(parts) == before < 300
     refused = next(family for family in FAMILIES if family.name == "lmd_requests_refused_total")
     assert dict(refused.read(parts.measuring.read()))[(OTHER,)] == 1
 

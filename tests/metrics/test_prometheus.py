@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,8 @@ def worker(
     process = DaemonProcess(tmp_path_factory.mktemp("worker"), settings).start()
     try:
         process.wait_ready()
+        textfile = Path(process.settings["metrics.textfile"])
+        eventually(textfile.exists)
         yield process
     finally:
         process.close()
@@ -115,6 +117,38 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(worker: DaemonProcess, po
 
 def test_promtool_finds_nothing_wrong_with_the_file_for_node_exporter(worker: DaemonProcess) -> None:
     assert _promtool("check", "metrics", stdin=Path(worker.settings["metrics.textfile"]).read_text()) == ""
+
+
+def test_node_exporter_serves_the_files_of_two_workers(worker: DaemonProcess, tmp_path: Path) -> None:
+    text = Path(worker.settings["metrics.textfile"]).read_text()
+    (tmp_path / "one.prom").write_text(text)
+    (tmp_path / "two.prom").write_text(text.replace('worker="w1"', 'worker="w2"'))
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        program("prometheus-node-exporter"),
+        f"--web.listen-address={address}",
+        "--collector.disable-defaults",
+        "--collector.textfile",
+        f"--collector.textfile.directory={tmp_path}",
+    ]
+    exporter = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        told = ""
+
+        def answers() -> bool:
+            nonlocal told
+            with suppress(OSError):
+                told = get(f"http://{address}").body
+            return bool(told)
+
+        eventually(answers, 20.0)
+    finally:
+        exporter.terminate()
+        exporter.wait(10)
+    assert "node_textfile_scrape_error 0" in told
+    for name in ("w1", "w2"):
+        assert f'lmd_queue_limit_requests{{worker="{name}"}} 64' in told
+    assert "node_textfile_mtime_seconds{" in told
 
 
 def test_the_alerts_come_when_they_should() -> None:
