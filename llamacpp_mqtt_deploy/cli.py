@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "ask": "Ask one question and stream the answer.",
     "chat": "Talk to the model.",
     "status": "Show the workers on the bus and how they are.",
+    "top": "Watch all workers: slots, queues, speed, problems.",
     "usage": "Show who has spent how many tokens, by user and day.",
     "admin": "Drain a worker, resume it, reload it and the like.",
     "check": "Try configuration, broker, permissions and engine, and say what to do.",

@@ -127,6 +127,11 @@ class BusClient:
         return self._connection.protocol
 
     @property
+    def connected(self) -> bool:
+        """Whether the broker is there and every subscription is granted, at this moment."""
+        return self._connection.ready
+
+    @property
     def session(self) -> str:
         """The session of requests that name none: `{user}/{random}`, made once for this client."""
         if self._own_session is None:

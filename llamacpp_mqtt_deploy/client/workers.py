@@ -9,7 +9,9 @@ from typing import Any
 
 import orjson
 
-KNOWN_WORKERS = 100
+KNOWN_WORKERS = 1000
+MAX_STATUS_BYTES = 65536
+"""A status has some kilobytes; what is larger is no worker's."""
 DEFAULT_HEARTBEAT_S = 15.0
 QUIET_S = 0.05
 """Retained messages come in one go; this long after the last of them there are no more."""
@@ -27,6 +29,8 @@ class StatusBoard:
 
     def note(self, worker: str, payload: bytes) -> None:
         """Take a status message; an empty one clears the worker's place."""
+        if len(payload) > MAX_STATUS_BYTES:
+            return
         try:
             status = orjson.loads(payload) if payload else None
         except orjson.JSONDecodeError:

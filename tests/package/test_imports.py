@@ -34,6 +34,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "amqtt": ("demo", "commands/demo"),
     "click": ("cli", "commands/"),
     "rich": ("commands/",),
+    "textual": ("commands/top_app",),
     "pydantic_settings": ("config/settings", "config/loading"),
     "sqlite3": ("stores/",),
     "starlette": ("gateway/", "commands/gateway"),
