@@ -7,9 +7,10 @@ import os
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import orjson
 
@@ -60,11 +61,23 @@ _UNSAFE = re.compile(
 )
 
 
+KEPT_PROBLEMS = 50
+"""Warnings and errors that an operator can ask a running worker for."""
+_KEPT_OF_A_KIND = 10
+"""Of one event: requests that fail by the hundred must not hide that the disk is full."""
+_LONGEST_PROBLEM = 500
+_SAID_ELSEWHERE = frozenset({"timestamp", "level", "event", "logger", "exception", "stack"})
+_NO_PROBLEM = frozenset({"admin.answered", "configuration.reloaded"})
+"""Warnings only so that they are logged at that level too."""
+
+
 class _State:
-    """What a running process may change about its log."""
+    """What a running process may change about its log, and what it remembers of it."""
 
     threshold = LEVELS["info"]
     hidden: tuple[str, ...] = ()
+    problems: ClassVar[deque[dict[str, str]]] = deque(maxlen=KEPT_PROBLEMS)
+    lock = threading.Lock()
 
 
 def setup(settings: LoggingSettings, *, stream: IO[str] | None = None, environ: Mapping[str, str] = os.environ) -> None:
@@ -88,7 +101,7 @@ def setup(settings: LoggingSettings, *, stream: IO[str] | None = None, environ: 
     ]
     if not settings.log_content:
         processors.append(_drop_content)
-    processors.append(_mask)
+    processors += [_mask, _remember]
     if as_json:
         processors.append(_to_json)
     else:
@@ -125,6 +138,19 @@ def hide(*secrets: str | None) -> None:
     _State.hidden = tuple(dict.fromkeys([*_State.hidden, *new, *escaped]))
 
 
+def problems(most: int = KEPT_PROBLEMS) -> list[dict[str, str]]:
+    """The last warnings and errors of this process, the newest last: `ts`, `level`, `event` and `text`, each one line."""
+    with _State.lock:
+        kept = list(_State.problems)[-most:] if most > 0 else []
+    return [{name: _without_secrets(text) for name, text in problem.items()} for problem in kept]
+
+
+def forget_problems() -> None:
+    """Begin anew, as a process does."""
+    with _State.lock:
+        _State.problems.clear()
+
+
 # --- from logger to stream ---------------------------------------------------------------------------------------------
 
 
@@ -137,9 +163,7 @@ class _Output:
         self._lock = threading.Lock()
 
     def write(self, method: str, text: str) -> None:
-        for secret in _State.hidden:
-            if secret in text:
-                text = text.replace(secret, MASK)
+        text = _without_secrets(text)
         if self._journal:
             number = _METHODS.get(method, 20)
             name = next((name for name, value in LEVELS.items() if value == number), "info")
@@ -150,6 +174,13 @@ class _Output:
                 self._stream.flush()
         except (OSError, ValueError):
             return  # the pipe's reader is gone, or the stream is closed
+
+
+def _without_secrets(text: str) -> str:
+    for secret in _State.hidden:
+        if secret in text:
+            text = text.replace(secret, MASK)
+    return text
 
 
 class _Named:
@@ -216,6 +247,30 @@ def _masked(key: object, value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_masked("", item, depth + 1) for item in value]
     return value
+
+
+def _remember(_: Any, __: str, event: Event) -> Event:
+    """Keep warnings and errors for whoever asks the worker for them."""
+    name = str(event.get("event", ""))[:100]
+    if LEVELS.get(str(event.get("level")), 0) < LEVELS["warning"] or name in _NO_PROBLEM:
+        return event
+    words = [f"{key}={_text(value)[:_LONGEST_PROBLEM]}" for key, value in event.items() if key not in _SAID_ELSEWHERE]
+    if exception := str(event.get("exception") or "").strip():
+        words.append(exception.rpartition("\n")[2])
+    # Secrets are taken out before it is cut: of half a secret nobody would know that it is one.
+    text = _without_secrets(_escape_text("  ".join(words)))
+    problem = {
+        "ts": str(event.get("timestamp", "")),
+        "level": str(event.get("level")),
+        "event": _escape_text(name),
+        "text": text if len(text) <= _LONGEST_PROBLEM else f"{text[:_LONGEST_PROBLEM]}...",
+    }
+    with _State.lock:
+        alike = [kept for kept in _State.problems if kept["event"] == problem["event"]]
+        if len(alike) >= _KEPT_OF_A_KIND:
+            _State.problems.remove(alike[0])
+        _State.problems.append(problem)
+    return event
 
 
 def _to_json(_: Any, __: str, event: Event) -> str:

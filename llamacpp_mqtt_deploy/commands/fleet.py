@@ -92,9 +92,9 @@ class Fleet:
         self, worker: str, status: Mapping[str, Any], health: Mapping[str, Any], now: float, steady: float
     ) -> WorkerPicture:
         seen = self._note(worker, status, now, steady)
-        made_at = status.get("ts")
+        made_at = _finite(status.get("ts"))
         age_s = seen.age_s + steady - seen.seen_at
-        row = describe(worker, status, health, now=made_at + age_s if _is_number(made_at) else now)
+        row = describe(worker, status, health, now=now if made_at is None else made_at + age_s)
         if row.state not in LIVE_STATES:
             health = {}  # of the time before
         speed = number(health.get("tokens_per_second"))
@@ -125,9 +125,9 @@ class Fleet:
         )
 
     def _note(self, worker: str, status: Mapping[str, Any], now: float, steady: float) -> _Seen:
-        seen, made_at = self._seen.get(worker), status.get("ts")
+        seen, made_at = self._seen.get(worker), _finite(status.get("ts"))
         if seen is None:
-            age_s = max(0.0, now - made_at) if _is_number(made_at) else 0.0
+            age_s = 0.0 if made_at is None else max(0.0, now - made_at)
             seen = self._seen[worker] = _Seen(status, steady, age_s)
         elif seen.status is not status:
             if seen.status != status:
@@ -138,7 +138,8 @@ class Fleet:
 
 def number(value: object) -> float | None:
     """The value where it can be a count or a speed."""
-    return float(value) if _is_number(value) and 0 <= value <= _LARGEST else None
+    found = _finite(value)
+    return found if found is not None and 0 <= found <= _LARGEST else None
 
 
 def figure(value: float | None) -> str:
@@ -211,5 +212,11 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _finite(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # an integer that no float holds
+        return None
+    return found if math.isfinite(found) else None

@@ -128,24 +128,38 @@ def _is_terminal() -> bool:
 
 
 def _print(bus: BusClient, worker: str | None, once: bool, as_json: bool, every_s: float, timeout_s: float) -> int:
+    from llamacpp_mqtt_deploy.client import BusError
+
     fleet, pause = Fleet(), threading.Event()
     bus.status(wait_s=timeout_s, required=True)
-    bus.health(wait_s=min(HEALTH_S, timeout_s))
+    try:
+        bus.health(wait_s=min(HEALTH_S, timeout_s))
+    except BusError as problem:
+        tell(f"lmd top: {problem}")
     show: Callable[[list[WorkerPicture]], None] = _print_json if as_json else _print_lines
     while True:
-        workers = look(bus, fleet, worker)
+        workers, _ = look(bus, fleet, worker)
         show(workers)
         if once:
             return 0 if any(each.live for each in workers) else _nobody(bus, worker)
         pause.wait(every_s)
 
 
-def look(bus: BusClient, fleet: Fleet, worker: str | None) -> list[WorkerPicture]:
-    """The workers as they are now, or this one alone."""
-    status = bus.status(wait_s=0.0)
+def look(bus: BusClient, fleet: Fleet, worker: str | None) -> tuple[list[WorkerPicture], str]:
+    """The workers as they are now, or this one alone, and what the broker does not let us see; waits for nothing."""
+    from llamacpp_mqtt_deploy.client import BusError, NotPermitted
+
+    status, note = bus.status(wait_s=0.0), ""
+    health: Mapping[str, Mapping[str, Any]] = {}
     if worker is not None:
         status = {name: told for name, told in status.items() if name == worker}
-    return fleet.look(status, bus.health(wait_s=0.0), now=time.time(), steady=time.monotonic())
+    try:
+        health = bus.health(wait_s=0.0)
+    except NotPermitted as refused:
+        note = str(refused)
+    except BusError:
+        pass  # lost in this moment, and restored by itself
+    return fleet.look(status, health, now=time.time(), steady=time.monotonic()), note
 
 
 def _nobody(bus: BusClient, worker: str | None) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from rich.text import Text
@@ -21,6 +22,7 @@ from textual.widgets import DataTable, Footer, Static
 
 from llamacpp_mqtt_deploy.commands.fleet import Fleet, WorkerPicture, figure, share, span, sparkline
 from llamacpp_mqtt_deploy.commands.terminal import one_line
+from llamacpp_mqtt_deploy.commands.top import look
 
 if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.client import BusClient
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 ADMIN_TIMEOUT_S = 10.0
 LOG_LINES = 20
 _SPARKLINE_CELLS = 12
+_ANSWERS_EVERY_S = 0.1
 _COLOURS: Mapping[str, str] = {"online": "green", "draining": "yellow", "offline": "red", "stale": "red"}
 _MANY_MESSAGES = 300
 """Characters of a message that is shown for a moment: an answer over the wire may be of any length."""
@@ -68,18 +71,7 @@ class WatchedBus:
         return f"{self._bus.root} at {self._bus.address}"
 
     def look(self) -> Look:
-        from llamacpp_mqtt_deploy.client import BusError, NotPermitted
-
-        status, health, note = self._bus.status(wait_s=0.0), {}, ""
-        try:
-            health = self._bus.health(wait_s=0.0)
-        except NotPermitted as refused:
-            note = str(refused)
-        except BusError:
-            pass  # lost in this moment: `connected` says so
-        if self._worker is not None:
-            status = {name: told for name, told in status.items() if name == self._worker}
-        workers = self._fleet.look(status, health, now=time.time(), steady=time.monotonic())
+        workers, note = look(self._bus, self._fleet, self._worker)
         return Look(workers=workers, connected=self._bus.connected, note=note)
 
     def admin(self, worker: str, action: str, **fields: Any) -> Mapping[str, Any]:
@@ -89,6 +81,7 @@ class WatchedBus:
 def run(bus: BusClient, worker: str | None, *, every_s: float) -> None:
     """Show the live picture until somebody quits. Raises NotPermitted when not even the status may be read."""
     bus.status(wait_s=0.0, required=True)
+    look(bus, Fleet(), worker)  # asks for health, which may take a moment now and takes none later
     TopApp(WatchedBus(bus, worker), every_s=every_s).run()
 
 
@@ -180,13 +173,18 @@ class TopApp(App[None]):
         self._shown: dict[str, tuple[Text, ...]] = {}
         self._logs: dict[str, tuple[str, ...]] = {}
         self._acting: set[tuple[str, str]] = set()
+        self._answered: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Held by name: a question above them has a screen of its own.
+        self._summary = Static(id="summary")
+        self._table: DataTable[Text] = DataTable(id="workers", cursor_type="row", zebra_stripes=True)
+        self._about = Static(id="about")
 
     def compose(self) -> ComposeResult:
-        yield Static(id="summary")
+        yield self._summary
         with Vertical():
-            yield DataTable(id="workers", cursor_type="row", zebra_stripes=True)
+            yield self._table
             with VerticalScroll(id="detail", can_focus=False):
-                yield Static(id="about")
+                yield self._about
         yield Footer()
 
     def on_mount(self) -> None:
@@ -197,10 +195,11 @@ class TopApp(App[None]):
         self._set_columns(self.size.width)
         self.refresh_picture()
         self.set_interval(self._every_s, self.refresh_picture)
-        self.query_one(DataTable).focus()
+        self.set_interval(_ANSWERS_EVERY_S, self._take_answers)
+        self._table.focus()
 
     def on_resize(self, event: Resize) -> None:
-        self.screen.set_class(event.size.height < 14, "low")
+        self.screen_stack[0].set_class(event.size.height < 14, "low")
         if self._columns:
             self._set_columns(event.size.width)
             self._show()
@@ -219,9 +218,9 @@ class TopApp(App[None]):
             self._fill(self._look.workers, anew=True)
 
     def _show(self) -> None:
-        if not self.is_mounted:
-            return
-        self.query_one("#summary", Static).update(_summary(self._watched.place, self._look))
+        if not self._table.is_attached:
+            return  # the application ends
+        self._summary.update(_summary(self._watched.place, self._look))
         workers = self._look.workers
         if [each.worker for each in workers] == list(self._shown):
             self._update(workers)
@@ -231,7 +230,7 @@ class TopApp(App[None]):
 
     def _fill(self, workers: Sequence[WorkerPicture], *, anew: bool = False) -> None:
         """All rows anew: a worker came or went, or the columns changed. The cursor stays on its worker."""
-        table, chosen = self._table(), self.chosen()
+        table, chosen = self._table, self.chosen()
         table.clear(columns=anew)
         if anew:
             for place, column in enumerate(self._columns):
@@ -245,7 +244,7 @@ class TopApp(App[None]):
             table.move_cursor(row=names.index(chosen.worker))
 
     def _update(self, workers: Sequence[WorkerPicture]) -> None:
-        table = self._table()
+        table = self._table
         for each in workers:
             cells, before = self._cells(each), self._shown[each.worker]
             for place, (cell, old) in enumerate(zip(cells, before, strict=True)):
@@ -256,23 +255,20 @@ class TopApp(App[None]):
     def _cells(self, each: WorkerPicture) -> tuple[Text, ...]:
         return tuple(column.cell(each) for column in self._columns)
 
-    def _table(self) -> DataTable[Text]:
-        return self.query_one("#workers", DataTable)
-
     def on_data_table_row_highlighted(self) -> None:
         self._about_the_chosen_one()
 
     def chosen(self) -> WorkerPicture | None:
         """The worker under the cursor; None without any."""
-        names, row = list(self._shown), self._table().cursor_row
+        names, row = list(self._shown), self._table.cursor_row
         if not 0 <= row < len(names):
             return None
         return next((each for each in self._look.workers if each.worker == names[row]), None)
 
     def _about_the_chosen_one(self) -> None:
         each = self.chosen()
-        lines = list(_about(each, self._logs.get(each.worker, ()))) if each is not None else [Text(_NOBODY)]
-        self.query_one("#about", Static).update(Text("\n").join(lines))
+        lines = list(_lines_about(each, self._logs.get(each.worker, ()))) if each is not None else [Text(_NOBODY)]
+        self._about.update(Text("\n").join(lines))
 
     # --- orders ------------------------------------------------------------------------------------------------------
 
@@ -339,8 +335,7 @@ class TopApp(App[None]):
                     problem = one_line(ack.get("message") or ack.get("code") or "the worker gave no reason")
             except (BusError, ValueError) as error:
                 problem = one_line(error)
-            with contextlib.suppress(RuntimeError):  # the application has ended
-                self.call_from_thread(done, ack, problem)
+            self._answered.put(partial(done, ack, problem))
 
         def done(ack: Mapping[str, Any], problem: str) -> None:
             self._acting.discard((each.worker, action))
@@ -350,6 +345,12 @@ class TopApp(App[None]):
                 then(each.name, ack)
 
         threading.Thread(target=work, name=f"top-{action}", daemon=True).start()
+
+    def _take_answers(self) -> None:
+        """Fetched, and not called into the application: it may have ended when an answer comes."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._answered.get_nowait()()
 
     def _say(self, message: str, severity: Any = "information") -> None:
         self.notify(message[:_MANY_MESSAGES], severity=severity, markup=False, timeout=8)
@@ -386,7 +387,7 @@ def _summary(place: str, look: Look) -> Text:
     return text
 
 
-def _about(each: WorkerPicture, log: Sequence[str]) -> Iterator[Text]:
+def _lines_about(each: WorkerPicture, log: Sequence[str]) -> Iterator[Text]:
     yield Text.assemble((each.name, "bold"), "  ", (each.state, _COLOURS.get(each.state, "")), f"  {each.engine}")
     if each.problem:
         yield Text(each.problem, style="yellow")

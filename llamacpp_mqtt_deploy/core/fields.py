@@ -196,8 +196,11 @@ class AdminFields(WireModel):
             "model",
             "log_level",
             "usage",
+            "problems",
         ],
-        Expect("cancel_all, drain, resume, reload, restart_engine, unload, keep_awake, model, log_level or usage"),
+        Expect(
+            "cancel_all, drain, resume, reload, restart_engine, unload, keep_awake, model, log_level, usage or problems"
+        ),
     ]
     """What to do."""
     seconds: Annotated[Annotated[float, Field(ge=0, le=MAX_AWAKE_S)] | None, Expect("0 to 604800 seconds")] = None
@@ -217,7 +220,7 @@ class AdminFields(WireModel):
     days: Annotated[Annotated[Integer, Field(ge=1, le=366)] | None, Expect("a whole number from 1 to 366")] = None
     """For `usage`: of so many days, today included; 1 when absent."""
     limit: Annotated[Annotated[Integer, Field(ge=1, le=1000)] | None, Expect("a whole number from 1 to 1000")] = None
-    """For `usage`: at most so many rows; 100 when absent."""
+    """For `usage` and `problems`: at most so many of them; 100 when absent."""
     offset: Annotated[
         Annotated[Integer, Field(ge=0, le=1_000_000)] | None, Expect("a whole number from 0 to 1000000")
     ] = None

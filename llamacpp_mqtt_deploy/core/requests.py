@@ -23,7 +23,17 @@ Mode = Literal["prompt", "messages", "tool_results"]
 Stream = bool | Literal["sentence"]
 ControlAction = Literal["cancel", "reset", "delete", "history", "ping"]
 AdminAction = Literal[
-    "cancel_all", "drain", "resume", "reload", "restart_engine", "unload", "keep_awake", "model", "log_level", "usage"
+    "cancel_all",
+    "drain",
+    "resume",
+    "reload",
+    "restart_engine",
+    "unload",
+    "keep_awake",
+    "model",
+    "log_level",
+    "usage",
+    "problems",
 ]
 
 MAX_CONTROL_BYTES = 4096
@@ -152,7 +162,7 @@ class ControlCommand:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminCommand:
     """An admin message; `level` is set for `log_level`, `model` for `model`, and each only for it. `seconds` of `keep_awake` may be
-    None: until told otherwise. What stands behind `transaction` is for `usage`."""
+    None: until told otherwise. What stands behind `transaction` is for `usage` and `problems`."""
 
     action: AdminAction
     level: Literal["debug", "info", "warning", "error"] | None = None
@@ -254,7 +264,7 @@ def parse_admin(payload: bytes) -> AdminCommand:
     Raises BadRequest, PayloadTooLarge, as `parse_control` does.
     """
     found = _order(AdminFields, payload, _ADMIN)
-    if found.action == "usage":
+    if found.action in ("usage", "problems"):
         return AdminCommand(
             action=found.action,
             transaction=found.transaction,

@@ -44,6 +44,19 @@ class UsageRow(Emitted):
     """What this level may use in a day, where that is limited."""
 
 
+class LoggedProblem(Emitted):
+    """A line of the worker's log, cut short."""
+
+    ts: str
+    """When, in UTC."""
+    level: Literal["warning", "error", "critical"]
+    """How bad."""
+    event: str
+    """What."""
+    text: str
+    """The rest of the line."""
+
+
 class AdminAck(Emitted):
     """The answer to an admin message, on the admin reply topic."""
 
@@ -83,6 +96,8 @@ class AdminAck(Emitted):
     """`usage`: the day that it is for the worker, in UTC."""
     usage: list[UsageRow] | None = None
     """`usage`: the newest day first, and within it who took most tokens first."""
+    problems: list[LoggedProblem] | None = None
+    """`problems`: the last warnings and errors in the worker's log, the newest last; at most 50, and at most 10 of one event."""
     next_offset: Count | None = None
     """`usage`: where to go on; absent when these are the last rows."""
 

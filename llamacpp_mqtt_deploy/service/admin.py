@@ -27,6 +27,11 @@ from llamacpp_mqtt_deploy.worker.policies import InForce, level_limits, queue_li
 
 log = structlog.get_logger(__name__)
 
+_READING = frozenset({"usage", "problems"})
+"""What changes nothing is nothing to be warned of."""
+_ROOM_BYTES = 512
+"""Of an answer, for everything but what was asked for."""
+
 
 class Operations:
     """What the admin topic and SIGHUP do; each returns at once."""
@@ -139,8 +144,17 @@ class Operations:
 class AdminReplies:
     """Answers admin messages, in the intake's thread."""
 
-    def __init__(self, *, answers: Answers, topics: TopicMap, operations: Operations, ledger: LedgerReport) -> None:
+    def __init__(
+        self,
+        *,
+        answers: Answers,
+        topics: TopicMap,
+        operations: Operations,
+        ledger: LedgerReport,
+        max_event_bytes: Callable[[], int],
+    ) -> None:
         self._ledger = ledger
+        self._max_event_bytes = max_event_bytes
         self._answers = answers
         self._topics = topics
         self._operations = operations
@@ -159,7 +173,8 @@ class AdminReplies:
         except StoreError as problem:
             log.error("journal.failed", step="admin", problem=str(problem))
             ack |= {"status": "error", "code": "internal", "message": "the worker's state cannot be read"}
-        log.warning("admin.answered", action=ack["action"], status=ack["status"])
+        note = log.info if ack["action"] in _READING else log.warning
+        note("admin.answered", action=ack["action"], status=ack["status"])
         self._answers.publish(self._topics.admin_reply_topic, encode(ack), correlation=correlation)
 
     def _do(self, admin: AdminCommand) -> Mapping[str, Any]:
@@ -197,3 +212,16 @@ class AdminReplies:
                 return {"level": admin.level}
             case "usage":
                 return self._ledger.answer(admin)
+            case "problems":
+                return self._problems(admin.limit)
+
+    def _problems(self, limit: int) -> Mapping[str, Any]:
+        """The newest of them, as many as fit into an event."""
+        found: list[Mapping[str, str]] = []
+        left = self._max_event_bytes() - _ROOM_BYTES
+        for problem in reversed(logs.problems(limit)):
+            left -= len(encode(problem)) + 1
+            if left < 0:
+                break
+            found.insert(0, problem)
+        return {"problems": found}

@@ -197,7 +197,13 @@ class Parts:
             max_event_bytes=self.max_event_bytes,
             now=clock.now,
         )
-        admin = AdminReplies(answers=answers, topics=topics, operations=self.operations, ledger=self.ledger)
+        admin = AdminReplies(
+            answers=answers,
+            topics=topics,
+            operations=self.operations,
+            ledger=self.ledger,
+            max_event_bytes=self.max_event_bytes,
+        )
         self.intake = Intake(
             topics=topics,
             answers=answers,

@@ -81,6 +81,12 @@ class Terminal:
     def enter(self, line: str) -> None:
         os.write(self._master, f"{line}\n".encode())
 
+    def press(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def signal(self, number: int) -> None:
+        os.kill(self._pid, number)
+
     def paste(self, text: str) -> None:
         """What a terminal sends for a paste, once a program has asked it to mark pastes; then Enter."""
         self.shows("\x1b[?2004h")

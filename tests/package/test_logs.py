@@ -35,6 +35,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     hooks = sys.excepthook, threading.excepthook
     monkeypatch.setattr(logs._State, "threshold", logs._State.threshold)
     monkeypatch.setattr(logs._State, "hidden", ())
+    logs.forget_problems()
     yield
     structlog.reset_defaults()
     logging.captureWarnings(capture=False)
@@ -242,3 +243,51 @@ def test_auto_is_columns_with_colour_on_a_terminal() -> None:
         os.close(reader)
     assert "\x1b[" in out
     assert not out.startswith("{")
+
+
+# --- what an operator can ask for ----------------------------------------------------------------------------------------
+
+
+def test_the_last_warnings_and_errors_are_kept_as_harmless_lines(say: Say) -> None:
+    say("json", event="link.lost", method="warning", reason=HOSTILE, tries=3)
+    say("console", event="request.finished", method="info", outcome="stop")
+    say("json", event="journal.failed", method="error", problem="The disk is full.")
+    first, second = logs.problems()
+    assert (first["level"], first["event"], second["event"]) == ("warning", "link.lost", "journal.failed")
+    assert second["text"] == "problem=The disk is full."
+    assert "tries=3" in first["text"]
+    assert first["ts"].endswith("Z")
+    assert not any(RAW.search(text) or "\n" in text for kept in (first, second) for text in kept.values())
+    assert logs.problems(1) == [second]
+
+
+def test_a_kept_problem_holds_no_secret_and_no_content(say: Say) -> None:
+    logs.hide("hunter2-hunter2")
+    say("json", event="a", method="error", prompt="my diary", note="x" * 495 + "hunter2-hunter2", password="pw")
+    logs.hide("late-secret")
+    (kept,) = logs.problems()
+    assert not any(hidden in kept["text"] for hidden in ("my diary", "hunter2", "hunte", "pw"))
+    say("json", event="b", method="error", note="late-secret")
+    assert logs.problems()[-1]["text"] == f"note={logs.MASK}"
+
+
+def test_many_problems_of_one_kind_neither_fill_the_memory_nor_hide_the_others(say: Say) -> None:
+    say("json", event="journal.failed", method="error", problem="The disk is full.")
+    for number in range(500):
+        say("json", event="request.finished", method="warning", number=number, note="x" * 10_000)
+    kept = logs.problems()
+    assert [problem["event"] for problem in kept] == ["journal.failed", *["request.finished"] * 10]
+    assert kept[-1]["text"].startswith("number=499")
+    assert max(len(problem["text"]) for problem in kept) <= 503
+    for number in range(500):
+        say("json", event=f"event{number}", method="warning")
+    assert len(logs.problems()) == logs.KEPT_PROBLEMS
+
+
+def test_what_an_exception_said_is_kept_without_its_stack(say: Say) -> None:
+    try:
+        raise ValueError("no such thing")
+    except ValueError:
+        say("json", event="step.failed", method="exception")
+    (kept,) = logs.problems()
+    assert kept["text"] == "ValueError: no such thing"

@@ -97,7 +97,15 @@ def test_the_metadata_names_version_licence_and_python(wheel: Path) -> None:
         "MIT",
     )
     assert found["Requires-Python"] == ">=3.11"
-    assert set(found.get_all("Provides-Extra", [])) == {"inprocess", "managed", "demo", "gateway", "top", "dev"}
+    assert set(found.get_all("Provides-Extra", [])) == {
+        "inprocess",
+        "managed",
+        "demo",
+        "gateway",
+        "metrics",
+        "top",
+        "dev",
+    }
 
 
 def requirements() -> list[Requirement]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
+from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.core.events import EventReader, encode
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published, StoreFull
 from llamacpp_mqtt_deploy.service import daemon
@@ -449,6 +450,19 @@ def test_an_operator_gets_a_reason_when_something_cannot_be_done(bus: Bus) -> No
     bus.sender.publish("llm/admin/w1", b"fly")
     error = bus.listener.until(_topic="llm/admin-reply/w1", status="error", code="bad_request")
     assert "cancel_all" in error["fields"]["action"]
+
+
+def test_an_operator_sees_the_last_problems_of_the_log(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [{"ts": "t", "level": "error", "event": f"e{number}", "text": "x" * 400} for number in range(9)]
+    monkeypatch.setattr(logs, "problems", lambda most: problems[-most:])
+    bus.worker(limits__max_event_bytes=2048)
+    bus.admin("problems", transaction="some", limit=2)
+    assert bus.listener.until(transaction="some")["problems"] == problems[-2:]
+    bus.admin("problems", transaction="all")
+    told = bus.listener.until(transaction="all")["problems"]
+    assert told == problems[-len(told) :]
+    assert len(told) == 3
+    assert len(bus.listener.deliveries[-1].payload) <= 2048
 
 
 def test_reload_takes_what_it_can_and_names_what_needs_a_restart(bus: Bus) -> None:
