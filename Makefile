@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools javascript browser screenshots test test-fast test-metrics prometheus mutants bench hostile hostile-http flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools javascript browser screenshots top-picture test test-fast test-metrics prometheus mutants bench hostile hostile-http flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -117,6 +117,9 @@ browser: install broker node-packages $(STAMPS)/browser ## try the chat page in 
 
 screenshots: install broker $(STAMPS)/browser ## the pictures of the chat page in docs/
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.page.screenshots
+
+top-picture: install ## the picture of `lmd top` in docs/
+	$(BIN)/python docs/top_picture.py
 
 test: install inprocess broker tools node-packages ## the whole suite, with everything that it needs
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -118,7 +118,7 @@ class Fleet:
             lanes=tuple(number(lanes.get(lane)) for lane in LANES),
             speed=speed,
             speeds=tuple(seen.speeds),
-            first_token_ms=number(_mapping(health.get("first_token_ms")).get("median")),
+            first_token_ms=number(health.get("first_token_ms")),
             done=number(requests.get("done")),
             failed=number(requests.get("failed")),
             details=tuple(_details(status, health)),

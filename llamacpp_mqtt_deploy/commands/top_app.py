@@ -159,7 +159,7 @@ class TopApp(App[None]):
     ]
     CSS = """
     #summary { height: auto; padding: 0 1; background: $panel; }
-    #workers { height: 1fr; }
+    #workers { height: 1fr; scrollbar-size: 0 1; }
     #detail { height: auto; max-height: 45%; border-top: solid $panel-lighten-2; padding: 0 1; }
     .low #detail { display: none; }
     """
@@ -301,6 +301,10 @@ class TopApp(App[None]):
                 self._about_the_chosen_one()
 
         self._order("problems", took, limit=LOG_LINES)
+
+    def logs_of(self, worker: str) -> tuple[str, ...]:
+        """What its log said when it was last asked for."""
+        return self._logs.get(worker, ())
 
     def _addressed(self) -> WorkerPicture | None:
         """The chosen worker, if it can hear; an order to one that is away would be obeyed when it comes back."""

@@ -21,7 +21,7 @@ HEALTH = {
     "queue": 3,
     "lanes": {"interactive": 1, "normal": 2, "batch": 0},
     "tokens_per_second": 41.5,
-    "first_token_ms": {"median": 230.0, "p95": 900.0},
+    "first_token_ms": 230.0,
     "requests": {"accepted": 9, "done": 7, "cancelled": 1, "failed": 2},
     "errors": {"busy": 2, "timeout": 0},
     "rss_bytes": 64 * 2**20,
@@ -35,7 +35,11 @@ def test_a_worker_is_shown_with_all_that_it_tells() -> None:
         "kitchen", "online", "ready/cuda", "1/4", "3", "1/2/0", "41.5", "230ms", "7", "2", "-",
     )  # fmt: skip
     assert kitchen.speeds == (41.5,)
-    assert dict(kitchen.details) == {"up": "2.0 h", "memory": "64 MiB", "errors": "busy 2"}
+    assert dict(kitchen.details) == {
+        "up": "2.0 h",
+        "memory": "64 MiB",
+        "errors": "busy 2",
+    }
 
 
 def test_the_speeds_are_kept_one_for_each_health_and_the_oldest_go() -> None:
