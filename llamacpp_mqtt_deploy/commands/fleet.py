@@ -192,7 +192,7 @@ def _details(status: Mapping[str, Any], health: Mapping[str, Any]) -> list[tuple
         ("cached", figure(number(tokens.get("cached")))),
         ("out", figure(number(tokens.get("completion")))),
         ("reconnects", figure(number(health.get("reconnects")))),
-        ("errors", ", ".join(f"{code} {figure(count)}" for code, count in errors.items())),
+        ("errors", ", ".join(f"{code or '?'} {figure(count)}" for code, count in errors.items())),
     ]
     return [(name, _short(text)) for name, text in found if text]
 

@@ -188,7 +188,7 @@ def test_a_worker_that_is_away_is_sent_nothing() -> None:
 def test_the_last_problems_of_the_log_are_shown_and_steer_nothing() -> None:
     watched = Played(kitchen=STATUS)
     problems: list[Any] = [
-        {"ts": "t1", "level": "error", "event": "journal.failed", "text": "first"},
+        {"ts": "t1", "level": "error", "event": "journal.failed", "text": "the earlier one"},
         {"ts": "t2", "level": "warning", "event": "x\x1b[2J", "text": "[red]second[/red]"},
         7,
         {"ts": ["odd"], "text": None},
@@ -199,7 +199,7 @@ def test_the_last_problems_of_the_log_are_shown_and_steer_nothing() -> None:
         await pilot.press("l")
         await until(pilot, lambda: "journal.failed" in text_of(app, "#about"))
         about = text_of(app, "#about")
-        assert about.index("second") < about.index("first")
+        assert about.index("second") < about.index("the earlier one")
         assert "[red]second[/red]" in about
         assert "\x1b" not in about
 
