@@ -29,17 +29,16 @@ class LiveWorker:
             "limits.drain_timeout_s": "2",
             "status.every_s": "1",
         }
+        given |= {name.replace("__", "."): value for name, value in settings.items()}
         self.port = port
-        self.daemon = Daemon(
-            load(None, given | {name.replace("__", "."): value for name, value in settings.items()}, environ={}),
-            engine=engine,
-        )
+        self._status_topic = f"{given.get('mqtt.root', 'llm')}/status/{given['mqtt.worker_id']}"
+        self.daemon = Daemon(load(None, given, environ={}), engine=engine)
         self._thread = threading.Thread(target=self.daemon.run, name="live-worker", daemon=True)
 
     def __enter__(self) -> Self:
         online = threading.Event()
         watcher = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
-        watcher.on_connect = lambda client, *_: client.subscribe("llm/status/live", qos=1)
+        watcher.on_connect = lambda client, *_: client.subscribe(self._status_topic, qos=1)
 
         def received(_client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
             if message.payload and json.loads(message.payload)["state"] == "online":
