@@ -14,7 +14,7 @@ PYTEST_WORKERS ?= auto
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PROJECT := llamacpp_mqtt_deploy tests docs $(wildcard training benchmarks)
+PROJECT := llamacpp_mqtt_deploy tests docs custom_components $(wildcard training benchmarks)
 
 # Where a package manager asks nothing and starts nothing.
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
@@ -182,6 +182,13 @@ gateway-load: install broker ## read IDLE_STREAMS idle and ACTIVE_STREAMS active
 brokers: install broker ## try the promises on every broker that is installed, and write the table in docs/brokers.md
 	@if command -v npm >/dev/null; then npm install --silent --no-fund --prefix $(VENV)/node aedes@1.2.0; fi
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.support.broker_table
+
+# The first time some minutes, for a Debian 13 with Home Assistant below the cache folder (HOME_ASSISTANT_CACHE); then about two. Exit code 3:
+# it cannot be set up on this machine, and a line says why.
+.PHONY: test-homeassistant
+test-homeassistant: ## try the integration in a real Home Assistant (as root; PYTEST_ARGS="-k light")
+	@if ! command -v debootstrap >/dev/null && $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y debootstrap; fi
+	@tests/home_assistant/run.sh $(PYTEST_ARGS)
 
 # In an environment of its own: pip-audit brings two dozen packages that the product does not need. Exit code 3: the database of
 # vulnerabilities was out of reach, and nothing was audited.

@@ -266,4 +266,3 @@ class BusWorker:
         self._stale = self._gone = None
         self._listeners.clear()
         ir.async_delete_issue(self.hass, DOMAIN, self.issue_id)
-

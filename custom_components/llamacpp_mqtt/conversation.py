@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from homeassistant.components import conversation
+from homeassistant.components.conversation.models import AbstractConversationAgent
 from homeassistant.config_entries import ConfigSubentry
 from homeassistant.const import CONF_LLM_HASS_API, CONF_PROMPT, MATCH_ALL
 from homeassistant.core import HomeAssistant
@@ -26,7 +27,7 @@ async def async_setup_entry(
             async_add_entities([BusAgent(entry, subentry)], config_subentry_id=subentry.subentry_id)
 
 
-class BusAgent(BusEntity, conversation.ConversationEntity, conversation.AbstractConversationAgent):
+class BusAgent(BusEntity, conversation.ConversationEntity, AbstractConversationAgent):
     """Answers what is said to Assist."""
 
     _attr_supports_streaming = True

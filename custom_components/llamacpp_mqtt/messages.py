@@ -37,7 +37,10 @@ def response_format(name: str, structure: vol.Schema, llm_api: llm.APIInstance |
     serializer = llm_api.custom_serializer if llm_api else llm.selector_serializer
     schema = convert(structure, custom_serializer=serializer)
     _close(schema)
-    return {"type": "json_schema", "json_schema": {"name": slugify(name)[:64] or "data", "strict": True, "schema": schema}}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": slugify(name)[:64] or "data", "strict": True, "schema": schema},
+    }
 
 
 def _close(schema: Any) -> None:

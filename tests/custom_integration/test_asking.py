@@ -20,9 +20,7 @@ class Wire:
         self.deliveries = 0
         self.cancels = 0
         self.sent = asyncio.Event()
-        self.asking = asking.Asking(
-            "r", rules.ResendRules(**options), deliver=self._deliver, cancel=self._cancel
-        )
+        self.asking = asking.Asking("r", rules.ResendRules(**options), deliver=self._deliver, cancel=self._cancel)
 
     def _deliver(self) -> None:
         self.deliveries += 1

@@ -48,9 +48,8 @@ def test_any_legal_order_of_events_is_read_as_by_the_package(answered: Answered)
     reader = AnswerReader("r1")
     for event in answered.events:
         reader.feed(event)
-    assert reader.content == answered.content
-    assert reader.reasoning == answered.reasoning
-    if answered.error is None:
+    if answered.done["type"] == "done":  # an error does not bring the text that was lost
+        assert (reader.content, reader.reasoning) == (answered.content, answered.reasoning)
         assert reader.tool_calls == answered.calls
 
 
@@ -75,7 +74,15 @@ SNAPSHOT = {"type": "snapshot", "request_id": "r", "content": "abc", "next_seq":
         ([chunk(0, "a"), chunk(2, "c"), SNAPSHOT, chunk(3, "d")], "abcd", False, None),
         ([chunk(0, "a"), chunk(2, "c"), OMITTED], "a", False, None),
         (
-            [chunk(0, "a"), chunk(2, "c"), OMITTED, chunk(0, "a"), chunk(1, "b"), chunk(2, "c"), done(3, content_omitted=True)],
+            [
+                chunk(0, "a"),
+                chunk(2, "c"),
+                OMITTED,
+                chunk(0, "a"),
+                chunk(1, "b"),
+                chunk(2, "c"),
+                done(3, content_omitted=True),
+            ],
             "abc",
             False,
             "done",
@@ -83,10 +90,20 @@ SNAPSHOT = {"type": "snapshot", "request_id": "r", "content": "abc", "next_seq":
         ([chunk(0, "a"), chunk(2, "c"), done(3, content_omitted=True)], "a", True, None),
         ([done(5, full_content="größer 🌊")], "größer 🌊", False, "done"),
         ([chunk(0, "a"), SNAPSHOT | {"content": "zzzz", "next_seq": 4}, chunk(4, "e")], "ae", False, None),
-        ([chunk(0, "a"), done(3) | {"type": "error", "code": "engine_lost", "partial_content": "abc"}], "abc", False, "error"),
+        (
+            [chunk(0, "a"), done(3) | {"type": "error", "code": "engine_lost", "partial_content": "abc"}],
+            "abc",
+            False,
+            "error",
+        ),
         ([{"type": "rejected", "request_id": "r", "code": "duplicate_request"}], "", False, "rejected"),
         ([chunk(0, "a"), {"type": "rejected", "request_id": "r", "code": "duplicate_request"}], "a", False, None),
-        ([chunk(0, 7), chunk(1, {}, tool_calls=[{"index": "x"}, 7]), chunk(2, "a"), {"request_id": "r"}], "a", False, None),
+        (
+            [chunk(0, 7), chunk(1, {}, tool_calls=[{"index": "x"}, 7]), chunk(2, "a"), {"request_id": "r"}],
+            "a",
+            False,
+            None,
+        ),
     ],
 )
 def test_the_cases_of_the_javascript_client(events: list[Any], content: str, lacks: bool, end: str | None) -> None:
@@ -104,7 +121,9 @@ def test_calls_of_tools_are_put_together_from_their_pieces() -> None:
     reader.feed(chunk(1, None, tool_calls=[{"index": 0, "arguments": ":1}"}]))
     call = {"id": "c1", "type": "function", "function": {"name": "light", "arguments": '{"a":1}'}}
     assert reader.tool_calls == [call]
-    reader.feed(done(2, full_content="", message={"role": "assistant", "content": "", "tool_calls": [call | {"id": "c2"}]}))
+    reader.feed(
+        done(2, full_content="", message={"role": "assistant", "content": "", "tool_calls": [call | {"id": "c2"}]})
+    )
     assert [call["id"] for call in reader.tool_calls] == ["c2"], "the end knows them all, after a snapshot too"
 
 
@@ -205,7 +224,8 @@ def test_a_status_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", ["", "x", "[]", "7", "null", "[" * 5000, '{"protocol": 1}', json.dumps(STATUS | {"protocol": 2}), " " * 70000]
+    "payload",
+    ["", "x", "[]", "7", "null", "[" * 5000, '{"protocol": 1}', json.dumps(STATUS | {"protocol": 2}), " " * 70000],
 )
 def test_what_is_no_status_is_none(payload: str) -> None:
     assert parse_status(payload) is None

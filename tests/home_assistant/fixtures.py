@@ -13,7 +13,8 @@ from typing import Any, Self
 import pytest
 from homeassistant.components import mqtt
 from homeassistant.components.homeassistant.exposed_entities import async_expose_entity
-from homeassistant.components.light import ColorMode, LightEntity
+from homeassistant.components.light import LightEntity
+from homeassistant.components.light.const import DATA_COMPONENT, ColorMode
 from homeassistant.const import CONF_LLM_HASS_API, CONF_PROMPT
 from homeassistant.core import Context, HomeAssistant
 from homeassistant.helpers import intent
@@ -232,7 +233,15 @@ async def scripted(start_worker: StartWorker) -> ScriptedWorker:
 @pytest.fixture
 async def connected(hass: HomeAssistant, mock_hass_config: None, broker: Mosquitto) -> AsyncIterator[HomeAssistant]:
     """Home Assistant with its MQTT integration at the broker, Assist and an exposed light; nothing of ours yet."""
-    for component in ("homeassistant", "conversation", "assist_pipeline", "intent", "repairs", "diagnostics", "ai_task"):
+    for component in (
+        "homeassistant",
+        "conversation",
+        "assist_pipeline",
+        "intent",
+        "repairs",
+        "diagnostics",
+        "ai_task",
+    ):
         assert await async_setup_component(hass, component, {})
     await add_light(hass)
     entry = MockConfigEntry(
@@ -254,8 +263,6 @@ async def connected(hass: HomeAssistant, mock_hass_config: None, broker: Mosquit
 
 
 async def add_light(hass: HomeAssistant) -> None:
-    from homeassistant.components.light import DATA_COMPONENT
-
     assert await async_setup_component(hass, "light", {})
     await hass.data[DATA_COMPONENT].async_add_entities([KitchenLight()])
     async_expose_entity(hass, "conversation", LIGHT, True)

@@ -2,7 +2,7 @@
 # Runs tests/home_assistant in a real Home Assistant: `make test-homeassistant`. Arguments go to pytest.
 #
 # Home Assistant needs Python 3.13.2, so it gets a Debian 13 of its own below the cache folder, made by debootstrap once (some
-# minutes) and used again while the versions below and those of the worker's packages stay what they are. Broker, worker and Home Assistant run in there. Mirror, pip's
+# minutes) and used again while the versions below stay what they are. Broker, worker and Home Assistant run in there. Mirror, pip's
 # configuration, certificates and name servers are this machine's. Exit code 3: it cannot be set up here, and a line says why.
 set -euo pipefail
 
@@ -21,6 +21,10 @@ cannot() {
 [ "$(id -u)" = 0 ] || cannot "debootstrap and chroot need root. Run it as root, or in a container as root."
 command -v debootstrap >/dev/null || cannot "debootstrap is missing. On Debian and Ubuntu: apt-get install debootstrap"
 unshare --mount true 2>/dev/null || cannot "this machine does not let root mount anything (a container without CAP_SYS_ADMIN?)."
+
+cannot_install() {
+	cannot "pip could not install $1 (no network, or no package index?): $(grep -E '^ERROR' "$root.log" | tail -n 1) See $root.log"
+}
 
 # The mirror that apt uses here, if it is one of Debian; else debootstrap's own choice.
 mirror() {
@@ -80,21 +84,27 @@ build() {
 		inside python3 -m venv /homeassistant &&
 			inside /homeassistant/bin/python -m pip install -q "${home_assistant[@]}" &&
 			of_components >"$root/tmp/components.txt" &&
-			inside /homeassistant/bin/python -m pip install -q -r /tmp/components.txt &&
-			inside python3 -m venv /worker &&
+			inside /homeassistant/bin/python -m pip install -q -r /tmp/components.txt
+	} >>"$root.log" 2>&1 || cannot_install "Home Assistant"
+	touch "$root/complete"
+}
+
+build_worker() {
+	{
+		inside python3 -m venv --clear /worker &&
 			requirements >"$root/tmp/worker.txt" &&
 			inside /worker/bin/python -m pip install -q -r /tmp/worker.txt -c constraints.txt
-	} >>"$root.log" 2>&1 || cannot "pip could not install Home Assistant or the worker (no network, or no package index?): $(grep -E '^ERROR' "$root.log" | tail -n 1) See $root.log"
-	touch "$root/complete"
+	} >>"$root.log" 2>&1 || cannot_install "the worker's packages"
+	echo "$worker_pins" >"$root/worker/pins"
 }
 
 # A folder of wheels that is named for this machine need not exist in there.
 unset PIP_FIND_LINKS
-pins="$({
-	echo "$suite $packages $components ${home_assistant[*]}"
+pins="$(echo "$suite $packages $components ${home_assistant[*]}" | sha256sum | cut -c 1-12)"
+worker_pins="$({
 	cat "$repository/constraints.txt"
 	sed -n '/^dependencies = /,/^]/p; /^demo = /p' "$repository/pyproject.toml"
-} | sha256sum | cut -c 1-12)"
+} | sha256sum)"
 root="$cache/home-assistant-$pins"
 mkdir -p "$cache"
 exec 9>"$cache/home-assistant.lock"
@@ -104,9 +114,10 @@ if [ ! -e "$root/complete" ]; then
 	# Roots of earlier pins.
 	find "$cache" -maxdepth 1 -name 'home-assistant-????????????*' ! -name "home-assistant-$pins*" -exec rm -rf {} +
 fi
+[ "$(cat "$root/worker/pins" 2>/dev/null)" = "$worker_pins" ] || build_worker
 
 export PYTHONDONTWRITEBYTECODE=1 HOME=/root LC_ALL=C.UTF-8
 if [ "${TYPES:-1}" = 1 ]; then
 	inside /homeassistant/bin/python -m mypy --config-file tests/home_assistant/mypy.ini --cache-dir /tmp/mypy
 fi
-inside /homeassistant/bin/python -m pytest -c tests/home_assistant/pytest.ini -p no:cacheprovider "$@" tests/home_assistant
+inside /homeassistant/bin/python -m pytest --rootdir tests/home_assistant -c tests/home_assistant/inside.ini -p no:cacheprovider "$@" tests/home_assistant

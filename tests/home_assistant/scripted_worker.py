@@ -34,6 +34,11 @@ def say(**told: Any) -> None:
         print(json.dumps(told), file=_said, flush=True)
 
 
+def _tell_when_reached(gate: Gate, name: str) -> None:
+    if gate.reached.wait(60):
+        say(reached=name)
+
+
 class SeeingEngine(ScriptedEngine):
     """Says that it sees images."""
 
@@ -88,7 +93,7 @@ class Scripts:
                 return ToolCall(index, None, None, arguments)
             case {"gate": str(name)}:
                 gate = self.gate(name)
-                threading.Thread(target=lambda: gate.reached.wait(60) and say(reached=name), daemon=True).start()
+                threading.Thread(target=_tell_when_reached, args=[gate, name], daemon=True).start()
                 return gate
             case {"error": str(message)}:
                 return EngineFailed(message)

@@ -40,7 +40,9 @@ async def test_a_worker_is_found_by_its_retained_status_and_answers_with_one_cli
     assert sorted(each.subentry_type for each in entry.subentries.values()) == ["ai_task_data", "conversation"]
     await connected.async_block_till_done()
     await until(lambda: entry.runtime_data.available)
-    agents = [name for name in connected.states.async_entity_ids("conversation") if name != "conversation.home_assistant"]
+    agents = [
+        name for name in connected.states.async_entity_ids("conversation") if name != "conversation.home_assistant"
+    ]
     assert agents == ["conversation.llm_live"]
     from homeassistant.components import conversation
     from homeassistant.core import Context
@@ -61,7 +63,13 @@ async def test_a_worker_that_is_set_up_is_not_found_again_by_its_renewals(home: 
 
 @pytest.mark.parametrize(
     "payload",
-    ["", "x", "[]", '{"state": "online"}', '{"state": "offline", "protocol": 1, "instance": "i", "ts": 1, "every_s": 10}'],
+    [
+        "",
+        "x",
+        "[]",
+        '{"state": "online"}',
+        '{"state": "offline", "protocol": 1, "instance": "i", "ts": 1, "every_s": 10}',
+    ],
 )
 async def test_what_is_no_live_worker_is_not_offered(connected: HomeAssistant, broker: Mosquitto, payload: str) -> None:
     paho.mqtt.publish.single("llm/status/other", payload, qos=1, retain=True, hostname="127.0.0.1", port=broker.port)
@@ -129,15 +137,16 @@ async def test_agents_and_tasks_are_added_and_changed(home: Home) -> None:
     flows = home.hass.config_entries.subentries
     form = await flows.async_init((home.entry.entry_id, "conversation"), context={"source": SOURCE_USER})
     created = await flows.async_configure(
-        form["flow_id"], {"name": "Butler", "prompt": "Be brief.", "llm_hass_api": [], "thinking": "off", "max_tokens": 50}
+        form["flow_id"],
+        {"name": "Butler", "prompt": "Be brief.", "llm_hass_api": [], "thinking": "off", "max_tokens": 50},
     )
     assert created["type"] is FlowResultType.CREATE_ENTRY
     await home.hass.async_block_till_done()
     await until(lambda: home.hass.states.get("conversation.butler") is not None)
     butler = next(each for each in home.entry.subentries.values() if each.title == "Butler")
     assert dict(butler.data) == {"prompt": "Be brief.", "thinking": "off", "max_tokens": 50}
-    form = await home.entry.start_subentry_reconfigure_flow(home.hass, butler.subentry_id)
-    await flows.async_configure(form["flow_id"], {"prompt": "Be long.", "thinking": "worker", "model": "scripted"})
+    again = await home.entry.start_subentry_reconfigure_flow(home.hass, butler.subentry_id)
+    await flows.async_configure(again["flow_id"], {"prompt": "Be long.", "thinking": "worker", "model": "scripted"})
     assert dict(home.entry.subentries[butler.subentry_id].data) == {
         "prompt": "Be long.",
         "thinking": "worker",
@@ -145,6 +154,7 @@ async def test_agents_and_tasks_are_added_and_changed(home: Home) -> None:
     }
     await until(lambda: home.entry.state is ConfigEntryState.LOADED)
     form = await flows.async_init((home.entry.entry_id, "ai_task_data"), context={"source": SOURCE_USER})
+    assert form["data_schema"] is not None
     models = next(field for key, field in form["data_schema"].schema.items() if key == "model").config["options"]
     assert models == ["scripted"]
 
@@ -153,8 +163,7 @@ async def test_diagnostics_tell_the_condition_and_no_word_of_the_prompts(
     home: Home, hass_client: ClientSessionGenerator
 ) -> None:
     await home.answer("The secret is 4711")
-    told = await get_diagnostics_for_config_entry(home.hass, hass_client, home.entry)
-    assert isinstance(told, dict)
+    told: Any = await get_diagnostics_for_config_entry(home.hass, hass_client, home.entry)
     text = json.dumps(told)
     assert "4711" not in text
     assert "You are kind." not in text

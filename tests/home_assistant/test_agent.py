@@ -16,7 +16,17 @@ from pytest_homeassistant_custom_component.common import async_fire_time_changed
 from pytest_homeassistant_custom_component.typing import WebSocketGenerator
 
 from custom_components.llamacpp_mqtt.const import DOMAIN, GONE_AFTER_S
-from tests.home_assistant.fixtures import AGENT, LIGHT, TASK, Home, ScriptedWorker, StartWorker, add_entry, speech, until
+from tests.home_assistant.fixtures import (
+    AGENT,
+    LIGHT,
+    TASK,
+    Home,
+    ScriptedWorker,
+    StartWorker,
+    add_entry,
+    speech,
+    until,
+)
 from tests.support.mosquitto import Mosquitto
 
 
@@ -32,7 +42,10 @@ async def test_what_is_said_is_answered(home: Home, scripted: ScriptedWorker) ->
 
 async def test_turn_on_the_kitchen_light_turns_it_on(home: Home, scripted: ScriptedWorker) -> None:
     scripted.play(
-        {"thinks": "The light."}, {"calls": [0, "HassTurnOn", '{"name": "Kit']}, {"more": [0, 'chen Light"}']}, {"finish": "tool_calls"}
+        {"thinks": "The light."},
+        {"calls": [0, "HassTurnOn", '{"name": "Kit']},
+        {"more": [0, 'chen Light"}']},
+        {"finish": "tool_calls"},
     )
     scripted.play("The kitchen ", "light is on.")
     assert home.state(LIGHT) == "off"
@@ -168,7 +181,9 @@ async def test_a_worker_that_stays_away_is_an_issue_until_it_is_back(home: Home,
 async def test_a_status_that_nobody_renews_is_not_believed(home: Home, scripted: ScriptedWorker) -> None:
     """As after a power cut of broker and worker, where the broker comes back with an old `online`."""
     assert home.state(AGENT) != STATE_UNAVAILABLE
-    async_fire_time_changed(home.hass, dt_util.utcnow() + timedelta(seconds=4))  # three times `status.every_s` of this worker
+    async_fire_time_changed(
+        home.hass, dt_util.utcnow() + timedelta(seconds=4)
+    )  # three times `status.every_s` of this worker
     assert not home.entry.runtime_data.available
     await until(lambda: home.entry.runtime_data.available)  # it does renew it
 
@@ -210,7 +225,9 @@ async def test_options_reach_the_worker(connected: HomeAssistant, scripted: Scri
     assert call["tools"] == []
 
 
-async def test_two_workers_answer_each_for_itself(home: Home, scripted: ScriptedWorker, start_worker: StartWorker) -> None:
+async def test_two_workers_answer_each_for_itself(
+    home: Home, scripted: ScriptedWorker, start_worker: StartWorker
+) -> None:
     other = await start_worker(worker_id="attic", mqtt__root="upstairs")
     entry = await add_entry(home.hass, worker="attic", root="upstairs", suffix=" attic")
     await until(lambda: entry.runtime_data.available)

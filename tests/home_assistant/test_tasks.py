@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from homeassistant.components import ai_task, conversation
+from homeassistant.components.ai_task.const import DATA_COMPONENT
 from homeassistant.core import HomeAssistant
 from homeassistant.exceptions import HomeAssistantError
-
 
 from tests.home_assistant.fixtures import TASK, Home, ScriptedWorker, StartWorker, add_entry, until
 
@@ -101,7 +101,9 @@ async def test_a_model_that_sees_nothing_takes_no_images(home: Home, tmp_path: P
     assert not features & ai_task.AITaskEntityFeature.SUPPORT_ATTACHMENTS
     with pytest.raises(HomeAssistantError, match="does not support attachments"):
         await generate(
-            home, "Which colour?", attachments=[{"media_content_id": "media-source://x/y", "media_content_type": "image/png"}]
+            home,
+            "Which colour?",
+            attachments=[{"media_content_id": "media-source://x/y", "media_content_type": "image/png"}],
         )
 
 
@@ -109,7 +111,7 @@ async def generate_with(hass: HomeAssistant, entry: Any, file: Path, mime_type: 
     """With a file as Home Assistant hands it to the entity once it has resolved the media source."""
     from homeassistant.helpers.chat_session import async_get_chat_session
 
-    entity = hass.data[ai_task.DATA_COMPONENT].get_entity(TASK)
+    entity = hass.data[DATA_COMPONENT].get_entity(TASK)
     assert entity is not None
     attachment = conversation.Attachment(media_content_id="media-source://x/y", mime_type=mime_type, path=file)
     with async_get_chat_session(hass) as session:

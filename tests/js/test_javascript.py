@@ -58,6 +58,7 @@ def test_the_tests_of_the_module_pass_under_node(tests: str) -> None:
 
 # --- the same reading as in Python --------------------------------------------------------------------------------------
 
+
 @settings(max_examples=8)
 @given(st.lists(deliveries(), min_size=60, max_size=60))
 def test_the_reader_makes_of_any_delivery_what_the_python_client_makes_of_it(cases: list[list[dict[str, Any]]]) -> None:
