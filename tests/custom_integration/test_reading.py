@@ -108,7 +108,8 @@ SNAPSHOT = {"type": "snapshot", "request_id": "r", "content": "abc", "next_seq":
 )
 def test_the_cases_of_the_javascript_client(events: list[Any], content: str, lacks: bool, end: str | None) -> None:
     reader = AnswerReader("r")
-    assert all(reader.feed(foreign) is None for foreign in (None, 7, "x", [], {}, {"request_id": "other"}))
+    nothing: list[Any] = [None, 7, "x", [], {}, {"request_id": "other"}]
+    assert all(reader.feed(foreign) is None for foreign in nothing)
     told = "".join(news.content for event in events if (news := reader.feed(event)) is not None)
     assert told == reader.content == content
     assert reader.lacks is lacks

@@ -105,7 +105,7 @@ def literal(name: str) -> list[str]:
     """The values of a Literal type of resend_rules.py."""
     for node in ast.parse(SOURCES["resend_rules.py"]).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return [each.value for each in ast.walk(node.value) if isinstance(each, ast.Constant)]
+            return [str(each.value) for each in ast.walk(node.value) if isinstance(each, ast.Constant)]
     raise AssertionError(name)
 
 
