@@ -78,6 +78,7 @@ broker: ## the mosquitto program, from apt where it is missing
 
 # What documentation and units are tried with: jq for one-liners, node for the web page and Node-RED, g++ for the ESP32 sketch,
 # systemd-analyze for the sandboxes, nginx for the reverse proxy.
+# PostgreSQL is installed without a cluster: the tests make their own.
 # nginx comes with a service that starts when it is installed, unless policy-rc.d says no (see `broker`).
 tools:
 	@if [ ! -e /usr/sbin/policy-rc.d ] && $(CAN_APT); then \
@@ -89,6 +90,17 @@ tools:
 			else echo "Without $${tool%%:*} some examples and units are not tried." >&2; fi; \
 		fi; \
 	done
+	@if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && ! command -v postgres >/dev/null; then \
+		if $(CAN_APT); then \
+			if [ ! -e /usr/sbin/policy-rc.d ]; then \
+				trap 'rm -f /usr/sbin/policy-rc.d' EXIT; \
+				printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; \
+			fi; \
+			mkdir -p /etc/postgresql-common; \
+			[ -e /etc/postgresql-common/createcluster.conf ] || echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf; \
+			$(APT) update && $(APT) install --no-install-recommends -y postgresql; \
+		else echo "Without PostgreSQL (apt-get install postgresql) the store of a fleet is not tried." >&2; fi; \
+	fi
 
 # MQTT.js for the tests of clients/js, terser for the file that is shipped, axe-core for the page.
 tests/js/node_modules/.package-lock.json: tests/js/package-lock.json

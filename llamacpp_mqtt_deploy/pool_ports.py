@@ -54,6 +54,8 @@ class PoolRequest:
     in_turn: bool
     """Whether it waits for the earlier prompts of its session (`prompt`, not `messages`)."""
     model: str | None = None
+    replaces: float | None = None
+    """`ended_at` of an ended entry with this key, as `find` gave it, that this request takes the place of."""
 
 
 Claim = Literal["run", "cancelled", "forgotten", "expired", "evicted", "interrupted"]
@@ -80,8 +82,8 @@ class Enqueued:
     position: int = 0
     """Its place, 1 for who is next; 0 where a worker has a slot free for it."""
     known: Entry | None = None
-    """There was an entry with this key already, in any state: nothing was enqueued. An ended one may be as old as
-    `remember_s`: then it is replaced, as in `Store.accept`, only where `find` was asked before."""
+    """There was an entry with this key already, in any state: nothing was enqueued. An ended one is replaced, as in
+    `Store.accept`, only by a request that names it in `replaces`."""
     owner: int | None = None
     """For a known one that runs: the fence of the worker that runs it."""
     refused: RequestError | None = None

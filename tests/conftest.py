@@ -12,7 +12,11 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, Phase, settings
 
-pytest_plugins = ["tests.support.broker_fixtures", "tests.support.engine_fixtures"]
+pytest_plugins = [
+    "tests.support.broker_fixtures",
+    "tests.support.engine_fixtures",
+    "tests.support.postgres_fixtures",
+]
 
 # A loaded machine is no reason to fail.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])

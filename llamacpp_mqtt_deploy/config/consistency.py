@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from llamacpp_mqtt_deploy.config import credentials, listen_address
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
@@ -29,6 +29,7 @@ def problems(
     """What contradicts itself. `given(dotted_key)` says whether the user set a key rather than leaving its default."""
     yield from _mqtt(settings, environ)
     yield from _engine(settings, environ)
+    yield from _database(settings, given, environ)
     yield from _sizes(settings, given)
     yield from _metrics(settings.metrics)
     yield from (("engine.aliases", fault) for fault in check_aliases(settings.engine.aliases, models=_models(settings)))
@@ -118,6 +119,41 @@ def _engine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
         yield "engine.api_key_file", str(error)
 
 
+def _database(settings: Settings, given: Callable[[str], bool], environ: Mapping[str, str]) -> Iterator[Finding]:
+    sessions = settings.sessions
+    if sessions.store != "postgres":
+        for name in ("url", "password_file", "database_schema"):
+            if given(f"sessions.{name}"):
+                yield (
+                    f"sessions.{name}",
+                    f'has no meaning with store = "{sessions.store}"; remove it, or set store = "postgres"',
+                )
+        return
+    if sessions.url is None:
+        yield "sessions.url", 'is missing; store = "postgres" needs postgresql://USER@HOST/DATABASE'
+    else:
+        problem = _bad_database_url(sessions.url)
+        if problem:
+            yield "sessions.url", f"expected postgresql://USER@HOST/DATABASE, {problem}"
+    try:
+        credentials.database_password(settings, environ=environ)
+    except credentials.CredentialError as error:
+        yield "sessions.password_file", str(error)
+
+
+def _bad_database_url(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        options = parse_qsl(parts.query)
+    except ValueError as error:
+        return f"found an address that cannot be read ({error})"
+    if parts.password is not None or any(name == "password" for name, _ in options):
+        return "found a password in it: a secret does not belong into an address, use password_file"
+    if parts.scheme not in ("postgresql", "postgres"):
+        return f'found "{url}"'
+    return None
+
+
 def _bad_url(url: str) -> str | None:
     try:
         parts = urlsplit(url)
@@ -191,6 +227,7 @@ def warnings(settings: Settings) -> Iterator[str]:
             "mqtt.password_file": mqtt.password_file,
             "engine.api_key_file": engine.api_key_file,
             "mqtt.tls.key_file": mqtt.tls.key_file,
+            "sessions.password_file": settings.sessions.password_file,
         }
     )
     if mqtt.tls.enabled and mqtt.tls.insecure:
@@ -213,6 +250,16 @@ def _levels_of_no_route(settings: Settings) -> Iterator[str]:
         route = settings.routes.get(route_name)
         if of_route and (route is None or not route.trust_payload_session):
             yield f"levels.{name}: applies to nobody: there is no route {route_name!r} with trust_payload_session"
+
+    database = urlsplit(settings.sessions.url or "")
+    if settings.sessions.store == "postgres" and not _is_encrypted(database.query):
+        host = database.hostname or ""
+        if host and not _is_this_machine(host):
+            yield f"sessions.url: prompts and answers may cross the network to {host} unencrypted; add ?sslmode=verify-full"
+
+
+def _is_encrypted(query: str) -> bool:
+    return dict(parse_qsl(query)).get("sslmode") in ("require", "verify-ca", "verify-full")
 
 
 def _is_this_machine(host: str) -> bool:

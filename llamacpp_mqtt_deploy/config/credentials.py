@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.config.settings import EngineSettings, Settings
 
 MQTT_PASSWORD = "mqtt-password"  # noqa: S105 - the name of a credential
 ENGINE_API_KEY = "engine-api-key"
+DATABASE_PASSWORD = "database-password"  # noqa: S105 - as above
 
 
 class CredentialError(Exception):
@@ -33,6 +34,14 @@ def engine_api_key(settings: Settings, *, environ: Mapping[str, str] = os.enviro
     None when there is none; an empty credential counts as none. Raises CredentialError.
     """
     return server_key(settings.engine, environ=environ)
+
+
+def database_password(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The password for the database: `sessions.password_file`, else the systemd credential `database-password`.
+
+    None when there is none; an empty credential counts as none. Raises CredentialError.
+    """
+    return _secret(None, settings.sessions.password_file, DATABASE_PASSWORD, environ)
 
 
 def server_key(engine: EngineSettings, *, environ: Mapping[str, str] = os.environ) -> str | None:

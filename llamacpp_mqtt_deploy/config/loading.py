@@ -16,11 +16,11 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 
 from llamacpp_mqtt_deploy.config import consistency, foreign_variables, keys
 from llamacpp_mqtt_deploy.config.configured_routes import configured_routes
-from llamacpp_mqtt_deploy.config.credentials import engine_api_key, exposed, mqtt_password
+from llamacpp_mqtt_deploy.config.credentials import database_password, engine_api_key, exposed, mqtt_password
 from llamacpp_mqtt_deploy.config.settings import Settings
 from llamacpp_mqtt_deploy.core.route_checks import check_routes
 
-__all__ = ["ConfigurationError", "Loaded", "engine_api_key", "find_file", "load", "mqtt_password"]
+__all__ = ["ConfigurationError", "Loaded", "database_password", "engine_api_key", "find_file", "load", "mqtt_password"]
 
 PREFIX = "LMD_"
 FILE_VARIABLE = "LMD_CONFIG"

@@ -227,10 +227,18 @@ class StreamingSettings(Section):
 
 
 class SessionsSettings(Section):
-    store: Literal["sqlite", "memory"] = "sqlite"
-    """Where accepted requests and histories are kept; `memory` forgets them when the worker ends."""
+    store: Literal["sqlite", "memory", "postgres"] = "sqlite"
+    """Where accepted requests and histories are kept; `memory` forgets them when the worker ends. `postgres` (extra `postgres`)
+    is a database that several workers may share."""
     path: UserPath = Field(default_factory=default_state_path)
-    """File of the SQLite store."""
+    """File of the SQLite store. With `postgres`, what has to be kept on this machine lies beside it."""
+    url: str | None = None
+    """Address of the PostgreSQL database, with its user and without a password:
+    `postgresql://lmd@db.example.org/lmd?sslmode=verify-full`."""
+    password_file: UserPath | None = None
+    """File whose first line is the password for the database; else the systemd credential `database-password`."""
+    database_schema: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,63}$")] | None = None
+    """Schema of the tables in that database; made of `lmd_` and `mqtt.root` when absent, so that each root has its own."""
     ttl_s: Annotated[float, Field(ge=1)] = 30 * 86400.0
     """Seconds after its last use when a session is forgotten."""
     max_sessions: Annotated[int, Field(ge=1, le=10_000_000)] = 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
@@ -50,6 +50,11 @@ class Turns:
         """Note when the ticket came, in turns."""
         self._arrived += 1
         ticket.came_at_turn, ticket.number = self._turn, self._arrived
+
+    def recall(self, levels: Mapping[str, int]) -> None:
+        """Take up when these levels had their last turns, as it was remembered elsewhere."""
+        self._levels.update(levels)
+        self._turn = max(self._turn, *levels.values(), 0)
 
     def take(self, ticket: Ticket) -> None:
         """The ticket has its turn, and so have its session and its level."""

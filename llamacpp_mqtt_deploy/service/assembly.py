@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from llamacpp_mqtt_deploy import __version__, logs
-from llamacpp_mqtt_deploy.config.credentials import engine_api_key, mqtt_password
+from llamacpp_mqtt_deploy.config.credentials import database_password, engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
@@ -365,6 +365,15 @@ def make_engine(settings: Settings, loop: IoLoop) -> Engine:
 
 def make_store(settings: Settings) -> Store:
     """The store that `sessions.store` names."""
+    if settings.sessions.store == "postgres":
+        from llamacpp_mqtt_deploy.stores.postgres import aside_file, database_of, required
+
+        with required():
+            from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
+
+        return PostgresStore(
+            database_of(settings, lambda: _hidden(database_password(settings))), aside=aside_file(settings)
+        )
     from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 
     return SqliteStore(settings.sessions.path if settings.sessions.store == "sqlite" else None)

@@ -34,7 +34,7 @@ def mark(client_id: str) -> str:
 
 
 def _random_part(settings: Settings) -> str:
-    if settings.sessions.store == "sqlite":
+    if settings.sessions.store != "memory":
         path = settings.sessions.path
         file = path.with_name(path.name + ".client")
         try:

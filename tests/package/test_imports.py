@@ -37,6 +37,8 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "textual": ("commands/top_app",),
     "pydantic_settings": ("config/settings", "config/loading"),
     "sqlite3": ("stores/",),
+    "psycopg": ("stores/postgres/",),
+    "psycopg_pool": ("stores/postgres/",),
     "starlette": ("gateway/", "commands/gateway"),
     "uvicorn": ("gateway/", "commands/gateway"),
     "prometheus_client": ("metrics/exposition",),

@@ -188,8 +188,9 @@ def test_a_request_that_cannot_be_written_costs_its_neighbours_nothing(store: St
     assert [e.key.request_id for e in store.unfinished()] == [f"r{n}" for n in range(6)]
 
 
-def test_closing_takes_what_was_begun_along(tmp_path: Path) -> None:
-    store = new_store("sqlite", tmp_path)
+@pytest.mark.parametrize("member", ["sqlite", "postgres"])
+def test_closing_takes_what_was_begun_along(member: str, tmp_path: Path) -> None:
+    store = new_store(member, tmp_path)
     store.open()
     pending = [store.accept_soon([entry(f"r{n}")]) for n in range(600)]
     store.close()
@@ -363,7 +364,7 @@ def test_the_session_with_a_request_stays_and_the_next_one_goes(store: Store) ->
 
 
 def test_one_purge_drops_five_hundred_requests_and_sessions_at_most(tmp_path: Path) -> None:
-    for member in ("memory", "sqlite"):
+    for member in ("memory", "sqlite", "postgres"):
         store = new_store(member, tmp_path)
         store.open()
         names = [f"r{n}" for n in range(507)]
@@ -492,7 +493,7 @@ def test_a_clock_that_was_ahead_does_not_keep_things_for_ever(store: Store) -> N
 # --- life ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("member", ["memory", "sqlite"])
+@pytest.mark.parametrize("member", ["memory", "sqlite", "postgres"])
 def test_a_closed_store_says_so_and_can_be_opened_again(member: str, tmp_path: Path) -> None:
     store = new_store(member, tmp_path)
     store.open()
@@ -510,7 +511,7 @@ def test_a_closed_store_says_so_and_can_be_opened_again(member: str, tmp_path: P
     store.close()
 
 
-@pytest.mark.parametrize("member", ["memory", "sqlite"])
+@pytest.mark.parametrize("member", ["memory", "sqlite", "postgres"])
 def test_many_threads_at_once_lose_and_double_nothing(member: str, tmp_path: Path) -> None:
     store = new_store(member, tmp_path)
     store.open()

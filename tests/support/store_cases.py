@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Store
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
+from tests.support.postgres_server import PostgresServer, shared_postgres
+
+if TYPE_CHECKING:
+    from llamacpp_mqtt_deploy.stores.postgres.database import Database
 
 NOW = 1_800_000_000.0
 SESSION = ("default", "kitchen/tablet")
@@ -35,12 +40,23 @@ class Reopening:
         return call
 
 
-MEMBERS = ("memory", "sqlite", "sqlite-reopened")
+MEMBERS = ("memory", "sqlite", "sqlite-reopened", "postgres")
+
+
+def database_in(server: PostgresServer, directory: Path) -> Database:
+    """A schema that belongs to this directory."""
+    from llamacpp_mqtt_deploy.stores.postgres.database import Database
+
+    return Database(url=server.url, schema="t_" + hashlib.sha256(str(directory).encode()).hexdigest()[:16])
 
 
 def new_store(member: str, directory: Path, **options: Any) -> Store:
     if member == "memory":
         return SqliteStore(None, **options)
+    if member == "postgres":
+        from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
+
+        return PostgresStore(database_in(shared_postgres(), directory), **options)
     store = SqliteStore(directory / "state.db", **options)
     return Reopening(store) if member == "sqlite-reopened" else store
 

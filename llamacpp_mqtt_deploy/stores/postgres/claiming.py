@@ -1,0 +1,186 @@
+"""Who runs what next: a worker takes from the common queue those whose turn it is."""
+
+# ruff: noqa: S608  every statement is joined from constants of this package; values are bound
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import islice
+from typing import Any
+
+from llamacpp_mqtt_deploy.core.turns import Ticket, Turns
+from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
+
+AT_ONCE = 16
+"""Most that one look at the queue picks."""
+
+ENDS_AT_ONCE = 8
+"""Most that are claimed at once only to be ended."""
+
+_LOOKS = 4
+"""How often a claim looks again when other workers took what it picked."""
+
+# A prompt goes when no earlier one of its session is left and nobody holds the session; and not yet where a worker that has the
+# session's prompt in its cache has a slot free.
+_HELD = (
+    "EXISTS (SELECT 1 FROM held_sessions h WHERE q.in_turn AND h.route = q.route AND h.session = q.session "
+    "AND h.until > clock_timestamp())"
+)
+_READY = f"""
+    q.owner IS NULL AND q.ending IS NULL AND q.id <> ALL(%(tried)s)
+    AND (q.model IS NULL OR q.model = ANY(%(models)s))
+    AND NOT EXISTS (
+        SELECT 1 FROM queue e WHERE q.in_turn AND e.in_turn AND e.route = q.route AND e.session = q.session
+        AND (e.id < q.id OR e.owner IS NOT NULL)
+    )
+    AND NOT {_HELD}
+    AND NOT EXISTS (
+        SELECT 1 FROM session_turns t WHERE q.in_turn AND q.arrived > %(now)s - make_interval(secs => %(prefer_for_s)s)
+        AND t.route = q.route AND t.session = q.session AND t.worker_id = ANY(%(roomy)s)
+    )
+"""
+# Of each first level its best ones, and of the levels the best: whatever `Turns` takes first is among these, since a turn makes no
+# level's rank better.
+_CANDIDATES = f"""
+    WITH ready AS (
+        SELECT q.id, q.lane, q.first_level, q.since, q.arrived, q.route, q.session, q.in_turn,
+            greatest(0, q.lane - floor(extract(epoch FROM %(now)s - q.arrived) / %(aging_s)s)::int) AS aged
+        FROM queue q WHERE {_READY}
+    ), ranked AS (
+        SELECT *, row_number() OVER (PARTITION BY first_level ORDER BY aged, since, arrived, id) AS place FROM ready
+    ), heads AS (
+        SELECT first_level, coalesce(turn, 0) AS turn FROM ranked LEFT JOIN level_turns USING (first_level) WHERE place = 1
+        ORDER BY aged, coalesce(turn, 0), since, arrived, id LIMIT %(most)s
+    )
+    SELECT id, lane, first_level, route, session, in_turn, extract(epoch FROM arrived - %(now)s), since, turn
+    FROM ranked JOIN heads USING (first_level) WHERE place <= %(most)s ORDER BY id
+"""
+
+
+def take_ends(db: BoundedConnection, fence: int) -> list[tuple[Any, ...]]:
+    """Those that are only to be ended, a few: rows of (id, why, by_own_level)."""
+    taken: list[tuple[Any, ...]] = []
+    for which in ("ending IS NOT NULL ORDER BY id", "deadline < clock_timestamp() ORDER BY deadline"):
+        taken += db.execute(
+            text(
+                "UPDATE queue SET owner = %s, ending = coalesce(ending, 'expired') WHERE id IN (SELECT id FROM queue "
+                f"WHERE owner IS NULL AND {which} LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING id, ending, by_own_level"
+            ),
+            (fence, ENDS_AT_ONCE),
+        ).fetchall()
+    return taken
+
+
+def take_turns(
+    db: BoundedConnection, fence: int, free: int, *, models: Sequence[str], aging_s: float, prefer_for_s: float
+) -> list[tuple[Any, ...]]:
+    """Up to `free` whose turn it is: rows of (id, None, False)."""
+    taken: list[tuple[Any, ...]] = []
+    tried: list[int] = []
+    worker_id, roomy = _neighbours(db, fence)
+    for _ in range(_LOOKS + free // AT_ONCE):
+        wanted = min(free - len(taken), AT_ONCE)
+        if wanted <= 0:
+            break
+        picked = _pick(db, wanted, tried, models=models, aging_s=aging_s, prefer_for_s=prefer_for_s, roomy=roomy)
+        if not picked:
+            break
+        got = _lock(db, fence, [ticket.key for ticket in picked])
+        tried += [int(str(ticket.key)) for ticket in picked if ticket.key not in got]
+        mine = [ticket for ticket in picked if ticket.key in got]
+        _note_turns(db, mine, worker_id)
+        taken += [(ticket.key, None, False) for ticket in mine]
+    return taken
+
+
+def _neighbours(db: BoundedConnection, fence: int) -> tuple[str, list[str]]:
+    """Our own name, and who else is alive and has a slot free."""
+    rows = db.execute(
+        "SELECT fence, worker_id FROM members m WHERE fence = %s OR (NOT draining AND lease_until > clock_timestamp() "
+        "AND slots > (SELECT count(*) FROM queue WHERE owner = m.fence))",
+        (fence,),
+    ).fetchall()
+    own = next((row[1] for row in rows if row[0] == fence), "")
+    return own, [row[1] for row in rows if row[1] != own]
+
+
+def _pick(
+    db: BoundedConnection,
+    most: int,
+    tried: Sequence[int],
+    *,
+    models: Sequence[str],
+    aging_s: float,
+    prefer_for_s: float,
+    roomy: Sequence[str],
+) -> list[Ticket]:
+    rows = db.execute(
+        text(_CANDIDATES),
+        {
+            "now": _now(db),
+            "tried": list(tried),
+            "models": list(models),
+            "aging_s": aging_s,
+            "prefer_for_s": prefer_for_s,
+            "roomy": list(roomy),
+            "most": most,
+        },
+    ).fetchall()
+    turns = Turns(aging_s)
+    turns.recall({row[2]: row[8] for row in rows})
+    tickets = []
+    for entry_id, lane, first_level, route, session, in_turn, arrived, since, _ in rows:
+        ticket = Ticket(entry_id, lane, first_level, (route, session) if in_turn else None, arrived=float(arrived))
+        turns.arrive(ticket)
+        ticket.came_at_turn = since
+        tickets.append(ticket)
+    return list(islice(turns.order([[ticket] for ticket in tickets], now=0.0), most))
+
+
+def _lock(db: BoundedConnection, fence: int, ids: Sequence[object]) -> set[object]:
+    rows = db.execute(
+        text(
+            "UPDATE queue SET owner = %s WHERE id IN (SELECT id FROM queue q WHERE id = ANY(%s) AND owner IS NULL "
+            f"AND ending IS NULL AND NOT {_HELD} FOR UPDATE SKIP LOCKED) RETURNING id"
+        ),
+        (fence, list(ids)),
+    ).fetchall()
+    return {row[0] for row in rows}
+
+
+def _note_turns(db: BoundedConnection, tickets: Sequence[Ticket], worker_id: str) -> None:
+    """They have their turns, and so have their levels and sessions, in this order."""
+    if not tickets:
+        return
+    rows = db.execute("SELECT nextval('turns') FROM generate_series(1, %s)", (len(tickets),)).fetchall()
+    turns = sorted(int(row[0]) for row in rows)
+    levels = {ticket.first_level: turn for ticket, turn in zip(tickets, turns, strict=True)}
+    # In one order everywhere, so that two workers never wait for each other.
+    names = sorted(levels)
+    db.execute(
+        "INSERT INTO level_turns (first_level, turn) SELECT * FROM unnest(%s::text[], %s::bigint[]) ORDER BY 1 "
+        "ON CONFLICT (first_level) DO UPDATE SET turn = greatest(level_turns.turn, excluded.turn)",
+        (names, [levels[name] for name in names]),
+    )
+    sessions = {t.session: turn for t, turn in zip(tickets, turns, strict=True) if isinstance(t.session, tuple)}
+    if sessions:
+        keys = sorted(sessions)
+        routes, paths, numbers = [k[0] for k in keys], [k[1] for k in keys], [sessions[k] for k in keys]
+        db.execute(
+            "INSERT INTO session_turns (route, session, turn, worker_id) "
+            "SELECT r, s, t, %s FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS given (r, s, t) ORDER BY r, s "
+            "ON CONFLICT (route, session) DO UPDATE SET turn = excluded.turn, worker_id = excluded.worker_id",
+            (worker_id, routes, paths, numbers),
+        )
+        db.execute(
+            "UPDATE queue SET since = t FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS given (r, s, t) "
+            "WHERE route = r AND session = s AND in_turn AND owner IS NULL",
+            (routes, paths, numbers),
+        )
+
+
+def _now(db: BoundedConnection) -> datetime:
+    row = db.execute("SELECT clock_timestamp()").fetchone()
+    assert row is not None
+    assert isinstance(row[0], datetime)
+    return row[0]

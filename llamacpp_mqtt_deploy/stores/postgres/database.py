@@ -1,0 +1,228 @@
+"""Connections to one PostgreSQL database: how they are made, how long they may take, and what went wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, LiteralString, TypeVar, cast
+
+import psycopg
+from psycopg import errors, sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from llamacpp_mqtt_deploy.ports import StoreError, StoreFull
+
+CONNECT_S = 5
+"""How long a connection may take to come about."""
+
+STATEMENT_S = 10.0
+"""How long the database may work on one statement."""
+
+LOCK_S = 6.0
+"""How long one statement may wait for what another worker has locked."""
+
+IDLE_IN_TRANSACTION_S = 3.0
+"""After so long without a word in the middle of a transaction the database ends the connection: a worker that was frozen there
+must not keep the others waiting. Less than LOCK_S, so that they get on."""
+
+ANSWER_S = 15.0
+"""How long any answer is waited for; more than a statement may take. A firewall that forgot the connection sends none."""
+
+_MIN_VERSION = 13_00_00
+_Result = TypeVar("_Result")
+
+
+class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that is given up when an answer takes longer than `ANSWER_S`: libpq itself would wait for ever."""
+
+    def wait(self, gen: Generator[Any, Any, _Result], *args: Any, **kwargs: Any) -> _Result:
+        try:
+            return super().wait(_within(gen, ANSWER_S), *args, **kwargs)
+        except _NoAnswer:
+            self.pgconn.finish()
+            raise
+
+
+class _NoAnswer(psycopg.OperationalError):
+    pass
+
+
+def _within(gen: Generator[Any, Any, _Result], seconds: float) -> Generator[Any, Any, _Result]:
+    """The generator, which is asked again every tenth of a second, until the time is over."""
+    ends_at = time.monotonic() + seconds
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and time.monotonic() > ends_at:
+                raise _NoAnswer(f"no answer for {seconds:g} s")
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        return cast("_Result", end.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Database:
+    """One schema in one database. `password` is asked for each connection, so that a renewed one is taken up."""
+
+    url: str
+    schema: str
+    password: Callable[[], str | None] = lambda: None
+    name: str = field(default_factory=lambda: f"lmd {secrets.token_hex(6)}")
+    """What its connections are called in pg_stat_activity; another one for each life."""
+
+    @property
+    def shown(self) -> str:
+        """Where it is, without a password."""
+        try:
+            parts = conninfo_to_dict(self.url)
+        except psycopg.ProgrammingError:
+            return "the database of sessions.url"
+        host = parts.get("host") or parts.get("hostaddr") or "the local socket"
+        return f"the database {parts.get('dbname') or parts.get('user') or ''!s} at {host}".replace("  ", " ")
+
+    def lock_key(self, purpose: str) -> int:
+        """The number of an advisory lock: a database has one space of them for all its schemas."""
+        digest = hashlib.sha256(f"llamacpp-mqtt-deploy {self.schema} {purpose}".encode()).digest()
+        return int.from_bytes(digest[:8], "big", signed=True)
+
+    def channel(self, name: str = "") -> str:
+        """The name of a channel of notices, within the 63 bytes that PostgreSQL allows."""
+        return "lmd_" + hashlib.sha256(f"{self.schema} {name}".encode()).hexdigest()[:24]
+
+    def conninfo(self) -> str:
+        """The whole connection string. Raises psycopg.ProgrammingError for a url that is none."""
+        given = conninfo_to_dict(self.url)
+        wanted: dict[str, Any] = {
+            "connect_timeout": CONNECT_S,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 10_000,
+            "target_session_attrs": "read-write",
+        }
+        fixed = {
+            "application_name": self.name,
+            "client_encoding": "utf8",
+            "options": f"{given.get('options') or ''} {self._options()}".strip(),
+        }
+        password = self.password()
+        if password is not None:
+            fixed["password"] = password
+        return make_conninfo(self.url, **{k: v for k, v in wanted.items() if k not in given}, **fixed)
+
+    def _options(self) -> str:
+        settings = {
+            "search_path": f'"{self.schema}"',
+            "statement_timeout": f"{STATEMENT_S * 1000:.0f}",
+            "lock_timeout": f"{LOCK_S * 1000:.0f}",
+            "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_S * 1000:.0f}",
+            # The database too notices a worker that was unplugged: it lets go of its locks then.
+            "tcp_keepalives_idle": "5",
+            "tcp_keepalives_interval": "2",
+            "tcp_keepalives_count": "3",
+            "tcp_user_timeout": "10000",
+            "jit": "off",
+            "TimeZone": "UTC",
+        }
+        return " ".join(f"-c {name}={value}" for name, value in settings.items())
+
+    def connect(self) -> BoundedConnection:
+        """A connection in autocommit mode. Raises StoreError."""
+        try:
+            db = BoundedConnection.connect(self.conninfo(), autocommit=True)
+        except psycopg.Error as error:
+            raise self.explained(error) from error
+        if db.info.server_version < _MIN_VERSION:
+            version = db.info.parameter_status("server_version")
+            db.close()
+            raise StoreError(f"{self.shown} is PostgreSQL {version}; at least 13 is needed.")
+        return db
+
+    # --- in sentences --------------------------------------------------------------------------------------------------
+
+    def explained(self, error: Exception) -> StoreError:
+        """The error as a sentence for the operator: what happened, where, what to do."""
+        if isinstance(error, StoreError):
+            return error
+        if not isinstance(error, psycopg.Error) or (isinstance(error, psycopg.DataError) and error.sqlstate is None):
+            return StoreError(f"{self.shown} cannot hold this: {type(error).__name__}: {error}.")
+        detail = " ".join(str(error).split()).rstrip(".")
+        state = error.sqlstate or ""
+        kind = StoreFull if isinstance(error, errors.DiskFull) else StoreError
+        problem = kind(f"{_advice(state, self.shown, detail)} ({detail}{'; ' + state if state else ''}).")
+        problem.__cause__ = error
+        return problem
+
+
+def _advice(state: str, where: str, detail: str) -> str:
+    exact = _ADVICE.get(state) or _ADVICE.get(state[:2])
+    if exact is not None:
+        return exact.format(where=where)
+    # A connection that does not come about has no code, only libpq's words.
+    found = next((advice for words, advice in _IN_WORDS if words in detail), None)
+    if found is not None:
+        return found.format(where=where)
+    return f"PostgreSQL refused this in {where}" if state else f"{where} is out of reach: {_REACH}"
+
+
+_REACH = "see whether PostgreSQL runs there and sessions.url is right"
+_ADVICE = {
+    "28P01": "{where} refused the password: check the user in sessions.url and sessions.password_file",
+    "28": "{where} does not let this user in: check sessions.url and the server's pg_hba.conf",
+    "3D000": "{where} does not exist: create it (createdb), or correct sessions.url",
+    "42501": "This user may not do this in {where}: make the user the owner of the schema (docs/fleet.md)",
+    "53100": "The disk of {where} is full: free some space there",
+    "53300": "{where} has no connection left: raise its max_connections (four for each worker are enough)",
+    "53": "{where} lacks resources",
+    "57P03": "{where} is starting or stopping: it takes connections when it has recovered",
+    "57P": "{where} ended the connection: it was restarted, or an administrator or a time-out ended it",
+    "57014": "{where} took too long for one statement: look for a lock or for an overloaded disk (pg_stat_activity)",
+    "55P03": "Another program holds a lock in {where}: find it in pg_stat_activity and end it",
+    "40": "Transactions in {where} got into each other's way",
+    "25006": "{where} is read-only: it is a standby, or its administrator made it so",
+    "25P03": "{where} ended a transaction in which this worker was silent for too long: the machine is overloaded or was asleep",
+    "42P01": "A table is missing in {where}: somebody dropped it; restore it from a back-up, or drop the schema to begin anew",
+    "3F000": "The schema is missing in {where}: somebody dropped it; restart the worker to begin anew",
+    "XX": "{where} is damaged: look into the log of PostgreSQL",
+    "58": "{where} cannot read or write its disk: look into the log of PostgreSQL",
+}
+_IN_WORDS = (
+    ("password authentication failed", _ADVICE["28P01"]),
+    ("no password supplied", _ADVICE["28P01"]),
+    ("no pg_hba.conf entry", _ADVICE["28"]),
+    ("does not exist", "{where} does not exist, or its user does not: check sessions.url"),
+    ("too many clients", _ADVICE["53300"]),
+    ("starting up", _ADVICE["57P03"]),
+    ("shutting down", _ADVICE["57P03"]),
+    ("certificate", "{where} shows a certificate that does not verify: check sslmode and sslrootcert in sessions.url"),
+    ("SSL", "TLS with {where} failed: check sslmode in sessions.url and ssl in postgresql.conf"),
+    ("session is read-only", _ADVICE["25006"]),
+    ("server is in hot standby", _ADVICE["25006"]),
+    ("no answer for", "{where} does not answer: look at the network between, and at the load of the database"),
+    (
+        "timeout expired",
+        "{where} does not answer: look at the network between, at firewalls, and at the load of the database",
+    ),
+    ('missing "="', "sessions.url is no address of a database: postgresql://USER@HOST/DATABASE"),
+)
+
+
+def concerns_all(error: Exception) -> bool:
+    """Whether the error is one of the database as a whole; any other is that of one statement."""
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return True
+    state = getattr(error, "sqlstate", None) or ""
+    return state[:2] in ("08", "53", "57", "58", "XX", "3F") or state in ("25006", "25P03", "42P01", "42501")
+
+
+def quoted(name: str) -> sql.Identifier:
+    return sql.Identifier(name)
+
+
+def text(statement: str) -> LiteralString:
+    """A statement that was joined from constants; values are always bound."""
+    return statement

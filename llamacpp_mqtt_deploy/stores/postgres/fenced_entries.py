@@ -1,0 +1,154 @@
+"""Writes of a worker in a pool: each names the worker's fence and changes nothing where the request is another's."""
+
+# ruff: noqa: S608  every statement is joined from constants of this package; values are bound
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llamacpp_mqtt_deploy.core.turns import LANES
+from llamacpp_mqtt_deploy.pool_ports import Claimed
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey
+from llamacpp_mqtt_deploy.stores.bounds import first_level_of
+from llamacpp_mqtt_deploy.stores.postgres import pg_entries
+from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
+from llamacpp_mqtt_deploy.stores.postgres.membership import lost
+
+_BY_KEY = "route = %s AND session = %s AND request_id = %s"
+
+
+def accept(db: BoundedConnection, entry: Entry, fence: int) -> None:
+    """Journal a request that this worker has already; nothing when it is there and unfinished."""
+    pg_entries.insert(db, entry, fence)
+    db.execute(
+        text(
+            "INSERT INTO queue (id, route, session, request_id, first_level, lane, in_turn, size, deadline, since, owner, "
+            "streaming) SELECT id, route, session, request_id, %s, %s, true, %s, "
+            "clock_timestamp() + make_interval(secs => expires_at - accepted_at), 0, %s, state = 'streaming' "
+            f"FROM entries WHERE {_BY_KEY} AND state <> 'ended' ON CONFLICT DO NOTHING"
+        ),
+        (
+            first_level_of(entry.key.session),
+            LANES.index("normal"),
+            len(entry.payload),
+            fence,
+            *pg_entries.named(entry.key),
+        ),
+    )
+
+
+def count_start(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[[], int]:
+    found = db.execute(
+        text(
+            f"WITH mine AS (SELECT id FROM queue WHERE {_BY_KEY} AND owner = %s FOR UPDATE) "
+            "UPDATE entries SET starts = starts + 1 FROM mine WHERE entries.id = mine.id RETURNING starts"
+        ),
+        (*pg_entries.named(key), fence),
+    )
+
+    def read() -> int:
+        row = found.fetchone()
+        if row is None:
+            raise lost()
+        return int(row[0])
+
+    return read
+
+
+def set_streaming(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[[], None]:
+    found = db.execute(
+        text(
+            f"WITH mine AS (UPDATE queue SET streaming = true WHERE {_BY_KEY} AND owner = %s RETURNING id) "
+            "UPDATE entries SET state = 'streaming' FROM mine WHERE entries.id = mine.id RETURNING entries.id"
+        ),
+        (*pg_entries.named(key), fence),
+    )
+
+    def read() -> None:
+        if found.fetchone() is None:
+            raise lost()
+
+    return read
+
+
+def end(
+    db: BoundedConnection,
+    key: EntryKey,
+    terminal: bytes,
+    *,
+    fence: int,
+    chunks: bytes | None,
+    on_next: Callable[[], None],
+) -> Callable[[], bool]:
+    """Store the terminal event; tells whether it was, and False where this worker has ended the request before. Calls back when
+    a later prompt of the session waits."""
+    found = db.execute(
+        text(
+            f"WITH mine AS (DELETE FROM queue WHERE {_BY_KEY} AND owner = %s RETURNING id, route, session), "
+            "ended AS (UPDATE entries SET state = 'ended', terminal = %s, bytes = %s, delivered = false, "
+            "ended_at = extract(epoch FROM clock_timestamp()), ended_order = nextval('places'), fence = %s "
+            "FROM mine WHERE entries.id = mine.id RETURNING entries.id), "
+            "body AS (DELETE FROM payloads USING ended WHERE payloads.id = ended.id), "
+            "record AS (INSERT INTO chunks (id, record) SELECT id, %s FROM ended WHERE %s) "
+            "SELECT EXISTS (SELECT 1 FROM ended), "
+            f"EXISTS (SELECT 1 FROM entries WHERE {_BY_KEY} AND state = 'ended' AND fence = %s), "
+            "EXISTS (SELECT 1 FROM queue q, mine WHERE q.route = mine.route AND q.session = mine.session AND q.owner IS NULL)"
+        ),
+        (
+            *(*pg_entries.named(key), fence, terminal, len(terminal) + len(chunks or b""), fence),
+            *(chunks or b"", chunks is not None, *pg_entries.named(key), fence),
+        ),
+    )
+
+    def read() -> bool:
+        row = found.fetchone()
+        assert row is not None
+        ended, before, waiting = row
+        if not ended and not before:
+            raise lost()
+        if waiting:
+            on_next()
+        return bool(ended)
+
+    return read
+
+
+def unfinished(db: BoundedConnection, fence: int) -> list[Entry]:
+    ids = [row[0] for row in db.execute("SELECT id FROM queue WHERE owner = %s ORDER BY id", (fence,)).fetchall()]
+    found = pg_entries.find_all(db, ids)
+    return [found[each] for each in ids if each in found]
+
+
+def undelivered(db: BoundedConnection, fence: int) -> list[Entry]:
+    rows = db.execute(
+        text(
+            f"SELECT {pg_entries.COLUMNS} FROM entries LEFT JOIN payloads USING (id) "
+            "WHERE state = 'ended' AND NOT delivered AND fence = %s ORDER BY ended_order"
+        ),
+        (fence,),
+    ).fetchall()
+    return [pg_entries.entry_of(row) for row in rows]
+
+
+def claimed(db: BoundedConnection, rows: Sequence[tuple[Any, ...]]) -> list[Claimed]:
+    """What was taken from the queue, given as (id, why, by_own_level), with its entries."""
+    ids = [row[0] for row in rows]
+    found = pg_entries.find_all(db, ids)
+    waits = db.execute(
+        "SELECT id, extract(epoch FROM clock_timestamp() - arrived) FROM queue WHERE id = ANY(%s)", (ids,)
+    ).fetchall()
+    waited = {row[0]: float(row[1]) for row in waits}
+    return [
+        Claimed(entry=_in_our_time(found[entry_id], waited.get(entry_id, 0.0)), why=why or "run", by_own_level=by_own)
+        for entry_id, why, by_own in rows
+        if entry_id in found
+    ]
+
+
+def _in_our_time(entry: Entry, waited_s: float) -> Entry:
+    """The entry as if this worker had accepted it: the clock of whoever did may differ from ours."""
+    accepted_at = time.time() - max(0.0, waited_s)
+    expires_at = None if entry.expires_at is None else accepted_at + entry.expires_at - entry.accepted_at
+    return replace(entry, accepted_at=accepted_at, expires_at=expires_at)

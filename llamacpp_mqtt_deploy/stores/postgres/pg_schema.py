@@ -1,0 +1,228 @@
+"""The tables in the database, as the steps that brought them about.
+
+Workers of two versions use them at once while a fleet is upgraded one by one. So a step only adds: tables, indexes, columns
+with a default; and says which is the oldest version of the tables whose programs can work with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+from psycopg import sql
+
+from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database, text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """`works_with`: the oldest version whose programs can use the tables after this step."""
+
+    statements: tuple[str, ...]
+    works_with: int
+
+
+# Keys compare byte by byte, whatever the language of the database.
+_KEY = 'TEXT COLLATE "C" NOT NULL'
+
+_V1 = (
+    # What each connection that writes has committed last, see pg_writer.py. Updated in place again and again.
+    """
+    CREATE TABLE writers (
+        name TEXT PRIMARY KEY, number BIGINT NOT NULL, since TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp()
+    ) WITH (fillfactor = 50)
+    """,
+    "CREATE SEQUENCE places",
+    "CREATE SEQUENCE fences",
+    "CREATE SEQUENCE turns",
+    # Bodies, and records of chunks, have tables of their own: an UPDATE writes the whole row anew.
+    f"""
+    CREATE TABLE entries (
+        id BIGINT PRIMARY KEY,
+        route {_KEY},
+        session {_KEY},
+        request_id {_KEY},
+        topic TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        correlation BYTEA,
+        accepted_at DOUBLE PRECISION NOT NULL,
+        expires_at DOUBLE PRECISION,
+        state TEXT NOT NULL CHECK (state IN ('accepted', 'streaming', 'ended')),
+        starts INTEGER NOT NULL,
+        terminal BYTEA,
+        reply_topic TEXT NOT NULL,
+        delivered BOOLEAN NOT NULL,
+        ended_at DOUBLE PRECISION,
+        ended_order BIGINT,
+        first_level {_KEY},
+        bytes BIGINT NOT NULL,
+        fence BIGINT,
+        UNIQUE (route, session, request_id)
+    )
+    """,
+    # Not compressed: what the tables take tells then how much is remembered.
+    "ALTER TABLE entries ALTER COLUMN terminal SET STORAGE EXTERNAL",
+    "CREATE INDEX entries_unfinished ON entries (route, session) WHERE state <> 'ended'",
+    "CREATE INDEX entries_in_order ON entries (id) WHERE state <> 'ended'",
+    "CREATE INDEX entries_ended ON entries (delivered, ended_at) WHERE state = 'ended'",
+    "CREATE INDEX entries_undelivered ON entries (fence, ended_order) WHERE state = 'ended' AND NOT delivered",
+    "CREATE INDEX entries_by_level ON entries (first_level, delivered, ended_order) INCLUDE (bytes) WHERE state = 'ended'",
+    "CREATE TABLE payloads (id BIGINT PRIMARY KEY, payload BYTEA NOT NULL)",
+    "CREATE TABLE chunks (id BIGINT PRIMARY KEY, record BYTEA NOT NULL)",
+    "ALTER TABLE chunks ALTER COLUMN record SET STORAGE EXTERNAL",
+    f"""
+    CREATE TABLE sessions (
+        id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        route {_KEY},
+        session {_KEY},
+        first_level {_KEY},
+        created DOUBLE PRECISION NOT NULL,
+        last_used DOUBLE PRECISION NOT NULL,
+        bytes BIGINT NOT NULL,
+        UNIQUE (route, session)
+    )
+    """,
+    "CREATE INDEX sessions_by_use ON sessions (last_used, route, session)",
+    "CREATE INDEX sessions_by_level ON sessions (first_level, last_used DESC, route DESC, session DESC)",
+    """
+    CREATE TABLE messages (
+        id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        session_id BIGINT NOT NULL,
+        role TEXT NOT NULL,
+        message BYTEA NOT NULL
+    )
+    """,
+    "CREATE INDEX messages_of_session ON messages (session_id, id)",
+    # --- for workers of a pool ---
+    # One row for each registered worker.
+    """
+    CREATE TABLE members (
+        fence BIGINT PRIMARY KEY,
+        worker_id TEXT NOT NULL,
+        instance TEXT NOT NULL,
+        client_id TEXT NOT NULL,
+        slots INTEGER NOT NULL,
+        models TEXT[] NOT NULL,
+        version TEXT NOT NULL,
+        draining BOOLEAN NOT NULL,
+        lease_until TIMESTAMPTZ NOT NULL,
+        fresh_since TIMESTAMPTZ NOT NULL
+    ) WITH (fillfactor = 50)
+    """,
+    # Every unfinished request: it waits where `owner` is null, and is the member's of that fence else. `ending` says why it is only
+    # to be ended, `asked` what its owner was asked to do with it. `since` and `place` are its rank among others of its lane.
+    f"""
+    CREATE TABLE queue (
+        id BIGINT PRIMARY KEY,
+        route {_KEY},
+        session {_KEY},
+        request_id {_KEY},
+        first_level {_KEY},
+        lane SMALLINT NOT NULL,
+        in_turn BOOLEAN NOT NULL,
+        model TEXT,
+        size BIGINT NOT NULL,
+        arrived TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
+        deadline TIMESTAMPTZ,
+        since BIGINT NOT NULL,
+        owner BIGINT,
+        streaming BOOLEAN NOT NULL DEFAULT false,
+        ending TEXT,
+        by_own_level BOOLEAN NOT NULL DEFAULT false,
+        asked TEXT,
+        UNIQUE (route, session, request_id)
+    ) WITH (fillfactor = 70)
+    """,
+    "CREATE INDEX queue_waiting ON queue (first_level, lane, since, arrived, id) WHERE owner IS NULL AND ending IS NULL",
+    "CREATE INDEX queue_of_session ON queue (route, session, id)",
+    "CREATE INDEX queue_of_owner ON queue (owner) WHERE owner IS NOT NULL",
+    "CREATE INDEX queue_by_deadline ON queue (deadline) WHERE owner IS NULL AND deadline IS NOT NULL",
+    "CREATE INDEX queue_to_be_ended ON queue (id) WHERE owner IS NULL AND ending IS NOT NULL",
+    # When first levels and sessions had their last turns, and where a session's was.
+    f"CREATE TABLE level_turns (first_level {_KEY} PRIMARY KEY, turn BIGINT NOT NULL) WITH (fillfactor = 50)",
+    "CREATE INDEX level_turns_in_order ON level_turns (turn)",
+    f"""
+    CREATE TABLE session_turns (
+        route {_KEY}, session {_KEY}, turn BIGINT NOT NULL, worker_id TEXT NOT NULL, PRIMARY KEY (route, session)
+    ) WITH (fillfactor = 50)
+    """,
+    "CREATE INDEX session_turns_in_order ON session_turns (turn)",
+    f"""
+    CREATE TABLE held_sessions (
+        route {_KEY}, session {_KEY}, fence BIGINT NOT NULL, until TIMESTAMPTZ NOT NULL, PRIMARY KEY (route, session)
+    )
+    """,
+    f"""
+    CREATE TABLE early_cancels (
+        route {_KEY}, session {_KEY}, request_id {_KEY}, first_level {_KEY}, until TIMESTAMPTZ NOT NULL,
+        PRIMARY KEY (route, session, request_id)
+    )
+    """,
+    "CREATE INDEX early_cancels_by_level ON early_cancels (first_level, until)",
+)
+
+MIGRATIONS: tuple[Step, ...] = (Step(statements=_V1, works_with=1),)
+"""Step N brings the tables from version N to N + 1; released steps never change."""
+
+log = structlog.get_logger(__name__)
+
+
+def prepare(database: Database, db: BoundedConnection) -> None:
+    """Create the schema and its tables, or bring them to the version of this program; nothing where they are newer and fit."""
+    if db.info.parameter_status("server_encoding") != "UTF8":
+        raise StoreError(
+            f"{database.shown} has the encoding {db.info.parameter_status('server_encoding')}: create one with UTF8 "
+            "(createdb --encoding=UTF8 --template=template0)."
+        )
+    version, works_with = _version(database, db)
+    if version < len(MIGRATIONS):
+        with db.transaction():
+            # Of several workers that start together one does it.
+            db.execute("SELECT pg_advisory_xact_lock(%s)", (database.lock_key("layout"),))
+            version, works_with = _version(database, db)
+            if version < len(MIGRATIONS):
+                _migrate(database, db, version)
+                log.info("store.migrated", schema=database.schema, was=version, now=len(MIGRATIONS))
+    elif works_with > len(MIGRATIONS):
+        raise StoreError(
+            f"The schema {database.schema} of {database.shown} was written by a newer version of this program (layout {version}, "
+            f"this one knows up to {len(MIGRATIONS)}): install that version again."
+        )
+
+
+def _version(database: Database, db: BoundedConnection) -> tuple[int, int]:
+    """The version of the tables, and the oldest one that can work with them; 0 where there are none."""
+    there = db.execute("SELECT to_regclass(%s)", (f'"{database.schema}".layout',)).fetchone()
+    if there is None or there[0] is None:
+        return 0, 0
+    row = db.execute("SELECT version, works_with FROM layout").fetchone()
+    return (0, 0) if row is None else (int(row[0]), int(row[1]))
+
+
+def _migrate(database: Database, db: BoundedConnection, version: int) -> None:
+    if version == 0:
+        schema = sql.Identifier(database.schema)
+        # Where it exists, no right to create one is needed.
+        if db.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (database.schema,)).fetchone() is None:
+            db.execute(sql.SQL("CREATE SCHEMA {}").format(schema))
+        elif tables := _foreign_tables(database, db):
+            raise StoreError(
+                f"The schema {database.schema} of {database.shown} has tables of another program ({tables}): name another one."
+            )
+        db.execute("CREATE TABLE layout (version INTEGER NOT NULL, works_with INTEGER NOT NULL)")
+        db.execute("INSERT INTO layout (version, works_with) VALUES (0, 0)")
+    for statement in _statements(MIGRATIONS[version:]):
+        db.execute(text(statement))
+    works_with = max(step.works_with for step in MIGRATIONS)
+    db.execute("UPDATE layout SET version = %s, works_with = %s", (len(MIGRATIONS), works_with))
+
+
+def _foreign_tables(database: Database, db: BoundedConnection) -> str:
+    rows = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s LIMIT 3", (database.schema,)).fetchall()
+    return ", ".join(row[0] for row in rows)
+
+
+def _statements(steps: Sequence[Step]) -> list[str]:
+    return [statement for step in steps for statement in step.statements]
