@@ -121,6 +121,8 @@ def _engine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
 
 def _database(settings: Settings, given: Callable[[str], bool], environ: Mapping[str, str]) -> Iterator[Finding]:
     sessions = settings.sessions
+    if settings.pool.name is not None and sessions.store != "postgres":
+        yield "pool.name", 'needs store = "postgres" in [sessions]: the workers of a pool share their journal'
     if sessions.store != "postgres":
         for name in ("url", "password_file", "database_schema"):
             if given(f"sessions.{name}"):

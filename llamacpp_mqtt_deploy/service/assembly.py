@@ -370,10 +370,12 @@ def make_store(settings: Settings) -> Store:
 
         with required():
             from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
+            from llamacpp_mqtt_deploy.stores.postgres.shared_journal import SharedPostgresJournal
 
-        return PostgresStore(
-            database_of(settings, lambda: _hidden(database_password(settings))), aside=aside_file(settings)
-        )
+        database = database_of(settings, lambda: _hidden(database_password(settings)))
+        if settings.pool.name is not None:
+            return SharedPostgresJournal(database, lease_s=settings.pool.lease_s, aside=aside_file(settings))
+        return PostgresStore(database, aside=aside_file(settings))
     from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 
     return SqliteStore(settings.sessions.path if settings.sessions.store == "sqlite" else None)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llamacpp_mqtt_deploy.ports import SessionPrompts
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
-from tests.support.store_cases import NOW, SESSION, talk
+from tests.support.store_cases import NOW, SESSION, new_store, talk
 
 OTHER = ("default", "hall")
 
 
-@pytest.fixture(params=["file", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    store = SqliteStore(tmp_path / "state.db" if request.param == "file" else None)
+@pytest.fixture(params=["sqlite", "memory", "postgres"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    store = new_store(request.param, tmp_path)
     store.open()
     yield store
     store.close()
 
 
-def test_a_session_keeps_the_prompt_that_it_was_given_last(store: SqliteStore) -> None:
+def test_a_session_keeps_the_prompt_that_it_was_given_last(store: Any) -> None:
     assert isinstance(store, SessionPrompts)
     assert store.system_prompt(SESSION) is None
     for prompt in ("Be kind.", "Be brief. \N{GRINNING FACE}"):
@@ -35,7 +36,7 @@ def test_a_session_keeps_the_prompt_that_it_was_given_last(store: SqliteStore) -
     assert store.system_prompt(SESSION) is None
 
 
-def test_a_new_prompt_forgets_the_history_only_where_that_was_asked_for(store: SqliteStore) -> None:
+def test_a_new_prompt_forgets_the_history_only_where_that_was_asked_for(store: Any) -> None:
     talk(store, SESSION)
     store.set_system_prompt(SESSION, "Be kind.", now=NOW, reset=False)
     assert len(store.history(SESSION)) == 2
@@ -45,7 +46,7 @@ def test_a_new_prompt_forgets_the_history_only_where_that_was_asked_for(store: S
     assert store.system_prompt(SESSION) == "Be brief."
 
 
-def test_a_session_that_is_forgotten_takes_its_prompt_along(store: SqliteStore) -> None:
+def test_a_session_that_is_forgotten_takes_its_prompt_along(store: Any) -> None:
     store.set_system_prompt(SESSION, "Be kind.", now=NOW, reset=True)
     store.set_system_prompt(OTHER, "Be brief.", now=NOW, reset=True)
     store.delete(SESSION)
@@ -56,7 +57,7 @@ def test_a_session_that_is_forgotten_takes_its_prompt_along(store: SqliteStore) 
     assert store.system_prompt(OTHER) is None
 
 
-def test_the_sessions_of_a_route_are_told_in_pieces(store: SqliteStore) -> None:
+def test_the_sessions_of_a_route_are_told_in_pieces(store: Any) -> None:
     for number in range(5):
         store.set_system_prompt(("maze", f"s{number}"), "x", now=NOW, reset=True)
     store.set_system_prompt(("maze", "young"), "x", now=NOW + 10, reset=True)

@@ -26,7 +26,7 @@ class Worker:
 
     def __init__(self, journal: SharedPostgresJournal, name: str, *, slots: int = 1, **fields: Any) -> None:
         self.journal = journal
-        self.member = Member(worker_id=name, instance=f"{name}-1", client_id=f"c-{name}", slots=slots, **fields)
+        self.member = Member(worker_id=name, instance=f"{name}-1", slots=slots, **fields)
         self.fence = journal.join(self.member)
 
     def enqueue(self, *requests: PoolRequest, limits: QueueLimits = LIMITS) -> list[Enqueued]:
@@ -298,7 +298,7 @@ def test_what_was_claimed_can_be_given_back(pool: Callable[..., Worker]) -> None
     b.journal.release([key("1")])
     assert b.takes(0) == []
     a.journal.release([key("1")])
-    a.journal.update(Member(worker_id="a", instance="a-1", client_id="c", slots=1, draining=True))
+    a.journal.update(Member(worker_id="a", instance="a-1", slots=1, draining=True))
     assert a.takes(5) == []
     assert b.takes(5) == ["2", "1"]  # the level of 1 had its turn
 

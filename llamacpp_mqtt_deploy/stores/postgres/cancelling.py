@@ -17,7 +17,7 @@ _BY_KEY = "route = %s AND session = %s AND request_id = %s"
 
 
 @dataclass(slots=True)
-class Found:
+class FoundByCancel:
     """What a cancel found."""
 
     claimed: list[tuple[Any, ...]] = field(default_factory=list)
@@ -36,9 +36,9 @@ def cancel(
     forget: bool,
     remember_s: float,
     tell: Callable[[str, NoticeKind, EntryKey], None],
-) -> Found:
+) -> FoundByCancel:
     """`tell` brings a notice to the worker of this name."""
-    found = Found()
+    found = FoundByCancel()
     why = "forgotten" if forget else "cancelled"
     for entry_id, key, owner, ending, by_own_level in _rows_of(db, session, request_id):
         if owner is None:

@@ -14,7 +14,7 @@ from llamacpp_mqtt_deploy.pool_ports import Enqueued, PoolRequest
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
-from llamacpp_mqtt_deploy.stores.postgres.membership import free_slots
+from llamacpp_mqtt_deploy.stores.postgres.pg_members import free_slots
 
 EXACT_PLACES = 1000
 """In a longer queue a newcomer's place is told by how many wait."""

@@ -14,7 +14,7 @@ from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.bounds import first_level_of
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
-from llamacpp_mqtt_deploy.stores.postgres.membership import lost
+from llamacpp_mqtt_deploy.stores.postgres.pg_members import lost
 
 _BY_KEY = "route = %s AND session = %s AND request_id = %s"
 
@@ -69,48 +69,6 @@ def set_streaming(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[
     def read() -> None:
         if found.fetchone() is None:
             raise lost()
-
-    return read
-
-
-def end(
-    db: BoundedConnection,
-    key: EntryKey,
-    terminal: bytes,
-    *,
-    fence: int,
-    chunks: bytes | None,
-    on_next: Callable[[], None],
-) -> Callable[[], bool]:
-    """Store the terminal event; tells whether it was, and False where this worker has ended the request before. Calls back when
-    a later prompt of the session waits."""
-    found = db.execute(
-        text(
-            f"WITH mine AS (DELETE FROM queue WHERE {_BY_KEY} AND owner = %s RETURNING id, route, session), "
-            "ended AS (UPDATE entries SET state = 'ended', terminal = %s, bytes = %s, delivered = false, "
-            "ended_at = extract(epoch FROM clock_timestamp()), ended_order = nextval('places'), fence = %s "
-            "FROM mine WHERE entries.id = mine.id RETURNING entries.id), "
-            "body AS (DELETE FROM payloads USING ended WHERE payloads.id = ended.id), "
-            "record AS (INSERT INTO chunks (id, record) SELECT id, %s FROM ended WHERE %s) "
-            "SELECT EXISTS (SELECT 1 FROM ended), "
-            f"EXISTS (SELECT 1 FROM entries WHERE {_BY_KEY} AND state = 'ended' AND fence = %s), "
-            "EXISTS (SELECT 1 FROM queue q, mine WHERE q.route = mine.route AND q.session = mine.session AND q.owner IS NULL)"
-        ),
-        (
-            *(*pg_entries.named(key), fence, terminal, len(terminal) + len(chunks or b""), fence),
-            *(chunks or b"", chunks is not None, *pg_entries.named(key), fence),
-        ),
-    )
-
-    def read() -> bool:
-        row = found.fetchone()
-        assert row is not None
-        ended, before, waiting = row
-        if not ended and not before:
-            raise lost()
-        if waiting:
-            on_next()
-        return bool(ended)
 
     return read
 

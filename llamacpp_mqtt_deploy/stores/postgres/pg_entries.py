@@ -22,7 +22,7 @@ _BY_KEY = "route = %s AND session = %s AND request_id = %s"
 
 
 def insert(db: BoundedConnection, entry: Entry, fence: int | None = None) -> None:
-    """Journal a request; nothing when it is there and unfinished."""
+    """Journal a request; nothing when it is there and unfinished. Of a session that has one nothing is forgotten."""
     drop_ended(db, entry.key)
     db.execute(
         "WITH entry AS (INSERT INTO entries (id, route, session, request_id, topic, digest, correlation, accepted_at, "
@@ -51,6 +51,10 @@ def insert(db: BoundedConnection, entry: Entry, fence: int | None = None) -> Non
             entry.payload,
         ),
     )
+
+
+def use_session(db: BoundedConnection, entry: Entry) -> None:
+    """A request counts as use of its session."""
     db.execute(
         "UPDATE sessions SET last_used = %s WHERE route = %s AND session = %s AND last_used < %s",
         (entry.accepted_at, entry.key.route, entry.key.session, entry.accepted_at),
@@ -115,30 +119,6 @@ def count_start(db: BoundedConnection, key: EntryKey) -> Callable[[], int]:
 
 def set_streaming(db: BoundedConnection, key: EntryKey) -> None:
     db.execute(text(f"UPDATE entries SET state = 'streaming' WHERE {_BY_KEY} AND state = 'accepted'"), named(key))
-
-
-def end(
-    db: BoundedConnection, key: EntryKey, terminal: bytes, *, now: float, chunks: bytes | None
-) -> Callable[[], bool]:
-    """Store the terminal event and drop the payload; tells whether the history is to be changed: not when it had ended before."""
-    found = db.execute(
-        text(
-            f"WITH known AS (SELECT id FROM entries WHERE {_BY_KEY}), "
-            "ended AS (UPDATE entries SET state = 'ended', terminal = %s, bytes = %s, delivered = false, ended_at = %s, "
-            "ended_order = nextval('places') FROM known WHERE entries.id = known.id AND state <> 'ended' RETURNING entries.id), "
-            "body AS (DELETE FROM payloads USING ended WHERE payloads.id = ended.id), "
-            "record AS (INSERT INTO chunks (id, record) SELECT id, %s FROM ended WHERE %s) "
-            "SELECT EXISTS (SELECT 1 FROM ended) OR NOT EXISTS (SELECT 1 FROM known)"
-        ),
-        (*named(key), terminal, len(terminal) + len(chunks or b""), now, chunks or b"", chunks is not None),
-    )
-
-    def read() -> bool:
-        row = found.fetchone()
-        assert row is not None
-        return bool(row[0])
-
-    return read
 
 
 def set_delivered(db: BoundedConnection, keys: Sequence[EntryKey]) -> None:

@@ -17,7 +17,7 @@ from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Dat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class LayoutStep:
     """`works_with`: the oldest version whose programs can use the tables after this step."""
 
     statements: tuple[str, ...]
@@ -95,6 +95,21 @@ _V1 = (
     )
     """,
     "CREATE INDEX messages_of_session ON messages (session_id, id)",
+    # Bytes: a client's text may hold what PostgreSQL's TEXT cannot.
+    f"CREATE TABLE system_prompts (route {_KEY}, session {_KEY}, prompt BYTEA NOT NULL, PRIMARY KEY (route, session))",
+    # `part` is the worker that counts in this row, until the day is over: nobody waits for another's transaction.
+    f"""
+    CREATE TABLE ledger (
+        day BIGINT NOT NULL,
+        first_level {_KEY},
+        part {_KEY},
+        requests BIGINT NOT NULL,
+        tokens_in BIGINT NOT NULL,
+        tokens_out BIGINT NOT NULL,
+        engine_s DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (day, first_level, part)
+    ) WITH (fillfactor = 50)
+    """,
     # --- for workers of a pool ---
     # One row for each registered worker.
     """
@@ -102,7 +117,6 @@ _V1 = (
         fence BIGINT PRIMARY KEY,
         worker_id TEXT NOT NULL,
         instance TEXT NOT NULL,
-        client_id TEXT NOT NULL,
         slots INTEGER NOT NULL,
         models TEXT[] NOT NULL,
         version TEXT NOT NULL,
@@ -163,7 +177,7 @@ _V1 = (
     "CREATE INDEX early_cancels_by_level ON early_cancels (first_level, until)",
 )
 
-MIGRATIONS: tuple[Step, ...] = (Step(statements=_V1, works_with=1),)
+MIGRATIONS: tuple[LayoutStep, ...] = (LayoutStep(statements=_V1, works_with=1),)
 """Step N brings the tables from version N to N + 1; released steps never change."""
 
 log = structlog.get_logger(__name__)
@@ -224,5 +238,5 @@ def _foreign_tables(database: Database, db: BoundedConnection) -> str:
     return ", ".join(row[0] for row in rows)
 
 
-def _statements(steps: Sequence[Step]) -> list[str]:
+def _statements(steps: Sequence[LayoutStep]) -> list[str]:
     return [statement for step in steps for statement in step.statements]

@@ -16,6 +16,7 @@ import psycopg
 import structlog
 from psycopg import errors
 
+from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
 from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.stores.group_commit import (
     MAX_BATCH,
@@ -78,8 +79,15 @@ class PgWriter:
     `claim_schema` runs on each new connection, before anything else is written with it.
     """
 
-    def __init__(self, database: Database, *, claim_schema: Callable[[BoundedConnection], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        claim_schema: Callable[[BoundedConnection], None],
+        commit_times: Histogram | None = None,
+    ) -> None:
         self._database = database
+        self._commit_times = commit_times or Histogram(COMMIT_BOUNDS_S)
         self._claim_schema = claim_schema
         self._condition = threading.Condition()
         self._queue: deque[PgWrite] = deque()
@@ -232,6 +240,7 @@ class PgWriter:
             write.problem = write.result = None
         db = self._connection()
         committing = False
+        began = time.monotonic()
         try:
             if careful:
                 self._begin(db, batch)
@@ -255,6 +264,7 @@ class PgWriter:
             elif committing:
                 raise _Unknown from error
             raise
+        self._commit_times.observe(time.monotonic() - began)
 
     def _begin(self, db: BoundedConnection, batch: Sequence[PgWrite]) -> None:
         db.execute("BEGIN")

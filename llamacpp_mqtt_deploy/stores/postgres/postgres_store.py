@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +14,19 @@ import psycopg_pool
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import Message
+from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
+from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent, day_of
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, StoreInUse, ToldEnd
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
 from llamacpp_mqtt_deploy.stores.histories import SessionKey, encoded
+from llamacpp_mqtt_deploy.stores.postgres import pg_ends as ends
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries as rows
 from llamacpp_mqtt_deploy.stores.postgres import pg_histories as histories
 from llamacpp_mqtt_deploy.stores.postgres import pg_purging as purging
 from llamacpp_mqtt_deploy.stores.postgres import pg_schema
+from llamacpp_mqtt_deploy.stores.postgres import pg_sessions as sessions
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
+from llamacpp_mqtt_deploy.stores.postgres.pg_ends import RequestEnd
 from llamacpp_mqtt_deploy.stores.postgres.pg_writer import Later, PgWriter
 from llamacpp_mqtt_deploy.stores.purging import Dropped
 from llamacpp_mqtt_deploy.stores.told_ends import ToldEnds
@@ -58,6 +63,7 @@ class PostgresStore:
             self._make_folder(aside)
             self._aside = ToldEnds(aside)
         self._max_history_bytes = max_history_bytes
+        self.commit_times = Histogram(COMMIT_BOUNDS_S)
         self._lock = threading.Lock()
         self._writer: PgWriter | None = None
         self._readers: psycopg_pool.ConnectionPool[BoundedConnection] | None = None
@@ -66,7 +72,7 @@ class PostgresStore:
         with self._lock:
             if self._writer is not None:
                 return
-            writer = PgWriter(self._database, claim_schema=self._claim_schema)
+            writer = PgWriter(self._database, claim_schema=self._claim_schema, commit_times=self.commit_times)
             try:
                 self._readers = self._open_readers()
                 self._writer = writer
@@ -112,6 +118,7 @@ class PostgresStore:
         def step(db: BoundedConnection) -> None:
             for entry in taken:
                 rows.insert(db, entry)
+                rows.use_session(db, entry)
 
         return self._write().submit(step, size=sum(len(entry.payload) for entry in taken), durable=True)
 
@@ -139,8 +146,9 @@ class PostgresStore:
         now: float,
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
+        spent: Spent | None = None,
     ) -> None:
-        self.finish_soon(key, terminal, now=now, history=history, chunks=chunks).wait(WRITE_TIMEOUT_S)
+        self.finish_soon(key, terminal, now=now, history=history, chunks=chunks, spent=spent).wait(WRITE_TIMEOUT_S)
 
     def finish_soon(
         self,
@@ -150,25 +158,29 @@ class PostgresStore:
         now: float,
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
+        spent: Spent | None = None,
     ) -> Pending:
-        # Encoded first: what JSON cannot hold is the caller's mistake, not the database's.
-        appended = [] if history is None else encoded(history)
+        request = self._request_end(
+            ToldEnd(key=key, terminal=terminal, now=now, history=history, chunks=chunks, spent=spent)
+        )
+        size = len(terminal) + len(chunks or b"") + sum(len(message) for _, message in request.appended)
+        return self._write().submit(lambda db: self._end(db, request), size=size, durable=True, urgent=True)
 
-        def step(db: BoundedConnection) -> Later | None:
-            ended = self._end(db, key, terminal, now=now, chunks=chunks)
-            if history is None:
-                return ended
-            if ended():
-                histories.change(db, history, appended, now=now, max_bytes=self._max_history_bytes)
-            return None
+    def _request_end(self, told: ToldEnd) -> RequestEnd:
+        return RequestEnd(
+            key=told.key,
+            terminal=told.terminal,
+            chunks=told.chunks,
+            history=told.history,
+            # Encoded first: what JSON cannot hold is the caller's mistake, not the database's.
+            appended=[] if told.history is None else encoded(told.history),
+            spent=told.spent,
+            now=told.now,
+            max_history_bytes=self._max_history_bytes,
+        )
 
-        size = len(terminal) + len(chunks or b"") + sum(len(message) for _, message in appended)
-        return self._write().submit(step, size=size, durable=True, urgent=True)
-
-    def _end(
-        self, db: BoundedConnection, key: EntryKey, terminal: bytes, *, now: float, chunks: bytes | None
-    ) -> Callable[[], bool]:
-        return rows.end(db, key, terminal, now=now, chunks=chunks)
+    def _end(self, db: BoundedConnection, request: RequestEnd) -> Later:
+        return ends.end(db, request, fence=None)
 
     def set_aside(self, ends: Sequence[ToldEnd]) -> bool:
         return self._aside is not None and self._aside.add(ends)
@@ -195,10 +207,14 @@ class PostgresStore:
         entry = rows.find(db, end.key)
         if entry is None or entry.state == "ended":
             return False  # the journal had it, and has perhaps forgotten it since: then its history is written too
-        self._end(db, end.key, end.terminal, now=end.now, chunks=end.chunks)()
-        if end.history is not None:
-            histories.change(db, end.history, encoded(end.history), now=end.now, max_bytes=self._max_history_bytes)
+        self._end(db, self._request_end(end))()
         return True
+
+    def ledger(
+        self, *, since_day: int, first_level: str | None = None, skip: int = 0, most: int = 1000
+    ) -> list[LedgerRow]:
+        with self._read() as db:
+            return sessions.ledger(db, since_day=since_day, first_level=first_level, skip=skip, most=most)
 
     def chunks(self, key: EntryKey) -> bytes | None:
         with self._read() as db:
@@ -230,6 +246,23 @@ class PostgresStore:
         write = self._write().submit(lambda db: histories.drop(db, session), durable=True, urgent=True)
         write.wait(WRITE_TIMEOUT_S)
 
+    def system_prompt(self, session: SessionKey) -> str | None:
+        with self._read() as db:
+            return sessions.prompt(db, session)
+
+    def set_system_prompt(self, session: SessionKey, prompt: str | None, *, now: float, reset: bool) -> None:
+        def step(db: BoundedConnection) -> None:
+            if reset:
+                histories.forget(db, session)
+            sessions.write_prompt(db, session, prompt, now=self._time(db, now))
+
+        write = self._write().submit(step, size=len(prompt or ""), durable=True, urgent=True)
+        write.wait(WRITE_TIMEOUT_S)
+
+    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+        with self._read() as db:
+            return sessions.names(db, route, after=after, created_by=created_by, most=most)
+
     def purge(
         self,
         *,
@@ -247,6 +280,7 @@ class PostgresStore:
             purging.old_entries(db, dropped, now=at, remember_s=remember_s)
             purging.excess_entries(db, dropped, max_bytes=max_bytes)
             purging.forget_writers(db)
+            sessions.tidy_ledger(db, day_of(at))
             return Purged(entries=dropped.rows, sessions=0, more=dropped.full)
 
         def drop_sessions(db: BoundedConnection) -> Purged | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,15 +24,18 @@ from llamacpp_mqtt_deploy.pool_ports import (
     PoolRequest,
     Renewed,
 )
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Pending, StoreError
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Pending, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES
-from llamacpp_mqtt_deploy.stores.histories import encoded
-from llamacpp_mqtt_deploy.stores.postgres import cancelling, claiming, fenced_entries, listening, membership
+from llamacpp_mqtt_deploy.stores.postgres import cancelling, fenced_entries
+from llamacpp_mqtt_deploy.stores.postgres import pg_claiming as claiming
+from llamacpp_mqtt_deploy.stores.postgres import pg_ends as ends
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries as rows
-from llamacpp_mqtt_deploy.stores.postgres import pg_histories as histories
+from llamacpp_mqtt_deploy.stores.postgres import pg_members as membership
+from llamacpp_mqtt_deploy.stores.postgres import pg_notices as listening
 from llamacpp_mqtt_deploy.stores.postgres.common_queue import Enqueuing, places_of
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
-from llamacpp_mqtt_deploy.stores.postgres.listening import Listener
+from llamacpp_mqtt_deploy.stores.postgres.pg_ends import RequestEnd
+from llamacpp_mqtt_deploy.stores.postgres.pg_notices import Listener
 from llamacpp_mqtt_deploy.stores.postgres.pg_writer import Later, PgWrite, PgWriter
 from llamacpp_mqtt_deploy.stores.postgres.postgres_store import CLOSE_TIMEOUT_S, WRITE_TIMEOUT_S, PostgresStore
 
@@ -96,11 +100,20 @@ class SharedPostgresJournal(PostgresStore):
         fence = self._own_fence()
         return self._write().submit(lambda db: fenced_entries.set_streaming(db, key, fence), durable=True, urgent=True)
 
-    def _end(
-        self, db: BoundedConnection, key: EntryKey, terminal: bytes, *, now: float, chunks: bytes | None
-    ) -> Callable[[], bool]:
-        fence = self._own_fence()
-        return fenced_entries.end(db, key, terminal, fence=fence, chunks=chunks, on_next=self._wake)
+    def _request_end(self, told: ToldEnd) -> RequestEnd:
+        return replace(super()._request_end(told), now=None, part=self._worker_id)
+
+    def _end(self, db: BoundedConnection, request: RequestEnd) -> Later:
+        return self._end_as(self._own_fence(), db, request)
+
+    def _end_as(self, fence: int, db: BoundedConnection, request: RequestEnd) -> Later:
+        found = ends.end(db, request, fence=fence, on_next=self._wake)
+
+        def read() -> None:
+            if found() not in ("unfinished", "ended_here"):
+                raise membership.lost()
+
+        return read
 
     def unfinished(self) -> list[Entry]:
         fence = self._fence
@@ -126,13 +139,9 @@ class SharedPostgresJournal(PostgresStore):
 
         def step(db: BoundedConnection) -> int:
             fence = membership.join(db, member, self._lease_s)
-            taken = [end for end in told if self._take_back(db, end.key, member.worker_id, fence)]
-            for end in taken:
-                fenced_entries.end(db, end.key, end.terminal, fence=fence, chunks=end.chunks, on_next=self._wake)()
-                if end.history is not None:
-                    change, at = end.history, self._time(db, end.now)
-                    appended = encoded(change)
-                    histories.change(db, change, appended, now=at, max_bytes=self._max_history_bytes)
+            for end in told:
+                if self._take_back(db, end.key, member.worker_id, fence):
+                    self._end_as(fence, db, self._request_end(end))()
             return fence
 
         fence = self._ask(step, int, durable=True, serial=True)

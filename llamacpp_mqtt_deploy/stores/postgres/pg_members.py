@@ -11,7 +11,7 @@ from llamacpp_mqtt_deploy.pool_ports import LeaseLost, Member, MemberSeen, PoolL
 from llamacpp_mqtt_deploy.ports import EntryKey
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 
-_COLUMNS = "worker_id, instance, client_id, slots, models, version, draining"
+_COLUMNS = "worker_id, instance, slots, models, version, draining"
 
 _OVER = "TIMESTAMPTZ 'epoch'"
 """The lease of a registration that ended by word and not by time."""
@@ -36,7 +36,7 @@ def join(db: BoundedConnection, member: Member, lease_s: float) -> int:
     row = db.execute(
         text(
             f"INSERT INTO members (fence, {_COLUMNS}, lease_until, fresh_since) VALUES (nextval('fences'), "
-            "%s, %s, %s, %s, %s, %s, %s, clock_timestamp() + make_interval(secs => %s), clock_timestamp()) RETURNING fence"
+            "%s, %s, %s, %s, %s, %s, clock_timestamp() + make_interval(secs => %s), clock_timestamp()) RETURNING fence"
         ),
         (*_values(member), lease_s),
     ).fetchone()
@@ -68,7 +68,7 @@ def _adopt(db: BoundedConnection, fence: int) -> None:
 
 def update(db: BoundedConnection, fence: int, member: Member) -> None:
     row = db.execute(
-        text(f"UPDATE members SET ({_COLUMNS}) = (%s, %s, %s, %s, %s, %s, %s) WHERE fence = %s RETURNING fence"),
+        text(f"UPDATE members SET ({_COLUMNS}) = (%s, %s, %s, %s, %s, %s) WHERE fence = %s RETURNING fence"),
         (*_values(member), fence),
     ).fetchone()
     if row is None:
@@ -188,11 +188,10 @@ _SEEN = (
 
 
 def _seen(row: Sequence[Any]) -> MemberSeen:
-    fence, left_s, running, worker_id, instance, client_id, slots, models, version, draining = row
+    fence, left_s, running, worker_id, instance, slots, models, version, draining = row
     member = Member(
         worker_id=worker_id,
         instance=instance,
-        client_id=client_id,
         slots=slots,
         models=tuple(models),
         version=version,
@@ -205,7 +204,6 @@ def _values(member: Member) -> tuple[Any, ...]:
     return (
         member.worker_id,
         member.instance,
-        member.client_id,
         member.slots,
         list(member.models),
         member.version,

@@ -1,0 +1,82 @@
+"""Sessions' own system prompts, and the ledger, in PostgreSQL, as statements inside a transaction."""
+
+from __future__ import annotations
+
+from llamacpp_mqtt_deploy.core.spending import LedgerRow
+from llamacpp_mqtt_deploy.stores.bounds import LEDGER_DAYS, first_level_of
+from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection
+
+SessionKey = tuple[str, str]
+
+
+def prompt(db: BoundedConnection, session: SessionKey) -> str | None:
+    row = db.execute("SELECT prompt FROM system_prompts WHERE route = %s AND session = %s", session).fetchone()
+    return None if row is None else bytes(row[0]).decode()
+
+
+def write_prompt(db: BoundedConnection, session: SessionKey, prompt: str | None, *, now: float) -> None:
+    """Keep it with its session, which is used by that; None takes it away."""
+    route, name = session
+    if prompt is None:
+        db.execute("DELETE FROM system_prompts WHERE route = %s AND session = %s", session)
+        return
+    # A session that holds a prompt has its row, so that it is forgotten with all others when its time has passed.
+    db.execute(
+        "INSERT INTO sessions AS s (route, session, first_level, created, last_used, bytes) VALUES (%s, %s, %s, %s, %s, 0) "
+        "ON CONFLICT (route, session) DO UPDATE SET last_used = greatest(s.last_used, excluded.last_used)",
+        (route, name, first_level_of(name), now, now),
+    )
+    db.execute(
+        "INSERT INTO system_prompts (route, session, prompt) VALUES (%s, %s, %s) "
+        "ON CONFLICT (route, session) DO UPDATE SET prompt = excluded.prompt",
+        (*session, prompt.encode()),
+    )
+
+
+def names(db: BoundedConnection, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+    """Sessions of the route in the order of their names."""
+    rows = db.execute(
+        "SELECT session FROM sessions WHERE route = %s AND session > %s AND created <= %s ORDER BY session LIMIT %s",
+        (route, after, created_by, most),
+    ).fetchall()
+    return tuple(row[0] for row in rows)
+
+
+def ledger(db: BoundedConnection, *, since_day: int, first_level: str | None, skip: int, most: int) -> list[LedgerRow]:
+    """The newest day first, and within it who took most tokens first; of all workers together."""
+    found = db.execute(
+        "SELECT day, first_level, sum(requests), sum(tokens_in), sum(tokens_out), sum(engine_s) FROM ledger "
+        "WHERE day >= %(since)s AND (%(level)s::text IS NULL OR first_level = %(level)s) GROUP BY day, first_level "
+        "ORDER BY day DESC, sum(tokens_in) + sum(tokens_out) DESC, first_level LIMIT %(most)s OFFSET %(skip)s",
+        {"since": since_day, "level": first_level, "most": most, "skip": skip},
+    ).fetchall()
+    return [
+        LedgerRow(
+            day=row[0],
+            first_level=row[1],
+            requests=int(row[2]),
+            tokens_in=int(row[3]),
+            tokens_out=int(row[4]),
+            engine_s=float(row[5]),
+        )
+        for row in found
+    ]
+
+
+def tidy_ledger(db: BoundedConnection, today: int) -> None:
+    """Add up what workers have written into rows of their own on days that are over, and forget the oldest days: by their number,
+    not by their age, since a clock that is wrong for a while must not forget them all."""
+    db.execute(
+        "WITH gone AS (DELETE FROM ledger WHERE day < %s AND part <> '' RETURNING *) "
+        "INSERT INTO ledger AS l (day, first_level, part, requests, tokens_in, tokens_out, engine_s) "
+        "SELECT day, first_level, '', sum(requests), sum(tokens_in), sum(tokens_out), sum(engine_s) FROM gone "
+        "GROUP BY day, first_level ON CONFLICT (day, first_level, part) DO UPDATE SET "
+        "requests = l.requests + excluded.requests, tokens_in = l.tokens_in + excluded.tokens_in, "
+        "tokens_out = l.tokens_out + excluded.tokens_out, engine_s = l.engine_s + excluded.engine_s",
+        (today - 1,),
+    )
+    db.execute(
+        "DELETE FROM ledger WHERE day < (SELECT min(day) FROM "
+        "(SELECT DISTINCT day FROM ledger ORDER BY day DESC LIMIT %s) AS newest)",
+        (LEDGER_DAYS,),
+    )
