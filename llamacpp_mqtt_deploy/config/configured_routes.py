@@ -12,6 +12,7 @@ TOPIC_KEYS = (
     "trust_payload_session",
     "allow_reply_topic",
     "default_session",
+    "prompt_template_topic",
     "reset_topic",
     "delete_topic",
     "system_prompt_topic",

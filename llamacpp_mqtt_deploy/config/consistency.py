@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.core.aliases import check_aliases
 from llamacpp_mqtt_deploy.core.conversation import check_tools
 from llamacpp_mqtt_deploy.core.formats.route_formats import OWN_FORMAT
 from llamacpp_mqtt_deploy.core.names import check_fields
+from llamacpp_mqtt_deploy.core.prompt_templates import template_faults
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
 
 Finding = tuple[str, str]
@@ -35,6 +36,11 @@ def problems(
     yield from (("engine.aliases", fault) for fault in check_aliases(settings.engine.aliases, models=_models(settings)))
     for name, route in settings.routes.items():
         yield from ((f"routes.{name}.fields", fault) for fault in check_fields(route.fields))
+        if route.prompt_template is not None:
+            faults = template_faults(route.prompt_template, route.prompt_defaults)
+            yield from ((f"routes.{name}.prompt_template", fault) for fault in faults)
+        elif route.prompt_template_topic is not None:
+            yield f"routes.{name}.prompt_template", "is missing, and prompt_template_topic is set"
         if name == DEFAULT_ROUTE and route.format != OWN_FORMAT:
             yield (
                 f"routes.{name}.format",

@@ -304,6 +304,17 @@ class RouteSettings(SamplingSettings):
     """Names of existing clients for our request fields, `client_id` and `reply_topic`: `{prompt = "message", session_id = "sessionId"}`;
     a name with dots leads into objects of the payload: `{prompt = "message.text"}`. Of several names the first one that is there
     counts: `{system_prompt = ["systemPrompt", "prompt_template.content"]}`."""
+    prompt_template: str | None = None
+    """Makes the prompt of a payload of any fields: `"{hero.name} stands at {place}. What now?"`. What a payload holds is text for the
+    model and nothing else; two braces stand for one."""
+    prompt_template_topic: str | None = None
+    """Topic of the payloads that go into `prompt_template`, beside the ordinary ones on `request`; without it those of `request` do."""
+    prompt_defaults: dict[str, str] = Field(default_factory=dict)
+    """What stands for fields of `prompt_template` that a payload lacks: `{"hero.name" = "Somebody"}`; without it they are refused."""
+    prompt_field_chars: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
+    """Longest value of one field in `prompt_template`, in characters."""
+    prompt_chars: Annotated[int, Field(ge=1, le=10_000_000)] = 16_000
+    """Longest prompt that comes of `prompt_template`, in characters."""
     system_prompt: str | None = None
     """System prompt of this route's sessions."""
     allow_system_prompt: bool = True

@@ -32,7 +32,7 @@ class Address:
     completes it; so they are for a change of sessions that its payload names. For `new_session` the reply topic is the one that all
     new sessions are told on. `first_level` is what rate limits, quotas and fair turns count by: the first level of the session path,
     which the broker's access list binds to a user, or `route:NAME` where the session comes from the payload and anybody
-    can make up as many as he likes. For `admin`, `route` and `first_level` are empty and `reply_topic` is the admin reply
+    can make up as many as he likes. `templated`: the payload is for the route's prompt template. For `admin`, `route` and `first_level` are empty and `reply_topic` is the admin reply
     topic.
     """
 
@@ -41,12 +41,14 @@ class Address:
     session: str | None
     reply_topic: str | None
     first_level: str
+    templated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     topics: RouteTopics
     request: TopicTemplate
+    templated: TopicTemplate | None
     reply: ReplyTemplate
     control: TopicTemplate | None
     changes: Mapping[SessionChange, SessionTopic]
@@ -81,6 +83,7 @@ class TopicMap:
             route.name: _Compiled(
                 route,
                 TopicTemplate.cut(route.request),
+                None if route.prompt_template_topic is None else TopicTemplate.cut(route.prompt_template_topic),
                 ReplyTemplate.cut(route.reply, free=route.allow_reply_topic),
                 None if route.control is None else TopicTemplate.cut(route.control),
                 {_CHANGES[key]: SessionTopic.cut(topic) for key, topic in route.session_topics().items()},
@@ -111,7 +114,13 @@ class TopicMap:
 
     def request_filters(self) -> list[str]:
         """What to subscribe to for requests; no two of them match the same topic."""
-        return [name for route in self._compiled.values() for name in route.request.filters()]
+        return [
+            name
+            for route in self._compiled.values()
+            for template in (route.request, route.templated)
+            if template is not None
+            for name in template.filters()
+        ]
 
     @property
     def pool_filter(self) -> str:
@@ -157,8 +166,11 @@ class TopicMap:
         topic = None if template is None else TopicTemplate.cut(template).fill(session)
         return None if topic is None or len(topic.encode()) > MAX_TOPIC_BYTES else topic
 
-    @staticmethod
-    def _other_address(route: _Compiled, topic: str, levels: list[str]) -> Address | None:
+    def _other_address(self, route: _Compiled, topic: str, levels: list[str]) -> Address | None:
+        session = None if route.templated is None else route.templated.read(levels)
+        if session is not None:
+            address = self._request_address(route, session)
+            return None if address is None else replace(address, templated=True)
         for kind, template in route.changes.items():
             session = template.read(levels)
             if session:
@@ -178,7 +190,8 @@ class TopicMap:
         route = self._compiled[address.route]
         if address.session is None:
             session = body.get("session_id", route.topics.default_session)
-            address = self.with_session(address.route, session, field_name=names.of("session_id"))
+            found = self.with_session(address.route, session, field_name=names.of("session_id"))
+            address = replace(found, templated=address.templated)
         if route.reply.by_session:
             return address
         assert address.session is not None

@@ -33,6 +33,13 @@ class GuessedIds:
     session_id: str | None
     request_id: str | None
     client_id: str | None = None
+    names_session: bool = True
+    """Something stands where a session would."""
+
+    def ids(self) -> dict[str, str | None]:
+        """As those of a request that could be read: without a session where none is named."""
+        found = {"request_id": self.request_id, "client_id": self.client_id}
+        return found | {"session_id": self.session_id} if self.names_session else found
 
 
 def guess_ids(payload: bytes, names: FieldNames) -> GuessedIds:
@@ -53,6 +60,7 @@ def guess_ids(payload: bytes, names: FieldNames) -> GuessedIds:
         session_id=session if isinstance(session, str) and is_session(session) else None,
         request_id=request if isinstance(request, str) and is_level(request) else None,
         client_id=client if isinstance(client, str) and is_level(client) else None,
+        names_session=bool(found["session_id"]),
     )
 
 

@@ -110,6 +110,17 @@ class FieldNames:
                 origin[name], body[name] = path, self.id_text(name, value)
         return body, tuple(unknown)
 
+    def read_only(self, content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """These fields alone, under our names; whatever else stands there is none of ours."""
+        body: dict[str, Any] = {}
+        for name in names:
+            for path in (*self.all_of(name), name):
+                value = content.get(path, _below(content, path))
+                if value is not None:
+                    body[name] = self.id_text(name, value)
+                    break
+        return body
+
     def _comes_first(self, name: str, path: str, other: str) -> bool:
         """Whether of two names in one payload the first counts."""
         ranks = self._theirs.get(name, ())
@@ -173,6 +184,13 @@ def _found(content: Mapping[str, Any], tree: _Tree, above: str) -> Iterator[tupl
         elif value is not None:
             words = f"an object with {', '.join(known)}"
             raise BadRequest(f"{above}{key}: expected {words}", fields={above + key: words})
+
+
+def _below(content: Mapping[str, Any], path: str) -> Any:
+    value: Any = content
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def nearest(name: str) -> str | None:

@@ -14,8 +14,9 @@ from llamacpp_mqtt_deploy.core.aliases import resolve
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, Unsupported
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, Lane, RequestFields
-from llamacpp_mqtt_deploy.core.names import FieldNames, Names
+from llamacpp_mqtt_deploy.core.names import REPLY_FIELDS, FieldNames, Names
 from llamacpp_mqtt_deploy.core.payloads import decode_payload, shown
+from llamacpp_mqtt_deploy.core.prompt_templates import PromptTemplate
 from llamacpp_mqtt_deploy.core.routes import is_level, is_session
 from llamacpp_mqtt_deploy.core.validation import WireModel, expectations, faults
 
@@ -57,7 +58,7 @@ class RequestPolicy:
 
     `fields` maps our names to those of existing clients (`{"prompt": "message"}`, with dots for paths); `names` reads them.
     `reply_fields` are the fields that this route's reply topics are made of, beside the session. `default_session` is that of
-    payloads that name none.
+    payloads that name none. `prompt_template` makes the prompts of payloads on its own topic, or of all with `templates_requests`.
     `models` are the names that a request may choose: an empty tuple refuses every name, None leaves names to the engine;
     `aliases` lead from other names to those, or to `default`. `tool_names` are the route's own tools, offered when a request
     brings none. Times are seconds.
@@ -70,6 +71,8 @@ class RequestPolicy:
     fields: Names = field(default_factory=dict)
     reply_fields: tuple[str, ...] = ()
     default_session: str | None = None
+    prompt_template: PromptTemplate | None = None
+    templates_requests: bool = False
     allow_system_prompt: bool = True
     allow_messages: bool = True
     allow_tools: bool = True
@@ -178,19 +181,34 @@ class AdminCommand:
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def read_request(payload: bytes, *, policy: RequestPolicy) -> RawRequest | None:
+def read_request(payload: bytes, *, policy: RequestPolicy, templated: bool = False) -> RawRequest | None:
     """A request from its bytes: named values, still unchecked; None when the payload is blank. Raises BadRequest, PayloadTooLarge.
 
     Reading and checking are two steps so that a refusal of the second is answered under the client's own request id (and
     session, on a route that takes it from the payload). A message that even this refuses has no certain id;
-    `guessing.guess_ids` finds a likely one.
+    `guessing.guess_ids` finds a likely one. `templated`: it came on the topic of the route's prompt template.
     """
     content = decode_payload(payload, max_bytes=policy.max_request_bytes)
     if content is None:
         return None
+    if policy.prompt_template is not None and (templated or policy.templates_requests):
+        return _read_templated(content, policy.prompt_template, policy.names)
     if isinstance(content, str):
         return RawRequest(content, {}, None, None, (), _digest({"prompt": content}))
     body, unknown = policy.names.read(content)
+    return _raw(body, unknown, _digest(body))
+
+
+def _read_templated(content: str | dict[str, Any], template: PromptTemplate, names: FieldNames) -> RawRequest:
+    """Of such a payload only the ids are fields of a request: whatever else it holds is data, and its names mean nothing here."""
+    if isinstance(content, str):
+        words = f"a JSON object with {', '.join(template.fields) or 'any fields'}"
+        raise BadRequest(f"payload: expected {words}", fields={"payload": words})
+    ids = names.read_only(content, ("session_id", "request_id", *sorted(REPLY_FIELDS)))
+    return _raw(ids | {"prompt": template.fill(content)}, (), _digest({"content": content}))
+
+
+def _raw(body: Mapping[str, Any], unknown: tuple[str, ...], digest: str) -> RawRequest:
     request_id, session_id = body.get("request_id"), body.get("session_id")
     return RawRequest(
         text=None,
@@ -198,7 +216,7 @@ def read_request(payload: bytes, *, policy: RequestPolicy) -> RawRequest | None:
         request_id=request_id if isinstance(request_id, str) and is_level(request_id) else None,
         session_id=session_id if isinstance(session_id, str) and is_session(session_id) else None,
         unknown=unknown,
-        digest=_digest(body),
+        digest=digest,
     )
 
 

@@ -59,11 +59,22 @@ def _check_templates(root: str, route: RouteTopics) -> Iterator[str]:
         # Clients, access lists and dashboards find a worker by these topics; an application gets a route of its own.
         yield f"{where}: its topics are fixed; add another route for other topics or payload sessions"
         return
-    for key, template in (("request", route.request), ("control", route.control)):
+    for key, template in (
+        ("request", route.request),
+        ("prompt_template_topic", route.prompt_template_topic),
+        ("control", route.control),
+    ):
         if template is not None:
             yield from (f'{where}.{key} "{_shown(template)}" {fault}' for fault in _template_faults(template))
     yield from (f'{where}.reply "{_shown(route.reply)}" {fault}' for fault in _reply_faults(route))
     yield from _session_topic_faults(where, route)
+    if route.prompt_template_topic is not None:
+        named = SESSION_FIELD in route.prompt_template_topic.split("/")
+        if named == route.trust_payload_session:
+            yield (
+                f"{where}.prompt_template_topic must {'hold no' if named else 'hold'} {SESSION_FIELD}, as its request "
+                f"{'topic holds none' if named else 'topic does'}"
+            )
     has_session = SESSION_FIELD in route.request.split("/")
     if SESSION_FIELD not in route.reply.split("/"):
         yield f"{where}.reply needs a level {SESSION_FIELD}: without it every client reads every answer"
@@ -158,6 +169,7 @@ def _uses(root: str, routes: Iterable[RouteTopics]) -> Iterator[_Use]:
     for route in routes:
         for key, template, reads in (
             ("request", route.request, True),
+            ("prompt_template_topic", route.prompt_template_topic, True),
             ("control", route.control, True),
             ("reply", route.reply, False),
         ):

@@ -46,6 +46,7 @@ class RouteTopics:
     `reply` may end with `{client_id}` and `{request_id}`. With `allow_reply_topic` a payload may name the reply topic itself, below
     what stands before `{session}` in `reply`. `default_session` is that of payloads that name none.
 
+    `prompt_template_topic` is a second request topic, for payloads that the route's template makes prompts of.
     `reset_topic`, `delete_topic` and `system_prompt_topic` take what clients want of a session (`SessionTopic`), `hint_topic` tells
     what came of it. A message on `session_topic` is answered with a new session on `session_reply_topic`.
     """
@@ -57,6 +58,7 @@ class RouteTopics:
     trust_payload_session: bool = False
     allow_reply_topic: bool = False
     default_session: str | None = None
+    prompt_template_topic: str | None = None
     reset_topic: str | None = None
     delete_topic: str | None = None
     system_prompt_topic: str | None = None

@@ -6,7 +6,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import lru_cache, partial
 
 import structlog
@@ -190,7 +189,7 @@ class Intake:
         policy = policies.routes[address.route].parse
         raw: RawRequest | None = None
         try:
-            raw = read_request(payload, policy=policy)
+            raw = read_request(payload, policy=policy, templated=address.templated)
             if raw is None:
                 self._check_empty(address)
                 return
@@ -204,9 +203,7 @@ class Intake:
             self._admission.enter(message, address, raw, check_request(raw, policy=allowed))
         except (RequestError, MemoryError) as problem:
             error = problem if isinstance(problem, RequestError) else self._starved(message)
-            ids = (
-                raw.ids() if raw is not None else {} if is_blank(payload) else asdict(guess_ids(payload, policy.names))
-            )
+            ids = raw.ids() if raw is not None else {} if is_blank(payload) else guess_ids(payload, policy.names).ids()
             self._refusals.refuse(message, self._topics.with_ids(address, ids), ids.get("request_id"), error)
 
     def _check_empty(self, address: Address) -> None:

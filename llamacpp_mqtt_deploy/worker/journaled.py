@@ -64,12 +64,13 @@ class JournaledRequests:
         address = self._topics.address(entry.topic)
         if route is None or address is None:
             raise Interrupted("the worker was configured anew and no longer serves this topic")
+        templated = address.templated
         if address.session is None:
             address = self._topics.with_session(address.route, entry.key.session)
         if entry.reply_topic:
             # It may have been made of ids in the payload; whoever waits, waits there.
             address = replace(address, reply_topic=entry.reply_topic)
-        raw = read_request(entry.payload, policy=route.parse)
+        raw = read_request(entry.payload, policy=route.parse, templated=templated)
         if raw is None:
             raise Interrupted("the worker lost this request")
         return address, check_request(raw, policy=policies.parse_for(entry.key.route, address.first_level))

@@ -12,6 +12,7 @@ from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS
 from llamacpp_mqtt_deploy.core.names import REPLY_FIELDS
+from llamacpp_mqtt_deploy.core.prompt_templates import PromptTemplate
 from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE, ReplyTemplate
 from llamacpp_mqtt_deploy.core.spending import LevelLimits
@@ -140,6 +141,8 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
         fields=dict(route.fields),
         reply_fields=_reply_fields(route),
         default_session=route.default_session,
+        prompt_template=_prompt_template(route),
+        templates_requests=route.prompt_template_topic is None,
         allow_system_prompt=route.allow_system_prompt,
         allow_messages=route.allow_messages,
         allow_tools=route.allow_tools,
@@ -165,6 +168,17 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
         thinking_budget=route.thinking_budget if route.thinking_budget is not None else generation.thinking_budget,
         tools=route.tools,
         model=route.model or engine.model,
+    )
+
+
+def _prompt_template(route: RouteSettings) -> PromptTemplate | None:
+    if route.prompt_template is None:
+        return None
+    return PromptTemplate(
+        text=route.prompt_template,
+        defaults=dict(route.prompt_defaults),
+        field_chars=route.prompt_field_chars,
+        chars=route.prompt_chars,
     )
 
 

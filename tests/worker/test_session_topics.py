@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.support.waiting import eventually
@@ -292,3 +293,41 @@ def test_an_empty_message_is_ignored_where_the_route_says_nothing(bus: Bus) -> N
     chat.say("owo/user_input")
     assert len(texts(chat.ask("what?", "default"))) == 3
     assert len(chat.heard("owo/answers/default")) == 2
+
+
+# --- a template for payloads ---------------------------------------------------------------------------------------------
+
+
+def test_a_state_of_a_game_becomes_a_prompt_of_its_session(bus: Bus) -> None:
+    template: dict[str, Any] = {
+        "prompt_template": "{hero} sees {view}. What now?",
+        "prompt_template_topic": "{name}/state",
+        "prompt_defaults": {"hero": "The hero"},
+    }
+    chat = Chat(bus, **project(**template))
+    chat.ask("Hello")
+    chat.say("owo/state", {"sessionId": "s1", "view": {"exits": ["north"]}, "temperature": "cold"})
+    eventually(lambda: len(chat.heard("owo/answers/s1")) == 2)
+    assert chat.heard("owo/answers/s1")[1] == 'The hero sees {"exits":["north"]}. What now?'
+    assert texts(chat.ask("and then?"))[2] == 'The hero sees {"exits":["north"]}. What now?'
+    chat.say("owo/state", {"sessionId": "s1"})
+    eventually(lambda: chat.heard("owo/answers/s1")[-1] == "view: expected a value; it is missing")
+    chat.say("owo/state", b"just a text")
+    eventually(lambda: "a JSON object with hero, view" in "".join(chat.heard("owo/answers/default")))
+
+
+def test_a_state_that_waited_when_the_worker_died_is_told_after_the_restart(bus: Bus) -> None:
+    key = EntryKey("owo", "s1", "r1")
+    store = SqliteStore(bus.state / "state.db")
+    store.open()
+    entry = Entry(
+        key=key,
+        topic="owo/state",
+        payload=b'{"sessionId":"s1","view":"a gate"}',
+        digest="d",
+        reply_topic="owo/answers/s1",
+    )
+    store.accept([entry])
+    store.close()
+    chat = Chat(bus, **project(prompt_template="You see {view}.", prompt_template_topic="{name}/state"))
+    eventually(lambda: chat.heard("owo/answers/s1") == ["You see a gate."])
