@@ -203,7 +203,7 @@ class Intake:
             self._admission.enter(message, address, raw, check_request(raw, policy=allowed))
         except (RequestError, MemoryError) as problem:
             error = problem if isinstance(problem, RequestError) else self._starved(message)
-            ids = raw.ids() if raw is not None else {} if is_blank(payload) else guess_ids(payload, policy.names).ids()
+            ids = raw.ids() if raw is not None else guess_ids(payload, policy.names).ids()
             self._refusals.refuse(message, self._topics.with_ids(address, ids), ids.get("request_id"), error)
 
     def _check_empty(self, address: Address) -> None:
