@@ -63,6 +63,11 @@ class LevelLimits:
     own_tokens_per_day: Mapping[str, int] = field(default_factory=dict)
     own_requests_per_minute: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def limit_tokens(self) -> bool:
+        """Whether anybody's tokens are limited."""
+        return self.tokens_per_day > 0 or any(most > 0 for most in self.own_tokens_per_day.values())
+
     def tokens_of(self, first_level: str) -> int:
         return self.own_tokens_per_day.get(first_level, self.tokens_per_day)
 
@@ -90,10 +95,12 @@ class Quotas:
         self._days: OrderedDict[int, dict[str, list[int]]] = OrderedDict()
         self._set_aside: dict[Hashable, tuple[str, int]] = {}
 
-    def begin(self, rows: Iterable[LedgerRow]) -> None:
-        """Go on from what the ledger has."""
+    def reconcile(self, rows: Iterable[LedgerRow]) -> None:
+        """Take over what the ledger has beyond what was counted here: from an earlier life, or from other workers of a pool."""
         for row in rows:
-            self._add(row.first_level, row.day, row.requests, row.tokens_in, row.tokens_out)
+            told = (row.requests, row.tokens_in, row.tokens_out)
+            counted = self._counts(row.first_level, row.day)
+            self._add(row.first_level, row.day, *(max(0, all_ - own) for all_, own in zip(told, counted, strict=True)))
 
     def check(self, first_level: str, now: float, *, retry_after_s: float) -> None:
         """Raises `RateLimited` when nothing is left today. `retry_after_s` is when requests under way are likely to have ended."""

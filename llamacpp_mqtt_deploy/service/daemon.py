@@ -196,7 +196,7 @@ class Daemon:
         self._notifier.status("starting")
         self._started_at = time.monotonic()
         self._open_store()
-        parts.ledger.begin(parts.registry)
+        parts.ledger.reconcile(parts.registry)
         if parts.metrics is not None:  # not earlier: the store is ours, and so are the port and the file
             parts.metrics.start()
         try:
@@ -466,6 +466,8 @@ class Daemon:
         self.parts.background.run("purge", self._purge)
 
     def _purge(self) -> None:
+        if self.parts.registry.limits_tokens:
+            self.parts.ledger.reconcile(self.parts.registry)
         sessions, limits = self._settings.sessions, self._settings.limits
         try:
             purged = self.parts.store.purge(

@@ -36,12 +36,14 @@ class LedgerReport:
         self._max_event_bytes = max_event_bytes
         self._now = now
 
-    def begin(self, registry: JobRegistry) -> None:
-        """Let the quotas of today go on from what the ledger has; without it they begin anew."""
+    def reconcile(self, registry: JobRegistry) -> None:
+        """Let the quotas of today know what the ledger has: at the start, and now and then, since the workers of a pool have one."""
         try:
-            registry.begin_ledger(self._store.ledger(since_day=day_of(self._now())))
+            registry.reconcile(self._store.ledger(since_day=day_of(self._now())))
         except StoreError as problem:
-            log.error("ledger.unreadable", problem=str(problem), message="the quotas of today begin anew")
+            log.warning(
+                "ledger.unreadable", problem=str(problem), message="quotas go by what was counted since the start"
+            )
 
     def answer(self, asked: AdminCommand) -> Mapping[str, Any]:
         """The fields of the ack: as many rows as were asked for and fit into one event, and where to go on."""

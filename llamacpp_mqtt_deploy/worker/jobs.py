@@ -158,10 +158,20 @@ class JobRegistry:
 
     # --- quotas --------------------------------------------------------------------------------------------------------
 
-    def begin_ledger(self, rows: Iterable[LedgerRow]) -> None:
-        """Count from what an earlier life of the worker has counted."""
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether anybody's tokens are limited."""
+        return self._quotas.limits.limit_tokens
+
+    def reconcile(self, rows: Iterable[LedgerRow]) -> None:
+        """Count what the ledger has from an earlier life of the worker, and from other workers of a pool."""
         with self._lock:
-            self._quotas.begin(rows)
+            self._quotas.reconcile(rows)
+
+    def check_quota(self, first_level: str, now: float) -> None:
+        """Raises RateLimited when the level has no tokens left on the day of `now` (seconds since the epoch)."""
+        with self._lock:
+            self._quotas.check(first_level, now, retry_after_s=self._retry_after_s())
 
     def spend(self, spent: Spent, now: float) -> None:
         """A request has cost this; `now` is seconds since the epoch."""

@@ -110,8 +110,21 @@ def test_without_a_limit_nobody_is_refused() -> None:
 def test_the_quota_goes_on_from_what_the_ledger_has() -> None:
     spent = quotas(100)
     row = LedgerRow(day=day_of(NOON), first_level="alice", requests=3, tokens_in=90, tokens_out=10, engine_s=1.0)
-    spent.begin([row])
+    spent.reconcile([row])
     assert refusal(spent) is not None
+
+
+def test_what_other_workers_of_a_pool_have_spent_counts_and_nothing_counts_twice() -> None:
+    spent = quotas(100)
+    mine = Spent(first_level="alice", tokens_in=30)
+    spent.spend(mine, NOON)
+    row = LedgerRow(day=day_of(NOON), first_level="alice", requests=3, tokens_in=60, tokens_out=10, engine_s=1.0)
+    for _ in range(3):
+        spent.reconcile([row])
+    assert spent.spent("alice", NOON) == 70
+    spent.spend(mine, NOON)
+    spent.reconcile([row])  # the ledger does not have the last one yet
+    assert spent.spent("alice", NOON) == 100
 
 
 def test_a_clock_that_is_set_forth_and_back_makes_no_quota_anew() -> None:

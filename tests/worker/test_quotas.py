@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.deltas import EngineCall
-from llamacpp_mqtt_deploy.core.spending import DAY_S, LedgerRow, day_of
+from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.spending import DAY_S, Estimate, LedgerRow, LevelLimits, Spent, day_of
+from llamacpp_mqtt_deploy.pool_ports import Claimed
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.service.ledger_report import day_name
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, last_user_text
+from llamacpp_mqtt_deploy.worker.jobs import Job
+from llamacpp_mqtt_deploy.worker.pooled.claiming import Claims
+from tests.support.lone_job import lone_job, registry
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus, WholeWorker
 from tests.worker.test_payload_sessions import GAME
@@ -206,6 +213,63 @@ def test_a_ledger_that_cannot_be_read_is_told_to_the_operator_and_stops_no_worke
 def test_a_day_has_the_name_that_people_write() -> None:
     assert day_name(day_of(1_800_000_000.0)) == "2027-01-15"
     assert day_name(0) == "1970-01-01"
+
+
+def test_what_another_worker_of_the_pool_has_counted_is_spent_here_too(bus: Bus) -> None:
+    worker = bus.worker(limits__tokens_per_day=100)
+    parts = worker.daemon.parts
+    key = EntryKey("default", "alice/elsewhere", "e")
+    parts.store.accept([Entry(key=key, topic="llm/request/alice/elsewhere", payload=b"{}", digest="d")])
+    parts.store.finish(key, b"{}", now=parts.clock.now(), spent=Spent(first_level="alice", tokens_in=100))
+    worker.daemon._purge_soon()  # as it does every few seconds
+    eventually(lambda: parts.registry._quotas.spent("alice", parts.clock.now()) == 100)
+    assert _ask(bus, "r1")["code"] == "rate_limited"
+    assert _ask(bus, "r2", "bob")["type"] == "done"
+
+
+class _Journaled:
+    """What the claims make jobs with, and end requests with."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[str, str]] = []
+
+    def job(self, entry: Entry, **_: Any) -> Job:
+        job = lone_job(entry.key.request_id, session=entry.key.session)
+        job.entry = entry
+        job.estimate = Estimate(tokens_in=10, tokens_out=50)
+        return job
+
+    def end(self, entry: Entry, error: RequestError) -> None:
+        self.ended.append((entry.key.request_id, error.code))
+
+
+def test_of_those_that_a_pool_has_queued_only_so_many_run_as_the_quota_allows() -> None:
+    jobs, journaled, nothing = registry(slots=9), _Journaled(), cast("Any", None)
+    jobs.set_limits(
+        limits=QueueLimits(queue_size=99, session_queue=9),
+        aging_s=9.0,
+        max_requests_per_minute=0,
+        levels=LevelLimits(tokens_per_day=100),
+    )
+    claims = Claims(
+        journal=nothing,
+        registry=jobs,
+        requests=cast("Any", journaled),
+        completion=nothing,
+        engine_ready=lambda: True,
+        models=tuple,
+        aging_s=lambda: 9.0,
+        now=lambda: DAY_S,
+    )
+
+    def entry(name: str, starts: int = 0) -> Entry:
+        key = EntryKey("default", f"alice/{name}", name)
+        return Entry(key=key, topic="t", payload=b"{}", digest="d", accepted_at=DAY_S, starts=starts)
+
+    claims.take([Claimed(entry=entry(name)) for name in ("a", "b", "c", "d")])
+    claims.take([Claimed(entry=entry("begun elsewhere", starts=1))])
+    assert [job.key.request_id for job in jobs.all()] == ["a", "b", "begun elsewhere"]
+    assert journaled.ended == [("c", "rate_limited"), ("d", "rate_limited")]
 
 
 # --- a flooder ---------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ class PooledAdmission:
         if self._runs_here(message, address, key, raw.digest):
             return
         self._registry.check_rate(address.first_level, message.delivery.received_at)
+        self._registry.check_quota(address.first_level, self._now())
         entry, _ = journal_entry(message, address, key, raw, noted(message, request), now=self._now())
         self._arrivals.append(
             _Arrival(

@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.pool_ports import Claimed, LeaseLost, SharedJournal
 from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
+from llamacpp_mqtt_deploy.worker.journal_clock import wall
 from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests
 
 log = structlog.get_logger(__name__)
@@ -41,7 +42,9 @@ class Claims:
         engine_ready: Callable[[], bool],
         models: Callable[[], Sequence[str]],
         aging_s: Callable[[], float],
+        now: Callable[[], float] = wall,
     ) -> None:
+        self._now = now
         self._journal = journal
         self._registry = registry
         self._requests = requests
@@ -150,6 +153,9 @@ class Claims:
         return self._requests.job(entry, waited_s=claimed.waited_s, left_s=left_s)
 
     def _run(self, job: Job) -> None:
+        if job.entry.starts == 0:
+            # Those that came before it, here or at another worker, may have spent what there was.
+            self._registry.check_quota(job.address.first_level, self._now())
         try:
             self._registry.enter(job, recovered=True)
             self._registry.commit([job])

@@ -62,6 +62,7 @@ class Pool:
             engine_ready=engine_ready,
             models=models,
             aging_s=aging_s,
+            now=now,
         )
         registry.slot_freed = self.claims.wake
         waiting = WaitingRequests(journal=journal, outbox=outbox, heartbeat_s=heartbeat_s)
