@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import secrets
-import selectors
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +19,8 @@ from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished
 from llamacpp_mqtt_deploy.core.errors import EngineUnavailable, ShuttingDown
 from llamacpp_mqtt_deploy.engines.managed import launching
-from llamacpp_mqtt_deploy.engines.managed.child import EXITED_LOOK_EVERY_S, Child, oom_kills
+from llamacpp_mqtt_deploy.engines.managed.attending import Attendant, Interrupt
+from llamacpp_mqtt_deploy.engines.managed.child import Child, oom_kills
 from llamacpp_mqtt_deploy.engines.managed.idleness import Idleness
 from llamacpp_mqtt_deploy.engines.managed.launching import CannotLaunch, Endpoint
 from llamacpp_mqtt_deploy.engines.managed.privatedir import PrivateDir
@@ -39,8 +37,6 @@ from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 
 log = structlog.get_logger(__name__)
 
-SECOND_SIGNAL_AFTER_S = 1.0
-"""llama-server waits for its open streams at the first SIGTERM and ends at once at the second."""
 KILL_AFTER_S = 3.0
 MAX_DETAIL_CHARS = 600
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
@@ -83,8 +79,7 @@ class ManagedEngine:
         self._idleness = Idleness(settings.managed.sleep_after_s)
         self._endpoint: Endpoint | None = None
         self._arguments: list[str] | None = None
-        self._wakeup: socket.socket | None = None  # the supervisor's end of what interrupts its waiting
-        self._waker: socket.socket | None = None
+        self._interrupt: Interrupt | None = None  # of the supervisor's waiting
         self._kill_after_s = KILL_AFTER_S
         self._supervisor = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
         self._watcher = Watcher(
@@ -108,9 +103,7 @@ class ManagedEngine:
             raise ValueError(
                 f"no private directory for the server's socket can be made: {error}; set RUNTIME_DIRECTORY or TMPDIR"
             ) from error
-        self._wakeup, self._waker = socket.socketpair()
-        for end in (self._wakeup, self._waker):
-            end.setblocking(False)
+        self._interrupt = Interrupt()
         self._supervisor.start()
         self._watcher.thread.start()
 
@@ -202,9 +195,8 @@ class ManagedEngine:
                 life = self._life
             if life is not None:
                 life.child.send(signal.SIGKILL)
-        elif first and self._wakeup is not None and self._waker is not None:
-            self._wakeup.close()
-            self._waker.close()
+        elif first and self._interrupt is not None:
+            self._interrupt.close()
         if self._directory is not None:
             self._directory.close()
 
@@ -332,6 +324,7 @@ class ManagedEngine:
         assert self._endpoint is not None
         assert self._arguments is not None
         assert self._inner is not None
+        assert self._interrupt is not None
         if self._endpoint.socket_path is not None:
             self._endpoint.socket_path.unlink(
                 missing_ok=True
@@ -353,74 +346,26 @@ class ManagedEngine:
         try:
             with self._changed:
                 self._life = life
-                self._enter("loading", _loading(life))
+                self._enter("loading", life.stage)
                 if self._closing.is_set():
                     self._end(life, "close", "the worker ends")
-            code = self._accompany(life)
+            code = Attendant(
+                interrupt=self._interrupt,
+                kill_after_s=lambda: self._kill_after_s,
+                heard=self._heard,
+                due_s=self._doze,
+            ).stay(life)
         finally:
             with self._changed:
                 self._life = None
             child.close()
         return self._ended(life, code)
 
-    def _accompany(self, life: Life) -> int:
-        child = life.child
-        wakeup = self._wakeup
-        assert wakeup is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(wakeup, selectors.EVENT_READ)
-            selector.register(child.output, selectors.EVENT_READ)
-            if child.ending is not None:
-                selector.register(child.ending, selectors.EVENT_READ)
-            while True:
-                wait_s = self._remind(life)
-                ready = {key.fd for key, _ in selector.select(wait_s)}
-                if child.output in ready and not self._listen(life):
-                    selector.unregister(child.output)
-                if wakeup.fileno() in ready:
-                    _drain(wakeup)
-                code = child.reap()
-                if code is not None:
-                    while self._listen(life, to_the_end=True):
-                        pass
-                    life.log.feed(b"", time.monotonic())  # a last line without an end
-                    return code
-
-    def _listen(self, life: Life, *, to_the_end: bool = False) -> bool:
-        """Read what the server wrote; False when there is no more."""
-        data = life.child.read()
-        if data is None:
-            return not to_the_end
-        life.log.feed(data, time.monotonic())
-        detail = _loading(life)
+    def _heard(self, life: Life) -> None:
+        """The server has said something: how far it has loaded, perhaps."""
         with self._changed:
-            if self._phase == "loading" and self._detail != detail and self._life is life:
-                self._enter("loading", detail)
-        return bool(data)
-
-    def _remind(self, life: Life) -> float:
-        """Send the signals that are due; the seconds until the next."""
-        look_s = 1.0 if life.child.ending is not None else EXITED_LOOK_EVERY_S
-        now = time.monotonic()
-        if not life.wish:
-            look_s = min(look_s, self._doze(life, now))
-        if not life.wish:
-            return look_s
-        if life.wish == "hung":
-            life.child.send(signal.SIGKILL)  # it did not even answer a question
-            return look_s
-        if not life.told_at:
-            life.told_at.append(now)
-            life.child.send(signal.SIGTERM)
-        waited_s = now - life.told_at[0]
-        second_s = min(SECOND_SIGNAL_AFTER_S, self._kill_after_s / 2)
-        if waited_s >= self._kill_after_s:
-            life.child.send(signal.SIGKILL)
-        elif waited_s >= second_s and len(life.told_at) == 1:
-            life.told_at.append(now)
-            life.child.send(signal.SIGTERM)
-        due_s = second_s if waited_s < second_s else self._kill_after_s
-        return min(look_s, max(0.01, due_s - waited_s))
+            if self._phase == "loading" and self._detail != life.stage and self._life is life:
+                self._enter("loading", life.stage)
 
     def _doze(self, life: Life, now: float) -> float:
         """Have the server end when nobody has used it for long enough; seconds until it is time to look again."""
@@ -527,9 +472,8 @@ class ManagedEngine:
             self._changed.notify_all()
 
     def _wake(self) -> None:
-        if self._waker is not None:
-            with contextlib.suppress(OSError):  # full: it is awake already; closed: it has ended
-                self._waker.send(b"\0")
+        if self._interrupt is not None:
+            self._interrupt()
 
 
 def _told(said: EngineInfo, known: EngineInfo) -> EngineInfo:
@@ -543,13 +487,3 @@ def _told(said: EngineInfo, known: EngineInfo) -> EngineInfo:
         can_unload=known.can_unload,
         kept_awake=known.kept_awake,
     )
-
-
-def _loading(life: Life) -> str:
-    return f"The server loads: it {life.log.stage}." if life.log.stage else "The server starts."
-
-
-def _drain(end: socket.socket) -> None:
-    with contextlib.suppress(BlockingIOError):
-        while end.recv(4096):
-            pass

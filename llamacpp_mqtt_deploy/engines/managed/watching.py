@@ -43,6 +43,11 @@ class Life:
     told_at: list[float] = field(default_factory=list)
     """When it was sent signals to end."""
 
+    @property
+    def stage(self) -> str:
+        """How far it has loaded, for the operator."""
+        return f"The server loads: it {self.log.stage}." if self.log.stage else "The server starts."
+
 
 class Watcher:
     """Calls `on_ready(life)` once and `on_hung(life, why)`, in its thread. `life` is asked for under `changed`, which is
