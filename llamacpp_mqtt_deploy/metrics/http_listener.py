@@ -50,27 +50,30 @@ class HttpListener:
         self._page = page
         self._clock = clock
         self._listening: Listening | None = None
-        self._selector = selectors.DefaultSelector()
+        self._selector: selectors.BaseSelector
+        self._wakeup: socket.socket
+        self._waker: socket.socket
         self._connections: dict[_Connection, None] = {}  # oldest first
         self._allowed, self._counted_at = ACCEPTS_AT_ONCE, clock()
         self._pause_until = 0.0
         self._told = ""
         self._page_failed = False
         self._closing = threading.Event()
-        self._wakeup, self._waker = socket.socketpair()
-        self._wakeup.setblocking(False)
         self.shown = ""
         """Where the metrics are, once the socket is open."""
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def start(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._waker = socket.socketpair()
+        self._wakeup.setblocking(False)
         self._thread.start()
 
     def close(self, timeout_s: float) -> None:
         self._closing.set()
-        with contextlib.suppress(OSError):
-            self._waker.send(b"\0")
         if self._thread.is_alive():
+            with contextlib.suppress(OSError):
+                self._waker.send(b"\0")
             self._thread.join(timeout_s)
 
     # --- in the thread -------------------------------------------------------------------------------------------------

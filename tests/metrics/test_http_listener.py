@@ -69,6 +69,14 @@ def test_a_get_is_answered_and_the_connection_ends(url: str) -> None:
     assert reply.headers["content-type"] == TEXT
 
 
+def test_ipv6_is_served_where_the_address_says_so(pages: Pages) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with listening(pages, ListenAddress(host="::1")) as listener:
+        assert listener.shown.startswith("http://[::1]:")
+        assert get(listener.shown).status == 200
+
+
 def test_a_head_is_answered_without_the_text(url: str) -> None:
     reply = get(url, method="HEAD")
     assert (reply.status, reply.body, reply.headers["content-length"]) == (200, "", "12")
