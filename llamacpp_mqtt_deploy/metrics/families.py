@@ -236,7 +236,7 @@ FAMILIES: tuple[MetricFamily, ...] = (
     MetricFamily(
         "lmd_state_disk_free_bytes",
         "gauge",
-        'Room that is left for the worker where its state lies; absent with `sessions.store = "memory"`.',
+        "Room that is left for the worker where its state lies; absent where that is no file here.",
         _one(lambda r: r.disk_free_bytes),
     ),
     MetricFamily(

@@ -66,7 +66,7 @@ class Measuring:
             engine_returns=self._engine_watch.returns,
             link=link,
             commits=self._store.commit_times.read(),
-            disk_free_bytes=None if sessions.store == "memory" else free_bytes(sessions.path),
+            disk_free_bytes=free_bytes(sessions.path) if sessions.store == "sqlite" else None,
             rss_bytes=rss_bytes(),
             cpu_s=time.process_time(),
             open_fds=open_descriptors(),

@@ -147,6 +147,11 @@ def test_a_problem_is_told_by_its_kind(bus: Bus) -> None:
     assert scrape(url).value("lmd_problem", kind="store") == 0
 
 
+def test_a_state_in_memory_has_no_disk(bus: Bus) -> None:
+    url = address_of(bus.worker(sessions__store="memory", **LISTEN).daemon)
+    assert "lmd_state_disk_free_bytes" not in scrape(url).names()
+
+
 def test_the_library_negotiates_the_format(bus: Bus) -> None:
     url = address_of(bus.worker(**LISTEN).daemon)
     classic = get(url)

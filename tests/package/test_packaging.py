@@ -103,6 +103,7 @@ def test_the_metadata_names_version_licence_and_python(wheel: Path) -> None:
         "demo",
         "gateway",
         "metrics",
+        "postgres",
         "top",
         "dev",
     }
