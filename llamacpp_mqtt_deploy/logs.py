@@ -66,7 +66,10 @@ KEPT_PROBLEMS = 50
 _KEPT_OF_A_KIND = 10
 """Of one event: requests that fail by the hundred must not hide that the disk is full."""
 _LONGEST_PROBLEM = 500
-_SAID_ELSEWHERE = frozenset({"timestamp", "level", "event", "logger", "exception", "stack"})
+_NOT_TOLD = frozenset({"timestamp", "level", "event", "logger", "exception", "stack"}) | CONTENT_KEYS
+"""Said elsewhere, or nothing for an operator, who reads no prompts on the bus either."""
+_MAY_QUOTE = frozenset({"message", "cause"})
+"""Of a request: an engine's words, which may repeat some of it, where content is logged."""
 _NO_PROBLEM = frozenset({"admin.answered", "configuration.reloaded"})
 """Warnings only so that they are logged at that level too."""
 
@@ -76,6 +79,7 @@ class _State:
 
     threshold = LEVELS["info"]
     hidden: tuple[str, ...] = ()
+    with_content = False
     problems: ClassVar[deque[dict[str, str]]] = deque(maxlen=KEPT_PROBLEMS)
     lock = threading.Lock()
 
@@ -90,6 +94,7 @@ def setup(settings: LoggingSettings, *, stream: IO[str] | None = None, environ: 
     terminal = _is_terminal(stream)
     as_json = settings.format == "json" or (settings.format == "auto" and not terminal)
     set_level(settings.level)
+    _State.with_content = settings.log_content
     output = _Output(stream, journal=_is_journal(stream, environ))
     processors: list[Callable[[Any, str, Event], Any]] = [
         structlog.contextvars.merge_contextvars,
@@ -254,7 +259,8 @@ def _remember(_: Any, __: str, event: Event) -> Event:
     name = str(event.get("event", ""))[:100]
     if LEVELS.get(str(event.get("level")), 0) < LEVELS["warning"] or name in _NO_PROBLEM:
         return event
-    words = [f"{key}={_text(value)[:_LONGEST_PROBLEM]}" for key, value in event.items() if key not in _SAID_ELSEWHERE]
+    not_told = _NOT_TOLD | _MAY_QUOTE if _State.with_content and name.startswith("request.") else _NOT_TOLD
+    words = [f"{key}={_text(value)[:_LONGEST_PROBLEM]}" for key, value in event.items() if key not in not_told]
     if exception := str(event.get("exception") or "").strip():
         words.append(exception.rpartition("\n")[2])
     # Secrets are taken out before it is cut: of half a secret nobody would know that it is one.

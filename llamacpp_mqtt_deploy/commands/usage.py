@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.client import BusClient
 
 _PAGE = 500
+_ALL = 100_000
+"""More than a worker keeps."""
 _TITLES = ("day", "first level", "requests", "tokens in", "tokens out", "engine", "of a day's tokens")
 
 
@@ -45,11 +47,10 @@ _TITLES = ("day", "first level", "requests", "tokens in", "tokens out", "engine"
 @click.option("--level", metavar="NAME", help="Only this first topic level: a user, or route:NAME.")
 @click.option(
     "--top",
-    type=click.IntRange(1, 100_000),
-    default=100,
-    show_default=True,
+    type=click.IntRange(1, _ALL),
+    default=None,
     metavar="N",
-    help="At most so many rows: the newest day first, and within it who took most tokens.",
+    help="At most so many rows: the newest day first, and within it who took most tokens. Default: 100, with --json all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -66,7 +67,7 @@ def command(
     worker: str | None,
     days: int,
     level: str | None,
-    top: int,
+    top: int | None,
     as_json: bool,
     timeout_s: float,
     config_file: Path | None,
@@ -97,11 +98,12 @@ def command(
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     settings = client_settings(config_file, overrides, flags)
     outcome: list[int] = []
+    most = top or (_ALL if as_json else 100)
     with closing_pipe():
         try:
             with told("lmd usage", outcome), bus_client(settings) as bus:
                 chosen = choose(bus, worker, timeout_s=timeout_s)
-                answer = read(bus, chosen, days=days, level=level, top=top, timeout_s=timeout_s)
+                answer = read(bus, chosen, days=days, level=level, top=most, timeout_s=timeout_s)
                 outcome.append(_show(chosen, answer, as_json=as_json))
         except KeyboardInterrupt:
             leave(CANCELLED)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from llamacpp_mqtt_deploy.client import BusClient, NotPermitted
 from llamacpp_mqtt_deploy.commands import top
 from llamacpp_mqtt_deploy.commands.fleet import Fleet
 from llamacpp_mqtt_deploy.commands.top_app import Look, Question, TopApp, WatchedBus
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.client.terminal import Terminal, lmd
 from tests.client.test_fleet import HEALTH, NOW, STATUS
 from tests.client.worker import PlayedWorker
+from tests.support.live_worker import LiveWorker
 from tests.support.mosquitto import Mosquitto, free_port
 from tests.support.waiting import eventually
 
@@ -330,6 +333,35 @@ def test_workers_on_a_real_broker_come_go_and_obey(broker: Mosquitto) -> None:
 
         drive(WatchedBus(bus, None), steps)
         assert [order["action"] for order in played.orders] == ["drain"]
+
+
+@pytest.mark.broker
+def test_a_real_worker_is_watched_drained_resumed_and_cancelled(broker: Mosquitto, tmp_path: Path) -> None:
+    engine = ScriptedEngine(slots=1)
+    held = Gate()
+    engine.play("one ", "two ", held)
+    with (
+        LiveWorker(broker.port, tmp_path, engine, status__health_every_s="1"),
+        BusClient("127.0.0.1", broker.port) as bus,
+    ):
+        running, waiting = bus.ask("hold", session="alice/1"), bus.ask("wait", session="alice/2", priority="batch")
+        eventually(held.reached.is_set)
+
+        async def steps(pilot: Pilot[None], app: TopApp) -> None:
+            await until(pilot, lambda: rows(app) and rows(app)[0][3:5] == ["1/1", "1 0/0/1"])
+            assert rows(app)[0][:3] == ["live", "online", "ready/script"]
+            await pilot.press("d")
+            await until(pilot, lambda: rows(app)[0][1] == "draining")
+            await pilot.press("r")
+            await until(pilot, lambda: rows(app)[0][1] == "online")
+            await pilot.press("l")
+            await until(pilot, lambda: app.logs_of("live"))
+            await pilot.press("c", "y")
+            await until(pilot, lambda: "live told 2 requests to stop" in notices(app))
+            await until(pilot, lambda: rows(app)[0][3:5] == ["0/1", "0"])
+
+        drive(WatchedBus(bus, None), steps)
+        assert [answer.result().finish_reason for answer in (running, waiting)] == ["cancelled", "cancelled"]
 
 
 class Refusing:

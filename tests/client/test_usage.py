@@ -33,6 +33,20 @@ def test_each_level_is_a_line_with_its_share_of_the_quota(broker: Mosquitto, env
     assert (order["action"], order["days"], order["first_level"], order["limit"]) == ("usage", 7, "alice", 100)
 
 
+def test_programs_get_every_row(broker: Mosquitto, environment: dict[str, str]) -> None:
+    account = [_row(f"user{number}") for number in range(650)]
+
+    def ack(order: dict[str, Any]) -> dict[str, Any]:
+        offset, limit = order.get("offset", 0), order["limit"]
+        following = {"next_offset": offset + limit} if offset + limit < len(account) else {}
+        return {"today": "2026-11-21", "usage": account[offset : offset + limit]} | following
+
+    with PlayedWorker(broker.port) as worker:
+        worker.admin_ack = ack
+        told = lmd("usage", "--json", "--port", str(broker.port), environment=environment)
+    assert json.loads(told.stdout)["usage"] == account
+
+
 def test_an_account_in_several_parts_is_read_to_its_end_and_no_row_shown_twice(
     broker: Mosquitto, environment: dict[str, str]
 ) -> None:

@@ -35,6 +35,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     hooks = sys.excepthook, threading.excepthook
     monkeypatch.setattr(logs._State, "threshold", logs._State.threshold)
     monkeypatch.setattr(logs._State, "hidden", ())
+    monkeypatch.setattr(logs._State, "with_content", False)
     logs.forget_problems()
     yield
     structlog.reset_defaults()
@@ -291,3 +292,10 @@ def test_what_an_exception_said_is_kept_without_its_stack(say: Say) -> None:
         say("json", event="step.failed", method="exception")
     (kept,) = logs.problems()
     assert kept["text"] == "ValueError: no such thing"
+
+
+def test_whoever_asks_for_problems_reads_no_prompts_also_where_the_log_has_them(say: Say) -> None:
+    line = say("json", event="a", method="error", log_content=True, prompt="my diary", answer="Dear me", code="timeout")
+    assert "my diary" in line
+    say("json", event="request.finished", method="warning", log_content=True, message="bad: my diary", outcome="x")
+    assert [kept["text"] for kept in logs.problems()] == ["code=timeout", "outcome=x"]
