@@ -14,13 +14,13 @@ PYTEST_WORKERS ?= auto
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PROJECT := llamacpp_mqtt_deploy tests docs custom_components $(wildcard training benchmarks)
+PROJECT := llamacpp_mqtt_deploy tests docs custom_components $(wildcard training benchmarks distribution debian)
 
 # Where a package manager asks nothing and starts nothing.
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools javascript browser screenshots top-picture test test-fast test-metrics prometheus mutants bench hostile hostile-http flood gateway-load brokers audit faults soak check format demo config-example schema config docs build clean
+.PHONY: help install inprocess broker tools javascript browser screenshots top-picture test test-fast test-metrics prometheus mutants bench hostile hostile-http flood gateway-load brokers audit faults soak check format demo config-example schema config docs build deb test-deb test-arm64 release clean-roots clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -253,7 +253,45 @@ docs: install ## write the generated parts of docs/
 	$(BIN)/python docs/generate.py
 
 build: install ## wheel and source distribution in dist/
+	@rm -f dist/llamacpp_mqtt_deploy-*
 	$(BIN)/python -m build
+	@rm -rf build
+
+# What systems in directories are made and booted with; in .roots/, some 2 GB for both releases, kept until `make clean-roots`.
+roots-tools:
+	@for tool in debootstrap:debootstrap systemd-nspawn:systemd-container; do \
+		if ! PATH="$$PATH:/usr/sbin" command -v "$${tool%%:*}" >/dev/null && $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y "$${tool#*:}"; fi; \
+	done
+.PHONY: roots-tools
+
+# Some minutes the first time, then about half a minute for each release. As root.
+RELEASES ?= bookworm trixie
+deb: build roots-tools ## Debian packages in dist/, each built and checked by lintian in a system of its release (RELEASES="trixie")
+	@rm -f dist/*.deb
+	$(BIN)/python -m distribution.deb_build $(RELEASES)
+
+test-deb: deb broker ## install, ask, upgrade, remove and purge the packages on machines that are booted for it
+	LMD_TEST_DEB="$(RELEASES)" LMD_DIST=dist $(BIN)/python -m pytest -q -s -p no:cacheprovider -o timeout=900 tests/debian $(PYTEST_ARGS)
+
+# About a quarter of an hour: every instruction is emulated. TESTS chooses other tests.
+TESTS ?=
+test-arm64: build roots-tools ## the demo and a part of the tests on an emulated arm64 machine
+	@if ! command -v qemu-aarch64-static >/dev/null && $(CAN_APT); then $(APT) update && $(APT) install --no-install-recommends -y qemu-user-static; fi
+	$(BIN)/python -m distribution.arm64_trial $(TESTS)
+
+# In an environment of its own, as pip-audit.
+$(STAMPS)/twine: | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/twine
+	$(VENV)/twine/bin/python -m pip --disable-pip-version-check install --quiet twine
+	@mkdir -p $(@D) && touch $@
+
+release: deb $(STAMPS)/twine ## wheel, source distribution, Debian packages and their checksums in dist/, all of them checked
+	$(VENV)/twine/bin/twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/python -m distribution.release_files dist
+
+# --one-file-system: nothing that should still be mounted there is followed.
+clean-roots: ## remove the Debian systems that packages are built and tried in
+	rm -rf --one-file-system .roots
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

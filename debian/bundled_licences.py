@@ -35,7 +35,9 @@ def licence_name(package: Distribution) -> str:
     found = package.metadata.get("License-Expression") or package.metadata.get("License") or ""
     short = found.strip().splitlines()[0] if found.strip() else ""
     if not short or len(short) > 60:
-        named = [text.rpartition(" :: ")[2] for text in package.metadata.get_all("Classifier", []) if "License ::" in text]
+        named = [
+            text.rpartition(" :: ")[2] for text in package.metadata.get_all("Classifier", []) if "License ::" in text
+        ]
         short = " and ".join(named) or "see the text"
     return short
 
@@ -53,7 +55,9 @@ def stanza(package: Distribution) -> str:
     if not found:
         raise SystemExit(f"{name} {package.version} brings no text of its licence ({licence_name(package)}).")
     holders = dict.fromkeys(holder.strip() for _, text in found for holder in _COPYRIGHT.findall(text))
-    holder = list(holders) or [str(package.metadata.get("Author-email") or package.metadata.get("Author") or f"the authors of {name}")]
+    holder = list(holders) or [
+        str(package.metadata.get("Author-email") or package.metadata.get("Author") or f"the authors of {name}")
+    ]
     whole = "\n\n".join(f"{file}:\n\n{text}" if len(found) > 1 else text for file, text in found)
     return "\n".join(
         (
@@ -69,12 +73,16 @@ def stanza(package: Distribution) -> str:
 def top_level(package: Distribution) -> str:
     """What its files have in common, as a pattern."""
     tops = {str(file).split("/", 1)[0] for file in package.files or () if not str(file).startswith("..")}
-    return f"\n {INSTALLED_AT}/".join(sorted(f"{top}/*" if "." not in top or top.endswith("-info") else top for top in tops))
+    return f"\n {INSTALLED_AT}/".join(
+        sorted(f"{top}/*" if "." not in top or top.endswith("-info") else top for top in tops)
+    )
 
 
 def main() -> None:
     site, head = Path(sys.argv[1]), Path(sys.argv[2])
-    text = re.sub(r"(?m)^@FILE (\S+)@$", lambda found: folded(Path(found[1]).read_text("utf-8")), head.read_text("utf-8"))
+    text = re.sub(
+        r"(?m)^@FILE (\S+)@$", lambda found: folded(Path(found[1]).read_text("utf-8")), head.read_text("utf-8")
+    )
     packages = sorted(distributions(path=[str(site)]), key=lambda package: package.metadata["Name"].lower())
     if not packages:
         raise SystemExit(f"there is no package in {site}")

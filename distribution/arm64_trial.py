@@ -78,7 +78,9 @@ def _install(root: Root, wheel: Path) -> float:
         f" {pip} install --no-index --no-compile --find-links chosen {wanted}"
     )
     shutil.rmtree(store)
-    shutil.copytree(place / "chosen", store, ignore=lambda _folder, names: [name for name in names if name == wheel.name])
+    shutil.copytree(
+        place / "chosen", store, ignore=lambda _folder, names: [name for name in names if name == wheel.name]
+    )
     return time.monotonic() - began_at
 
 
@@ -94,11 +96,13 @@ def _test(root: Root, tests: Sequence[str]) -> None:
     pytest = "PATH=$PATH:/usr/sbin /v/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider -o timeout=900 -o filterwarnings="
     command = root.command(["sh", "-euc", f"cd /project && {pytest} {' '.join(tests)} 2>&1"])
     try:
-        ended = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=TESTS_WITHIN_S, check=False)  # noqa: S603 - our own script
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=TESTS_WITHIN_S, check=False)
     except subprocess.TimeoutExpired:
         raise Failed(f"The tests did not end within {TESTS_WITHIN_S} s.") from None
     if ended.returncode != 0:
-        raise Failed("Tests failed, see above. A test that measures time may fail under emulation: run it alone, TESTS=PATH::NAME.")
+        raise Failed(
+            "Tests failed, see above. A test that measures time may fail under emulation: run it alone, TESTS=PATH::NAME."
+        )
     _told("the tests have passed", time.monotonic() - began_at)
 
 

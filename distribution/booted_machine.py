@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from distribution.debian_root import CannotBuild, Root
@@ -44,8 +43,8 @@ class BootedMachine:
         script = " && ".join([*self._root.mounts(), f"rm -f {place}/usr/sbin/policy-rc.d", f"exec {shlex.join(boot)}"])
         self._log = self._root.path / "console.log"
         with self._log.open("wb") as console:
-            self._process = subprocess.Popen(  # noqa: S603 - our own script
-                ["unshare", "--mount", "sh", "-c", script],  # noqa: S607
+            self._process = subprocess.Popen(
+                ["unshare", "--mount", "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
@@ -58,13 +57,24 @@ class BootedMachine:
             raise
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, script: str, *, check: bool = True, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a shell script on the machine, as root. Raises CalledProcessError with what it printed."""
-        inside = ["nsenter", f"--target={self.leader}", "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wdns=/"]
-        ended = subprocess.run(  # noqa: S603 - our own scripts
+        inside = [
+            "nsenter",
+            f"--target={self.leader}",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--net",
+            "--pid",
+            "--cgroup",
+            "--root",
+            "--wdns=/",
+        ]
+        ended = subprocess.run(
             [*inside, "/usr/bin/env", "-i", *_ENVIRONMENT, "/bin/sh", "-euc", script],
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -96,7 +106,9 @@ class BootedMachine:
             assert self._process is not None
             if self._process.poll() is not None or time.monotonic() > ends_at:
                 said = self._log.read_text("utf-8", "replace").strip()
-                raise CannotBuild(f"No container can be booted here (systemd-nspawn --boot): {said or 'no reason told'}")
+                raise CannotBuild(
+                    f"No container can be booted here (systemd-nspawn --boot): {said or 'no reason told'}"
+                )
             self.leader = _child_of(self._process.pid)
             if self.leader and self._booted():
                 return

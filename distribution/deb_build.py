@@ -14,9 +14,30 @@ from pathlib import Path
 from distribution.debian_root import PROJECT, RELEASES, ROOTS, CannotBuild, Root, kept, layered, own_architecture
 
 PACKAGE = "llamacpp-mqtt-deploy"
-BUILD_PACKAGES = ("debhelper", "dpkg-dev", "python3", "python3-pip", "python3-venv", "lintian", "gcc", "libc6-dev", "libgomp1", "libstdc++6")
+BUILD_PACKAGES = (
+    "debhelper",
+    "dpkg-dev",
+    "python3",
+    "python3-pip",
+    "python3-venv",
+    "lintian",
+    "gcc",
+    "libc6-dev",
+    "libgomp1",
+    "libstdc++6",
+)
 """What debian/control asks for, dpkg-shlibdeps' libraries and the checker. No compiler but for its tools: nothing is compiled."""
-SOURCES = ("debian", "systemd", "config", "docs", "llamacpp_mqtt_deploy", "README.md", "SECURITY.md", "CHANGELOG.md", "LICENSE")
+SOURCES = (
+    "debian",
+    "systemd",
+    "config",
+    "docs",
+    "llamacpp_mqtt_deploy",
+    "README.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "LICENSE",
+)
 
 
 def build(release: str, architecture: str, wheel: Path, out: Path) -> Path:
@@ -31,12 +52,16 @@ def build(release: str, architecture: str, wheel: Path, out: Path) -> Path:
         _name_release(tree / "debian" / "changelog", release)
         # -d: a compiler of C++ is "build-essential", and nothing here is compiled.
         root.run(f"cd /build/{PACKAGE} && dpkg-buildpackage -b -d -us -uc", network=False)
-        said = root.run("cd /build && lintian --allow-root --fail-on error --tag-display-limit 0 *.changes", network=False)
+        said = root.run(
+            "cd /build && lintian --allow-root --fail-on error --tag-display-limit 0 *.changes", network=False
+        )
         (made,) = (root.upper / "build").glob("*.deb")
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(made, out)
     package = out / made.name
-    print(f"{package.name}: {package.stat().st_size / 1e6:.1f} MB, {time.monotonic() - began_at:.0f} s; lintian has no errors")
+    print(
+        f"{package.name}: {package.stat().st_size / 1e6:.1f} MB, {time.monotonic() - began_at:.0f} s; lintian has no errors"
+    )
     if said.stdout.strip():
         print(said.stdout.strip())
     return package
@@ -66,7 +91,7 @@ def _gather(root: Root, wheel: Path) -> Path:
 def _copy_sources(tree: Path) -> None:
     """What git knows or would take, so that nothing of this checkout's own gets in."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SOURCES],  # noqa: S607
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SOURCES],
         cwd=PROJECT,
         check=True,
         capture_output=True,

@@ -57,7 +57,7 @@ class Root:
         self, script: str, *, network: bool = True, check: bool = True, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a shell script in it, as root. Raises CalledProcessError with what it printed."""
-        return subprocess.run(  # noqa: S603 - our own scripts
+        return subprocess.run(
             self.command(["sh", "-euc", script], network=network, environment=environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -74,12 +74,14 @@ class Root:
         mounts = [
             f"mount -t proc proc {shlex.quote(str(place))}/proc",
             f"mount --rbind /dev {shlex.quote(str(place))}/dev",
-            f"mount -t tmpfs tmpfs {shlex.quote(str(place))}/dev/shm",
+            f"mount -t tmpfs tmpfs {shlex.quote(str(place))}/dev/shm",  # noqa: S108 - a mount of its own
         ]
         given = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
         given |= {name: value for name, value in os.environ.items() if _FOR_PIP.fullmatch(name)}
         variables = [f"{name}={value}" for name, value in (given | dict(environment or {})).items()]
-        inside = f'{" && ".join([*self.mounts(), *mounts])} && exec chroot {shlex.quote(str(place))} /usr/bin/env -i "$@"'
+        inside = (
+            f'{" && ".join([*self.mounts(), *mounts])} && exec chroot {shlex.quote(str(place))} /usr/bin/env -i "$@"'
+        )
         apart = ["--mount", "--pid", "--fork", "--kill-child", *([] if network else ["--net"])]
         return ["unshare", *apart, "sh", "-c", inside, "root", *variables, *words]
 
@@ -155,10 +157,10 @@ def _make(root: Root, packages: Sequence[str]) -> None:
 
 def mirror() -> str:
     """The mirror of Debian that this machine's apt uses. Raises CannotBuild."""
-    texts = [path.read_text("utf-8") for path in sorted(_SOURCES.glob("sources.list.d/*.sources"))]
-    texts += [path.read_text("utf-8") for path in sorted(_SOURCES.glob("sources.list*/*.list")) + [_SOURCES / "sources.list"] if path.is_file()]
-    for text in texts:
-        found = re.search(r"(?m)^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+/debian/?)(?:\s|$)", text)
+    files = [*sorted(_SOURCES.glob("sources.list.d/*.sources")), *sorted(_SOURCES.glob("sources.list.d/*.list"))]
+    files += [path for path in (_SOURCES / "sources.list",) if path.is_file()]
+    for file in files:
+        found = re.search(r"(?m)^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+/debian/?)(?:\s|$)", file.read_text("utf-8"))
         if found:
             return found[1]
     raise CannotBuild("apt's sources name no mirror of Debian (…/debian); set one in /etc/apt/sources.list.d.")
@@ -180,7 +182,7 @@ def _check_emulation(architecture: str) -> None:
     kernel_name, table = ARCHITECTURES[architecture], Path("/proc/sys/fs/binfmt_misc")
     if not (table / "register").exists():
         # Fails where the kernel has no binfmt_misc, which the next look finds out.
-        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(table)], check=False, capture_output=True)  # noqa: S607
+        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(table)], check=False, capture_output=True)
     if not (table / "register").exists():
         raise CannotBuild(f"This kernel has no binfmt_misc, so it cannot run programs for {architecture}.")
     entry = table / f"qemu-{kernel_name}"
@@ -213,7 +215,9 @@ def _register(architecture: str, table: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)  # noqa: S603
+    subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    )
 
 
 def _end_of(output: str) -> str:

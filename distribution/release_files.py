@@ -24,7 +24,11 @@ def expected(folder: Path) -> list[Path]:
     if missing:
         raise SystemExit(f"No release: {', '.join(missing)} missing in {folder}")
     # A package for another architecture is a part of it where it was built.
-    others = sorted(path.name for path in folder.glob(f"llamacpp-mqtt-deploy_{__version__}-1~deb*u1_*.deb") if path.name not in names)
+    others = sorted(
+        path.name
+        for path in folder.glob(f"llamacpp-mqtt-deploy_{__version__}-1~deb*u1_*.deb")
+        if path.name not in names
+    )
     return [folder / name for name in names + others]
 
 

@@ -27,7 +27,9 @@ INSTALL = "apt-get install -y -o Dpkg::Use-Pty=0"
 WANTED = os.environ.get("LMD_TEST_DEB", "").split()
 """Releases; `make test-deb` sets it."""
 CHANGED = "# of the new package\n"
-OUR_FILES = "find / -xdev \\( -path /proc -o -path /sys -o -path /var/log -o -path /var/cache/apt -o -path /root \\) -prune -o"
+OUR_FILES = (
+    "find / -xdev \\( -path /proc -o -path /sys -o -path /var/log -o -path /var/cache/apt -o -path /root \\) -prune -o"
+)
 
 
 @dataclass
@@ -64,7 +66,12 @@ class Trial:
         tree = self.folder.parent / f"as-{version}"
         subprocess.run(["dpkg-deb", "--raw-extract", built, tree], check=True, capture_output=True)
         control = tree / "DEBIAN/control"
-        control.write_text("".join(f"Version: {version}\n" if line.startswith("Version:") else line for line in control.read_text().splitlines(keepends=True)))
+        control.write_text(
+            "".join(
+                f"Version: {version}\n" if line.startswith("Version:") else line
+                for line in control.read_text().splitlines(keepends=True)
+            )
+        )
         if config_line:
             config = tree / "etc/llamacpp-mqtt-deploy/config.toml"
             config.write_text(config.read_text() + config_line)
@@ -124,8 +131,12 @@ def test_apt_installs_it_without_any_other_network_and_starts_nothing(trial: Tri
 def test_the_tool_is_there_with_its_manual_and_completion(trial: Trial) -> None:
     assert trial.run("lmd --version") == f"{PACKAGE}, version {__version__}\n"
     assert "lmd run" in trial.run("zcat /usr/share/man/man1/lmd.1.gz | sed 's/\\\\//g'")
-    trial.run("bash -n /usr/share/bash-completion/completions/lmd; test -s /usr/share/fish/vendor_completions.d/lmd.fish")
-    trial.run("for name in config.toml gateway.toml; do LMD_CONFIG=/etc/llamacpp-mqtt-deploy/$name lmd config >/dev/null; done")
+    trial.run(
+        "bash -n /usr/share/bash-completion/completions/lmd; test -s /usr/share/fish/vendor_completions.d/lmd.fish"
+    )
+    trial.run(
+        "for name in config.toml gateway.toml; do LMD_CONFIG=/etc/llamacpp-mqtt-deploy/$name lmd config >/dev/null; done"
+    )
 
 
 def test_one_command_later_the_first_question_is_answered(trial: Trial) -> None:
@@ -146,7 +157,9 @@ def test_the_services_run_as_users_of_their_own_in_their_sandboxes(trial: Trial)
         assert "CapEff:\t0000000000000000" in status
     assert trial.run("stat --format='%U %a' /var/lib/llamacpp-mqtt-deploy").strip() == "llamacpp-mqtt-deploy 700"
     # PrivateNetwork: not even this container's loopback is the model server's.
-    assert trial.run("readlink /proc/$(systemctl show --property=MainPID --value llama-server)/ns/net") != trial.run("readlink /proc/1/ns/net")
+    assert trial.run("readlink /proc/$(systemctl show --property=MainPID --value llama-server)/ns/net") != trial.run(
+        "readlink /proc/1/ns/net"
+    )
 
 
 def test_the_gateway_answers_over_http(trial: Trial) -> None:
@@ -230,7 +243,10 @@ def test_a_purge_leaves_nothing_but_users_and_models(trial: Trial) -> None:
     trial.run("apt-get purge -y llamacpp-mqtt-deploy", timeout_s=200)
     names = "\\( -name '*llamacpp*' -o -name '*llama-server*' -o -name 'lmd*' \\) -print"
     assert trial.run(f"{OUR_FILES} {names}").split() == []
-    assert trial.run("find /var/lib/llama-models").split() == ["/var/lib/llama-models", "/var/lib/llama-models/mine.gguf"]
+    assert trial.run("find /var/lib/llama-models").split() == [
+        "/var/lib/llama-models",
+        "/var/lib/llama-models/mine.gguf",
+    ]
     assert trial.run("dpkg --audit") == ""
     assert trial.run("systemctl --failed --no-legend") == ""
 
