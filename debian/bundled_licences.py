@@ -31,8 +31,12 @@ def folded(text: str) -> str:
     return "\n".join(f" {line.rstrip()}" if line.strip() else " ." for line in text.expandtabs(4).strip().splitlines())
 
 
+def field(package: Distribution, name: str) -> str:
+    return str(package.metadata[name] if name in package.metadata else "")
+
+
 def licence_name(package: Distribution) -> str:
-    found = package.metadata.get("License-Expression") or package.metadata.get("License") or ""
+    found = field(package, "License-Expression") or field(package, "License")
     short = found.strip().splitlines()[0] if found.strip() else ""
     if not short or len(short) > 60:
         named = [
@@ -55,9 +59,8 @@ def stanza(package: Distribution) -> str:
     if not found:
         raise SystemExit(f"{name} {package.version} brings no text of its licence ({licence_name(package)}).")
     holders = dict.fromkeys(holder.strip() for _, text in found for holder in _COPYRIGHT.findall(text))
-    holder = list(holders) or [
-        str(package.metadata.get("Author-email") or package.metadata.get("Author") or f"the authors of {name}")
-    ]
+    author = field(package, "Author-email") or field(package, "Author") or f"the authors of {name}"
+    holder = list(holders) or [author]
     whole = "\n\n".join(f"{file}:\n\n{text}" if len(found) > 1 else text for file, text in found)
     return "\n".join(
         (

@@ -137,7 +137,7 @@ def environment(folder: Path, name: str, licence: str | None) -> Path:
 
 
 def licences(site: Path) -> subprocess.CompletedProcess[str]:
-    command = ["python3", DEBIAN / "bundled_licences.py", site, DEBIAN / "copyright"]
+    command = ["python3", str(DEBIAN / "bundled_licences.py"), str(site), str(DEBIAN / "copyright")]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
