@@ -23,7 +23,7 @@ CONSOLE = [page for page in PAGES if any(block.language == "console" for block i
 
 
 @pytest.mark.parametrize("page", CONSOLE, ids=lambda page: page.name)
-def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: WorldWith) -> None:
+def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: WorldWith, tmp_path: Path) -> None:
     problems = []
     text = page.read_text("utf-8")
     worker = "lmd run"
@@ -35,7 +35,7 @@ def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: Worl
             worker = commands[0]
         if re.search(r"\bjq ", block.text):
             require_program("jq")
-        outputs = _outputs(block, worker, world_with)
+        outputs = _outputs(block, worker, world_with, tmp_path)
         if WRITES:
             text = text.replace(f"```console\n{block.text}```", f"```console\n{shell.written(block, outputs)}```", 1)
         elif found := shell.problem(block, outputs):
@@ -45,9 +45,15 @@ def test_the_commands_of_a_page_print_what_it_shows(page: Path, world_with: Worl
     assert not problems, "\n\n".join(problems)
 
 
-def _outputs(block: Block, worker: str, world_with: WorldWith) -> list[list[str]]:
-    """What the commands print beside the worker that the page started last, or the one that the block's note asks for."""
+def _outputs(block: Block, worker: str, world_with: WorldWith, folder: Path) -> list[list[str]]:
+    """What the commands print beside the worker that the page started last, or the one that the block's note asks for: some settings,
+    or the configuration above."""
     note = block.note("run with")
+    if note == "the configuration above":
+        above = [each for each in blocks(block.page) if each.language == "toml" and each.line < block.line][-1]
+        file = folder / f"{above.line}.toml"
+        file.write_text(above.text, "utf-8")
+        note = f"LMD_CONFIG={file}"
     world = world_with(note or worker)
     started = world.start_worker("lmd run" if note else worker)
     if block.text.startswith(f"$ {worker}\n"):
