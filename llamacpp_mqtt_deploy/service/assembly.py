@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from llamacpp_mqtt_deploy import __version__, logs
 from llamacpp_mqtt_deploy.config.credentials import database_password, engine_api_key, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
-from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.pool_ports import Member, SharedJournal
 from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
@@ -151,7 +150,8 @@ class Parts:
                 cancel=lambda job: controls.cancel(job),  # noqa: PLW0108  made below
                 describe=self._member,
                 engine_ready=lambda: engine.info().state == "ready",
-                models=self._models,
+                models=in_force.own_models,
+                know_models=in_force.know_pool_models,
                 limits=lambda: queue_limits(in_force.settings),
                 aging_s=lambda: in_force.settings.limits.aging_s,
                 heartbeat_s=lambda: in_force.settings.streaming.heartbeat_s,
@@ -313,16 +313,10 @@ class Parts:
             worker_id=self.in_force.settings.mqtt.worker_id,
             instance=self.presence.instance,
             slots=self.registry.load().slots,
-            models=tuple(self._models()),
+            models=self.in_force.own_models(),
             version=__version__,
             draining=self.presence.state == "draining",
         )
-
-    def _models(self) -> Sequence[str]:
-        """Every name that a request may ask this worker for."""
-        policy = self.in_force.policies().routes[DEFAULT_ROUTE]
-        names = (*(policy.parse.models or ()), *self.engine.info().models, *self.in_force.settings.engine.aliases)
-        return tuple(dict.fromkeys(names))
 
     def _ping_state(self) -> Mapping[str, Any]:
         return {

@@ -75,6 +75,8 @@ class InForce:
     """The configuration in force, for everybody who reads it for each request; replaced as a whole."""
 
     def __init__(self, settings: Settings) -> None:
+        self._engine_models: tuple[str, ...] = ()
+        self._pool_models: tuple[str, ...] = ()
         self._policies = Policies.of(settings)
 
     def policies(self) -> Policies:
@@ -86,7 +88,23 @@ class InForce:
 
     def change(self, *, settings: Settings | None = None, engine_models: tuple[str, ...]) -> None:
         """Other settings (a reload), or other models (the engine said what it serves)."""
-        self._policies = Policies.of(settings or self.settings, engine_models=engine_models)
+        self._engine_models = engine_models
+        self._renew(settings or self.settings)
+
+    def know_pool_models(self, names: tuple[str, ...]) -> None:
+        """What any worker of the pool serves may be asked of each of them."""
+        if names != self._pool_models:
+            self._pool_models = names
+            self._renew(self.settings)
+
+    def own_models(self) -> tuple[str, ...]:
+        """Every name that a request may ask this worker for."""
+        engine = self.settings.engine
+        names = (engine.model, *engine.models, *self._engine_models, *engine.aliases)
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    def _renew(self, settings: Settings) -> None:
+        self._policies = Policies.of(settings, engine_models=(*self._engine_models, *self._pool_models))
 
 
 def queue_limits(settings: Settings) -> QueueLimits:

@@ -14,7 +14,7 @@ from llamacpp_mqtt_deploy.core.admission import QueueLimits
 from llamacpp_mqtt_deploy.core.errors import Internal
 from llamacpp_mqtt_deploy.core.requests import Generate, RawRequest
 from llamacpp_mqtt_deploy.core.turns import LANES
-from llamacpp_mqtt_deploy.pool_ports import Claimed, Enqueued, PoolRequest, SharedJournal
+from llamacpp_mqtt_deploy.pool_ports import Claimed, Enqueued, LeaseLost, PoolRequest, SharedJournal
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, StoreError
 from llamacpp_mqtt_deploy.worker.acknowledging import Acknowledger
 from llamacpp_mqtt_deploy.worker.admitting import journal_entry, noted
@@ -147,6 +147,8 @@ class PooledAdmission:
         while True:
             try:
                 return self._transaction(arrivals)
+            except LeaseLost:
+                pass  # the membership's thread joins again
             except StoreError as problem:
                 if not self._journal.trouble():
                     return self._one_by_one(arrivals, problem)

@@ -20,6 +20,8 @@ log = structlog.get_logger(__name__)
 
 _TICK_S = 0.25
 _LOOK_FOR_OVERDUE_S = 0.5
+# So late it may be known here what others serve.
+_OTHERS_EVERY_S = 2.0
 # Of a lease: two renewals may fail before others may take over.
 _RENEWALS_A_LEASE = 3
 
@@ -38,6 +40,7 @@ class Membership:
         background: Background,
         cancel: Callable[[Job], object],
         describe: Callable[[], Member],
+        know_models: Callable[[tuple[str, ...]], object],
         lease_s: float,
     ) -> None:
         self._journal = journal
@@ -48,11 +51,14 @@ class Membership:
         self._background = background
         self._cancel = cancel
         self._describe = describe
+        self._know_models = know_models
         self._lease_s = lease_s
         self._told: Member | None = None
         """As the others see this worker; None while it is no member."""
+        self._trouble = ""
+        """Why the lease could not be renewed, as it was told last."""
         self._wanted = False
-        self._renew_at = self._overdue_at = 0.0
+        self._renew_at = self._overdue_at = self._others_at = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="membership", daemon=True)
         self.beat_at = time.monotonic()
@@ -62,9 +68,13 @@ class Membership:
         self._thread.start()
 
     def join(self) -> None:
-        """Become a member, at once; again and again in the thread where the database is away."""
-        self._wanted = True
+        """Become a member: at once, or in the thread where the database is away just now."""
         self._journal.listen(self._on_notice)
+        try:
+            self._join()
+        except StoreError as problem:
+            self._troubled(problem)
+        self._wanted = True
 
     def close(self, timeout_s: float) -> None:
         """Leave: what waits goes to others at once."""
@@ -86,8 +96,8 @@ class Membership:
                 self._tick(time.monotonic())
             except LeaseLost:
                 self._lost()
-            except StoreError:
-                continue  # the store says why, and the lease is renewed when it is back
+            except StoreError as problem:
+                self._troubled(problem)
             except Exception:
                 log.exception("pool.membership_failed")
 
@@ -100,13 +110,22 @@ class Membership:
             self._told = member
         if now >= self._renew_at:
             renewed = self._journal.renew()
+            self._trouble = ""
             self._renew_at = now + self._lease_s / _RENEWALS_A_LEASE
             self._stop(renewed.cancelled, forget=False)
             self._stop(renewed.forgotten, forget=True)
         if now >= self._overdue_at:
             self._overdue_at = now + min(_LOOK_FOR_OVERDUE_S, self._lease_s / 4)
             self._take_over()
+        if now >= self._others_at:
+            self._others_at = now + _OTHERS_EVERY_S
+            self._learn()
         self._waiting.check()
+
+    def _learn(self) -> None:
+        """What the others serve."""
+        here = [seen.member for seen in self._journal.load().members if seen.lease_left_s > 0]
+        self._know_models(tuple(sorted({model for member in here for model in member.models})))
 
     def _join(self) -> None:
         member = self._describe()
@@ -115,6 +134,12 @@ class Membership:
         self._renew_at = time.monotonic() + self._lease_s / _RENEWALS_A_LEASE
         log.info("pool.joined", fence=fence, slots=member.slots, lease_s=self._lease_s)
         self._claims.begin()
+
+    def _troubled(self, problem: StoreError) -> None:
+        """The lease is renewed when the database is back; each reason is told once."""
+        if str(problem) != self._trouble:
+            self._trouble = str(problem)
+            log.error("pool.not_renewed", problem=self._trouble)
 
     def _lost(self) -> None:
         """Others may have taken over: whatever runs here is theirs. Without a word, or clients would hear two ends."""

@@ -26,7 +26,7 @@ class Pool:
     """`admission` is the intake's, `sessions` the controls'; the rest runs in threads of its own between `start` and `close`.
 
     `cancel` stops a job wherever it is; `describe` gives this worker as the others are to see it, `engine_ready` whether a
-    request could begin here now.
+    request could begin here now. `models` are those of this worker, `know_models` is told those of all.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Pool:
         describe: Callable[[], Member],
         engine_ready: Callable[[], bool],
         models: Callable[[], Sequence[str]],
+        know_models: Callable[[tuple[str, ...]], object],
         limits: Callable[[], QueueLimits],
         aging_s: Callable[[], float],
         heartbeat_s: Callable[[], float],
@@ -75,6 +76,7 @@ class Pool:
             background=background,
             cancel=cancel,
             describe=describe,
+            know_models=know_models,
             lease_s=lease_s,
         )
         self.admission = PooledAdmission(
