@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
-from tests.support.postgres_server import PostgresServer
 
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
-from tests.pool.fleet import Fleet, fleet_on
+from tests.pool.fleet import Fleet, PooledWorker, fleet_on
 from tests.support.mosquitto import Mosquitto
+from tests.support.postgres_server import PostgresServer
 from tests.support.waiting import eventually
+
+
+def _told(fleet: Fleet, request_id: str, kind: str, times: int) -> bool:
+    return [event["type"] for event in fleet.of(request_id)].count(kind) == times
+
+
+def _knows(worker: PooledWorker, model: str) -> bool:
+    return model in (worker.daemon.parts.in_force.policies().routes["default"].parse.models or ())
 
 
 @pytest.fixture
@@ -119,14 +128,14 @@ def test_a_request_that_is_sent_again_is_answered_and_not_run_again(fleet: Fleet
         worker.engine.play("half ", gate, "and half")
     fleet.ask("hello", request_id="r1")
     fleet.until(type="chunk", request_id="r1")
-    for _ in range(2):  # one copy for each of them
+    for number in range(1, 5):  # some for the worker that runs it, some for the other one
         fleet.ask("hello", request_id="r1")
-    eventually(lambda: sum(event["type"] == "snapshot" for event in fleet.of("r1")) == 2)
+        eventually(partial(_told, fleet, "r1", "snapshot", number))
     gate.open()
     fleet.end("r1")
-    for _ in range(2):
+    for number in range(2, 6):
         fleet.ask("hello", request_id="r1")
-    eventually(lambda: sum(event["type"] == "done" for event in fleet.of("r1")) == 3)
+        eventually(partial(_told, fleet, "r1", "done", number))
     assert sum(len(worker.engine.calls) for worker in workers) == 1
     fleet.ask("something else", request_id="r1")
     assert fleet.until(type="rejected", request_id="r1")["code"] == "duplicate_request"
@@ -153,9 +162,7 @@ def test_a_reset_ends_what_runs_elsewhere_and_forgets_everything(fleet: Fleet) -
 def test_a_request_for_a_model_goes_to_a_worker_that_serves_it(fleet: Fleet) -> None:
     small = fleet.worker(engine=ScriptedEngine(slots=1, model="small", further_models=("both",)))
     large = fleet.worker(engine=ScriptedEngine(slots=1, model="large", further_models=("both",)))
-    for worker in (small, large):
-        in_force = worker.daemon.parts.in_force
-        eventually(lambda in_force=in_force: "large" in (in_force.policies().routes["default"].parse.models or ()))
+    eventually(lambda: all(_knows(worker, "large") for worker in (small, large)))
     asked = [fleet.ask("for the large one", session=f"s{number}", model="large") for number in range(4)]
     for each in asked:
         assert fleet.end(each)["type"] == "done"

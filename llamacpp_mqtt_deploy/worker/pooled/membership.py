@@ -69,11 +69,11 @@ class Membership:
 
     def join(self) -> None:
         """Become a member: at once, or in the thread where the database is away just now."""
-        self._journal.listen(self._on_notice)
         try:
             self._join()
         except StoreError as problem:
             self._troubled(problem)
+        self._journal.listen(self._on_notice)
         self._wanted = True
 
     def close(self, timeout_s: float) -> None:
