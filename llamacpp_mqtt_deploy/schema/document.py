@@ -27,7 +27,7 @@ from llamacpp_mqtt_deploy.schema.event_models import (
     Snapshot,
     Start,
 )
-from llamacpp_mqtt_deploy.schema.messages import AdminAck, Health, Status
+from llamacpp_mqtt_deploy.schema.messages import AdminAck, Health, PoolStatus, Status
 
 PROTOCOL = 1
 
@@ -59,7 +59,7 @@ class Admin(AdminFields):
 
 _EVENT: TypeAdapter[Any] = TypeAdapter(ReplyEvent)
 _EVENTS: tuple[type[BaseModel], ...] = (Queued, Start, Progress, Chunk, Ping, Snapshot, Done, Error, Rejected, Ack)
-_MESSAGES: tuple[type[BaseModel], ...] = (Request, Control, Admin, *_EVENTS, AdminAck, Status, Health)
+_MESSAGES: tuple[type[BaseModel], ...] = (Request, Control, Admin, *_EVENTS, AdminAck, Status, Health, PoolStatus)
 
 
 def validate_event(event: Mapping[str, Any]) -> BaseModel:
@@ -76,6 +76,11 @@ def validate_admin_ack(message: Mapping[str, Any]) -> AdminAck:
 def validate_status(message: Mapping[str, Any]) -> Status:
     """A message of the status topic. Raises pydantic.ValidationError."""
     return Status.model_validate(message)
+
+
+def validate_pool(message: Mapping[str, Any]) -> PoolStatus:
+    """A message of a pool's topic. Raises pydantic.ValidationError."""
+    return PoolStatus.model_validate(message)
 
 
 def validate_health(message: Mapping[str, Any]) -> Health:

@@ -193,6 +193,8 @@ class Status(Emitted):
     """Of the program."""
     host: str | None = None
     """Host name, for the operator who looks for another instance."""
+    pool: str | None = None
+    """Name of the pool that this worker belongs to; absent for one that serves its root alone."""
     routes: dict[str, RouteStatus] | None = None
     """By name."""
     models: list[str] | None = None
@@ -249,6 +251,55 @@ class TokensHealth(Emitted):
     """Of contexts, without work."""
     completion: Count
     """Of answers."""
+
+
+class SlotsStatus(Emitted):
+    """Slots of engines."""
+
+    total: Count
+    busy: Count
+
+
+class PoolMember(Emitted):
+    """One worker of a pool, as the pool's database has it."""
+
+    worker: str
+    """Worker id."""
+    instance: str
+    """As in its own status."""
+    state: Literal["online", "draining", "gone"]
+    """`gone`: its lease has run out, and another worker is about to take over what it had."""
+    slots: SlotsStatus
+    """Requests that it may run at once, and how many it runs."""
+    version: str
+    """Of the program."""
+
+
+class PoolStatus(Emitted):
+    """Retained on the topic of a pool, told by one of its workers every `every_s` seconds."""
+
+    pool: str
+    """Name of the pool."""
+    protocol: Literal[1]
+    """Version of this contract."""
+    ts: Number
+    """When it was made, seconds since the epoch."""
+    every_s: Number
+    """Seconds between two of them; older than three times this says nothing about now."""
+    told_by: str
+    """Worker id of whoever tells it."""
+    workers: Count
+    """How many are there: their leases have not run out."""
+    slots: SlotsStatus
+    """Of all that are there."""
+    queue: dict[str, Count]
+    """Requests that wait, by lane."""
+    oldest_wait_s: Number
+    """Since when the one that waits longest does, in seconds; 0 when none waits."""
+    models: list[str]
+    """What requests may name in `model`: each is served by one worker at least."""
+    members: list[PoolMember]
+    """The workers, 500 at most."""
 
 
 class Health(Emitted):

@@ -6,12 +6,13 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from llamacpp_mqtt_deploy.config.loading import load
 from llamacpp_mqtt_deploy.core.events import EventReader
+from llamacpp_mqtt_deploy.schema.document import validate_admin_ack, validate_event, validate_pool, validate_status
 from llamacpp_mqtt_deploy.service.daemon import Daemon
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
 from tests.support.bus_client import BusClient
@@ -20,6 +21,12 @@ from tests.support.waiting import eventually
 
 Event = dict[str, Any]
 LEASE_S = 2.0
+_CHECKS: Mapping[str, Callable[[Event], object]] = {
+    "reply": validate_event,
+    "status": validate_status,
+    "pool": validate_pool,
+    "admin-reply": validate_admin_ack,
+}
 
 
 class PooledWorker:
@@ -117,9 +124,10 @@ class Fleet:
         except TimeoutError:
             return None
         kind = message.topic.split("/")[1]
-        if kind not in ("reply", "status", "pool", "admin-reply") or not message.payload:
+        if kind not in _CHECKS or not message.payload:
             return {}
         event: Event = json.loads(message.payload)
+        _CHECKS[kind](event)
         self.heard.append((time.monotonic(), message.topic, event))
         return event
 

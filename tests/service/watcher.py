@@ -16,7 +16,13 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from llamacpp_mqtt_deploy.schema.document import validate_admin_ack, validate_event, validate_health, validate_status
+from llamacpp_mqtt_deploy.schema.document import (
+    validate_admin_ack,
+    validate_event,
+    validate_health,
+    validate_pool,
+    validate_status,
+)
 
 Event = dict[str, Any]
 _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], object]] = {
@@ -24,6 +30,7 @@ _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], object]] = {
     "status": validate_status,
     "health": validate_health,
     "admin-reply": validate_admin_ack,
+    "pool": validate_pool,
 }
 
 
@@ -59,7 +66,7 @@ class Watcher:
         self._keep = keep
         self._five = version == "5"
         self._subscriptions = 0
-        self._filters = [f"{root}/{kind}/#" for kind in ("reply", "status", "health", "admin-reply")]
+        self._filters = [f"{root}/{kind}/#" for kind in ("reply", "status", "health", "admin-reply", "pool")]
         if filters is not None:
             self._filters = list(filters)
         self._root = root

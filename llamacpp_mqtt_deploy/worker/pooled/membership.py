@@ -159,6 +159,7 @@ class Membership:
 
     def _take_over(self) -> None:
         for gone in self._journal.overdue():
+            before = {entry.key for entry in self._journal.undelivered()}
             claimed = self._journal.take_over(gone.fence)
             log.warning(
                 "pool.taken_over",
@@ -166,10 +167,11 @@ class Membership:
                 overdue_s=round(-gone.lease_left_s, 1),
                 interrupted=sum(each.why == "interrupted" for each in claimed),
             )
-            self._claims.take(claimed)
+            # Ends that the other one has stored, and perhaps not told. Those of our own are on their way.
             for entry in self._journal.undelivered():
-                if entry.terminal is not None:
+                if entry.terminal is not None and entry.key not in before:
                     self._requests.publish(entry, entry.terminal, again=True)
+            self._claims.take(claimed)
             self._claims.wake()
 
     def _on_notice(self, notice: Notice) -> None:
