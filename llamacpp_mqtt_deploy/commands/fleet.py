@@ -137,9 +137,11 @@ class Fleet:
 
 
 def number(value: object) -> float | None:
-    """The value where it can be a count or a speed."""
+    """The value where it can be a count or a speed; a whole number stays one."""
     found = _finite(value)
-    return found if found is not None and 0 <= found <= _LARGEST else None
+    if found is None or not 0 <= found <= _LARGEST:
+        return None
+    return int(found) if isinstance(value, int) else found
 
 
 def figure(value: float | None) -> str:
@@ -184,6 +186,7 @@ def _details(status: Mapping[str, Any], health: Mapping[str, Any]) -> list[tuple
     uptime = number(health.get("uptime_s"))
     found = [
         ("version", one_line(status.get("version") or "")),
+        ("pool", one_line(status.get("pool") or "")),
         ("host", one_line(status.get("host") or "")),
         ("context", figure(number(status.get("n_ctx")))),
         ("up", "" if uptime is None else _uptime(uptime)),

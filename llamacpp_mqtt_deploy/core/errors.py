@@ -64,7 +64,7 @@ class SessionBusy(RequestError):
 
 
 class RateLimited(RequestError):
-    """The first topic level sent more requests in a minute than it may."""
+    """The first topic level sent more requests in a minute than it may, or has spent its tokens of the day."""
 
     code = "rate_limited"
     retryable = True

@@ -422,6 +422,7 @@ def test_once_is_one_line_for_each_worker_or_one_object(broker: Mosquitto, envir
     assert second == ["kitchen", "online", "ready/cuda", "1/4", "3", "1/2/0", "41.5", "230ms", "7", "2", "-"]
     found = {worker["worker"]: worker for worker in spoken["workers"]}
     assert found["kitchen"]["lanes"] == {"interactive": 1, "normal": 2, "batch": 0}
+    assert (str(found["kitchen"]["slots"]["busy"]), found["kitchen"]["tokens_per_second"]) == ("1", 41.5)
     assert found["attic"]["problem"] == "its connection was lost"
     assert alone.returncode == 4
     assert b"no worker called attic is online" in alone.stderr
