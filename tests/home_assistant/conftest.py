@@ -13,6 +13,7 @@ else:
     # Before the plugin's own folder of custom components takes the name.
     import custom_components.llamacpp_mqtt  # noqa: F401
     from tests.home_assistant.fixtures import (  # noqa: F401
+        access_list,
         auto_enable_custom_integrations,
         broker,
         connected,

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,7 +91,8 @@ class ScriptedWorker:
     async def kill(self) -> None:
         """As a power cut."""
         assert self._process is not None
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            self._process.kill()
         await self._ended()
 
     async def _ended(self) -> None:
@@ -203,8 +205,16 @@ def sockets(socket_enabled: None) -> None:
 
 
 @pytest.fixture
-def broker(sockets: None, tmp_path: Path) -> Iterator[Mosquitto]:
-    broker = Mosquitto(tmp_path / "broker", persistence=True).start()
+def access_list() -> bool:
+    """Whether the broker keeps to the shipped access list, with a user for the worker and one for Home Assistant."""
+    return False
+
+
+@pytest.fixture
+def broker(sockets: None, access_list: bool, tmp_path: Path) -> Iterator[Mosquitto]:
+    acl = (REPOSITORY / "config" / "mosquitto.acl").read_text("utf-8")
+    bound = {"users": {"llm-worker": "w", "homeassistant": "h"}, "acl": acl} if access_list else {}
+    broker = Mosquitto(tmp_path / "broker", persistence=True, **bound).start()  # type: ignore[arg-type]
     yield broker
     broker.close()
 
@@ -231,7 +241,9 @@ async def scripted(start_worker: StartWorker) -> ScriptedWorker:
 
 
 @pytest.fixture
-async def connected(hass: HomeAssistant, mock_hass_config: None, broker: Mosquitto) -> AsyncIterator[HomeAssistant]:
+async def connected(
+    hass: HomeAssistant, mock_hass_config: None, access_list: bool, broker: Mosquitto
+) -> AsyncIterator[HomeAssistant]:
     """Home Assistant with its MQTT integration at the broker, Assist and an exposed light; nothing of ours yet."""
     for component in (
         "homeassistant",
@@ -246,7 +258,8 @@ async def connected(hass: HomeAssistant, mock_hass_config: None, broker: Mosquit
     await add_light(hass)
     entry = MockConfigEntry(
         domain=mqtt.DOMAIN,
-        data={"broker": "127.0.0.1", "port": broker.port, "protocol": "3.1.1"},
+        data={"broker": "127.0.0.1", "port": broker.port, "protocol": "3.1.1"}
+        | ({"username": "homeassistant", "password": "h"} if access_list else {}),
         # Home Assistant's task that publishes its birth message fails when the broker goes away meanwhile.
         options={"birth_message": {}},
         version=mqtt.CONFIG_ENTRY_VERSION,
@@ -270,7 +283,13 @@ async def add_light(hass: HomeAssistant) -> None:
 
 
 async def add_entry(
-    hass: HomeAssistant, *, worker: str = "live", root: str = "llm", suffix: str = "", **options: Any
+    hass: HomeAssistant,
+    *,
+    worker: str = "live",
+    root: str = "llm",
+    first_level: str = "homeassistant",
+    suffix: str = "",
+    **options: Any,
 ) -> MockConfigEntry:
     """A config entry as the flow makes it; `options` are those of both subentries."""
     from homeassistant.config_entries import ConfigSubentryData
@@ -280,7 +299,7 @@ async def add_entry(
         domain=DOMAIN,
         title=worker,
         unique_id=f"{root}/{worker}",
-        data={CONF_ROOT: root, CONF_WORKER: worker, CONF_FIRST_LEVEL: "homeassistant"},
+        data={CONF_ROOT: root, CONF_WORKER: worker, CONF_FIRST_LEVEL: first_level},
         subentries_data=[
             ConfigSubentryData(
                 data=agent | options, subentry_type="conversation", title=f"Agent{suffix}", unique_id=None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from homeassistant.util import dt as dt_util
 from pytest_homeassistant_custom_component.common import async_fire_time_changed
 from pytest_homeassistant_custom_component.typing import WebSocketGenerator
 
+from custom_components.llamacpp_mqtt import resend_rules
 from custom_components.llamacpp_mqtt.const import DOMAIN, GONE_AFTER_S
 from tests.home_assistant.fixtures import (
     AGENT,
@@ -241,6 +243,26 @@ async def test_two_workers_answer_each_for_itself(
         conversation.async_converse(home.hass, "Where are you?", None, Context(), agent_id="conversation.agent_attic"),
     )
     assert [speech(result) for result in results] == ["The kitchen.", "The attic."]
+
+
+@pytest.mark.parametrize("access_list", [True])
+async def test_the_shipped_access_list_lets_it_ask_under_its_own_name_and_no_other(
+    connected: HomeAssistant, start_worker: StartWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password = tmp_path / "password"
+    password.write_text("w")
+    password.chmod(0o600)
+    await start_worker(mqtt__username="llm-worker", mqtt__password_file=str(password))
+    entry = await add_entry(connected)
+    await until(lambda: entry.runtime_data.available)
+    assert await Home(connected, entry).answer("Hello") == "Hello"
+    monkeypatch.setattr(resend_rules, "ANSWER_WITHIN_S", 0.2)
+    connected.config_entries.async_update_entry(entry, data={**entry.data, "first_level": "alice"})
+    await connected.config_entries.async_reload(entry.entry_id)
+    await until(lambda: entry.runtime_data.available)
+    said = await Home(connected, entry).refusal("Hello")
+    assert said.startswith("The worker live is online but did not answer. Does the broker's access list let")
+    assert f"llm/request/alice/{entry.entry_id}" in said
 
 
 async def create_pipeline(client: Any) -> str:

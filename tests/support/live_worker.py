@@ -31,6 +31,8 @@ class LiveWorker:
         }
         given |= {name.replace("__", "."): value for name, value in settings.items()}
         self.port = port
+        self._user = given.get("mqtt.username")
+        self._password = Path(given["mqtt.password_file"]).read_text("utf-8") if "mqtt.password_file" in given else None
         self._status_topic = f"{given.get('mqtt.root', 'llm')}/status/{given['mqtt.worker_id']}"
         self.daemon = Daemon(load(None, given, environ={}), engine=engine)
         self._thread = threading.Thread(target=self.daemon.run, name="live-worker", daemon=True)
@@ -38,6 +40,8 @@ class LiveWorker:
     def __enter__(self) -> Self:
         online = threading.Event()
         watcher = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+        if self._user is not None:
+            watcher.username_pw_set(self._user, self._password)
         watcher.on_connect = lambda client, *_: client.subscribe(self._status_topic, qos=1)
 
         def received(_client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
