@@ -70,9 +70,16 @@ def test_a_translation_has_every_text_with_its_placeholders(language: str) -> No
     for key, text in translated.items():
         assert placeholders(text) == placeholders(TEXTS[key]), key
         assert text.strip() == text != "", key
+        assert not re.search(r"'\{\w+\}'", text), f"{key}: a placeholder in single quotes is not filled in"
         assert "[%key:" not in text, "references are resolved for Home Assistant's own integrations alone"
         assert not re.search(r"<[a-z/]", text), f"{key}: no HTML in translations"
         assert "://" not in text, f"{key}: addresses belong into placeholders"
+
+
+def test_only_fields_that_a_form_has_are_described() -> None:
+    for key in TEXTS:
+        if ".data_description." in key:
+            assert key.replace(".data_description.", ".data.") in TEXTS, key
 
 
 def placeholders(text: str) -> set[str]:

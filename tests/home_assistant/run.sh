@@ -42,7 +42,7 @@ inside() {
 		mount --bind "$repository" "$root/src"
 		mount -o remount,bind,ro "$root/src"
 		cd "$root"; exec chroot "$root" /usr/bin/env -C /src "$@"
-	' - "$root" "$repository" "$@"
+	' - "$root" "$repository" "$@" 9>&-
 }
 
 requirements() { # of the worker, for the demo model too

@@ -139,7 +139,7 @@ async def test_a_broker_that_restarts_in_mid_answer_costs_no_word_and_doubles_no
     assert home.state(AGENT) == STATE_UNAVAILABLE
     scripted.open("middle")
     broker.start()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(30):  # three heartbeats of silence, 45 s, would bring it too
         assert await saying == "one two three four"
     assert len(scripted.calls) == 1
     await until(lambda: home.state(AGENT) != STATE_UNAVAILABLE)
