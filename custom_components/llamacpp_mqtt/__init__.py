@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from homeassistant.components import mqtt
 from homeassistant.const import Platform
 from homeassistant.core import HomeAssistant
@@ -19,7 +21,14 @@ async def async_setup_entry(hass: HomeAssistant, entry: BusWorkerEntry) -> bool:
     entry.runtime_data = BusWorker(hass, entry)
     await entry.runtime_data.start()
     await hass.config_entries.async_forward_entry_setups(entry, PLATFORMS)
-    entry.async_on_unload(entry.add_update_listener(_options_changed))
+    options = _options(entry)
+
+    async def changed(hass: HomeAssistant, entry: BusWorkerEntry) -> None:
+        # A new title, or a note that the worker was discovered again, interrupts no answer.
+        if _options(entry) != options:
+            await hass.config_entries.async_reload(entry.entry_id)
+
+    entry.async_on_unload(entry.add_update_listener(changed))
     return True
 
 
@@ -27,5 +36,7 @@ async def async_unload_entry(hass: HomeAssistant, entry: BusWorkerEntry) -> bool
     return await hass.config_entries.async_unload_platforms(entry, PLATFORMS)
 
 
-async def _options_changed(hass: HomeAssistant, entry: BusWorkerEntry) -> None:
-    await hass.config_entries.async_reload(entry.entry_id)
+def _options(entry: BusWorkerEntry) -> tuple[Any, ...]:
+    """All that the entities were made of."""
+    agents = {name: (subentry.title, dict(subentry.data)) for name, subentry in entry.subentries.items()}
+    return dict(entry.data), agents

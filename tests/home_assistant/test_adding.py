@@ -133,6 +133,14 @@ async def test_another_first_level_can_be_chosen_later(home: Home, scripted: Scr
     assert await home.answer("Hello") == "Hello"
 
 
+async def test_what_changes_no_option_interrupts_no_answer(home: Home) -> None:
+    """A new title, or Home Assistant's note that it has discovered the worker again, is no reason to start anew."""
+    before = home.entry.runtime_data
+    home.hass.config_entries.async_update_entry(home.entry, title="Kitchen")
+    await home.hass.async_block_till_done()
+    assert home.entry.runtime_data is before
+
+
 async def test_agents_and_tasks_are_added_and_changed(home: Home) -> None:
     flows = home.hass.config_entries.subentries
     form = await flows.async_init((home.entry.entry_id, "conversation"), context={"source": SOURCE_USER})
