@@ -70,6 +70,8 @@ class DiscoveredWorker:
     can_restart: bool
     can_unload: bool
     health_every_s: float
+    can_ask: bool = True
+    """The default route reads and writes what this project's own clients do."""
 
     @property
     def object_id(self) -> str:
@@ -89,7 +91,7 @@ def discovery_message(worker: DiscoveredWorker) -> dict[str, Any]:
         **_of_status(status),
         **_of_health(f"{worker.root}/health/{worker.worker_id}", worker),
         **_orders(worker, f"{worker.root}/admin/{worker.worker_id}", status),
-        **_questions(worker),
+        **(_questions(worker) if worker.can_ask else {}),
     }
     for key, component in components.items():
         component["unique_id"] = f"{worker.object_id}_{key}"

@@ -314,7 +314,8 @@ class Daemon:
         if not self._subscribed:
             self.parts.loop.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
         self._publish_health()
-        self._discover()
+        if not self.parts.discovery.connected:
+            self._discover()
         self._announce()
 
     def _discover(self) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import structlog
 
 from llamacpp_mqtt_deploy import __version__
-from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.config.settings import RouteSettings, Settings
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.home_assistant import DEFAULT_PREFIX, DiscoveredWorker, discovery_message
+from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Delivery, EngineInfo, Link
 from llamacpp_mqtt_deploy.worker.background import Background
@@ -32,6 +33,9 @@ MOST_REMEMBERED = 16
 _SUBSCRIBE_S = 10.0
 _BIRTH = b"online"
 
+PLAIN_ROUTE = RouteSettings()
+_CHANGES_ASKING = ("request", "reply", "fields", "prompt_template", "format", "trust_payload_session")
+
 
 def memory_of(settings: Settings) -> Path | None:
     """The file beside the state that names the topics at which something of ours may be retained; None without a state."""
@@ -47,11 +51,17 @@ def described(policies: Policies, topics: TopicMap, engine: EngineInfo) -> Disco
         worker_id=topics.worker_id,
         version=__version__,
         level=settings.home_assistant.level,
-        models=policies.routes["default"].parse.models or engine.models,
+        models=policies.routes[DEFAULT_ROUTE].parse.models or engine.models,
         can_restart=engine.can_restart,
         can_unload=engine.can_unload,
         health_every_s=settings.status.health_every_s,
+        can_ask=_is_plain(settings.routes.get(DEFAULT_ROUTE, PLAIN_ROUTE)),
     )
+
+
+def _is_plain(route: RouteSettings) -> bool:
+    """Whether a prompt in our own field, at our own topic, brings an event of the protocol."""
+    return all(getattr(route, key) == getattr(PLAIN_ROUTE, key) for key in _CHANGES_ASKING)
 
 
 class Remembered:
@@ -129,7 +139,8 @@ class Discovery:
         self._engine = engine
         self._remembered = Remembered(memory)
         self._told: tuple[str, bytes] | None = None
-        self._connected = False
+        self.connected = False
+        """This connection has been told already."""
         self._lock = threading.Lock()  # guards the two below
         self._answering = False
         self._answered_at = -MOST_OFTEN_S
@@ -138,20 +149,21 @@ class Discovery:
 
     def connect(self, give_up: Callable[[], bool]) -> None:
         """A connection is up, or the settings have changed: listen for births and tell anew. Blocks until the broker has answered."""
+        refused: Mapping[str, str]
         if self._policies().settings.home_assistant.discovery:
             try:
                 filters = [(topic, 0) for topic in sorted(self._birth_topics())]
-                refused: Mapping[str, str] = self._link.subscribe(filters, timeout_s=_SUBSCRIBE_S, give_up=give_up)
+                refused = self._link.subscribe(filters, timeout_s=_SUBSCRIBE_S, give_up=give_up)
             except (ConnectionError, TimeoutError) as problem:
                 log.warning("discovery.deaf", reason=str(problem))
-                return  # the next connection begins anew
+                refused = {}
             for topic, reason in refused.items():
                 log.warning("subscription.refused", filter=topic, reason=reason, message="births of Home Assistant")
-        self._connected = True
+        self.connected = True
         self._tell_again()
 
     def disconnected(self) -> None:
-        self._connected = False
+        self.connected = False
 
     def refresh(self) -> None:
         """The engine has changed: tell it if that changes the message."""
@@ -190,7 +202,7 @@ class Discovery:
 
     def _tell(self, *, again: bool = False) -> None:
         """Publish what is wanted and not told yet, or all of it again; take everything else back."""
-        if not self._connected:
+        if not self.connected:
             return
         wanted = self._wanted()
         for topic in self._remembered.all():

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.ports import Delivery
-from llamacpp_mqtt_deploy.service import discovery
+from llamacpp_mqtt_deploy.service import daemon, discovery
+from llamacpp_mqtt_deploy.testing.loopback import LoopbackLink
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus, WholeWorker
@@ -68,6 +69,47 @@ def test_the_message_is_retained_and_comes_again_when_the_engine_has_other_model
     found = message(bus, topic)
     assert found is not None
     assert found["components"]["choose_model"]["options"] == ["m1", "m2"]
+
+
+def test_a_default_route_of_other_clients_cannot_be_asked_from_there(bus: Bus) -> None:
+    worker = bus.worker(routes__default__fields={"prompt": "message"}, **ON)
+    topic = topic_of(worker)
+    eventually(lambda: whole(bus, topic))
+    found = message(bus, topic)
+    assert found is not None
+    assert {"ask", "answer"} & set(found["components"]) == set()
+
+
+def test_a_topic_that_stays_refused_does_not_bring_the_message_again_and_again(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "_START_UP_AGAIN_S", 0.05)
+    bus.broker.refuse("llm/control/+")
+    worker = bus.worker(**ON)
+    topic = topic_of(worker)
+    eventually(lambda: whole(bus, topic))
+    before, attempts = len(told(bus, topic)), _statuses(bus)
+    eventually(lambda: _statuses(bus) > attempts + 5)  # it is tried again, each time with a new status
+    assert len(told(bus, topic)) == before
+
+
+def _statuses(bus: Bus) -> int:
+    return len(told(bus, "llm/status/w1"))
+
+
+def test_a_broker_that_does_not_answer_the_subscription_gets_the_message_all_the_same(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe = LoopbackLink.subscribe
+
+    def slow(self: LoopbackLink, filters: Any, **how: Any) -> Any:
+        if ("homeassistant/status", 0) in filters:
+            raise TimeoutError("no SUBACK")
+        return subscribe(self, filters, **how)
+
+    monkeypatch.setattr(LoopbackLink, "subscribe", slow)
+    worker = bus.worker(**ON)
+    eventually(lambda: whole(bus, topic_of(worker)))
 
 
 def test_a_message_that_says_nothing_new_is_not_sent_again(bus: Bus) -> None:
