@@ -8,9 +8,10 @@ from ipaddress import ip_address
 from urllib.parse import parse_qsl, urlsplit
 
 from llamacpp_mqtt_deploy.config import credentials, listen_address
-from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
+from llamacpp_mqtt_deploy.config.settings import MetricsSettings, RouteSettings, Settings
 from llamacpp_mqtt_deploy.core.aliases import check_aliases
 from llamacpp_mqtt_deploy.core.conversation import check_tools
+from llamacpp_mqtt_deploy.core.formats.plain import ANSWER_FIELDS
 from llamacpp_mqtt_deploy.core.formats.route_formats import OWN_FORMAT
 from llamacpp_mqtt_deploy.core.names import check_fields
 from llamacpp_mqtt_deploy.core.prompt_templates import template_faults
@@ -41,12 +42,25 @@ def problems(
             yield from ((f"routes.{name}.prompt_template", fault) for fault in faults)
         elif route.prompt_template_topic is not None:
             yield f"routes.{name}.prompt_template", "is missing, and prompt_template_topic is set"
+        yield from ((f"routes.{name}.answer_fields", fault) for fault in _answer_fields(route))
         if name == DEFAULT_ROUTE and route.format != OWN_FORMAT:
             yield (
                 f"routes.{name}.format",
                 f'expected "{OWN_FORMAT}", found "{route.format}": clients of the protocol ask here; add another route',
             )
         yield from ((f"routes.{name}.tools", fault) for fault in check_tools(route.tools))
+
+
+def _answer_fields(route: RouteSettings) -> Iterator[str]:
+    fields = route.answer_fields
+    if fields and route.format != "json":
+        yield f'has no meaning with format = "{route.format}"; remove it, or write format = "json"'
+    unknown = [ours for ours in fields if ours not in ANSWER_FIELDS]
+    if unknown:
+        yield f'expected names for {", ".join(ANSWER_FIELDS)}, found "{unknown[0]}"'
+    theirs = [*fields.values(), *({"content", "error"} - set(fields))]
+    if "" in theirs or len(set(theirs)) < len(theirs):
+        yield "expected a name of its own for each field (content and error are told in any case)"
 
 
 def _models(settings: Settings) -> set[str]:

@@ -15,7 +15,9 @@ LevelName = Annotated[str, StringConstraints(pattern=r"^(route:)?[A-Za-z0-9_.-]{
 Lane = Literal["interactive", "normal", "batch"]
 StreamingMode = Literal["native", "simulated", "off"]
 EmptyPayload = Literal["ignore", "reset", "error"]
-RouteFormat = Literal["events", "text", "text-chunks", "tokens", "content", "chatbot", "typed-chunks", "typed-events"]
+RouteFormat = Literal[
+    "events", "text", "text-chunks", "json", "tokens", "content", "chatbot", "typed-chunks", "typed-events"
+]
 
 
 def _expand_home(path: Path) -> Path:
@@ -315,6 +317,9 @@ class RouteSettings(SamplingSettings):
     """Longest value of one field in `prompt_template`, in characters."""
     prompt_chars: Annotated[int, Field(ge=1, le=10_000_000)] = 16_000
     """Longest prompt that comes of `prompt_template`, in characters."""
+    answer_fields: dict[str, str] = Field(default_factory=dict)
+    """Names of existing clients for the fields of an answer, with `format = "json"`: `{content = "response", request_id = "requestId"}`. Ours are
+    `content`, `error`, `code`, `request_id`, `session_id` and `model`."""
     system_prompt: str | None = None
     """System prompt of this route's sessions."""
     allow_system_prompt: bool = True
@@ -331,7 +336,7 @@ class RouteSettings(SamplingSettings):
     """Streaming mode of this route."""
     format: RouteFormat = "events"
     """What answers look like: `events` of the protocol, `text` (the whole answer as plain text), `text-chunks` (plain text as it
-    comes), or a kind of JSON objects: `tokens`, `content`, `chatbot`, `typed-chunks`, `typed-events` ([what they look
+    comes), `json` (the whole answer as one object), or a kind of JSON objects that stream: `tokens`, `content`, `chatbot`, `typed-chunks`, `typed-events` ([what they look
     like](protocol.md#formats))."""
     model: str | None = None
     """Model of requests that name none."""

@@ -30,6 +30,8 @@ class RoutePolicy:
     """The same for first levels that have a highest lane of their own."""
     mode: StreamingMode
     format: str
+    answer_fields: Mapping[str, str]
+    """What clients call the fields of an answer in the format `json`."""
     empty_payload: EmptyPayload
     allow_all_sessions: bool
     keeps_system_prompts: bool
@@ -177,6 +179,7 @@ def _route(settings: Settings, name: str, route: RouteSettings, engine_models: t
         by_lane={lane: replace(parse, max_priority=lane) for lane in get_args(Lane)},
         mode=route.mode or settings.streaming.mode,
         format=route.format,
+        answer_fields=route.answer_fields,
         empty_payload=route.empty_payload,
         allow_all_sessions=route.allow_all_sessions,
         keeps_system_prompts=route.system_prompt_topic is not None,

@@ -35,7 +35,7 @@ class RouteRenderings:
             model=policy.model or OWN_MODEL,
             now=lambda: datetime.now(UTC),
         )
-        return RouteRendering(policy.format, occasion)
+        return RouteRendering(policy.format, occasion, answer_fields=policy.answer_fields)
 
 
 class RenderedOutbox:

@@ -157,6 +157,35 @@ def test_a_text_that_runs_is_not_told_twice_to_a_client_that_asks_again(bus: Bus
     assert told(bus) == [b"half whole"]
 
 
+def test_a_text_that_is_too_long_for_a_message_is_cut_and_says_so(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    engine.play("\u20ac" * 1000)
+    worker = bus.worker(engine, **chat("text"), limits__max_event_bytes=1024)
+    say(bus, "go")
+    [text] = wait_for(bus, 1)
+    assert 1000 < len(text) <= 1024
+    words, _, mark = text.decode().partition("\n")
+    assert set(words) == {"\u20ac"}
+    assert "cut: the answer has 3000 bytes" in mark
+    eventually(lambda: worker.daemon.parts.store.undelivered() == [])
+
+
+def test_an_object_with_the_whole_answer_has_the_names_of_its_clients(bus: Bus) -> None:
+    names = {"content": "response", "request_id": "requestId", "session_id": "sessionId"}
+    worker = bus.worker(**chat("json", answer_fields=names))
+    say(bus, "echo this")
+    wait_for(bus, 1)
+    say(bus, 7, "r2")
+    [refusal] = wait_for(bus, 1, "chat/out/s1/r2")
+    end_of_all(bus, worker)
+    assert [json.loads(part) for part in told(bus)] == [{"response": "echo this", "requestId": "r1", "sessionId": "s1"}]
+    assert json.loads(refusal) == {
+        "error": "message: expected a text that is not empty",
+        "requestId": "r2",
+        "sessionId": "s1",
+    }
+
+
 # --- objects -----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +293,20 @@ def test_a_text_that_was_not_told_when_the_worker_died_is_generated_again(bus: B
 def test_the_default_route_speaks_the_protocol() -> None:
     with pytest.raises(ConfigurationError, match="clients of the protocol"):
         load(None, {"routes.default.format": "text"}, environ={})
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"answer_fields": '{"content": "response"}'}, "has no meaning"),
+        ({"answer_fields": '{"text": "response"}', "format": "json"}, "expected names for content"),
+        ({"answer_fields": '{"content": "error"}', "format": "json"}, "a name of its own"),
+        ({"answer_fields": '{"content": ""}', "format": "json"}, "a name of its own"),
+    ],
+)
+def test_names_of_an_answer_that_cannot_be_told_are_refused_at_start(settings: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        load(None, {f"routes.chat.{key}": value for key, value in settings.items()}, environ={})
 
 
 class Stopping(Taker):

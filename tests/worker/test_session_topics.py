@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from typing import Any
 
@@ -331,3 +332,47 @@ def test_a_state_that_waited_when_the_worker_died_is_told_after_the_restart(bus:
     store.close()
     chat = Chat(bus, **project(prompt_template="You see {view}.", prompt_template_topic="{name}/state"))
     eventually(lambda: chat.heard("owo/answers/s1") == ["You see a gate."])
+
+
+def test_no_bytes_on_these_topics_disturb_the_worker(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+    chance = random.Random(9)
+    template = {"prompt_template": "{hero} sees {view}.", "prompt_template_topic": "{name}/state"}
+    chat = Chat(bus, **project(allow_all_sessions=True, allow_reply_topic=True, **template))
+    topics = ["user_input", "state", "template", "template/s1", "clear_history", "delete_session/a/b", "session"]
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        2**63,
+        "",
+        "all",
+        "s1",
+        "+/#",
+        "\ud800",
+        "x" * 20000,
+        [],
+        {"content": "x"},
+        {"a": {}},
+    ]
+    names = [
+        "sessionId",
+        "message",
+        "template",
+        "reset",
+        "target",
+        "reply_topic",
+        "client_id",
+        "hero",
+        "view",
+        "prompt",
+    ]
+    for number in range(400):
+        body = {chance.choice(names): chance.choice(values) for _ in range(chance.randint(0, 4))}
+        payload = json.dumps(body).encode()
+        if number % 3 == 0:
+            cut = chance.randint(0, len(payload))
+            payload = payload[:cut] + chance.randbytes(chance.randint(0, 6)) + payload[cut + 2 :]
+        chat.say(f"owo/{chance.choice(topics)}", payload)
+    chat.say("owo/user_input", {"sessionId": "last", "message": "are you well?"})
+    eventually(lambda: chat.heard("owo/answers/last")[-1:] == ["are you well?"], 30.0)
+    assert not re.search(r"intake.failed|client_work.failed|Traceback", capsys.readouterr().out)

@@ -95,6 +95,36 @@ class TextStream(TextChunkStream):
         return [_utf8(message_of(error))]
 
 
+ANSWER_FIELDS = ("content", "error", "code", "request_id", "session_id", "model")
+"""What `ObjectStream` can tell, by our names."""
+
+
+class ObjectStream(TextStream):
+    """The whole answer as one JSON object, at the end; an error is one too.
+
+    The body's `answer_fields` are the names of its clients for `ANSWER_FIELDS`. Text and error are told in any case, the ids where
+    they are named, or where no names are given at all.
+    """
+
+    def _finishes(self, done: Mapping[str, Any]) -> list[bytes]:
+        return [self._object({"content": self._untold.content})]
+
+    def _fails(self, error: Mapping[str, Any]) -> list[bytes]:
+        return [self._object({"error": message_of(error), "code": code_of(error)})]
+
+    def _object(self, told: Mapping[str, str]) -> bytes:
+        occasion = self._occasion
+        values = {
+            **told,
+            "request_id": occasion.request_id,
+            "session_id": occasion.session,
+            "model": occasion.model,
+        }
+        given = self._asked.echo.get("answer_fields") or {"request_id": "request_id", "session_id": "session_id"}
+        names = {"content": "content", "error": "error"} | given
+        return json_line({names[name]: value for name, value in values.items() if name in names})
+
+
 class TextWhole:
     """The text as the body."""
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from llamacpp_mqtt_deploy.core.formats.asked import Asked
-from llamacpp_mqtt_deploy.core.formats.plain import EventsStream, TextChunkStream, TextStream
+from llamacpp_mqtt_deploy.core.formats.plain import EventsStream, ObjectStream, TextChunkStream, TextStream
 from llamacpp_mqtt_deploy.core.formats.rendering import Occasion
 from llamacpp_mqtt_deploy.core.formats.seeds import (
     ChatbotStream,
@@ -30,6 +30,7 @@ ROUTE_FORMATS: Mapping[str, Callable[[Asked, Occasion], PartedStream]] = {
     "events": partial(EventsStream, bare=True),
     "text": TextStream,
     "text-chunks": TextChunkStream,
+    "json": ObjectStream,
     "tokens": partial(TokenStream, bare=True),
     "content": partial(ContentStream, bare=True),
     "chatbot": partial(ChatbotStream, bare=True),
@@ -44,5 +45,5 @@ OWN_FORMAT = "events"
 TEXT_FORMATS = frozenset({"text", "text-chunks"})
 """Their messages are plain text, not JSON."""
 
-WHOLE_FORMATS = frozenset({"text"})
+WHOLE_FORMATS = frozenset({"text", "json"})
 """Nothing is told before the end."""

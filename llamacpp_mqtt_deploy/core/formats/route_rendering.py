@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -15,8 +15,9 @@ from llamacpp_mqtt_deploy.core.formats.route_formats import ROUTE_FORMATS, TEXT_
 class RouteRendering:
     """One request's events as messages of a format. Each event is given once; nothing follows the end."""
 
-    def __init__(self, name: str, occasion: Occasion) -> None:
-        asked = Asked(request={}, streams=True, session=occasion.session, echo={"session_id": occasion.session})
+    def __init__(self, name: str, occasion: Occasion, *, answer_fields: Mapping[str, str] | None = None) -> None:
+        echo = {"session_id": occasion.session, "answer_fields": dict(answer_fields or {})}
+        asked = Asked(request={}, streams=True, session=occasion.session, echo=echo)
         self._make: Callable[[], PartedStream] = lambda: ROUTE_FORMATS[name](asked, occasion)
         self._stream = self._make()
         self._is_text = name in TEXT_FORMATS

@@ -19,6 +19,7 @@ from tests.support.answer_events import Answered, answered, answers, occasion
 
 RENDERED = sorted(set(ROUTE_FORMATS) - {"events"})
 ENDS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "json": lambda told: True,
     "tokens": lambda told: told.get("type") in ("complete", "error"),
     "content": lambda told: "done" in told or "error" in told,
     "chatbot": lambda told: told["type"] in ("done", "error"),
@@ -40,7 +41,7 @@ def test_every_format_of_the_configuration_can_be_rendered() -> None:
         assert RouteSettings(format=name).format == name
     with pytest.raises(ValueError, match="format"):
         RouteSettings(format="xml")
-    assert WHOLE_FORMATS < TEXT_FORMATS < set(ROUTE_FORMATS)
+    assert set(ROUTE_FORMATS) > WHOLE_FORMATS | TEXT_FORMATS
 
 
 @given(answers())
@@ -68,11 +69,27 @@ def test_any_legal_order_of_events_has_one_end_and_it_comes_last(name: str, answ
     assert told.end([last], 10**6) == []
 
 
+@given(answers())
+def test_an_object_has_the_names_of_its_clients(answer: Answered) -> None:
+    names = {"content": "response", "request_id": "requestId", "code": "errorCode"}
+    told = RouteRendering("json", occasion(request_id="r7"), answer_fields=names)
+    [part] = [part for event in encoded(answer) for part in told.parts(event)]
+    found = json.loads(part)
+    if answer.error is None:
+        assert found == {"response": answer.content, "requestId": "r7"}
+    else:
+        assert (found.pop("requestId"), found.pop("errorCode")) == ("r7", answer.error)
+        assert list(found) == ["error"]
+
+
 @given(st.sampled_from(RENDERED), answers(), st.integers(200, 1000))
 def test_an_end_of_an_earlier_life_tells_the_answer_anew_in_messages_that_fit(
     name: str, answer: Answered, limit: int
 ) -> None:
-    events = fitted(encoded(answer)[-1], 10**6)
+    *before, end = encoded(answer)
+    # What an end leaves out, the journal has as chunks.
+    recorded = [event for event in before if b'"chunk"' in event and answer.done.get("content_omitted")]
+    events = [*recorded, *fitted(end, 10**6)]
     parts = rendering(name).end(events, limit)
     assert all(len(part) <= limit for part in parts)
     assert parts or (name == "text-chunks" and not answer.content)
