@@ -129,6 +129,39 @@ while True:
     store.close()
 
 
+def test_a_kill_neither_loses_nor_doubles_what_a_request_has_cost(path: Path) -> None:
+    work = """
+from llamacpp_mqtt_deploy.core.spending import Spent
+store.open()
+for n in range(100_000):
+    names = [f"r{n}-{i}" for i in range(3)]
+    store.accept([entry(name) for name in names])
+    spent = Spent(first_level="alice", tokens_in=2, tokens_out=5, engine_s=0.25)
+    ends = [store.finish_soon(key(name), b"end", now=NOW, spent=spent) for name in names]
+    for end in ends:
+        end.wait(30)
+    print("ended", flush=True)
+"""
+    for life in range(3):
+        with child(work.replace("r{n}", f"life{life}-{{n}}"), path) as process:
+            assert process.stdout is not None
+            for _ in range(40):
+                assert process.stdout.readline() == "ended\n"
+            process.kill()
+            process.wait()
+        store = SqliteStore(path)
+        store.open()
+        ended = len(store.undelivered())
+        (row,) = store.ledger(since_day=0)
+        assert (row.requests, row.tokens_in, row.tokens_out, row.engine_s) == (ended, 2 * ended, 5 * ended, ended / 4)
+        # The next life ends again what this one could not know to be ended.
+        for left in store.unfinished():
+            store.finish(
+                left.key, b"end", now=NOW, spent=Spent(first_level="alice", tokens_in=2, tokens_out=5, engine_s=0.25)
+            )
+        store.close()
+
+
 def test_a_kill_never_parts_an_end_from_its_history(path: Path) -> None:
     work = """
 store.open()

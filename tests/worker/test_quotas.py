@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, cast
 
 import pytest
@@ -93,13 +94,25 @@ def test_an_answer_that_is_sent_for_again_costs_nothing(bus: Bus) -> None:
     assert _counts(_usage(bus)) == {"alice": (1, 3, 3)}
 
 
-def test_a_quota_outlives_a_restart_also_without_an_orderly_end(bus: Bus) -> None:
+def test_a_quota_outlives_a_restart(bus: Bus) -> None:
     first = bus.worker(limits__tokens_per_day=6)
     _ask(bus, "r1")
     first.stop()
     bus.worker(limits__tokens_per_day=6)
     assert _ask(bus, "r2")["code"] == "rate_limited"
     assert _counts(_usage(bus)) == {"alice": (1, 3, 3)}
+
+
+def test_a_clock_that_jumps_forth_and_back_gives_no_tokens_twice(bus: Bus) -> None:
+    clock = bus.worker(limits__tokens_per_day=6).daemon.parts.clock
+    _ask(bus, "r1")
+    assert _ask(bus, "r2")["code"] == "rate_limited"
+    clock._wall = lambda: time.time() + DAY_S
+    assert _ask(bus, "r3")["type"] == "done", "another day"
+    assert _ask(bus, "r4")["code"] == "rate_limited"
+    clock._wall = time.time
+    assert _ask(bus, "r5")["code"] == "rate_limited"
+    assert [row["requests"] for row in _usage(bus)["usage"]] == [1, 1]
 
 
 def test_a_hundred_requests_at_once_come_past_the_quota_by_one_at_most(bus: Bus) -> None:
