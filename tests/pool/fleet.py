@@ -109,7 +109,7 @@ class Fleet:
                 return event
         ends_at = time.monotonic() + timeout_s
         while (left_s := ends_at - time.monotonic()) > 0:
-            found = self._pull(left_s)
+            found = self.next_event(left_s)
             if found is not None and wanted.items() <= found.items():
                 return found
         kinds = [(event.get("type"), event.get("request_id"), event.get("code")) for _, _, event in self.heard]
@@ -118,7 +118,8 @@ class Fleet:
     def end(self, request_id: str, timeout_s: float = 15.0) -> Event:
         return self.until(timeout_s, request_id=request_id, final=True)
 
-    def _pull(self, timeout_s: float) -> Event | None:
+    def next_event(self, timeout_s: float) -> Event | None:
+        """The next message, empty where it is a request; None when none comes."""
         try:
             message = self.client.receive(timeout_s)
         except TimeoutError:
@@ -132,7 +133,7 @@ class Fleet:
         return event
 
     def of(self, request_id: str) -> list[Event]:
-        while self._pull(0.0) is not None:
+        while self.next_event(0.0) is not None:
             pass
         return [event for _, _, event in self.heard if event.get("request_id") == request_id]
 
