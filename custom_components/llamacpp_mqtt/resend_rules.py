@@ -60,6 +60,8 @@ class ResendRules:
     def heard(self, now: float, *, progress: bool) -> None:
         """An event of this request came; `progress` is false while a chunk is missing."""
         self._heard_at = now
+        if self._away_why == "no_worker":  # another worker of its pool answers
+            self._away_since = None
         if progress:
             self.in_vain = 0
 

@@ -207,6 +207,18 @@ def test_it_ends_in_bounded_time_whatever_happens(events: list[str]) -> None:
     assert now <= 1000
 
 
+def test_whoever_answers_is_there_whatever_the_status_says() -> None:
+    """Another worker of a pool has taken the answer over."""
+    ours = rules.ResendRules(heartbeat_s=15)
+    ours.sent(0.0)
+    ours.away(1.0, "no_worker")
+    ours.heard(30.0, progress=True)
+    assert ours.decide(62.0, lacks=False) == rules.Pause(75.0)
+    ours.away(63.0, "offline")
+    ours.heard(64.0, progress=True)
+    assert ours.decide(123.0, lacks=False) == rules.Abandon("offline"), "without a broker nothing is heard"
+
+
 # --- the status ----------------------------------------------------------------------------------------------------------
 
 STATUS = {
