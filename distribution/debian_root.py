@@ -146,6 +146,8 @@ def _make(root: Root, packages: Sequence[str]) -> None:
         shutil.copy(_CERTIFICATES, root.path / "etc/ssl/certs/")
     if _PIP_CONFIGURATION.is_file():
         shutil.copy(_PIP_CONFIGURATION, root.path / "etc/")
+    # Debian's installer writes it; debootstrap does not, and without it not even localhost is found.
+    (root.path / "etc/hosts").write_text("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
     # As policy wants it of a root that is worked in: installing a package starts nothing. Removed where systemd is booted.
     policy = root.path / "usr/sbin/policy-rc.d"
     policy.write_text("#!/bin/sh\nexit 101\n")

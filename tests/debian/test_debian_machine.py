@@ -187,7 +187,11 @@ def test_a_missing_libgomp_is_told_in_the_journal(trial: Trial) -> None:
     said = "the library libgomp.so.1 is missing; on Debian and Ubuntu: sudo apt-get install libgomp1"
     eventually(lambda: said in trial.run("journalctl --unit=llama-server --no-pager"), 30, every_s=0.5)
     trial.run(f"mv /root/hidden $(readlink -f {library}); systemctl restart llama-server")
-    eventually(lambda: "engine ready" in trial.run("systemctl status llamacpp-mqtt-deploy"), 60, every_s=0.5)
+    eventually(
+        lambda: "engine ready" in trial.run("systemctl show --property=StatusText llamacpp-mqtt-deploy"),
+        60,
+        every_s=0.5,
+    )
 
 
 def test_an_upgrade_keeps_sessions_and_an_edited_configuration_and_runs_the_new_version(trial: Trial) -> None:
