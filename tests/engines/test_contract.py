@@ -392,3 +392,22 @@ def test_two_pumps_at_once_do_not_mix(member: Member) -> None:
         assert run.error is None
         assert [type(delta) for delta in run.deltas].count(Opened) == 1
         assert text_of(run.deltas)
+
+
+def test_a_model_that_was_let_go_comes_back_with_the_next_call_or_never_goes(member: Member) -> None:
+    engine = member.engine
+    before = engine.info()
+    outcome = engine.unload()
+    if not before.can_unload:
+        assert (outcome, engine.keep_awake(60), engine.info().kept_awake) == ("unsupported", False, False)
+        return
+    assert outcome == engine.unload() == "done"
+    asleep = engine.probe()
+    assert (asleep.state, asleep.models, asleep.slots) == ("asleep", before.models, before.slots)
+    waits: list[str] = []
+    assert isinstance(play(engine, member.short, waits)[-1], Finished)
+    assert waits == ["loading"]
+    assert engine.unload() == "done"
+    assert engine.keep_awake(60)
+    eventually(lambda: engine.info().state == "ready", 20)
+    assert engine.info().kept_awake
