@@ -229,8 +229,9 @@ class TopApp(App[None]):
         self._about_the_chosen_one()
 
     def _fill(self, workers: Sequence[WorkerPicture], *, anew: bool = False) -> None:
-        """All rows anew: a worker came or went, or the columns changed. The cursor stays on its worker."""
-        table, chosen = self._table, self.chosen()
+        """All rows anew: a worker came or went, or the columns changed. The cursor stays on its worker, or goes to the nearest."""
+        table, row = self._table, self._table.cursor_row
+        before = list(self._shown)
         table.clear(columns=anew)
         if anew:
             for place, column in enumerate(self._columns):
@@ -240,8 +241,9 @@ class TopApp(App[None]):
             self._shown[each.worker] = cells = self._cells(each)
             table.add_row(*cells, key=each.worker)
         names = list(self._shown)
-        if chosen is not None and chosen.worker in self._shown:
-            table.move_cursor(row=names.index(chosen.worker))
+        if row < len(before) and before[row] in self._shown:
+            row = names.index(before[row])
+        table.move_cursor(row=max(0, min(row, len(names) - 1)))
 
     def _update(self, workers: Sequence[WorkerPicture]) -> None:
         table = self._table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.commands.fleet import Fleet, figure, share, span, sparkline
@@ -105,6 +105,7 @@ NESTED = st.dictionaries(
 )
 
 
+@settings(max_examples=50)
 @given(
     status=st.dictionaries(st.sampled_from(NAMES), JSON | st.just("online") | NESTED, max_size=11),
     health=st.dictionaries(st.sampled_from(FIGURES), JSON | NESTED, max_size=13),
