@@ -12,10 +12,13 @@ from llamacpp_mqtt_deploy.config.settings import MetricsSettings, RouteSettings,
 from llamacpp_mqtt_deploy.core.aliases import check_aliases
 from llamacpp_mqtt_deploy.core.conversation import check_tools
 from llamacpp_mqtt_deploy.core.formats.plain import ANSWER_FIELDS
-from llamacpp_mqtt_deploy.core.formats.route_formats import OWN_FORMAT
 from llamacpp_mqtt_deploy.core.names import check_fields
 from llamacpp_mqtt_deploy.core.prompt_templates import template_faults
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
+
+_PLAIN_ROUTE = RouteSettings()
+_NOT_OF_THE_PROTOCOL = ("format", "prompt_template", "empty_payload")
+"""What would change the meaning of messages on the topics that every client finds."""
 
 Finding = tuple[str, str]
 """The dotted key that a problem is reported under, and the sentence."""
@@ -43,11 +46,9 @@ def problems(
         elif route.prompt_template_topic is not None:
             yield f"routes.{name}.prompt_template", "is missing, and prompt_template_topic is set"
         yield from ((f"routes.{name}.answer_fields", fault) for fault in _answer_fields(route))
-        if name == DEFAULT_ROUTE and route.format != OWN_FORMAT:
-            yield (
-                f"routes.{name}.format",
-                f'expected "{OWN_FORMAT}", found "{route.format}": clients of the protocol ask here; add another route',
-            )
+        for key in _NOT_OF_THE_PROTOCOL if name == DEFAULT_ROUTE else ():
+            if getattr(route, key) != getattr(_PLAIN_ROUTE, key):
+                yield f"routes.{name}.{key}", "cannot be set: clients of the protocol ask here; add another route"
         yield from ((f"routes.{name}.tools", fault) for fault in check_tools(route.tools))
 
 

@@ -117,8 +117,6 @@ def _session_topic_faults(where: str, route: RouteTopics) -> Iterator[str]:
             yield f"{where}.{key} can hold no {SESSION_FIELD}: who asks for a session has none"
     if hint is not None and SESSION_FIELD not in hint.split("/"):
         yield f"{where}.hint_topic needs a level {SESSION_FIELD}"
-    if hint is not None and not topics:
-        yield f"{where}.hint_topic tells what came of a reset or a new system prompt: set reset_topic or system_prompt_topic"
     if (asked is None) != (told is None):
         yield f"{where}: session_topic and session_reply_topic go together"
 

@@ -149,7 +149,7 @@ class Intake:
         address, delivery = message.address, message.delivery
         if address is None or address.kind != "request" or delivery.retain:
             return False
-        return not (is_blank(delivery.payload) and self._policies().routes[address.route].empty_payload == "reset")
+        return not (self._policies().routes[address.route].empty_payload == "reset" and is_blank(delivery.payload))
 
     def _received(self, delivery: Delivery) -> Received:
         data = delivery.correlation

@@ -85,7 +85,6 @@ def test_where_the_request_topic_names_the_session_so_do_the_others() -> None:
         ({"reset_topic": "lab/forget"}, "anybody could name anybody's session"),
         ({"reset_topic": "llm/lab/request/{session}"}, "would run twice"),
         ({"hint_topic": "lab/hint"}, "needs a level {session}"),
-        ({"hint_topic": "lab/hint/{session}", "reset_topic": None}, "set reset_topic"),
         ({"hint_topic": "lab/forget/{session}"}, "its own messages"),
         ({"hint_topic": "llm/lab/reply/{session}"}, "would mix"),
         ({"session_topic": "lab/session"}, "go together"),

@@ -290,9 +290,14 @@ def test_a_text_that_was_not_told_when_the_worker_died_is_generated_again(bus: B
 # --- the parts ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_route_speaks_the_protocol() -> None:
+@pytest.mark.parametrize(
+    "key, value",
+    [("format", "text"), ("prompt_template", "{x}"), ("empty_payload", "reset"), ("empty_payload", "error")],
+)
+def test_the_default_route_speaks_the_protocol(key: str, value: str) -> None:
     with pytest.raises(ConfigurationError, match="clients of the protocol"):
-        load(None, {"routes.default.format": "text"}, environ={})
+        load(None, {f"routes.default.{key}": value}, environ={})
+    assert load(None, {f"routes.other.{key}": value}, environ={}).settings.routes["other"]
 
 
 @pytest.mark.parametrize(
