@@ -28,7 +28,10 @@ HINT_CLIENT = "prove it with --client-username and --client-password-file"
 class Bus:
     """Both ends of the bus under test. `client` is None when no credentials of a client were given."""
 
-    def __init__(self, topics: TopicMap, worker: PermissionProbe, client: PermissionProbe | None) -> None:
+    def __init__(
+        self, topics: TopicMap, worker: PermissionProbe, client: PermissionProbe | None, *, pool: str | None = None
+    ) -> None:
+        self.pool = pool
         self.topics = topics
         self.worker = worker
         self.client = client
@@ -90,13 +93,17 @@ def _status_of_others(bus: Bus) -> Iterator[Finding]:
             f"worker {worker} is retained as online, and its last word is old",
             "it died, or its clock is wrong",
         )
-    others = [f"{worker} on {status.get('host') or '?'}" for worker, status in bus.online.items() if worker != me]
+    there = {worker: f"{worker} on {status.get('host') or '?'}" for worker, status in bus.online.items()}
+    pools = {worker: status.get("pool") for worker, status in bus.online.items()}
+    others = [told for worker, told in there.items() if worker != me and (pools[worker] or "") != (bus.pool or "-")]
     if others:
         yield fail(
             "bus.workers",
             f"another worker serves this root: {', '.join(others)}",
-            "`lmd run` will not start beside it; give this one another mqtt.root, or stop the other",
+            "`lmd run` will not start beside it; give this one another mqtt.root, stop the other, or make a pool of both",
         )
+    elif bus.pool is not None and there:
+        yield ok("bus.workers", f"online in pool {bus.pool}: {', '.join(sorted(there.values()))}")
     elif me in bus.online:
         yield ok("bus.workers", f"worker {me} is {bus.online[me].get('state')} on {bus.online[me].get('host') or '?'}")
     else:

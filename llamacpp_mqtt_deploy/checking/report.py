@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from llamacpp_mqtt_deploy.checking.discovering import check_discovery
 from llamacpp_mqtt_deploy.checking.engine import check_engine
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
+from llamacpp_mqtt_deploy.checking.group import check_group
 from llamacpp_mqtt_deploy.checking.machine import check_clock, check_store, check_versions
 from llamacpp_mqtt_deploy.checking.metrics_endpoint import check_metrics
 from llamacpp_mqtt_deploy.checking.network import check_network
@@ -58,8 +59,10 @@ def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bo
                 elif settings.mqtt.username is None:
                     # Without user names worker and clients are the same to the broker.
                     other, _ = _log_in("client", address, stack)
-                bus = Bus(topic_map(settings), worker, other)
+                bus = Bus(topic_map(settings), worker, other, pool=settings.pool.name)
                 yield from check_permissions(bus)
+                if settings.pool.name is not None:
+                    yield from check_group(bus, settings.pool.name)
                 if settings.home_assistant.discovery:
                     yield from check_discovery(bus, settings)
         else:

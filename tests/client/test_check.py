@@ -15,6 +15,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from llamacpp_mqtt_deploy.core.home_assistant import DiscoveredWorker
 from tests.client.terminal import lmd
 from tests.client.worker import ACCESS_LIST, PASSWORDS, PlayedWorker
+from tests.support.amqtt_broker import AmqttBroker
 from tests.support.certificates import Authority
 from tests.support.llama_server import LlamaServer, free_port
 from tests.support.mosquitto import Mosquitto
@@ -180,6 +181,43 @@ def test_another_worker_on_the_same_root_is_found(broker: Mosquitto, environment
         _, rows = check(environment, mqtt__host="127.0.0.1", mqtt__port=broker.port, mqtt__worker_id="kitchen")
         assert rows["bus.stale"][0] == "warn"
         assert rows["bus.workers"][0] == "ok"
+
+
+def test_the_workers_of_a_pool_are_not_in_each_others_way(broker: Mosquitto, environment: dict[str, str]) -> None:
+    settings = {
+        "mqtt__host": "127.0.0.1",
+        "mqtt__port": broker.port,
+        "mqtt__worker_id": "kitchen",
+        "sessions__store": "postgres",
+        "sessions__url": "postgresql://lmd@127.0.0.1:1/lmd",
+    }
+    with PlayedWorker(broker.port) as worker:
+        worker.status(instance="a", ts=time.time(), every_s=10, host="attic", pool="house")
+        _, rows = check(environment, **settings, pool__name="house")
+        assert rows["bus.workers"] == ("ok", "online in pool house: played on attic -> ")
+        assert rows["pool.share"][0] == "ok"
+        assert rows["pool.status.write"][0] == "ok"
+        assert retained(broker.port) == ["llm/status/played"]
+        _, rows = check(environment, **settings, pool__name="garden")
+        assert rows["bus.workers"][0] == "FAIL"
+        _, rows = check(environment, **settings)
+        assert rows["bus.workers"][0] == "FAIL"
+        assert "pool.share" not in rows
+
+
+def test_a_broker_without_shared_subscriptions_is_no_place_for_a_pool(
+    amqtt_broker: AmqttBroker, environment: dict[str, str]
+) -> None:
+    _, rows = check(
+        environment,
+        mqtt__host="127.0.0.1",
+        mqtt__port=amqtt_broker.port,
+        sessions__store="postgres",
+        sessions__url="postgresql://lmd@127.0.0.1:1/lmd",
+        pool__name="house",
+    )
+    assert rows["pool.share"][0] == "FAIL"
+    assert "shared subscriptions" in rows["pool.share"][1]
 
 
 def test_tls_is_looked_at_step_by_step(
