@@ -159,7 +159,7 @@ def test_simulated_pacing_holds_no_slot(bus: Bus) -> None:
 
 
 def test_an_engine_that_cannot_stream_is_paced_like_simulated(bus: Bus) -> None:
-    bus.worker(ScriptedEngine(streams=False), streaming__chunk_chars=5, streaming__chunk_interval_s=0.03)
+    bus.worker(ScriptedEngine(streams=False), streaming__chunk_chars=5, streaming__chunk_interval_s=0.2)
     bus.ask("nine lives has the cat", request_id="r1")
     bus.listener.terminal("r1")
     chunks = [event["content"] for event in bus.listener.of("r1") if event["type"] == "chunk"]
