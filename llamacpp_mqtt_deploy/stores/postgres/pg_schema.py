@@ -208,8 +208,11 @@ def prepare(database: Database, db: BoundedConnection) -> None:
 
 def _version(database: Database, db: BoundedConnection) -> tuple[int, int]:
     """The version of the tables, and the oldest one that can work with them; 0 where there are none."""
-    there = db.execute("SELECT to_regclass(%s)", (f'"{database.schema}".layout',)).fetchone()
-    if there is None or there[0] is None:
+    # Not by to_regclass: after a wait for another worker that makes the schema it may still say what it knew before.
+    there = db.execute(
+        "SELECT 1 FROM pg_tables WHERE schemaname = %s AND tablename = 'layout'", (database.schema,)
+    ).fetchone()
+    if there is None:
         return 0, 0
     row = db.execute("SELECT version, works_with FROM layout").fetchone()
     return (0, 0) if row is None else (int(row[0]), int(row[1]))
