@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _MOST_BYTES = 63
 """Of a name in PostgreSQL, which cuts a longer one."""
 
+# Of the others' leases at least two thirds are left when a worker is frozen with locks that they need.
+_IDLES_A_LEASE = 4
+
 
 @contextmanager
 def required() -> Iterator[None]:
@@ -34,9 +37,18 @@ def required() -> Iterator[None]:
 def database_of(settings: Settings, password: Callable[[], str | None]) -> Database:
     """The database that `[sessions]` names. Raises ImportError without the extra `postgres`."""
     with required():
-        from llamacpp_mqtt_deploy.stores.postgres.database import Database  # noqa: PLC0415 - only when it is chosen
+        from llamacpp_mqtt_deploy.stores.postgres.database import (  # noqa: PLC0415 - only when it is chosen
+            IDLE_IN_TRANSACTION_S,
+            SHORTEST_IDLE_S,
+            Database,
+        )
 
-    return Database(url=settings.sessions.url or "", schema=schema_of(settings), password=password)
+    idle_s = IDLE_IN_TRANSACTION_S
+    if settings.pool.name is not None:
+        idle_s = max(SHORTEST_IDLE_S, min(idle_s, settings.pool.lease_s / _IDLES_A_LEASE))
+    return Database(
+        url=settings.sessions.url or "", schema=schema_of(settings), password=password, idle_in_transaction_s=idle_s
+    )
 
 
 def schema_of(settings: Settings) -> str:

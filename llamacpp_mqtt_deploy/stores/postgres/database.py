@@ -26,7 +26,11 @@ LOCK_S = 6.0
 
 IDLE_IN_TRANSACTION_S = 3.0
 """After so long without a word in the middle of a transaction the database ends the connection: a worker that was frozen there
-must not keep the others waiting. Less than LOCK_S, so that they get on."""
+must not keep the others waiting. Less than LOCK_S, so that they get on; in a pool with short leases much less than a lease, or
+the others could not renew theirs meanwhile."""
+
+SHORTEST_IDLE_S = 0.5
+"""A worker that lives may be silent for a moment, on a machine with much to do."""
 
 ANSWER_S = 15.0
 """How long any answer is waited for; more than a statement may take. A firewall that forgot the connection sends none."""
@@ -71,6 +75,7 @@ class Database:
     url: str
     schema: str
     password: Callable[[], str | None] = lambda: None
+    idle_in_transaction_s: float = IDLE_IN_TRANSACTION_S
     name: str = field(default_factory=lambda: f"lmd {secrets.token_hex(6)}")
     """What its connections are called in pg_stat_activity; another one for each life."""
 
@@ -119,7 +124,7 @@ class Database:
             "search_path": f'"{self.schema}"',
             "statement_timeout": f"{STATEMENT_S * 1000:.0f}",
             "lock_timeout": f"{LOCK_S * 1000:.0f}",
-            "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_S * 1000:.0f}",
+            "idle_in_transaction_session_timeout": f"{self.idle_in_transaction_s * 1000:.0f}",
             # The database too notices a worker that was unplugged: it lets go of its locks then.
             "tcp_keepalives_idle": "5",
             "tcp_keepalives_interval": "2",
