@@ -9,16 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.faults.picture import Picture, again, table, write_docs
+from tests.faults.pool_world import PoolWorld
 from tests.faults.run import Figures, run
-from tests.faults.schedule import KINDS, Fault, make, shrink
+from tests.faults.schedule import KINDS, OFTEN, POOL_KINDS, Fault, make, shrink
+from tests.faults.world import World
 
 
 def main() -> int:
     options = _options()
     seed = options.seed if options.seed is not None else secrets.randbelow(10**6)
-    kinds = [kind for kind in KINDS if not options.kinds or any(kind.startswith(k) for k in options.kinds.split(","))]
+    known = (*POOL_KINDS, *OFTEN) if options.pool else tuple(KINDS)
+    kinds = [kind for kind in known if not options.kinds or any(kind.startswith(k) for k in options.kinds.split(","))]
     kinds = [kind for kind in kinds if kind not in options.skip.split(",")]
-    faults = make(seed=seed, requests=options.requests, faults=options.faults, kinds=kinds)
+    faults = make(
+        seed=seed,
+        requests=options.requests,
+        faults=options.faults,
+        kinds=kinds,
+        pool=options.pool,
+        alone=0.4 if options.pool else 0.7,
+    )
     if options.only:
         numbers = {int(number) for number in options.only.split(",")}
         faults = [fault for fault in faults if fault.number in numbers]
@@ -36,7 +46,7 @@ def main() -> int:
                 f"Fewest faults that still fail: {[str(f) for f in fewest]}\nAgain: {again(seed=seed, options=options)}"
             )
     elif options.write_docs:
-        write_docs(figures, command)
+        write_docs(figures, command, "faults of a pool" if options.pool else "faults")
     return 1 if figures.broken else 0
 
 
@@ -59,11 +69,13 @@ def _run(options: argparse.Namespace, seed: int, faults: Sequence[Fault]) -> Fig
             show=picture.show,
             without=without,
             window=options.window,
+            world=PoolWorld if options.pool else World,
         )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--pool", action="store_true", help="four workers on one PostgreSQL, and faults of theirs")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, help="chooses requests and faults; random when absent")

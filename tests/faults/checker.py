@@ -13,7 +13,7 @@ from tests.faults.wishes import Wish
 
 # Codes that only these faults explain.
 EXPLAINED_BY: Mapping[str, Sequence[str]] = {
-    "engine_error": ("engine.garbage", "engine.mid_line", "engine.usage"),
+    "engine_error": ("engine.garbage", "engine.mid_line", "engine.usage", "line.garbage", "line.mid_line"),
     # Accepted, then the worker was away for two hours or a year, as far as it can know.
     "timeout": ("daemon.clock",),
     "internal": ("disk.full", "disk.lock"),

@@ -22,7 +22,7 @@ EXPLAINED = frozenset({"engine_lost", "interrupted", "engine_unavailable", "idle
 class Broken:
     """A promise that was not kept."""
 
-    promise: Literal["lost", "twice", "torn", "hole", "form", "code", "history", "slot", "process", "stuck"]
+    promise: Literal["lost", "twice", "torn", "hole", "form", "code", "history", "slot", "process", "stuck", "takeover"]
     request_id: str
     what: str
 

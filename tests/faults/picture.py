@@ -83,7 +83,8 @@ def again(*, seed: int, options: argparse.Namespace) -> str:
     skip = f" --skip {options.skip}" if options.skip else ""
     without = f" --without {options.without}" if options.without else ""
     only = f" --only {options.only}" if options.only else ""
-    made = f"--requests {options.requests} --faults {options.faults} --seed {seed}{kinds}{skip}{without}{window}"
+    pool = "--pool " if options.pool else ""
+    made = f"{pool}--requests {options.requests} --faults {options.faults} --seed {seed}{kinds}{skip}{without}{window}"
     return f"python -m tests.faults {made}{only}"
 
 
@@ -120,8 +121,8 @@ def _faults(figures: Figures) -> str:
     return str(made) if made == asked else f"{made} of {asked}: the requests ran out"
 
 
-def write_docs(figures: Figures, command: str) -> None:
-    write_between("faults", f"Made by `{command}`.\n{table(figures).rstrip()}")
+def write_docs(figures: Figures, command: str, name: str = "faults") -> None:
+    write_between(name, f"Made by `{command}`.\n{table(figures).rstrip()}")
 
 
 def write_between(name: str, text: str) -> None:

@@ -101,7 +101,9 @@ class Run:
         window: int = 3,
         without: Sequence[str] = (),
         show: Show | None = None,
+        world: type[World] = World,
     ) -> None:
+        self._world_of = world
         self._seed, self._requests, self._clients, self._window = seed, requests, clients, window
         self._faults = list(faults)
         self._without = tuple(without)
@@ -113,7 +115,7 @@ class Run:
     def go(self, folder: Path) -> Figures:
         """Everything; the folder holds the histories and logs afterwards."""
         figures = self.figures
-        with World(
+        with self._world_of(
             folder, seed=self._seed, clients=self._clients, requests=self._requests, window=self._window
         ) as world:
             self._world = world
@@ -141,6 +143,7 @@ class Run:
             f"terminal events that came again, identical | {checker.repeats}",
             f"histories compared | {checker.histories}",
             f"ends | {ends}",
+            *world.notes(),
         ]
         figures.took_s = time.monotonic() - figures.began_at
         figures.lives = len(world.logs())
@@ -226,6 +229,7 @@ class Run:
         for name, reader in self._readers.items():
             for entry in reader.news():
                 self.checker.take(name, entry)
+                self._world.saw(name, entry)
                 if entry.what == "ended":
                     self._recovered(name, entry)
 
@@ -244,18 +248,14 @@ class Run:
     def _epilogue(self, world: World) -> list[Broken]:
         """When all is calm: no slot at work, a cancelled request frees its slot before it says so, a clean end, a clean log."""
         broken: list[Broken] = []
-        assert world.daemon is not None
         try:
             world.engine.idle_within(10.0)
-            world.daemon.wait_ready()
+            world.wait_ready()
             broken += cancelled_means_free(world)
         except (AssertionError, TimeoutError, OSError) as error:
             broken.append(Broken("slot", "", f"the engine is not idle after the last request: {error}"))
-        try:
-            if (code := world.daemon.stop()) != 0:
-                broken.append(Broken("process", "", f"the last SIGTERM brought exit code {code}"))
-        except AssertionError as error:
-            broken.append(Broken("process", "", str(error)))
+        broken += world.at_rest()
+        broken += world.stop_workers()
         for life in world.logs():
             broken += [
                 Broken("process", "", f"in {life.log_path.name}: {json.dumps(line)[:1500]}")
@@ -321,11 +321,13 @@ def run(
     show: Show | None = None,
     without: Sequence[str] = (),
     window: int = 3,
+    world: type[World] = World,
 ) -> Figures:
     """One run in a folder that is gone afterwards, unless something broke and `keep` names a place for it."""
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
-        figures = Run(seed=seed, requests=requests, faults=faults, show=show, without=without, window=window).go(folder)
+        made = Run(seed=seed, requests=requests, faults=faults, show=show, without=without, window=window, world=world)
+        figures = made.go(folder)
         if figures.broken and keep is not None:
             shutil.copytree(folder, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
         return figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
@@ -48,6 +48,44 @@ KINDS: dict[str, tuple[str, float, float]] = {
     "flood": ("flood", 0.3, 1.0),
 }
 
+# The same for a pool of workers. Each worker is a target of its own, and so are its connections to broker, database and engine.
+POOL_KINDS: dict[str, tuple[str, float, float]] = {
+    "worker.kill": ("worker", 0.0, 5.0),
+    "worker.term": ("worker", 3.0, 5.0),
+    "worker.stop": ("worker", 0.3, 9.0),
+    "worker.clock": ("worker clock", 0.5, 2.0),
+    "database.kill": ("database", 0.0, 2.0),
+    "database.restart": ("database", 0.0, 2.0),
+    "database.silent": ("database", 0.5, 8.0),
+    "data.cut": ("worker data", 0.0, 0.0),
+    "data.refuse": ("worker data", 0.5, 8.0),
+    "data.silent": ("worker data", 0.5, 12.0),
+    "data.slow": ("worker data", 0.5, 3.0),
+    "net.cut": ("worker net", 0.0, 0.0),
+    "net.refuse": ("worker net", 0.3, 5.0),
+    "net.silent": ("worker net", 0.5, 9.0),
+    "net.slow": ("worker net", 0.5, 2.0),
+    "net.double": ("worker net", 0.5, 1.5),
+    "net.eat_pubacks": ("worker net", 0.3, 1.5),
+    "line.hang": ("worker line", 0.5, 5.0),
+    "line.garbage": ("worker line", 0.5, 1.5),
+    "line.mid_line": ("worker line", 0.5, 1.5),
+    "line.cut": ("worker line", 0.0, 0.0),
+    **{
+        kind: KINDS[kind]
+        for kind in ("broker.kill", "broker.term", "broker.stop", "engine.kill", "engine.term", "engine.stop")
+    },
+    **{
+        kind: KINDS[kind]
+        for kind in ("client.kill", "client.term", "client.stop", "wire.cut", "wire.silent", "wire.double")
+    },
+}
+OFTEN = ("worker.kill", "worker.kill", "worker.stop", "worker.stop")
+"""These come three times as often as the others: what follows them is what a pool is for."""
+
+WORKERS = 4
+"""Of the pool."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -61,31 +99,41 @@ class Fault:
     """From 0 to 1: which client, how far the clock jumps."""
     alone: bool
     """Everything before it is over and recovered; else it may fall together with another."""
+    target: str
+    """What it happens to: no two faults of one target at a time."""
 
     @property
-    def target(self) -> str:
-        """What it happens to: no two faults of one target at a time."""
-        return KINDS[self.kind][0]
+    def worker(self) -> int:
+        """Of a pool: which one."""
+        return min(int(self.choice * WORKERS), WORKERS - 1)
 
     @override
     def __str__(self) -> str:
         return f"{self.number} {self.kind} {self.lasts_s:.1f} s"
 
 
-def make(*, seed: int, requests: int, faults: int, kinds: Sequence[str] = tuple(KINDS)) -> list[Fault]:
-    """Faults spread evenly over the requests; each kind comes before any comes again."""
+def make(
+    *, seed: int, requests: int, faults: int, kinds: Sequence[str] = (), pool: bool = False, alone: float = 0.7
+) -> list[Fault]:
+    """Faults spread evenly over the requests; each kind comes before any comes again. `alone` is the share of those that come alone."""
+    known = POOL_KINDS if pool else KINDS
+    kinds = kinds or (*known, *(OFTEN if pool else ()))
     chosen = random.Random(f"faults {seed}")
     order: list[str] = []
     while len(order) < faults:
         order += chosen.sample(sorted(kinds), len(kinds))
     made = []
     for number, kind in enumerate(order[:faults]):
-        _, shortest, longest = KINDS[kind]
+        target, shortest, longest = known[kind]
         # Short ones are more frequent: most of what breaks in time breaks at the edges.
         lasts_s = shortest + (longest - shortest) * chosen.random() ** 2
         after = int((number + chosen.random()) * requests * 0.9 / faults)
-        alone = chosen.random() < 0.7
-        made.append(Fault(number, kind, after, round(lasts_s, 2), chosen.random(), alone))
+        by_itself = chosen.random() < alone
+        choice = chosen.random()
+        fault = Fault(number, kind, after, round(lasts_s, 2), choice, by_itself, target)
+        if target.startswith("worker"):
+            fault = replace(fault, target=f"{target} {fault.worker}")
+        made.append(fault)
     return made
 
 

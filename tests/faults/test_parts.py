@@ -16,7 +16,7 @@ from tests.faults.checker import Checker
 from tests.faults.clock_hook import SetClock
 from tests.faults.history import Entry, Reader, Writer
 from tests.faults.proxy import Bend, Network, connect_client_id, packet_bytes
-from tests.faults.schedule import KINDS, Fault, make, shrink
+from tests.faults.schedule import KINDS, OFTEN, POOL_KINDS, WORKERS, Fault, make, shrink
 from tests.faults.wishes import Wish, wishes
 
 
@@ -44,6 +44,13 @@ def test_shrinking_finds_the_two_faults_that_matter() -> None:
 
     assert [fault.number for fault in shrink(faults, fails)] == [7, 31]
     assert tries < 80
+
+
+def test_each_worker_of_a_pool_is_a_target_of_its_own() -> None:
+    made = make(seed=1, requests=1000, faults=9 * len(POOL_KINDS), pool=True)
+    assert {fault.kind for fault in made[: len(POOL_KINDS) + len(OFTEN)]} == set(POOL_KINDS)
+    killed = {fault.target for fault in made if fault.kind in ("worker.kill", "worker.stop", "worker.term")}
+    assert killed == {f"worker {number}" for number in range(WORKERS)}
 
 
 def test_a_history_is_read_on_where_it_stopped_and_half_a_line_waits(tmp_path: Path) -> None:

@@ -7,10 +7,7 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,17 +17,16 @@ from paho.mqtt.enums import CallbackAPIVersion
 from llamacpp_mqtt_deploy import demo_model
 from tests.faults.clock_hook import SetClock
 from tests.faults.disk import SmallDisk
+from tests.faults.history import Entry
 from tests.faults.model import Broken
 from tests.faults.pace import shared
-from tests.faults.proxy import Bend, Network
+from tests.faults.processes import ClientProcess, clean_end, ended
+from tests.faults.proxy import Bend, Network, Proxy
 from tests.faults.schedule import Fault
 from tests.support.daemon_process import DaemonProcess
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
 
-ROOT = Path(__file__).parents[2]
-END_S = 20.0
-"""A worker with a drain of 3 s has ended this long after SIGTERM, whatever hangs."""
 HEARTBEAT_S = 1.0
 
 # A board's 250 tokens a second instead of this machine's thousands: a stream lasts long enough to be hit.
@@ -51,32 +47,6 @@ SETTINGS = {
     "limits.remember_s": 86400,
     "status.every_s": 1,
 }
-
-
-@dataclass(slots=True)
-class ClientProcess:
-    """One client of the rig; MQTT 5 or 3.1.1, with a session that outlives it or without, or a user of the package's own client."""
-
-    name: str
-    protocol: str
-    clean: bool
-    module: str = "tests.faults.client"
-    arguments: list[str] = field(default_factory=list)
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self, log: Path) -> None:
-        command = [sys.executable, "-m", self.module, *self.arguments]
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-
-    def end(self, how: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.send_signal(how)
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(10)
 
 
 PACKAGE = "tests.faults.package_user"
@@ -136,6 +106,13 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         self._calm_down()
+        self._end_processes()
+        self.network.close()
+        self.broker.close()
+        self.engine.close()
+        self.disk.unmount()
+
+    def _end_processes(self) -> None:
         for client in self.clients:
             if client.process is not None and client.process.poll() is None:
                 client.process.send_signal(signal.SIGCONT)
@@ -145,10 +122,6 @@ class World:
             if life.process.poll() is None:
                 life.send(signal.SIGCONT)
             life.close()
-        self.network.close()
-        self.broker.close()
-        self.engine.close()
-        self.disk.unmount()
 
     def start_clients(self, without: Sequence[str] = ()) -> None:
         for client in self.clients:
@@ -190,14 +163,41 @@ class World:
         """Every life of the worker."""
         return self._lives
 
+    def wait_ready(self) -> None:
+        """Nothing is broken any more: until the worker serves again. Raises AssertionError."""
+        assert self.daemon is not None
+        self.daemon.wait_ready()
+
+    def stop_workers(self) -> list[Broken]:
+        """SIGTERM, in the end: what is wrong with how they went."""
+        assert self.daemon is not None
+        return clean_end(self.daemon)
+
+    def at_rest(self) -> list[Broken]:
+        """What is left over although every request has ended."""
+        return []
+
+    def saw(self, client: str, entry: Entry) -> None:
+        """A client wrote this down."""
+
+    def notes(self) -> list[str]:
+        """Further rows of the table."""
+        return []
+
     def watch(self) -> None:
         """Start again what ended by itself, and remember that it did."""
+        self._watch_workers()
+        self._watch_clients()
+
+    def _watch_workers(self) -> None:
         assert self.daemon is not None
         code = self.daemon.process.poll()
         if code is not None and "daemon" not in self.away:
             end = " | ".join(self.daemon.log_text().splitlines()[-3:])
             self.broken.append(Broken("process", "", f"the worker ended by itself with {code}: {end[-600:]}"))
             self.start_daemon()
+
+    def _watch_clients(self) -> None:
         for client in self.clients:
             if client.process is None or f"client {client.name}" in self.away:
                 continue
@@ -337,16 +337,7 @@ class World:
         assert self.daemon is not None
         match kind:
             case "kill" | "term":
-                try:
-                    code = self.daemon.process.wait(END_S)
-                except subprocess.TimeoutExpired:
-                    code = None
-                    self.daemon.kill()
-                # Before its first line the worker has not yet asked Python for its signals.
-                early = code == -signal.SIGTERM and not self.daemon.log("worker.starting")
-                if kind == "term" and code != 0 and not early:
-                    said = "did not end" if code is None else f"ended with {code}"
-                    self.broken.append(Broken("process", "", f"after SIGTERM the worker {said} within {END_S:g} s"))
+                self.broken += ended(self.daemon, by_term=kind == "term")
                 self.away.discard("daemon")
                 self.start_daemon()
             case "stop":
@@ -377,7 +368,7 @@ class World:
             client.start(self.folder / f"{client.name}.log")
         self.away.discard(f"client {client.name}")
 
-    def _bend(self, proxy: Any, kind: str) -> None:
+    def _bend(self, proxy: Proxy, kind: str) -> None:
         bends: dict[str, Bend] = {
             "cut": Bend(),
             "refuse": Bend(refuse=True),
