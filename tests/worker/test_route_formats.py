@@ -14,6 +14,7 @@ from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
 from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
+from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 from llamacpp_mqtt_deploy.worker.responder import Responder
 from llamacpp_mqtt_deploy.worker.route_renderings import RenderedOutbox
 from tests.support.answer_events import occasion
@@ -364,6 +365,40 @@ def test_an_event_that_has_nothing_to_say_is_acknowledged_at_once() -> None:
     outbox, done = Stopping(9), list[bool]()
     assert rendered(outbox, "tokens").publish("t", START, on_done=done.append) == "queued"
     assert (outbox.parts, done) == ([], [True])
+
+
+def test_what_found_no_place_of_an_end_goes_out_later_in_order_and_once() -> None:
+    key = EntryKey("chat", "s1", "r1")
+    store = SqliteStore(None)
+    store.open()
+    store.accept([Entry(key=key, topic="t", payload=b"{}", digest="d", reply_topic="chat/out/s1")])
+    end = {"type": "done", "request_id": "r1", "session_id": "s1", "seq": 0, "final": True, "full_content": "whole"}
+    terminal = json.dumps(end).encode()
+    store.finish(key, terminal, now=1.0)
+    outbox = Stopping(1)
+    redelivery = Redelivery(
+        outbox=outbox,
+        store=store,
+        max_event_bytes=lambda: 4096,
+        new_rendering=lambda _key: RouteRendering("typed-events", occasion()),
+    )
+    redelivery.send(key, "chat/out/s1", terminal, None)
+    redelivery.sweep()
+    assert [json.loads(part)["type"] for part, _ in outbox.parts] == ["message_start"]
+    assert [entry.key for entry in store.undelivered()] == [key]
+    outbox.places = 9
+    redelivery.sweep()
+    redelivery.sweep()
+    assert [json.loads(part)["type"] for part, _ in outbox.parts] == [
+        "message_start",
+        "content_block_delta",
+        "message_stop",
+    ]
+    [done] = outbox.unacknowledged
+    done(True)
+    redelivery.sweep()
+    assert store.undelivered() == []
+    store.close()
 
 
 def test_a_full_outbox_is_said_to_whoever_publishes() -> None:
