@@ -159,7 +159,9 @@ def test_a_request_that_is_taken_up_is_answered_where_its_client_waits(bus: Bus)
     """Its reply topic was made of ids in the payload, or named there."""
     key = EntryKey("game", "demo", "r1")
     topic = "game/assistant_response/demo/c1/r1"
-    entry = _entry("r1", key=key, topic="game/input", payload=b'{"message": "hi"}', reply_topic=topic)
+    entry = _entry(
+        "r1", key=key, topic="game/input", payload=b'{"message": "hi", "session_id": "demo"}', reply_topic=topic
+    )
     _leave(bus, [entry])
     bus.worker(
         routes__game__request="game/input",
@@ -167,4 +169,5 @@ def test_a_request_that_is_taken_up_is_answered_where_its_client_waits(bus: Bus)
         routes__game__trust_payload_session=True,
         routes__game__fields={"prompt": "message"},
     )
-    assert bus.listener.terminal("r1")["_topic"] == topic
+    end = bus.listener.terminal("r1")
+    assert (end["type"], end["_topic"]) == ("done", topic)

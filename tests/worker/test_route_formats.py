@@ -401,6 +401,16 @@ def test_what_found_no_place_of_an_end_goes_out_later_in_order_and_once() -> Non
     store.close()
 
 
+def test_what_a_client_has_heard_already_is_not_told_again_to_one_that_asks_again() -> None:
+    outbox, done = Stopping(9), list[bool]()
+    rendering = rendered(outbox, "tokens")
+    rendering.publish("t", CHUNK)
+    assert rendering.publish("t", CHUNK, on_done=done.append, share="answer") == "queued"
+    rendering.publish("t", CHUNK.replace(b'"seq":0', b'"seq":1').replace(b'"a"', b'"b"'))
+    assert [json.loads(part)["token"] for part, _ in outbox.parts] == ["a", "b"]
+    assert done == [True]
+
+
 def test_a_full_outbox_is_said_to_whoever_publishes() -> None:
     for places in (0, 1):
         done = list[bool]()
