@@ -17,6 +17,9 @@ from llamacpp_mqtt_deploy.stopping import Deadline, StopSignal
 EngineState = Literal["starting", "loading", "ready", "asleep", "restarting", "unreachable", "failed", "closed"]
 """`asleep`: it holds no model for now, which is no fault: the next call loads it."""
 
+SERVING: tuple[EngineState, ...] = ("ready", "asleep")
+"""The engine answers, or will as soon as somebody asks."""
+
 Unloaded = Literal["done", "busy", "away", "unsupported"]
 """What came of the wish to let the model go: it is gone; calls are under way; there is none to let go; not this kind of engine."""
 

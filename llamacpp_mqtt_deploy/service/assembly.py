@@ -11,7 +11,7 @@ from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.pool_ports import Member, SharedJournal
-from llamacpp_mqtt_deploy.ports import Engine, EngineInfo, Link, Store
+from llamacpp_mqtt_deploy.ports import SERVING, Engine, EngineInfo, Link, Store
 from llamacpp_mqtt_deploy.service.admin import AdminReplies, Operations
 from llamacpp_mqtt_deploy.service.discovery import Discovery, memory_of
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
@@ -149,7 +149,7 @@ class Parts:
                 refusals=refusals,
                 cancel=lambda job: controls.cancel(job),  # noqa: PLW0108  made below
                 describe=self._member,
-                engine_ready=lambda: engine.info().state == "ready",
+                engine_ready=lambda: engine.info().state in SERVING,
                 models=in_force.own_models,
                 know_models=in_force.know_pool_models,
                 limits=lambda: queue_limits(in_force.settings),

@@ -15,9 +15,9 @@ import structlog
 
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
-from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.topics import topic_matches
 from llamacpp_mqtt_deploy.ports import (
+    SERVING,
     Delivery,
     Engine,
     EngineInfo,
@@ -30,16 +30,14 @@ from llamacpp_mqtt_deploy.ports import (
 )
 from llamacpp_mqtt_deploy.service.assembly import Parts
 from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
-from llamacpp_mqtt_deploy.service.pool_report import pool_fields
-from llamacpp_mqtt_deploy.service.presence import LIVE_RENEWALS
 from llamacpp_mqtt_deploy.service.reporting import status_line
+from llamacpp_mqtt_deploy.service.shutdown import Shutdown
 from llamacpp_mqtt_deploy.service.startup import AnotherWorkerError, Startup
 from llamacpp_mqtt_deploy.service.systemd import Notifier, watchdog_interval_s
+from llamacpp_mqtt_deploy.service.upkeep import Upkeep
 from llamacpp_mqtt_deploy.service.watchdog import Watchdog
-from llamacpp_mqtt_deploy.stopping import Deadline
 from llamacpp_mqtt_deploy.worker.deadlines import CHECK_EVERY_S
 from llamacpp_mqtt_deploy.worker.message_log import TELL_EVERY_S
-from llamacpp_mqtt_deploy.worker.pooled.pool import Pool
 
 log = structlog.get_logger(__name__)
 
@@ -47,18 +45,12 @@ EXIT_CLEAN, EXIT_OTHER, EXIT_CONFIGURATION, EXIT_UNREACHABLE = 0, 1, 2, 3
 
 # What `queued` says while the engine is in this state; everything else is an engine that went away.
 _WAIT_REASONS = {"ready": "waiting", "starting": "loading", "loading": "loading", "asleep": "loading"}
-# The engine answers, or will as soon as somebody asks.
-_SERVING = ("ready", "asleep")
 # A filter that the broker refused is tried again: an operator mends the access list while we run.
 _START_UP_AGAIN_S = 30.0
 _PURGE_EVERY_S = 5.0
-# While more is left than one purge may drop, in pieces that no request has to wait for.
-_PURGE_AGAIN_S = 0.2
 _SWEEP_EVERY_S = 1.0
 _LOOK_AT_STORE_EVERY_S = _LOOK_AT_MACHINE_EVERY_S = 1.0
 _STORE_AGAIN_S = 5.0
-# After the drain: for terminal events to be written, acknowledged by the broker, and threads to end.
-_CLOSE_S = 5.0
 # Last of all, so that they show the drain too; they wait for nothing but a disk that hangs.
 _METRICS_CLOSE_S = 1.0
 
@@ -122,6 +114,14 @@ class Daemon:
             in_force=parts.in_force,
             pool=parts.pool,
         )
+        self.upkeep = Upkeep(parts, online=lambda: self._online)
+        self._shutdown = Shutdown(
+            parts=parts,
+            notifier=self._notifier,
+            feed=self._feed,
+            interrupted=self._interrupted.is_set,
+            filters=self._startup.shared_filters,
+        )
         self._trouble_told: str | None = None
         self._started_at = time.monotonic()
         self._online = self._subscribed = False
@@ -154,7 +154,8 @@ class Daemon:
             code = EXIT_OTHER
             log.exception("worker.failed", exit_code=code)
         try:
-            self._close(code)
+            self._shutdown.run(clean=code == EXIT_CLEAN, unreachable=code == EXIT_UNREACHABLE, online=self._online)
+            log.info("worker.stopped", exit_code=code)
         except Exception:
             log.exception("worker.close_failed")
             code = code or EXIT_OTHER
@@ -220,12 +221,12 @@ class Daemon:
         every, in_background = parts.loop.every, parts.background.run
         every(lambda: CHECK_EVERY_S, parts.deadlines.check)
         every(lambda: _SWEEP_EVERY_S, lambda: in_background("sweep", parts.redelivery.sweep))
-        every(lambda: _PURGE_EVERY_S, self._purge_soon)
+        every(lambda: _PURGE_EVERY_S, self.upkeep.purge_soon)
         every(lambda: _LOOK_AT_STORE_EVERY_S, lambda: in_background("store", self._look_at_store))
         every(lambda: _LOOK_AT_MACHINE_EVERY_S, lambda: in_background("machine", self._look_at_machine))
         every(lambda: TELL_EVERY_S, parts.message_log.tell)
         every(lambda: self._settings.status.every_s, self._renew)
-        every(lambda: self._settings.status.health_every_s, self._publish_health)
+        every(lambda: self._settings.status.health_every_s, self.upkeep.publish_health)
 
     def _open_store(self) -> None:
         """Open the store. While the disk is too full even for that, wait: nobody may be there to start us again."""
@@ -313,7 +314,7 @@ class Daemon:
             self.parts.intake.begin_reading()
         if not self._subscribed:
             self.parts.loop.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
-        self._publish_health()
+        self.upkeep.publish_health()
         if not self.parts.discovery.connected:
             self._discover()
         self._announce()
@@ -367,33 +368,6 @@ class Daemon:
         self._renew()
         self._say()
 
-    def _publish_health(self) -> None:
-        parts = self.parts
-        if self._online and parts.presence.announced:
-            every_s = self._settings.status.health_every_s
-            fields = parts.health.fields(engine=parts.engine.info(), link=parts.link.info(), every_s=every_s)
-            topic, expiry_s = parts.topics.health_topic, int(LIVE_RENEWALS * every_s) + 1
-            parts.link.publish(topic, encode(fields), retain=True, expiry_s=expiry_s)
-            if parts.pool is not None:
-                parts.background.run("pool", self._publish_pool)
-
-    def _publish_pool(self) -> None:
-        """One of the pool's workers tells how all of them are."""
-        pool, name = self.parts.pool, self._settings.pool.name
-        if pool is None or name is None:
-            return
-        try:
-            if not pool.journal.lead():
-                return
-            load = pool.journal.load()
-        except StoreError as problem:
-            log.warning("pool.status_failed", problem=str(problem))
-            return
-        every_s = self._settings.status.health_every_s
-        fields = pool_fields(name, load, told_by=self._settings.mqtt.worker_id, every_s=every_s)
-        expiry_s = int(LIVE_RENEWALS * every_s) + 1
-        self.parts.link.publish(self.parts.topics.pool_topic(name), encode(fields), retain=True, expiry_s=expiry_s)
-
     # --- the engine ----------------------------------------------------------------------------------------------------
 
     def _engine_changed(self, info: EngineInfo) -> None:
@@ -417,7 +391,7 @@ class Daemon:
 
     def _announce(self) -> None:
         """READY=1 once: when we are subscribed and the engine answers."""
-        if not self.ready and self._subscribed and self.parts.engine.info().state in _SERVING:
+        if not self.ready and self._subscribed and self.parts.engine.info().state in SERVING:
             self.ready = True
             self._notifier.ready()
             log.info(
@@ -448,7 +422,7 @@ class Daemon:
         link, engine = self.parts.link.info(), self.parts.engine.info()
         missing = [
             *([] if self._subscribed else [f"the broker: {link.detail or self.parts.presence.problem or link.state}"]),
-            *([] if engine.state in _SERVING else [f"the engine: {engine.detail or engine.state}"]),
+            *([] if engine.state in SERVING else [f"the engine: {engine.detail or engine.state}"]),
         ]
         raise Ending(EXIT_UNREACHABLE, f"not ready after {limit_s:g} s, out of reach: {'; '.join(missing)}")
 
@@ -462,111 +436,6 @@ class Daemon:
             log.error("watchdog.withheld", reason=trouble)
             self._notifier.status(f"not well: {trouble}")
         self._trouble_told = trouble
-
-    def _purge_soon(self) -> None:
-        self.parts.background.run("purge", self._purge)
-
-    def _purge(self) -> None:
-        if self.parts.registry.limits_tokens:
-            self.parts.ledger.reconcile(self.parts.registry)
-        sessions, limits = self._settings.sessions, self._settings.limits
-        try:
-            purged = self.parts.store.purge(
-                now=self._mind_the_clock(),
-                remember_s=limits.remember_s,
-                ttl_s=sessions.ttl_s,
-                max_sessions=sessions.max_sessions,
-                max_bytes=limits.max_journal_mib * 1024 * 1024,
-            )
-        except StoreError as problem:
-            log.error("journal.failed", step="purge", problem=str(problem))
-            return
-        if purged.more:
-            self.parts.loop.after(_PURGE_AGAIN_S, self._purge_soon)
-
-    def _mind_the_clock(self) -> float:
-        """The time; one that was set forward must not make everything look forgotten by its clients."""
-        now, forward_s = self.parts.clock.now(), self.parts.clock.set_forward_s
-        if forward_s:
-            self.parts.store.clock_was_set(forward_s, now=now)
-            self.parts.clock.told(forward_s)
-        return now
-
-    # --- the end -------------------------------------------------------------------------------------------------------
-
-    def _close(self, code: int) -> None:
-        """Stop under one deadline: refuse, let finish, stop what is left, flush, publish `offline`."""
-        parts = self.parts
-        self._notifier.stopping()
-        drain_s = self._settings.limits.drain_timeout_s if code == EXIT_CLEAN else 0.0
-        load = parts.registry.load()
-        log.info("worker.draining", running=load.busy, queued=load.queued, seconds=drain_s)
-        self._notifier.extend_timeout(int((drain_s + 2 * _CLOSE_S) * 1e6))
-        parts.registry.pause()
-        if self._online:
-            parts.presence.become("draining")
-        if self._settings.sessions.store != "memory":
-            for job in parts.registry.all():
-                if job.phase == "running" and not job.opened:  # it waits for an engine that may be away for long
-                    job.stop.set("put_back")
-        if parts.pool is not None:
-            self._leave_the_group(parts.pool)
-        self._drain(Deadline(drain_s))
-        end = Deadline(_CLOSE_S)
-        self._stop_jobs(end)
-        parts.intake.close(end.remaining_s())
-        parts.client_work.close(end.remaining_s() / 2)
-        if parts.pool is not None:
-            parts.pool.leave(end.remaining_s() / 2)
-        parts.link.flush(end)
-        parts.redelivery.last_call()
-        last = parts.presence.offline() if self._may_say_offline(code) else None
-        parts.link.close(Deadline(max(1.0, end.remaining_s())), last_message=last)
-        parts.background.close(max(1.0, end.remaining_s()))
-        parts.redelivery.sweep()
-        parts.engine_watch.close(1.0)
-        parts.engine.close(Deadline(max(1.0, end.remaining_s())))
-        parts.threads.close(1.0)
-        parts.loop.close()
-        parts.store.close()
-        self._notifier.status("stopped")
-        log.info("worker.stopped", exit_code=code)
-
-    def _leave_the_group(self, pool: Pool) -> None:
-        """No message of the pool comes to us any more, and what waits is for the others: the broker would go on to deal ours to us,
-        and forget it when we go."""
-        pool.stop_claiming()
-        if self._online:
-            try:
-                self.parts.link.unsubscribe(self._startup.shared_filters(), timeout_s=_CLOSE_S)
-            except (ConnectionError, TimeoutError) as problem:
-                log.warning("pool.unsubscribe_failed", problem=str(problem))
-
-    def _drain(self, deadline: Deadline) -> None:
-        """Let running requests finish; the second signal cuts it short."""
-        while not deadline.passed() and not self._interrupted.is_set():
-            if self.parts.registry.wait_until_idle(min(0.2, deadline.remaining_s())):
-                return
-            self._feed()
-
-    def _stop_jobs(self, end: Deadline) -> None:
-        """End what is left, each with its terminal event; queued ones stay in the journal where there is one."""
-        registry, completion = self.parts.registry, self.parts.completion
-        for job in registry.all():
-            if job.phase != "queued" or self._settings.sessions.store == "memory":
-                job.stop.set("shutting_down")
-            if job.phase == "queued" and job.stop.is_set():
-                completion.stopped(job)
-        registry.wait_until_idle(end.remaining_s() / 2)
-        for job in registry.all():
-            if job.phase not in ("queued", "ended"):  # its engine did not return
-                job.stop.set("shutting_down")
-                completion.stopped(job)
-
-    def _may_say_offline(self, code: int) -> bool:
-        """Not before we said hello, and not when another instance stands in our place under our status topic."""
-        presence = self.parts.presence
-        return presence.announced and not presence.yielded and (code != EXIT_UNREACHABLE or presence.twin() is None)
 
 
 def _broker(mqtt: MqttSettings) -> str:

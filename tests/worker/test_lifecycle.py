@@ -176,7 +176,7 @@ def test_what_is_written_while_the_clock_is_wrong_for_a_moment_is_not_forgotten_
         bus.ask("hello", request_id="r1")
         first = bus.listener.terminal("r1")
         eventually(lambda: parts.redelivery._taken == [])
-    worker.daemon._purge()
+    worker.daemon.upkeep.purge()
     bus.ask("hello", request_id="r1")
     bus.control("history", transaction="t")
     messages = bus.listener.until(type="ack", transaction="t")["messages"]

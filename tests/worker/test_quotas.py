@@ -234,7 +234,7 @@ def test_what_another_worker_of_the_pool_has_counted_is_spent_here_too(bus: Bus)
     key = EntryKey("default", "alice/elsewhere", "e")
     parts.store.accept([Entry(key=key, topic="llm/request/alice/elsewhere", payload=b"{}", digest="d")])
     parts.store.finish(key, b"{}", now=parts.clock.now(), spent=Spent(first_level="alice", tokens_in=100))
-    worker.daemon._purge_soon()  # as it does every few seconds
+    worker.daemon.upkeep.purge_soon()  # as it does every few seconds
     eventually(lambda: parts.registry._quotas.spent("alice", parts.clock.now()) == 100)
     assert _ask(bus, "r1")["code"] == "rate_limited"
     assert _ask(bus, "r2", "bob")["type"] == "done"
