@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -12,8 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange
-from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
-from tests.support.store_cases import NOW, entry
+from tests.support.store_cases import NOW, entry, new_store
 from tests.support.store_model import ModelStore
 
 SESSIONS = [("default", "a/1"), ("default", "a/2"), ("default", "b"), ("maze", "a/1"), ("maze", "c")]
@@ -25,19 +25,21 @@ texts = st.text(st.characters(codec="utf-8"), max_size=200)
 
 
 class Stores(RuleBasedStateMachine):
-    """The store in a file against the model of plain Python."""
+    """A store that outlives its connections against the model of plain Python."""
+
+    member = "sqlite"
 
     @initialize(bound=st.sampled_from([300, 4000]))
     def begin(self, bound: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="stores-"))
-        self.real = SqliteStore(self.directory / "state.db", max_history_bytes=bound)
+        self.real = new_store(self.member, self.directory, max_history_bytes=bound)
         self.model = ModelStore(max_history_bytes=bound)
         self.now = NOW
         self.real.open()
         self.model.open()
 
     def teardown(self) -> None:
-        if hasattr(self, "real"):
+        if hasattr(self, "model"):
             self.real.close()
             shutil.rmtree(self.directory)
 
@@ -48,7 +50,13 @@ class Stores(RuleBasedStateMachine):
     @rule(chosen=st.lists(st.tuples(keys, texts), max_size=4))
     def accept(self, chosen: list[tuple[EntryKey, str]]) -> None:
         made = [
-            entry(k.request_id, (k.route, k.session), payload=text.encode(), digest=text, accepted_at=self.now)
+            entry(
+                k.request_id,
+                (k.route, k.session),
+                payload=text.encode(),
+                digest=sha256(text.encode()).hexdigest(),
+                accepted_at=self.now,
+            )
             for k, text in chosen
         ]
         self.real.accept(made)
@@ -118,3 +126,11 @@ Stores.TestCase.settings = settings(
     max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestStores = Stores.TestCase
+
+
+class StoresInPostgres(Stores):
+    member = "postgres"
+
+
+StoresInPostgres.TestCase.settings = settings(Stores.TestCase.settings, max_examples=12, stateful_step_count=30)
+TestStoresInPostgres = StoresInPostgres.TestCase

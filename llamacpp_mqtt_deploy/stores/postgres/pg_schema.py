@@ -208,7 +208,7 @@ def prepare(database: Database, db: BoundedConnection) -> None:
 
 def _version(database: Database, db: BoundedConnection) -> tuple[int, int]:
     """The version of the tables, and the oldest one that can work with them; 0 where there are none."""
-    # Not by to_regclass: after a wait for another worker that makes the schema it may still say what it knew before.
+    # Not to_regclass, which may answer from a cache that has not heard yet of what another worker has just made.
     there = db.execute(
         "SELECT 1 FROM pg_tables WHERE schemaname = %s AND tablename = 'layout'", (database.schema,)
     ).fetchone()
