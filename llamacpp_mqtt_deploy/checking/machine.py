@@ -76,7 +76,7 @@ def check_clock(online: Mapping[str, Mapping[str, Any]]) -> Finding:
 
 def check_versions() -> Finding:
     parts = [f"llamacpp-mqtt-deploy {__version__}", f"Python {platform.python_version()}"]
-    for name in ("paho-mqtt", "llama-cpp-python", "xllamacpp"):
+    for name in ("paho-mqtt", "psycopg", "llama-cpp-python", "xllamacpp"):
         try:
             parts.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

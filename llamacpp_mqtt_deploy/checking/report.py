@@ -10,6 +10,7 @@ from llamacpp_mqtt_deploy.checking.discovering import check_discovery
 from llamacpp_mqtt_deploy.checking.engine import check_engine
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
 from llamacpp_mqtt_deploy.checking.group import check_group
+from llamacpp_mqtt_deploy.checking.journal_database import check_database
 from llamacpp_mqtt_deploy.checking.machine import check_clock, check_store, check_versions
 from llamacpp_mqtt_deploy.checking.metrics_endpoint import check_metrics
 from llamacpp_mqtt_deploy.checking.network import check_network
@@ -69,7 +70,7 @@ def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bo
             yield skip("broker.login", "not tried")
     online = bus.online if bus else {}
     yield from check_engine(settings.engine, generate=generate, running=online.get(settings.mqtt.worker_id))
-    yield from check_store(settings.sessions)
+    yield from check_database(settings) if settings.sessions.store == "postgres" else check_store(settings.sessions)
     yield from check_metrics(settings.metrics)
     yield check_clock(online)
     yield check_versions()

@@ -185,28 +185,39 @@ log = structlog.get_logger(__name__)
 
 def prepare(database: Database, db: BoundedConnection) -> None:
     """Create the schema and its tables, or bring them to the version of this program; nothing where they are newer and fit."""
-    if db.info.parameter_status("server_encoding") != "UTF8":
-        raise StoreError(
-            f"{database.shown} has the encoding {db.info.parameter_status('server_encoding')}: create one with UTF8 "
-            "(createdb --encoding=UTF8 --template=template0)."
-        )
-    version, works_with = _version(database, db)
+    check_encoding(database, db)
+    version, _ = version_of(database, db)
     if version < len(MIGRATIONS):
         with db.transaction():
             # Of several workers that start together one does it.
             db.execute("SELECT pg_advisory_xact_lock(%s)", (database.lock_key("layout"),))
-            version, works_with = _version(database, db)
+            version, _ = version_of(database, db)
             if version < len(MIGRATIONS):
                 _migrate(database, db, version)
                 log.info("store.migrated", schema=database.schema, was=version, now=len(MIGRATIONS))
-    elif works_with > len(MIGRATIONS):
+    check_version(database, db)
+
+
+def check_encoding(database: Database, db: BoundedConnection) -> None:
+    """Raises StoreError where the database cannot hold every text."""
+    encoding = db.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise StoreError(
+            f"{database.shown} has the encoding {encoding}: create one with UTF8 (createdb --encoding=UTF8 --template=template0)."
+        )
+
+
+def check_version(database: Database, db: BoundedConnection) -> None:
+    """Raises StoreError where only newer programs can work with the tables."""
+    version, works_with = version_of(database, db)
+    if works_with > len(MIGRATIONS):
         raise StoreError(
             f"The schema {database.schema} of {database.shown} was written by a newer version of this program (layout {version}, "
             f"this one knows up to {len(MIGRATIONS)}): install that version again."
         )
 
 
-def _version(database: Database, db: BoundedConnection) -> tuple[int, int]:
+def version_of(database: Database, db: BoundedConnection) -> tuple[int, int]:
     """The version of the tables, and the oldest one that can work with them; 0 where there are none."""
     # Not to_regclass, which may answer from a cache that has not heard yet of what another worker has just made.
     there = db.execute(
