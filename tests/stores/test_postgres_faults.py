@@ -285,6 +285,26 @@ def test_a_row_that_another_program_has_locked_is_waited_for_for_a_while_and_cos
     assert store.trouble() == ""
 
 
+def test_a_write_that_fails_among_others_spoils_no_statement_that_comes_after_it(
+    database: Database, opened: Callable[[Database], PostgresStore]
+) -> None:
+    """Psycopg prepares what it sends often, and may believe so of what the server has passed over after an error."""
+    store = opened(database)
+    go_on = threading.Event()
+    for turn in range(12):
+        go_on.clear()
+        store._write().submit(lambda db: go_on.wait(10) and None)
+        bad = store._write().submit(lambda db: db.execute("SELECT 1 / 0") and None)
+        good = [store.accept_soon([entry(f"{turn}-{n}")]) for n in range(6)]
+        good += [store.mark_streaming_soon(key(f"{turn}-{n}")) for n in range(6)]
+        go_on.set()
+        with pytest.raises(StoreError, match="division by zero"):
+            bad.wait(10)
+        for write in good:
+            write.wait(10)
+    assert len(store.unfinished()) == 72
+
+
 def test_transactions_that_got_into_each_others_way_are_done_again(
     postgres: PostgresServer, database: Database, opened: Callable[[Database], PostgresStore]
 ) -> None:

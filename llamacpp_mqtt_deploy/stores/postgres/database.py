@@ -168,7 +168,7 @@ def _advice(state: str, where: str, detail: str) -> str:
     if exact is not None:
         return exact.format(where=where)
     # A connection that does not come about has no code, only libpq's words.
-    found = next((advice for words, advice in _IN_WORDS if words in detail), None)
+    found = None if state else next((advice for words, advice in _IN_WORDS if words in detail), None)
     if found is not None:
         return found.format(where=where)
     return f"PostgreSQL refused this in {where}" if state else f"{where} is out of reach: {_REACH}"

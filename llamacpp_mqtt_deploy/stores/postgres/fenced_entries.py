@@ -90,19 +90,30 @@ def undelivered(db: BoundedConnection, fence: int) -> list[Entry]:
     return [pg_entries.entry_of(row) for row in rows]
 
 
-def claimed(db: BoundedConnection, rows: Sequence[tuple[Any, ...]]) -> list[Claimed]:
-    """What was taken from the queue, given as (id, why, by_own_level), with its entries."""
-    ids = [row[0] for row in rows]
-    found = pg_entries.find_all(db, ids)
-    waits = db.execute(
-        "SELECT id, extract(epoch FROM clock_timestamp() - arrived) FROM queue WHERE id = ANY(%s)", (ids,)
-    ).fetchall()
-    waited = {row[0]: float(row[1]) for row in waits}
-    return [
-        Claimed(entry=_in_our_time(found[entry_id], waited.get(entry_id, 0.0)), why=why or "run", by_own_level=by_own)
-        for entry_id, why, by_own in rows
-        if entry_id in found
-    ]
+def claimed(db: BoundedConnection, rows: Sequence[tuple[Any, ...]]) -> Callable[[], list[Claimed]]:
+    """What was taken from the queue, given as (id, why, by_own_level); what is returned gives it with its entries."""
+    if not rows:
+        return list
+    found = db.execute(
+        text(
+            f"SELECT e.id, extract(epoch FROM clock_timestamp() - q.arrived)::float8, {_OF_ENTRY} "
+            "FROM entries e JOIN queue q USING (id) LEFT JOIN payloads p USING (id) WHERE e.id = ANY(%s)"
+        ),
+        ([row[0] for row in rows],),
+    )
+
+    def read() -> list[Claimed]:
+        entries = {row[0]: _in_our_time(pg_entries.entry_of(row[2:]), row[1]) for row in found.fetchall()}
+        return [
+            Claimed(entry=entries[entry_id], why=why or "run", by_own_level=by_own_level)
+            for entry_id, why, by_own_level in rows
+            if entry_id in entries
+        ]
+
+    return read
+
+
+_OF_ENTRY = ", ".join(f"{'p' if name == 'payload' else 'e'}.{name}" for name in pg_entries.COLUMNS.split(", "))
 
 
 def _in_our_time(entry: Entry, waited_s: float) -> Entry:

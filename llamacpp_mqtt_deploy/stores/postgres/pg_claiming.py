@@ -3,10 +3,12 @@
 # ruff: noqa: S608  every statement is joined from constants of this package; values are bound
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+
+import psycopg
 
 from llamacpp_mqtt_deploy.core.turns import Ticket, Turns
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
@@ -35,16 +37,19 @@ _READY = f"""
     )
     AND NOT {_HELD}
     AND NOT EXISTS (
-        SELECT 1 FROM session_turns t WHERE q.in_turn AND q.arrived > %(now)s - make_interval(secs => %(prefer_for_s)s)
-        AND t.route = q.route AND t.session = q.session AND t.worker_id = ANY(%(roomy)s)
+        SELECT 1 FROM session_turns t WHERE q.in_turn AND q.arrived > statement_timestamp() - make_interval(secs => %(prefer_for_s)s)
+        AND t.route = q.route AND t.session = q.session AND t.worker_id IN (SELECT worker_id FROM roomy)
     )
 """
 # Of each first level its best ones, and of the levels the best: whatever `Turns` takes first is among these, since a turn makes no
 # level's rank better.
 _CANDIDATES = f"""
-    WITH ready AS (
+    WITH roomy AS MATERIALIZED (
+        SELECT worker_id FROM members m WHERE worker_id <> %(worker_id)s AND NOT draining AND lease_until > clock_timestamp()
+        AND slots > (SELECT count(*) FROM queue WHERE owner = m.fence)
+    ), ready AS (
         SELECT q.id, q.lane, q.first_level, q.since, q.arrived, q.route, q.session, q.in_turn,
-            greatest(0, q.lane - floor(extract(epoch FROM %(now)s - q.arrived) / %(aging_s)s)::int) AS aged
+            greatest(0, q.lane - floor(extract(epoch FROM statement_timestamp() - q.arrived) / %(aging_s)s)::int) AS aged
         FROM queue q WHERE {_READY}
     ), ranked AS (
         SELECT *, row_number() OVER (PARTITION BY first_level ORDER BY aged, since, arrived, id) AS place FROM ready
@@ -52,89 +57,91 @@ _CANDIDATES = f"""
         SELECT first_level, coalesce(turn, 0) AS turn FROM ranked LEFT JOIN level_turns USING (first_level) WHERE place = 1
         ORDER BY aged, coalesce(turn, 0), since, arrived, id LIMIT %(most)s
     )
-    SELECT id, lane, first_level, route, session, in_turn, extract(epoch FROM arrived - %(now)s), since, turn
+    SELECT id, lane, first_level, route, session, in_turn, extract(epoch FROM arrived - statement_timestamp())::float8, since, turn
     FROM ranked JOIN heads USING (first_level) WHERE place <= %(most)s ORDER BY id
 """
 
 
-def take_ends(db: BoundedConnection, fence: int) -> list[tuple[Any, ...]]:
-    """Those that are only to be ended, a few: rows of (id, why, by_own_level)."""
-    taken: list[tuple[Any, ...]] = []
-    for which in ("ending IS NOT NULL ORDER BY id", "deadline < clock_timestamp() ORDER BY deadline"):
-        taken += db.execute(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """Who claims, and what it may get."""
+
+    fence: int
+    worker_id: str
+    models: Sequence[str]
+    aging_s: float
+    prefer_for_s: float
+
+
+def take_ends(db: BoundedConnection, fence: int) -> Callable[[], list[tuple[Any, ...]]]:
+    """Those that are only to be ended, a few; what is returned gives rows of (id, why, by_own_level)."""
+    found = [
+        db.execute(
             text(
                 "UPDATE queue SET owner = %s, ending = coalesce(ending, 'expired') WHERE id IN (SELECT id FROM queue "
                 f"WHERE owner IS NULL AND {which} LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING id, ending, by_own_level"
             ),
             (fence, ENDS_AT_ONCE),
-        ).fetchall()
-    return taken
+        )
+        for which in ("ending IS NOT NULL ORDER BY id", "deadline < clock_timestamp() ORDER BY deadline")
+    ]
+    return lambda: [row for cursor in found for row in cursor.fetchall()]
 
 
-def take_turns(
-    db: BoundedConnection, fence: int, free: int, *, models: Sequence[str], aging_s: float, prefer_for_s: float
-) -> list[tuple[Any, ...]]:
-    """Up to `free` whose turn it is: rows of (id, None, False)."""
-    taken: list[tuple[Any, ...]] = []
-    tried: list[int] = []
-    worker_id, roomy = _neighbours(db, fence)
-    for _ in range(_LOOKS + free // AT_ONCE):
-        wanted = min(free - len(taken), AT_ONCE)
-        if wanted <= 0:
-            break
-        picked = _pick(db, wanted, tried, models=models, aging_s=aging_s, prefer_for_s=prefer_for_s, roomy=roomy)
-        if not picked:
-            break
-        got = _lock(db, fence, [ticket.key for ticket in picked])
-        tried += [int(str(ticket.key)) for ticket in picked if ticket.key not in got]
-        mine = [ticket for ticket in picked if ticket.key in got]
-        _note_turns(db, mine, worker_id)
-        taken += [(ticket.key, None, False) for ticket in mine]
-    return taken
+class Turn:
+    """One claim of up to `free`, whose first question is on its way when this is made."""
 
+    def __init__(self, db: BoundedConnection, free: int, wishes: Wishes) -> None:
+        self._db = db
+        self._free = free
+        self._wishes = wishes
+        self._tried: list[int] = []
+        self._asked = self._ask(min(free, AT_ONCE)) if free > 0 else None
 
-def _neighbours(db: BoundedConnection, fence: int) -> tuple[str, list[str]]:
-    """Our own name, and who else is alive and has a slot free."""
-    rows = db.execute(
-        "SELECT fence, worker_id FROM members m WHERE fence = %s OR (NOT draining AND lease_until > clock_timestamp() "
-        "AND slots > (SELECT count(*) FROM queue WHERE owner = m.fence))",
-        (fence,),
-    ).fetchall()
-    own = next((row[1] for row in rows if row[0] == fence), "")
-    return own, [row[1] for row in rows if row[1] != own]
+    def take(self) -> list[tuple[Any, ...]]:
+        """Rows of (id, None, False)."""
+        taken: list[tuple[Any, ...]] = []
+        for _ in range(_LOOKS + self._free // AT_ONCE):
+            wanted = min(self._free - len(taken), AT_ONCE)
+            picked = self._pick(wanted)
+            if not picked:
+                break
+            got = _lock(self._db, self._wishes.fence, [ticket.key for ticket in picked])
+            self._tried += [int(str(ticket.key)) for ticket in picked if ticket.key not in got]
+            mine = [ticket for ticket in picked if ticket.key in got]
+            _note_turns(self._db, mine, self._wishes.worker_id)
+            taken += [(ticket.key, None, False) for ticket in mine]
+            if len(picked) < wanted or len(taken) == self._free:
+                break
+        return taken
 
+    def _ask(self, most: int) -> psycopg.Cursor[tuple[Any, ...]]:
+        return self._db.execute(
+            text(_CANDIDATES),
+            {
+                "tried": self._tried,
+                "worker_id": self._wishes.worker_id,
+                "models": list(self._wishes.models),
+                "aging_s": self._wishes.aging_s,
+                "prefer_for_s": self._wishes.prefer_for_s,
+                "most": most,
+            },
+        )
 
-def _pick(
-    db: BoundedConnection,
-    most: int,
-    tried: Sequence[int],
-    *,
-    models: Sequence[str],
-    aging_s: float,
-    prefer_for_s: float,
-    roomy: Sequence[str],
-) -> list[Ticket]:
-    rows = db.execute(
-        text(_CANDIDATES),
-        {
-            "now": _now(db),
-            "tried": list(tried),
-            "models": list(models),
-            "aging_s": aging_s,
-            "prefer_for_s": prefer_for_s,
-            "roomy": list(roomy),
-            "most": most,
-        },
-    ).fetchall()
-    turns = Turns(aging_s)
-    turns.recall({row[2]: row[8] for row in rows})
-    tickets = []
-    for entry_id, lane, first_level, route, session, in_turn, arrived, since, _ in rows:
-        ticket = Ticket(entry_id, lane, first_level, (route, session) if in_turn else None, arrived=float(arrived))
-        turns.arrive(ticket)
-        ticket.came_at_turn = since
-        tickets.append(ticket)
-    return list(islice(turns.order([[ticket] for ticket in tickets], now=0.0), most))
+    def _pick(self, most: int) -> list[Ticket]:
+        if most <= 0:
+            return []
+        asked, self._asked = self._asked or self._ask(most), None
+        rows = asked.fetchall()
+        turns = Turns(self._wishes.aging_s)
+        turns.recall({row[2]: row[8] for row in rows})
+        tickets = []
+        for entry_id, lane, first_level, route, session, in_turn, arrived, since, _ in rows:
+            ticket = Ticket(entry_id, lane, first_level, (route, session) if in_turn else None, arrived=arrived)
+            turns.arrive(ticket)
+            ticket.came_at_turn = since
+            tickets.append(ticket)
+        return list(islice(turns.order([[ticket] for ticket in tickets], now=0.0), most))
 
 
 def _lock(db: BoundedConnection, fence: int, ids: Sequence[object]) -> set[object]:
@@ -152,8 +159,10 @@ def _note_turns(db: BoundedConnection, tickets: Sequence[Ticket], worker_id: str
     """They have their turns, and so have their levels and sessions, in this order."""
     if not tickets:
         return
-    rows = db.execute("SELECT nextval('turns') FROM generate_series(1, %s)", (len(tickets),)).fetchall()
-    turns = sorted(int(row[0]) for row in rows)
+    # Numbers of a sequence, taken in the order of the turns.
+    numbered = "SELECT n, nextval('turns') AS turn FROM generate_series(1, %s) AS n ORDER BY n"
+    rows = db.execute(text(numbered), (len(tickets),)).fetchall()
+    turns = [int(row[1]) for row in rows]
     levels = {ticket.first_level: turn for ticket, turn in zip(tickets, turns, strict=True)}
     # In one order everywhere, so that two workers never wait for each other.
     names = sorted(levels)
@@ -177,10 +186,3 @@ def _note_turns(db: BoundedConnection, tickets: Sequence[Ticket], worker_id: str
             "WHERE route = r AND session = s AND in_turn AND owner IS NULL",
             (routes, paths, numbers),
         )
-
-
-def _now(db: BoundedConnection) -> datetime:
-    row = db.execute("SELECT clock_timestamp()").fetchone()
-    assert row is not None
-    assert isinstance(row[0], datetime)
-    return row[0]

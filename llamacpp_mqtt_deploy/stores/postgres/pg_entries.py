@@ -21,35 +21,42 @@ _SELECT = f"SELECT {COLUMNS} FROM entries LEFT JOIN payloads USING (id)"
 _BY_KEY = "route = %s AND session = %s AND request_id = %s"
 
 
+INSERTED = (
+    "entry AS (INSERT INTO entries (id, route, session, request_id, topic, digest, correlation, accepted_at, "
+    "expires_at, state, starts, terminal, reply_topic, delivered, ended_at, ended_order, first_level, bytes, fence) "
+    "SELECT place, %s, %s, %s, %s, %s, %s, %s::float8, %s::float8, %s, %s, %s, %s, %s, %s::float8, "
+    "CASE WHEN %s THEN place END, %s, %s, %s FROM (SELECT nextval('places') AS place) AS next "
+    "ON CONFLICT (route, session, request_id) DO NOTHING RETURNING *), "
+    "body AS (INSERT INTO payloads (id, payload) SELECT id, %s FROM entry) "
+)
+"""Parts of a statement that journal a request: no row in `entry` when it is there already."""
+
+
 def insert(db: BoundedConnection, entry: Entry, fence: int | None = None) -> None:
     """Journal a request; nothing when it is there and unfinished. Of a session that has one nothing is forgotten."""
     drop_ended(db, entry.key)
-    db.execute(
-        "WITH entry AS (INSERT INTO entries (id, route, session, request_id, topic, digest, correlation, accepted_at, "
-        "expires_at, state, starts, terminal, reply_topic, delivered, ended_at, ended_order, first_level, bytes, fence) "
-        "SELECT place, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, "
-        "CASE WHEN %s THEN place END, %s, %s, %s FROM (SELECT nextval('places') AS place) AS next "
-        "ON CONFLICT (route, session, request_id) DO NOTHING RETURNING id) "
-        "INSERT INTO payloads (id, payload) SELECT id, %s FROM entry",
-        (
-            *named(entry.key),
-            entry.topic,
-            entry.digest,
-            entry.correlation,
-            entry.accepted_at,
-            entry.expires_at,
-            entry.state,
-            entry.starts,
-            entry.terminal,
-            entry.reply_topic,
-            entry.delivered,
-            entry.ended_at,
-            entry.state == "ended",
-            first_level_of(entry.key.session),
-            len(entry.terminal or b""),
-            fence,
-            entry.payload,
-        ),
+    db.execute(text(f"WITH {INSERTED} SELECT 1"), inserted_values(entry, fence))
+
+
+def inserted_values(entry: Entry, fence: int | None) -> tuple[Any, ...]:
+    return (
+        *named(entry.key),
+        entry.topic,
+        entry.digest,
+        entry.correlation,
+        entry.accepted_at,
+        entry.expires_at,
+        entry.state,
+        entry.starts,
+        entry.terminal,
+        entry.reply_topic,
+        entry.delivered,
+        entry.ended_at,
+        entry.state == "ended",
+        first_level_of(entry.key.session),
+        len(entry.terminal or b""),
+        fence,
+        entry.payload,
     )
 
 

@@ -3,7 +3,7 @@
 # ruff: noqa: S608  every statement is joined from constants of this package; values are bound
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llamacpp_mqtt_deploy.core.turns import LANES
@@ -106,15 +106,20 @@ def leave(db: BoundedConnection, fence: int) -> None:
     )
 
 
-def hold_membership(db: BoundedConnection, fence: int) -> tuple[bool, bool]:
+def hold_membership(db: BoundedConnection, fence: int) -> Callable[[], tuple[bool, bool]]:
     """Keep this worker's registration until the end of the transaction: nobody takes over from it meanwhile, or it is over
-    already. Returns whether its lease lasts, and whether it drains. Raises LeaseLost."""
-    row = db.execute(
+    already. What is returned tells whether its lease lasts, and whether it drains, and raises LeaseLost."""
+    found = db.execute(
         "SELECT lease_until > clock_timestamp(), draining FROM members WHERE fence = %s FOR KEY SHARE", (fence,)
-    ).fetchone()
-    if row is None:
-        raise lost()
-    return bool(row[0]), bool(row[1])
+    )
+
+    def read() -> tuple[bool, bool]:
+        row = found.fetchone()
+        if row is None:
+            raise lost()
+        return bool(row[0]), bool(row[1])
+
+    return read
 
 
 # --- the others ------------------------------------------------------------------------------------------------------
@@ -171,13 +176,18 @@ def load(db: BoundedConnection) -> PoolLoad:
     )
 
 
-def free_slots(db: BoundedConnection) -> int:
+def free_slots(db: BoundedConnection) -> Callable[[], int]:
     """Of all members that are alive and take requests."""
-    row = db.execute(
+    found = db.execute(
         "SELECT coalesce(sum(greatest(0, slots - (SELECT count(*) FROM queue WHERE owner = m.fence))), 0) FROM members m "
         "WHERE NOT draining AND lease_until > clock_timestamp()"
-    ).fetchone()
-    return 0 if row is None else int(row[0])
+    )
+
+    def read() -> int:
+        row = found.fetchone()
+        return 0 if row is None else int(row[0])
+
+    return read
 
 
 _SEEN = (

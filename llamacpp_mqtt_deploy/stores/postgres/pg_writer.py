@@ -94,6 +94,7 @@ class PgWriter:
         self._queued_bytes = 0
         self._closing = False
         self._number = 0
+        self._rollbacks = 0
         self._old_pid: int | None = None
         self._notices: list[tuple[str, str]] = []
         self.away: StoreError | None = None
@@ -218,6 +219,7 @@ class PgWriter:
                 self._well_again()
                 return None
             assert isinstance(error, Exception)
+            log.info("store.transaction_again", reason=" ".join(str(error).split()), tries=tries)
             last = tries >= _TRIES or time.monotonic() > ends_at
             if undone:
                 if last:
@@ -300,8 +302,11 @@ class PgWriter:
             db.execute("RELEASE one_write")
 
     def _roll_back(self, db: BoundedConnection) -> None:
+        # Another text each time: psycopg forgets then which statements it believes to have prepared. Those that came after the one
+        # that failed were not.
+        self._rollbacks += 1
         try:
-            db.execute("ROLLBACK")
+            db.execute(f"ROLLBACK /* {self._rollbacks} */".encode())
         except psycopg.Error:
             self._disconnect()
 

@@ -85,7 +85,7 @@ class SharedPostgresJournal(PostgresStore):
         taken, fence = tuple(entries), self._own_fence()
 
         def step(db: BoundedConnection) -> None:
-            membership.hold_membership(db, fence)
+            membership.hold_membership(db, fence)()
             for entry in taken:
                 fenced_entries.accept(db, entry, fence)
 
@@ -204,13 +204,13 @@ class SharedPostgresJournal(PostgresStore):
         mine = self._own_fence()
 
         def step(db: BoundedConnection) -> list[Claimed]:
-            membership.hold_membership(db, mine)
+            membership.hold_membership(db, mine)()
             if not membership.end_overdue(db, mine, fence, self._lease_s):
                 return []
             taken, waiting = membership.inherit(db, mine, fence)
             if waiting:
                 self._wake()
-            return fenced_entries.claimed(db, taken)
+            return fenced_entries.claimed(db, taken)()
 
         return self._claims(step, durable=True)
 
@@ -244,11 +244,10 @@ class SharedPostgresJournal(PostgresStore):
         self._aging_s = aging_s
 
         def step(db: BoundedConnection) -> tuple[list[Enqueued], list[Claimed]]:
-            membership.hold_membership(db, fence)
             call = Enqueuing(db, fence, limits=limits, retry_after_s=retry_after_s, aging_s=aging_s)
             outcomes = call.run(taken)
             self._wake()
-            return outcomes, fenced_entries.claimed(db, call.leaving)
+            return outcomes, fenced_entries.claimed(db, call.leaving)()
 
         size = sum(len(request.entry.payload) for request in taken)
         return self._ask(step, tuple, size=size, durable=True, serial=True, urgent=False)
@@ -256,13 +255,18 @@ class SharedPostgresJournal(PostgresStore):
     def claim(self, free: int, *, models: Sequence[str], aging_s: float, prefer_for_s: float) -> list[Claimed]:
         fence, served = self._own_fence(), tuple(models)
 
-        def step(db: BoundedConnection) -> list[Claimed]:
-            lives, draining = membership.hold_membership(db, fence)
+        wishes = claiming.Wishes(
+            fence=fence, worker_id=self._worker_id, models=served, aging_s=aging_s, prefer_for_s=prefer_for_s
+        )
+
+        def step(db: BoundedConnection) -> list[Claimed] | Later:
+            # All questions are on their way before the first answer is read.
+            held = membership.hold_membership(db, fence)
+            lives, draining = held()
             if draining or not lives:
                 return []
-            taken = claiming.take_ends(db, fence)
-            taken += claiming.take_turns(db, fence, free, models=served, aging_s=aging_s, prefer_for_s=prefer_for_s)
-            return fenced_entries.claimed(db, taken) if taken else []
+            ends, turn = claiming.take_ends(db, fence), claiming.Turn(db, free, wishes)
+            return fenced_entries.claimed(db, [*ends(), *turn.take()])
 
         return self._claims(step)
 
@@ -281,12 +285,12 @@ class SharedPostgresJournal(PostgresStore):
         fence = self._own_fence()
 
         def step(db: BoundedConnection) -> Cancelled:
-            membership.hold_membership(db, fence)
+            membership.hold_membership(db, fence)()
             found = cancelling.cancel(
                 db, fence, session, request_id, forget=forget, remember_s=remember_s, tell=self._tell
             )
             return Cancelled(
-                claimed=tuple(fenced_entries.claimed(db, found.claimed)),
+                claimed=tuple(fenced_entries.claimed(db, found.claimed)()),
                 running_here=tuple(found.here),
                 running_elsewhere=found.elsewhere,
                 ended=found.ended,
@@ -388,7 +392,9 @@ class SharedPostgresJournal(PostgresStore):
         assert isinstance(write.result, kind)
         return write.result
 
-    def _claims(self, step: Callable[[BoundedConnection], list[Claimed]], *, durable: bool = False) -> list[Claimed]:
+    def _claims(
+        self, step: Callable[[BoundedConnection], list[Claimed] | Later], *, durable: bool = False
+    ) -> list[Claimed]:
         write = self._submit(step, durable=durable)
 
         def give_back(problem: StoreError | None) -> None:
