@@ -293,8 +293,8 @@ def test_a_write_that_fails_among_others_spoils_no_statement_that_comes_after_it
     go_on = threading.Event()
     for turn in range(12):
         go_on.clear()
-        store._write().submit(lambda db: go_on.wait(10) and None)
-        bad = store._write().submit(lambda db: db.execute("SELECT 1 / 0") and None)
+        store._write().submit(lambda db: go_on.wait(10))
+        bad = store._write().submit(lambda db: db.execute("SELECT 1 / 0").fetchone())
         good = [store.accept_soon([entry(f"{turn}-{n}")]) for n in range(6)]
         good += [store.mark_streaming_soon(key(f"{turn}-{n}")) for n in range(6)]
         go_on.set()
@@ -377,7 +377,7 @@ def test_a_worker_whose_connection_was_cut_gets_its_schema_back_before_the_serve
     store.accept([entry("a")])
     cable.stall()
     with pytest.raises(StoreError):
-        store._write().submit(lambda db: db.execute("SELECT 1") and None).wait(1)
+        store._write().submit(lambda db: db.execute("SELECT 1").fetchone()).wait(1)
     cable.resume()
     eventually(lambda: takes_writes(store, "b"), 20.0)
 

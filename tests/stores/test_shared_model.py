@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -359,7 +360,7 @@ def test_a_long_walk_with_full_queues_keeps_what_always_holds(seed: int) -> None
             number(), session(), whole=chance.random() < 0.3, place=chance.randrange(9), early=chance.random() < 0.3
         )
 
-    steps = {
+    steps: dict[Callable[[], None], int] = {
         enqueue: 8,
         lambda: walk.claim(number(), chance.randrange(5)): 4,
         lambda: walk.stream(number(), chance.randrange(9)): 3,
