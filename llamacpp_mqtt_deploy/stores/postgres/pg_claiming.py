@@ -88,7 +88,7 @@ def take_ends(db: BoundedConnection, fence: int) -> Callable[[], list[tuple[Any,
     return lambda: [row for cursor in found for row in cursor.fetchall()]
 
 
-class Turn:
+class TurnTaking:
     """One claim of up to `free`, whose first question is on its way when this is made."""
 
     def __init__(self, db: BoundedConnection, free: int, wishes: Wishes) -> None:

@@ -265,7 +265,7 @@ class SharedPostgresJournal(PostgresStore):
             lives, draining = held()
             if draining or not lives:
                 return []
-            ends, turn = claiming.take_ends(db, fence), claiming.Turn(db, free, wishes)
+            ends, turn = claiming.take_ends(db, fence), claiming.TurnTaking(db, free, wishes)
             return fenced_entries.claimed(db, [*ends(), *turn.take()])
 
         return self._claims(step)
