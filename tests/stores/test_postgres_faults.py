@@ -332,7 +332,7 @@ def test_a_worker_that_is_frozen_in_the_middle_of_a_transaction_does_not_keep_th
     opened: Callable[[Database], PostgresStore],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(database_module, "IDLE_IN_TRANSACTION_S", 0.3)
+    database = replace(database, idle_in_transaction_s=0.3)
     store = opened(database)
     store.accept([entry("a")])
     frozen = replace(database, name="lmd frozen").connect()
