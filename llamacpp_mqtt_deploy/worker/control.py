@@ -205,11 +205,17 @@ class Controls:
     def _read(self, asked: _Asked) -> None:
         """Publish the history; the next one of this session is read when the broker has this one."""
         try:
-            self._step(asked, lambda: {"messages": list(self._store.history(asked.session))})
+            self._step(asked, lambda: {"messages": self._history(asked.session)})
             self._publish_later(asked, on_done=lambda _: self._histories.end(asked.session))
         except BaseException:
             self._histories.end(asked.session)
             raise
+
+    def _history(self, session: tuple[str, str]) -> list[Mapping[str, Any]]:
+        """Raises StoreError."""
+        if self._pool is None:
+            return list(self._store.history(session))
+        return self._pool.patiently(lambda: list(self._store.history(session)))
 
     def _in_pool(self, asked: _Asked, step: Callable[[], Mapping[str, Any]]) -> None:
         """Whichever worker runs the session's requests: the database knows, and is asked in another thread."""

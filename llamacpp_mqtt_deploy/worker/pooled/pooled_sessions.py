@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from llamacpp_mqtt_deploy.core.errors import Busy
-from llamacpp_mqtt_deploy.pool_ports import Cancelled, SharedJournal
-from llamacpp_mqtt_deploy.ports import EntryKey
+from llamacpp_mqtt_deploy.pool_ports import Cancelled, LeaseLost, SharedJournal
+from llamacpp_mqtt_deploy.ports import EntryKey, StoreError
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.pooled.claiming import Claims
 
@@ -17,6 +17,13 @@ _ENDED_WITHIN_S = 10.0
 _LOOK_EVERY_S = 0.05
 # Longer than it takes by far: only a worker that dies meanwhile leaves a session held.
 _HOLD_S = 30.0
+# A restart of the database, or the time until a lost lease is a new one, is waited for. Where it takes longer all that is asked is
+# refused at once, for a minute: no one waits for those before him.
+_PATIENCE_S = 10.0
+_PATIENT_AGAIN_S = 60.0
+_TRY_EVERY_S = 0.2
+
+_Result = TypeVar("_Result")
 
 
 class PooledSessions:
@@ -36,10 +43,29 @@ class PooledSessions:
         self._claims = claims
         self._stop = stop
         self._sleep = sleep
+        self._away_since: float | None = None
+
+    def patiently(self, step: Callable[[], _Result]) -> _Result:
+        """Do it, and where the database is away for a moment, when it is back."""
+        while True:
+            try:
+                found = step()
+            except StoreError as problem:
+                if not (isinstance(problem, LeaseLost) or self._journal.trouble()):
+                    raise
+                now = time.monotonic()
+                if self._away_since is None or now > self._away_since + _PATIENT_AGAIN_S:
+                    self._away_since = now
+                if now > self._away_since + _PATIENCE_S:
+                    raise
+                self._sleep(_TRY_EVERY_S)
+            else:
+                self._away_since = None
+                return found
 
     def cancel(self, session: tuple[str, str], request_id: str | None) -> Mapping[str, Any]:
         """Cancel one request, or all of the session; returns what the ack says of it."""
-        found = self._journal.cancel(session, request_id)
+        found = self.patiently(lambda: self._journal.cancel(session, request_id))
         stopped = self._end(found, forget=False)
         if request_id is None:
             return {"cancelled": stopped}
@@ -51,7 +77,7 @@ class PooledSessions:
 
     def forget(self, session: tuple[str, str], change: Callable[[tuple[str, str]], None]) -> Mapping[str, Any]:
         """Cancel all of the session, wherever it runs, then let the store forget; prompts that come meanwhile wait."""
-        self._journal.hold_session(session, hold_s=_HOLD_S)
+        self.patiently(lambda: self._journal.hold_session(session, hold_s=_HOLD_S))
         try:
             found = self._journal.cancel(session, None, forget=True)
             stopped = self._end(found, forget=True)
