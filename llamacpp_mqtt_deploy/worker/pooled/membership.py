@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 
 import structlog
 
@@ -22,6 +23,7 @@ _TICK_S = 0.25
 _LOOK_FOR_OVERDUE_S = 0.5
 # So late it may be known here what others serve.
 _OTHERS_EVERY_S = 2.0
+_LONGEST_OVERDUE_S = 10 * 365 * 86400.0
 # Of a lease: two renewals may fail before others may take over.
 _RENEWALS_A_LEASE = 3
 
@@ -57,6 +59,8 @@ class Membership:
         """As the others see this worker; None while it is no member."""
         self._trouble = ""
         """Why the lease could not be renewed, as it was told last."""
+        self._own_ends: AbstractSet[EntryKey] | None = None
+        """After a takeover, until the ends that came with it are told: those that were this worker's before."""
         self._wanted = False
         self._renew_at = self._overdue_at = self._others_at = 0.0
         self._closed = threading.Event()
@@ -164,15 +168,24 @@ class Membership:
             log.warning(
                 "pool.taken_over",
                 worker=gone.member.worker_id,
-                overdue_s=round(-gone.lease_left_s, 1),
+                # A lease that ended by word, as when a worker has joined anew, is over since 1970.
+                overdue_s=round(-gone.lease_left_s, 1) if gone.lease_left_s > -_LONGEST_OVERDUE_S else None,
                 interrupted=sum(each.why == "interrupted" for each in claimed),
             )
-            # Ends that the other one has stored, and perhaps not told. Those of our own are on their way.
-            for entry in self._journal.undelivered():
-                if entry.terminal is not None and entry.key not in before:
-                    self._requests.publish(entry, entry.terminal, again=True)
+            # First of all: these are this worker's now, and nobody else ends them.
             self._claims.take(claimed)
             self._claims.wake()
+            if self._own_ends is None:
+                self._own_ends = before
+        if self._own_ends is not None:
+            self._tell_inherited(self._own_ends)
+            self._own_ends = None
+
+    def _tell_inherited(self, own: AbstractSet[EntryKey]) -> None:
+        """Ends that the other one has stored, and perhaps not told. Those of our own are on their way. Raises StoreError."""
+        for entry in self._journal.undelivered():
+            if entry.terminal is not None and entry.key not in own:
+                self._requests.publish(entry, entry.terminal, again=True)
 
     def _on_notice(self, notice: Notice) -> None:
         """The store's thread."""

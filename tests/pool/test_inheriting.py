@@ -1,0 +1,61 @@
+"""What a worker takes over from another one is its own to end, whatever goes wrong at that moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llamacpp_mqtt_deploy.ports import Entry, StoreError
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate
+from tests.pool.fleet import Fleet, PooledWorker, fleet_on
+from tests.support.mosquitto import Mosquitto
+from tests.support.postgres_server import PostgresServer
+
+
+@pytest.fixture
+def fleet(mosquitto: Mosquitto, postgres: PostgresServer) -> Iterator[Fleet]:
+    with fleet_on(mosquitto, postgres.url) as made:
+        yield made
+
+
+def _journal(worker: PooledWorker) -> Any:
+    return worker.daemon.parts.store
+
+
+def _away() -> None:
+    raise StoreError("The database is away for a moment.")
+
+
+def test_a_database_that_fails_right_after_a_takeover_costs_no_request_its_end(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers, gate = [fleet.worker() for _ in range(2)], Gate()
+    for worker in workers:
+        worker.engine.play("half ", gate, "and half")
+    asked = fleet.ask("go on")
+    fleet.until(type="chunk", request_id=asked)
+    gone, heir = sorted(workers, key=lambda worker: not worker.engine.calls)
+    journal = _journal(heir)
+    take_over, undelivered = journal.take_over, journal.undelivered
+    failures = [1]
+
+    def fail_once_after_it() -> list[Entry]:
+        if failures:
+            failures.pop()
+            _away()
+        found: list[Entry] = undelivered()
+        return found
+
+    def then_fail(fence: int) -> Any:
+        claimed = take_over(fence)
+        monkeypatch.setattr(journal, "undelivered", fail_once_after_it)
+        return claimed
+
+    monkeypatch.setattr(journal, "take_over", then_fail)
+    monkeypatch.setattr(_journal(gone), "renew", _away)
+    end = fleet.end(asked)
+    assert (end["type"], end["code"]) == ("error", "interrupted")
+    gate.open()
+    assert failures == []
