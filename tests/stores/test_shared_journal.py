@@ -420,3 +420,15 @@ def test_many_workers_at_once_run_everything_once_and_each_session_in_order(pool
         contents = [m["content"] for m in workers[0].journal.history(session)]
         assert contents[::2] == [str(turn) for turn in range(turns)]
     assert len(done) == total
+
+
+def test_what_was_taken_over_to_be_ended_and_given_back_is_ended_by_another(pool: Callable[..., Worker]) -> None:
+    a = pool("a")
+    a.enqueue(request("1"))
+    assert a.takes() == ["1"]
+    a.journal.mark_streaming(key("1"))
+    again = pool("a")
+    (taken,) = again.journal.take_over(a.fence)
+    again.journal.release([taken.entry.key])
+    (claimed,) = pool("b").claim()
+    assert (claimed.entry.key, claimed.why) == (key("1"), "interrupted")
