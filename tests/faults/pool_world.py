@@ -70,6 +70,14 @@ class PoolWorld(World):
 
     @override
     def __enter__(self) -> Self:
+        try:
+            self._start_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start_all(self) -> None:
         self.broker.start()
         self.engine.start()
         self.database.start()
@@ -88,7 +96,6 @@ class PoolWorld(World):
             self.posts.append(post)
             self._start(post)
         self.wait_ready()
-        return self
 
     @override
     def __exit__(self, *_: object) -> None:
