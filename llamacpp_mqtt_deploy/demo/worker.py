@@ -33,7 +33,7 @@ OURS = (
     "sessions.path",
 )
 
-_ONLINE_S = 30.0
+_ONLINE_S = 90.0  # a first start from the card of a small board; a daemon that ends is noticed at once
 _DEMO_MODEL_S = 60.0
 _WORTH_TELLING_S = 2.0
 _OWN_MODEL_S = 900.0  # a large file from a slow disk
