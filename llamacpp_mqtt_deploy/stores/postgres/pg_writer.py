@@ -174,7 +174,9 @@ class PgWriter:
         batch: list[PgWrite] = []
         size = 0
         while self._queue and len(batch) < MAX_BATCH:
-            if batch and size + self._queue[0].size > MAX_BATCH_BYTES:
+            following = self._queue[0]
+            # Nothing else is done while the queue is locked for all workers.
+            if batch and (size + following.size > MAX_BATCH_BYTES or following.serial != batch[0].serial):
                 break
             write = self._queue.popleft()
             self._queued_bytes -= write.size
@@ -249,7 +251,7 @@ class PgWriter:
                 self._one_by_one(db, batch)
                 self._sign(db)
                 committing = True
-                db.execute("COMMIT")
+                self._end(db, batch)
             else:
                 with db.pipeline():
                     self._begin(db, batch)
@@ -257,7 +259,7 @@ class PgWriter:
                         write.result = write.pg_step(db)
                     self._sign(db)
                     committing = True
-                    db.execute("COMMIT")
+                    self._end(db, batch)
                     for write in batch:
                         _read_result(write)
         except Exception as error:
@@ -270,11 +272,17 @@ class PgWriter:
 
     def _begin(self, db: BoundedConnection, batch: Sequence[PgWrite]) -> None:
         db.execute("BEGIN")
-        if not any(write.durable for write in batch):
+        if batch[0].serial or not any(write.durable for write in batch):
             db.execute("SET LOCAL synchronous_commit = off")
-        if any(write.serial for write in batch):
+        if batch[0].serial:
             # Before any row is locked: so whoever waits here holds nothing that the one before him needs.
             db.execute("SELECT pg_advisory_xact_lock(%s)", (self._database.lock_key("queue"),))
+
+    def _end(self, db: BoundedConnection, batch: Sequence[PgWrite]) -> None:
+        db.execute("COMMIT")
+        if batch[0].serial and any(write.durable for write in batch):
+            # Another commit, which waits for the disk with all before it: the lock is free meanwhile.
+            db.execute("UPDATE writers SET since = clock_timestamp() WHERE name = %s", (self._database.name,))
 
     def _sign(self, db: BoundedConnection) -> None:
         self._number += 1
