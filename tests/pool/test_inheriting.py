@@ -59,3 +59,25 @@ def test_a_database_that_fails_right_after_a_takeover_costs_no_request_its_end(
     assert (end["type"], end["code"]) == ("error", "interrupted")
     gate.open()
     assert failures == []
+
+
+def test_a_request_that_a_worker_claimed_and_does_not_know_of_is_run_after_a_while(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.pooled.membership._DISOWN_AFTER_S", 1.0)
+    worker = fleet.worker()
+    journal = _journal(worker)
+    claim = journal.claim
+    claimed: list[Any] = []
+
+    def claim_in_vain(*args: Any, **fields: Any) -> list[Any]:
+        found = claim(*args, **fields)
+        if claimed:
+            return list(found)
+        claimed.extend(found)
+        return []
+
+    monkeypatch.setattr(journal, "claim", claim_in_vain)
+    asked = fleet.ask("one two")
+    assert fleet.end(asked)["full_content"] == "one two"
+    assert [each.entry.key.request_id for each in claimed] == [asked]

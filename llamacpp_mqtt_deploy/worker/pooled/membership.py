@@ -23,6 +23,8 @@ _TICK_S = 0.25
 _LOOK_FOR_OVERDUE_S = 0.5
 # So late it may be known here what others serve.
 _OTHERS_EVERY_S = 2.0
+# More than any write is waited for, and than it takes from a claim to a job.
+_DISOWN_AFTER_S = 40.0
 _LONGEST_OVERDUE_S = 10 * 365 * 86400.0
 # Of a lease: two renewals may fail before others may take over.
 _RENEWALS_A_LEASE = 3
@@ -61,6 +63,8 @@ class Membership:
         """Why the lease could not be renewed, as it was told last."""
         self._own_ends: AbstractSet[EntryKey] | None = None
         """After a takeover, until the ends that came with it are told: those that were this worker's before."""
+        self._unknown: dict[EntryKey, float] = {}
+        """What may have to be given back, since when (monotonic seconds)."""
         self._wanted = False
         self._renew_at = self._overdue_at = self._others_at = 0.0
         self._closed = threading.Event()
@@ -124,12 +128,23 @@ class Membership:
         if now >= self._others_at:
             self._others_at = now + _OTHERS_EVERY_S
             self._learn()
+            self._disown(now)
         self._waiting.check()
 
     def _learn(self) -> None:
         """What the others serve."""
         here = [seen.member for seen in self._journal.load().members if seen.lease_left_s > 0]
         self._know_models(tuple(sorted({model for member in here for model in member.models})))
+
+    def _disown(self, now: float) -> None:
+        """Give back what is this worker's in the database and known to nothing here, as when an answer of the database came after
+        nobody waited for it any more: its client would wait until this worker ends."""
+        keys = [entry.key for entry in self._journal.unfinished() if self._registry.find(entry.key) is None]
+        self._unknown = {key: self._unknown.get(key, now) for key in keys}
+        lost = [key for key, since in self._unknown.items() if now - since >= _DISOWN_AFTER_S]
+        if lost:
+            log.error("pool.disowned", requests=[key.request_id for key in lost][:10], message="others run or end them")
+            self._journal.release(lost)
 
     def _join(self) -> None:
         member = self._describe()
