@@ -432,3 +432,36 @@ def test_what_was_taken_over_to_be_ended_and_given_back_is_ended_by_another(pool
     again.journal.release([taken.entry.key])
     (claimed,) = pool("b").claim()
     assert (claimed.entry.key, claimed.why) == (key("1"), "interrupted")
+
+
+def test_many_claims_at_once_never_wait_for_each_other_in_a_circle(
+    postgres: PostgresServer, pool: Callable[..., Worker]
+) -> None:
+    def deadlocks() -> object:
+        return postgres.sql("SELECT sum(deadlocks) FROM pg_stat_database")[0][0]
+
+    before = deadlocks()
+    workers = [pool(f"w{n}", slots=8) for n in range(3)]
+    limits = QueueLimits(queue_size=10_000, session_queue=100, share=1.0)
+    failures: list[BaseException] = []
+
+    def live(number: int) -> None:
+        worker = workers[number % 3]
+        try:
+            for turn in range(8):
+                session = ("default", f"u{(number * 5 + turn * 3) % 7}/s{number}")
+                worker.enqueue(request(f"{number}-{turn}", session), limits=limits)
+                for claimed in worker.claim(1):
+                    worker.journal.finish(claimed.entry.key, b"end", now=NOW)
+        except BaseException as error:  # noqa: BLE001  brought back to the test's thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=live, args=(number,)) for number in range(18)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for worker in workers:
+        worker.journal.close()  # a connection counts what it met when it ends
+    assert failures == []
+    assert deadlocks() == before

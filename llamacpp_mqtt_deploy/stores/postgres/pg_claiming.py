@@ -182,7 +182,8 @@ def _note_turns(db: BoundedConnection, tickets: Sequence[Ticket], worker_id: str
             (worker_id, routes, paths, numbers),
         )
         db.execute(
-            "UPDATE queue SET since = t FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS given (r, s, t) "
-            "WHERE route = r AND session = s AND in_turn AND owner IS NULL",
+            "UPDATE queue SET since = t FROM (SELECT id, t FROM queue "
+            "JOIN unnest(%s::text[], %s::text[], %s::bigint[]) AS given (r, s, t) ON route = r AND session = s "
+            "WHERE in_turn AND owner IS NULL FOR UPDATE OF queue SKIP LOCKED) AS next WHERE queue.id = next.id",
             (routes, paths, numbers),
         )

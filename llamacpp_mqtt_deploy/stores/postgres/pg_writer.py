@@ -51,12 +51,14 @@ log = structlog.get_logger(__name__)
 
 
 class PgWrite(Write):
-    """A change of the database that was begun. `serial`: it decides about the common queue, one worker after the other."""
+    """A change of the database that was begun. `serial`: it decides about the common queue, one worker after the other. `alone`: in
+    a transaction of its own, since what it locks in a good order would not be in one after what others of the same have locked."""
 
-    def __init__(self, step: PgStep, *, size: int, durable: bool, urgent: bool, serial: bool) -> None:
+    def __init__(self, step: PgStep, *, size: int, durable: bool, urgent: bool, serial: bool, alone: bool) -> None:
         super().__init__(lambda _: None, size=size, durable=durable, urgent=urgent)
         self.pg_step = step
         self.serial = serial
+        self.alone = alone
         self.given_up = False
         """Whoever waited for it does so no more."""
 
@@ -109,10 +111,17 @@ class PgWriter:
         self._thread.start()
 
     def submit(
-        self, step: PgStep, *, size: int = 0, durable: bool = False, urgent: bool = False, serial: bool = False
+        self,
+        step: PgStep,
+        *,
+        size: int = 0,
+        durable: bool = False,
+        urgent: bool = False,
+        serial: bool = False,
+        alone: bool = False,
     ) -> PgWrite:
         """Queue a write; raises StoreError at once when it cannot be taken."""
-        write = PgWrite(step, size=size, durable=durable, urgent=urgent, serial=serial)
+        write = PgWrite(step, size=size, durable=durable, urgent=urgent, serial=serial, alone=alone)
         with self._condition:
             if self._closing:
                 raise StoreError("The store is closed.")
@@ -176,7 +185,12 @@ class PgWriter:
         while self._queue and len(batch) < MAX_BATCH:
             following = self._queue[0]
             # Nothing else is done while the queue is locked for all workers.
-            if batch and (size + following.size > MAX_BATCH_BYTES or following.serial != batch[0].serial):
+            if batch and (
+                size + following.size > MAX_BATCH_BYTES
+                or following.serial != batch[0].serial
+                or following.alone
+                or batch[0].alone
+            ):
                 break
             write = self._queue.popleft()
             self._queued_bytes -= write.size

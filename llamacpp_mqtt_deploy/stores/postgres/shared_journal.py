@@ -395,7 +395,7 @@ class SharedPostgresJournal(PostgresStore):
     def _claims(
         self, step: Callable[[BoundedConnection], list[Claimed] | Later], *, durable: bool = False
     ) -> list[Claimed]:
-        write = self._submit(step, durable=durable)
+        write = self._write().submit(step, durable=durable, urgent=True, alone=True)
 
         def give_back(problem: StoreError | None) -> None:
             """Nobody waits for these any more: another claim is to find them."""
