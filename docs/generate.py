@@ -28,7 +28,7 @@ from llamacpp_mqtt_deploy.config import keys
 from llamacpp_mqtt_deploy.config.reloading import is_live
 from llamacpp_mqtt_deploy.core.errors import LEAVES
 from llamacpp_mqtt_deploy.core.events import ORDER
-from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, RequestFields
+from llamacpp_mqtt_deploy.core.fields import AdminFields, CountFields, RequestFields
 from llamacpp_mqtt_deploy.core.formats import (
     anthropic_body,
     ollama_body,
@@ -359,7 +359,7 @@ def _metrics() -> str:
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "request-fields": lambda: _table(("field", "expects", "meaning"), _fields(RequestFields)),
-    "control-fields": lambda: _table(("field", "expects", "meaning"), _fields(ControlFields)),
+    "control-fields": lambda: _table(("field", "expects", "meaning"), _fields(CountFields)),
     "admin-fields": lambda: _table(("field", "expects", "meaning"), _fields(AdminFields)),
     "events": _events,
     "acks": lambda: _model(event_models.Ack, {"session_id"}),

@@ -12,6 +12,7 @@ import orjson
 
 from llamacpp_mqtt_deploy.client.exceptions import AnswerError, BusError
 from llamacpp_mqtt_deploy.client.retry import RetryRules
+from llamacpp_mqtt_deploy.core.errors import BY_CODE
 from llamacpp_mqtt_deploy.core.routes import is_level, is_session
 
 
@@ -99,3 +100,19 @@ def history_of(ack: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         raise AnswerError(str(ack.get("code") or "unsupported"), str(ack.get("message") or "The history is not told."))
     messages = ack.get("messages")
     return list(messages) if isinstance(messages, list) else []
+
+
+def counted_of(ack: Mapping[str, Any]) -> int:
+    """The tokens in the ack of `count_tokens`; raises `AnswerError` where they are not told."""
+    tokens = ack.get("prompt_tokens")
+    if ack.get("status") == "ok" and isinstance(tokens, int):
+        return tokens
+    code, fields = str(ack.get("code") or "unsupported"), ack.get("fields")
+    if code == "bad_request" and isinstance(fields, Mapping) and "action" in fields:
+        raise AnswerError("unsupported", "The worker is of a version that does not count tokens.")
+    raise AnswerError(
+        code,
+        str(ack.get("message") or "The tokens are not counted."),
+        retryable=code in BY_CODE and BY_CODE[code].retryable,
+        details={name: ack[name] for name in ("fields", "retry_after_s") if name in ack},
+    )

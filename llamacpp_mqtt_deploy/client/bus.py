@@ -15,7 +15,7 @@ import orjson
 from llamacpp_mqtt_deploy.client.acks import PendingAck
 from llamacpp_mqtt_deploy.client.address import BrokerAddress, Transport, Version, not_permitted, tls_context
 from llamacpp_mqtt_deploy.client.answer import Answer
-from llamacpp_mqtt_deploy.client.asking import Patience, check_names, history_of, own_session, prepared
+from llamacpp_mqtt_deploy.client.asking import Patience, check_names, counted_of, history_of, own_session, prepared
 from llamacpp_mqtt_deploy.client.connection import Connection
 from llamacpp_mqtt_deploy.client.exceptions import AnswerLost, BrokerUnreachable, BusError, NotPermitted, NoWorker
 from llamacpp_mqtt_deploy.client.paho_client import REFUSED
@@ -195,7 +195,7 @@ class BusClient:
         timeout_s: float = 10.0,
         **fields: Any,
     ) -> Mapping[str, Any]:
-        """Send a control message (`cancel`, `reset`, `delete`, `history`, `ping`) and return the worker's `ack`.
+        """Send a control message (`cancel`, `reset`, `delete`, `history`, `ping`, `count_tokens`) and return the worker's `ack`.
 
         The ack's `status` is `ok` or `error` (with a `code`). Raises `NoWorker` when none comes in time, `NotPermitted`.
         """
@@ -247,6 +247,30 @@ class BusClient:
         except BusError:
             return False
         return published and taken.wait(timeout_s)
+
+    def count_tokens(
+        self,
+        prompt: str | None = None,
+        *,
+        session: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        system_prompt: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        model: str | None = None,
+        timeout_s: float = 10.0,
+    ) -> int:
+        """The tokens of a prompt (without its session's history) or of `messages`, as the worker's model would get them.
+
+        Raises `AnswerError` where the worker cannot tell, `unsupported`, or its engine is asleep or away, `engine_unavailable`.
+        """
+        fields: dict[str, Any] = {
+            "prompt": prompt,
+            "messages": messages,
+            "system_prompt": system_prompt,
+            "tools": tools,
+            "model": model,
+        }
+        return counted_of(self.control(session, "count_tokens", timeout_s=timeout_s, **fields))
 
     def history(self, session: str | None = None, *, timeout_s: float = 10.0) -> list[Mapping[str, Any]]:
         """The messages that the worker remembers of this session; raises `AnswerError` where it may not tell."""

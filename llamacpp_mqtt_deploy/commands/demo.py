@@ -167,9 +167,10 @@ class Demo:
             settings = worker.worker_settings(
                 broker=broker, directory=processes.directory, model=model, overrides=overrides
             )
-            with self._set_up(processes, broker, settings, own_model=model is not None) as bus:
+            with self._set_up(processes, broker, settings, own_model=model is not None) as (bus, facts):
                 if self._web or (self._web is None and not self._once and can_serve()):
                     self._serve(processes, broker)
+                self._explain_pace(facts)
                 self._talk(bus)
                 if self._once:
                     self._say("The demo ends here; without --once (DEMO_ONCE) it stays up for your own prompts.")
@@ -183,7 +184,7 @@ class Demo:
     @contextlib.contextmanager
     def _set_up(
         self, processes: DemoProcesses, broker: Broker, settings: Mapping[str, str], *, own_model: bool
-    ) -> Iterator[BusClient]:
+    ) -> Iterator[tuple[BusClient, Facts]]:
         from llamacpp_mqtt_deploy.client import BusClient, BusError
         from llamacpp_mqtt_deploy.demo import brokers, worker
         from llamacpp_mqtt_deploy.demo.processes import DemoFailed
@@ -202,8 +203,7 @@ class Demo:
                     facts = worker.wait_ready(processes, child, bus, own_model=own_model, on_detail=detail)
                     context = f" of {facts.n_ctx} tokens" if facts.n_ctx else ""
                     done(f"{facts.model} on {facts.backend}, {facts.slots} slots{context}, {facts.server}")
-                self._explain_pace(facts)
-                yield bus
+                yield bus, facts
         except BusError as error:
             processes.watch()  # a broker or daemon that died is the better reason
             raise DemoFailed(str(error), processes.last_lines("daemon")) from error

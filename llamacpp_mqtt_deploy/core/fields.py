@@ -52,6 +52,22 @@ def _distinct_tools(value: list[Tool]) -> list[Tool]:
     return value
 
 
+# Fields that stand in more than one kind of message.
+Prompt = Annotated[Annotated[str, StringConstraints(min_length=1)] | None, Expect("a text that is not empty")]
+Messages = Annotated[
+    Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FirstFault()] | None,
+    Expect(f"a list of 1 to {MAX_MESSAGES} chat messages"),
+]
+SystemPrompt = Annotated[str | None, Expect("a text")]
+Tools = Annotated[
+    Annotated[list[Tool], Field(max_length=MAX_TOOLS), FirstFault(), AfterValidator(_distinct_tools)] | None,
+    Expect(f"a list of at most {MAX_TOOLS} function tools"),
+]
+ModelName = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=256)] | None, Expect("the name of a model")
+]
+
+
 class RequestFields(WireModel):
     """A request; exactly one of prompt, messages and tool_results is required, all else has a default."""
 
@@ -63,7 +79,7 @@ class RequestFields(WireModel):
         WithJsonSchema({"anyOf": [{"pattern": f"^{SESSION}$", "type": "string"}, _SESSION_NUMBER, {"type": "null"}]}),
     ] = None
     """The session, only on routes that take it from the payload; 42 is the session "42"."""
-    prompt: Annotated[Annotated[str, StringConstraints(min_length=1)] | None, Expect("a text that is not empty")] = None
+    prompt: Prompt = None
     """One user message, added to the history of the session."""
     new: Annotated[bool | None, Expect("true or false")] = None
     """Forget the history before this prompt."""
@@ -78,12 +94,9 @@ class RequestFields(WireModel):
         Expect(f"a list of 1 to {MAX_TOOLS} objects with tool_call_id and content"),
     ] = None
     """Results of the tools that the last answer of the session called, instead of a prompt."""
-    messages: Annotated[
-        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FirstFault()] | None,
-        Expect(f"a list of 1 to {MAX_MESSAGES} chat messages"),
-    ] = None
+    messages: Messages = None
     """Exactly this context; the history of the session is neither read nor written."""
-    system_prompt: Annotated[str | None, Expect("a text")] = None
+    system_prompt: SystemPrompt = None
     """System prompt of this request; not together with `messages`."""
     stream: Annotated[bool | Literal["sentence"] | None, Expect('true, false or "sentence"')] = None
     """Chunks as they are generated (true), only the terminal event (false; after chunks if the answer does not fit), or sentences."""
@@ -131,10 +144,7 @@ class RequestFields(WireModel):
         Expect(f"an object of at most {MAX_LOGIT_BIAS} token ids (digits), each with a number from -100 to 100"),
     ] = None
     """Push tokens, by id, up or down."""
-    tools: Annotated[
-        Annotated[list[Tool], Field(max_length=MAX_TOOLS), FirstFault(), AfterValidator(_distinct_tools)] | None,
-        Expect(f"a list of at most {MAX_TOOLS} function tools"),
-    ] = None
+    tools: Tools = None
     """Function tools that the model may call; an empty list offers none, also where the route has some."""
     tool_choice: Annotated[ToolChoice | None, Expect(TOOL_CHOICES)] = None
     """Whether, and which tool, the model must call."""
@@ -150,9 +160,7 @@ class RequestFields(WireModel):
         Annotated[Integer, Field(ge=0, le=10_000_000)] | None, Expect("a whole number of tokens, at least 0")
     ] = None
     """Longest thinking in tokens."""
-    model: Annotated[
-        Annotated[str, StringConstraints(min_length=1, max_length=256)] | None, Expect("the name of a model")
-    ] = None
+    model: ModelName = None
     """One of the models that the worker's status names."""
     priority: Annotated[Lane | None, Expect("interactive, normal or batch")] = None
     """Lane of the queue; lowered to what the route allows."""
@@ -169,8 +177,8 @@ class ControlFields(WireModel):
     """A message on a control topic."""
 
     action: Annotated[
-        Literal["cancel", "reset", "delete", "history", "ping"],
-        Expect("cancel, reset, delete, history or ping"),
+        Literal["cancel", "reset", "delete", "history", "ping", "count_tokens"],
+        Expect("cancel, reset, delete, history, ping or count_tokens"),
     ]
     """What to do."""
     request_id: Annotated[Id | None, Expect("1 to 64 letters, digits, _ . or -")] = None
@@ -179,6 +187,21 @@ class ControlFields(WireModel):
         Annotated[str, StringConstraints(max_length=64)] | None, Expect("a text of at most 64 characters")
     ] = None
     """Comes back in the ack."""
+
+
+class CountFields(ControlFields):
+    """A message on a control topic, with what `count_tokens` counts; the other actions leave these fields alone."""
+
+    prompt: Prompt = None
+    """For `count_tokens`: one user message, counted without the session's history."""
+    messages: Messages = None
+    """For `count_tokens`: a whole context, instead of `prompt`."""
+    system_prompt: SystemPrompt = None
+    """For `count_tokens`: the system prompt before `prompt`; the route's own when absent."""
+    tools: Tools = None
+    """For `count_tokens`: the tools of the request; the route's own when absent."""
+    model: ModelName = None
+    """For `count_tokens`: the model of the request."""
 
 
 class AdminFields(WireModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from llamacpp_mqtt_deploy.core.names import FieldNames
@@ -62,6 +62,16 @@ def guess_ids(payload: bytes, names: FieldNames) -> GuessedIds:
         client_id=client if isinstance(client, str) and is_level(client) else None,
         names_session=bool(found["session_id"]),
     )
+
+
+def guess_words(payload: bytes, names: Collection[str], *, max_chars: int) -> dict[str, str]:
+    """The short texts that stand under these names in the outermost object, as far as it can be followed."""
+    found: dict[str, set[str | int]] = {name: set() for name in names}
+    for path, value in _values(payload[:MAX_GUESS_BYTES]):
+        if len(path) == 1 and path[0] in found:
+            found[path[0]].add(value)
+    words = {name: _only(values) for name, values in found.items()}
+    return {name: word for name, word in words.items() if isinstance(word, str) and len(word) <= max_chars}
 
 
 def _only(values: set[str | int]) -> str | int | None:

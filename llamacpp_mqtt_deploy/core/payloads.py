@@ -38,15 +38,21 @@ def decode_payload(payload: bytes, *, max_bytes: int) -> str | dict[str, Any] | 
     finite and fit 64 bits. Raises PayloadTooLarge and BadRequest; work is linear in the size of the payload.
     """
     if len(payload) > max_bytes:
-        raise PayloadTooLarge(
-            f"payload: {len(payload)} bytes, this worker takes at most {max_bytes}",
-            fields={"payload": f"at most {max_bytes} bytes"},
-        )
+        raise too_large(len(payload), max_bytes)
     payload = payload.removeprefix(_BOM)
     if is_blank(payload):
         return None
     text = _decoded(payload)
     return _object(payload, text) if payload.lstrip(_BLANK).startswith(b"{") else text
+
+
+def too_large(size: int, max_bytes: int, **details: Any) -> PayloadTooLarge:
+    """The refusal of a message that is longer than it may be."""
+    return PayloadTooLarge(
+        f"payload: {size} bytes, this worker takes at most {max_bytes}",
+        fields={"payload": f"at most {max_bytes} bytes"},
+        **details,
+    )
 
 
 def is_blank(payload: bytes) -> bool:

@@ -14,15 +14,16 @@ from llamacpp_mqtt_deploy.core.aliases import resolve
 from llamacpp_mqtt_deploy.core.deltas import SAMPLING_FIELDS, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, ModelNotFound, Unsupported
 from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, Lane, RequestFields
+from llamacpp_mqtt_deploy.core.guessing import guess_words
 from llamacpp_mqtt_deploy.core.names import REPLY_FIELDS, FieldNames, Names
-from llamacpp_mqtt_deploy.core.payloads import decode_payload, shown
+from llamacpp_mqtt_deploy.core.payloads import decode_payload, shown, too_large
 from llamacpp_mqtt_deploy.core.prompt_templates import PromptTemplate
 from llamacpp_mqtt_deploy.core.routes import is_level, is_session
 from llamacpp_mqtt_deploy.core.validation import WireModel, expectations, faults
 
 Mode = Literal["prompt", "messages", "tool_results"]
 Stream = bool | Literal["sentence"]
-ControlAction = Literal["cancel", "reset", "delete", "history", "ping"]
+ControlAction = Literal["cancel", "reset", "delete", "history", "ping", "count_tokens"]
 AdminAction = Literal[
     "cancel_all",
     "drain",
@@ -38,7 +39,10 @@ AdminAction = Literal[
 ]
 
 MAX_CONTROL_BYTES = 4096
-"""A control or admin message has three short fields."""
+"""A control or admin message has three short fields; `count_tokens` alone brings a request's text with it."""
+
+COUNTED_FIELDS = ("prompt", "messages", "system_prompt", "tools", "model")
+"""What `count_tokens` reads of a request; all else does not lengthen the prompt."""
 
 LANES: tuple[Lane, ...] = ("interactive", "normal", "batch")
 """From the highest to the lowest."""
@@ -155,11 +159,12 @@ class Generate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlCommand:
-    """A control message; `request_id` is set only for `cancel`."""
+    """A control message; `request_id` is set only for `cancel`, and `counted`, which is still unchecked, only for `count_tokens`."""
 
     action: ControlAction
     request_id: str | None = None
     transaction: str | None = None
+    counted: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,15 +270,32 @@ def check_request(raw: RawRequest, *, policy: RequestPolicy) -> Generate:
 # --- control and admin -----------------------------------------------------------------------------------------------
 
 
-def parse_control(payload: bytes) -> ControlCommand:
+def parse_control(payload: bytes, *, max_count_bytes: int = MAX_CONTROL_BYTES) -> ControlCommand:
     """A control message from its bytes: a JSON object, or the bare action for a person at a shell (`cancel`).
 
-    Raises BadRequest, PayloadTooLarge; `details` then holds `action` and `transaction` where they could be read, so that
-    the ack can carry them.
+    `max_count_bytes` bounds a `count_tokens`. Raises BadRequest, PayloadTooLarge; `details` then holds `action` and `transaction`
+    where they could be read, so that the ack can carry them.
     """
-    found = _order(ControlFields, payload, _CONTROL)
+    # Before anything is parsed: a large message of another action costs a search and no more.
+    max_bytes = max_count_bytes if b"count_tokens" in payload else MAX_CONTROL_BYTES
+    if len(payload) > max_bytes:
+        raise too_large(len(payload), max_bytes, **guess_words(payload, _ANSWERABLE, max_chars=64))
+    content = _content(payload, _CONTROL, max_bytes=max_bytes)
+    found = _validated(ControlFields, content, _CONTROL)
+    if found.action == "count_tokens":
+        counted = {name: value for name, value in content.items() if name not in ("action", "transaction")}
+        return ControlCommand(action=found.action, transaction=found.transaction, counted=counted)
+    if len(payload) > MAX_CONTROL_BYTES:
+        raise too_large(len(payload), MAX_CONTROL_BYTES, **_answerable(content))
     request_id = found.request_id if found.action == "cancel" else None
     return ControlCommand(action=found.action, request_id=request_id, transaction=found.transaction)
+
+
+def check_counted(counted: Mapping[str, Any], *, policy: RequestPolicy) -> Generate:
+    """What `count_tokens` is to count, by the checks of a request. Raises BadRequest, ModelNotFound, Unsupported."""
+    body, _ = policy.names.read(counted)
+    kept = {name: value for name, value in body.items() if name in COUNTED_FIELDS}
+    return check_request(RawRequest(None, kept, None, None, (), ""), policy=policy)
 
 
 def parse_admin(payload: bytes) -> AdminCommand:
@@ -281,7 +303,7 @@ def parse_admin(payload: bytes) -> AdminCommand:
 
     Raises BadRequest, PayloadTooLarge, as `parse_control` does.
     """
-    found = _order(AdminFields, payload, _ADMIN)
+    found = _validated(AdminFields, _content(payload, _ADMIN, max_bytes=MAX_CONTROL_BYTES), _ADMIN)
     if found.action in ("usage", "problems"):
         return AdminCommand(
             action=found.action,
@@ -299,21 +321,19 @@ def parse_admin(payload: bytes) -> AdminCommand:
     return AdminCommand(action=found.action, transaction=found.transaction, **{field: getattr(found, field)})
 
 
-_Order = TypeVar("_Order", ControlFields, AdminFields)
-
-
-def _order(kind: type[_Order], payload: bytes, expected: Mapping[str, str]) -> _Order:
-    content = decode_payload(payload, max_bytes=MAX_CONTROL_BYTES)
+def _content(payload: bytes, expected: Mapping[str, str], *, max_bytes: int) -> dict[str, Any]:
+    """The fields of a control or admin message that are there, still unchecked."""
+    content = decode_payload(payload, max_bytes=max_bytes)
     if content is None:
         raise _bad({"action": expected["action"]})
     if isinstance(content, str):
-        action, *rest = content.split()
+        action, *rest = content.split() or [""]  # there are blanks that are no JSON blanks
         field, _ = _ADMIN_WORDS.get(action, ("", False))  # no control action is among them
         if field and len(rest) == 1:
             content = {"action": action, field: _word(field, rest[0])}
         else:
             content = {"action": " ".join((action, *rest))}
-    return _validated(kind, {name: value for name, value in content.items() if value is not None}, expected)
+    return {name: value for name, value in content.items() if value is not None}
 
 
 def _word(field: str, word: str) -> str | float:
@@ -349,12 +369,12 @@ def _validated(
     raise _bad(found, names, **details)
 
 
+_ANSWERABLE = ("action", "transaction")
+"""What an ack repeats."""
+
+
 def _answerable(given: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: value
-        for name in ("action", "transaction")
-        if isinstance(value := given.get(name), str) and len(value) <= 64
-    }
+    return {name: value for name in _ANSWERABLE if isinstance(value := given.get(name), str) and len(value) <= 64}
 
 
 def _bad(found: Mapping[str, str], names: FieldNames | None = None, **details: Any) -> BadRequest:

@@ -31,6 +31,7 @@ from llamacpp_mqtt_deploy.gateway.pages import Pages, page_files
 from llamacpp_mqtt_deploy.gateway.problems import MethodNotAllowed, NotFound
 from llamacpp_mqtt_deploy.gateway.replies import http, plain_failure
 from llamacpp_mqtt_deploy.gateway.session_control import ControlEndpoint
+from llamacpp_mqtt_deploy.gateway.token_counting import COUNT_PATH, CountEndpoint
 from llamacpp_mqtt_deploy.gateway.websocket import Events
 
 Answer = Callable[[Request, Owner], Awaitable[HttpReply]]
@@ -70,6 +71,7 @@ def _generations(services: Services) -> list[BaseRoute]:
         *posted,
         Route("/ask", _Posted(Ask(services))),
         Route("/ask/events", _Posted(AskEndpoint(services, ASK_EVENTS))),
+        Route(COUNT_PATH, _Posted(CountEndpoint(services))),
         Route("/control", _Posted(ControlEndpoint(services))),
     ]
 

@@ -8,6 +8,8 @@ from typing import Any
 from typing_extensions import override
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from llamacpp_mqtt_deploy.gateway.closing_watch import ClosingWatch
+
 _REFUSED = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 CUT = 1006
 """The code for an end without a close frame (RFC 6455, section 7.1.5)."""
@@ -19,6 +21,12 @@ class BoundedSocket(WebSocketsSansIOProtocol):
 
     slow_reader_s = 60.0
     _cutting: asyncio.TimerHandle | None = None
+    _ending: ClosingWatch | None = None
+
+    @override
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._ending = ClosingWatch(transport, self.loop, within_s=self.slow_reader_s)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -31,6 +39,8 @@ class BoundedSocket(WebSocketsSansIOProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._cut_no_more()
+        if self._ending is not None:
+            self._ending.stop()
         if self.conn.close_rcvd is None:
             # Before uvicorn says 1005, which is a close frame without a code.
             self.queue.put_nowait({"type": "websocket.disconnect", "code": CUT, "reason": ""})

@@ -10,58 +10,89 @@ from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.core.formats.http_routes import HTTP_ROUTES
 from llamacpp_mqtt_deploy.core.formats.rendering import STATUS
 from llamacpp_mqtt_deploy.gateway.session_control import ACTIONS
+from llamacpp_mqtt_deploy.gateway.token_counting import COUNT_PATH
 
 JSON = "application/json"
 _TEXT: Mapping[str, Any] = {"type": "string", "minLength": 1}
 _LEVEL: Mapping[str, Any] = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}
+_SESSION: Mapping[str, Any] = {**_LEVEL, "type": ["string", "integer"], "minimum": 0, "maximum": 2**64 - 1}
 _MESSAGES: Mapping[str, Any] = {
     "type": "array",
     "minItems": 1,
     "items": {
         "type": "object",
         "required": ["role", "content"],
-        "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": _TEXT},
+        "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
     },
 }
 _SAMPLING: Mapping[str, Any] = {
-    "model": {"type": "string", "maxLength": 256},
-    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "max_tokens": {"type": "integer", "minimum": 1, "maximum": 32768},
+    "model": {"type": ["string", "null"], "maxLength": 256},
+    "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
+    "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
+    "max_tokens": {"type": ["integer", "null"], "minimum": 1, "maximum": 32768},
 }
-_STREAM: Mapping[str, Any] = {"stream": {"type": "boolean"}}
+_OPTIONS: Mapping[str, Any] = {
+    "type": ["object", "null"],
+    "properties": {"temperature": _SAMPLING["temperature"], "top_p": _SAMPLING["top_p"]},
+}
+_STREAM: Mapping[str, Any] = {"stream": {"type": ["boolean", "null"]}}
+_LOADING_MESSAGES: Mapping[str, Any] = {
+    "type": ["array", "null"],
+    "items": {
+        **_MESSAGES["items"],
+        "required": ["role"],
+        "properties": {**_MESSAGES["items"]["properties"], "content": {"type": ["string", "null"]}},
+    },
+}
+
+# What a body may have beside; of the others `_SAMPLING`.
+_OPTIONAL: Mapping[str, Mapping[str, Any]] = {
+    "/v1/responses": {
+        **{name: schema for name, schema in _SAMPLING.items() if name != "max_tokens"},
+        "max_output_tokens": _SAMPLING["max_tokens"],
+    },
+    "/v1/messages": _SAMPLING,
+    "/api/chat": {"model": _SAMPLING["model"], "options": _OPTIONS},
+    "/api/generate": {"model": _SAMPLING["model"], "options": _OPTIONS},
+    "/chat/conversation": {**_SAMPLING, "conversation_id": {**_SESSION, "type": ["string", "integer", "null"]}},
+}
 
 # What a body needs, by the path that takes it: name -> schema.
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "/v1/chat/completions": {"messages": _MESSAGES},
     "/v1/responses": {"input": _TEXT},
     "/v1/messages": {
-        "model": {"type": "string", "minLength": 1, "maxLength": 256},
-        "max_tokens": {"type": "integer", "minimum": 1, "maximum": 32768},
         "messages": {
             "type": "array",
             "minItems": 1,
             "items": {
                 "type": "object",
                 "required": ["role", "content"],
-                "properties": {"role": {"enum": ["user", "assistant"]}, "content": _TEXT},
+                "properties": {"role": {"enum": ["user", "assistant"]}, "content": {"type": "string"}},
             },
         },
     },
-    "/api/chat": {"model": {"type": "string", "maxLength": 256}, "messages": _MESSAGES},
-    "/api/generate": {"model": {"type": "string", "maxLength": 256}, "prompt": _TEXT},
+    # Without anything to answer the model is loaded, as Ollama says.
+    "/api/chat": {"messages": _LOADING_MESSAGES},
+    "/api/generate": {"prompt": {"type": ["string", "null"]}},
     "/api/llm/chat": {"messages": _MESSAGES},
-    "/api/llm/chat/session": {"session_id": _LEVEL, "message": _TEXT},
-    "/api/chatbot/messages": {"session_id": _LEVEL, "content": _TEXT},
+    "/api/llm/chat/session": {"session_id": _SESSION, "message": _TEXT},
+    "/api/chatbot/messages": {"session_id": _SESSION, "content": _TEXT},
     "/chat": {"prompt": _TEXT},
     "/chat/": {"prompt": _TEXT},
-    "/chat/conversation": {"prompt": _TEXT, "conversation_id": _LEVEL},
+    "/chat/conversation": {"prompt": _TEXT},
     "/chat/stream": {"message": _TEXT},
     "/api/chat/stream": {"message": _TEXT},
     "/api/stream/message": {"message": _TEXT},
     "/api/stream/chatkit": {"message": _TEXT},
     "/ask": {"prompt": _TEXT},
     "/ask/events": {"prompt": _TEXT},
+}
+
+_COUNTED: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["input_tokens"],
+    "properties": {"input_tokens": {"type": "integer", "minimum": 0}},
 }
 
 _SAID: Mapping[str, str] = {
@@ -91,8 +122,13 @@ def document(*, with_keys: bool) -> dict[str, Any]:
     for route in HTTP_ROUTES:
         streams = route.path.removesuffix("/stream")
         needed = _NEEDED.get(route.path, _NEEDED.get(streams, {}))
-        optional = dict(_SAMPLING) | (dict(_STREAM) if route.streams is None else {})
+        optional = dict(_OPTIONAL.get(route.path, _SAMPLING)) | (dict(_STREAM) if route.streams is None else {})
         paths[route.path] = {"post": _generation(_SAID.get(route.path, "A web backend's own form"), needed, optional)}
+    model = {"model": _SAMPLING["model"]}
+    counted = _operation(
+        "Anthropic: the tokens of a message", _NEEDED["/v1/messages"], model, {JSON: {"schema": _COUNTED}}
+    )
+    paths[COUNT_PATH] = {"post": counted}
     paths["/control"] = {"post": _control()}
     for path, said in _LISTS.items():
         paths[path] = {"get": {"summary": said, "responses": _responses({JSON: {"schema": {"type": "object"}}})}}
@@ -106,7 +142,8 @@ def document(*, with_keys: bool) -> dict[str, Any]:
             "title": "llamacpp-mqtt-deploy gateway",
             "version": __version__,
             "description": "A language model behind an MQTT broker, for programs that speak HTTP. `/ws` is a WebSocket: frames of"
-            " type request and control one way, the events of the protocol the other.",
+            " type request and control one way, the events of the protocol the other. Bodies are stricter than JSON, also in fields"
+            " that nobody reads: no doubled names, no numbers over 64 bits, no lone surrogates, at most 32 levels.",
         },
         "paths": paths,
     }
@@ -136,8 +173,9 @@ def _generation(said: str, needed: Mapping[str, Any], optional: Mapping[str, Any
                 "name": "Idempotency-Key",
                 "in": "header",
                 "required": False,
-                "description": "Sent again with the same key, a request runs once and gets the same answer.",
-                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+                "description": "Sent again with the same key, a request runs once and gets the same answer. One that no request id"
+                " can be is hashed.",
+                "schema": {"type": "string", "maxLength": 256},
             }
         ]
     }
@@ -155,10 +193,21 @@ def _operation(
 
 
 def _control() -> dict[str, Any]:
-    needed = {"action": {"enum": list(ACTIONS)}, "session": _LEVEL}
-    return _operation(
-        "Cancel, reset, delete, history, ping", needed, {"request_id": _LEVEL}, {JSON: {"schema": {"type": "object"}}}
+    named, request = {"session": {"type": "string"}}, {"request_id": _LEVEL}
+    needed = {"action": {"enum": list(ACTIONS)}}
+    optional = {"session": {"type": ["string", "null"]}, "request_id": {**_LEVEL, "type": ["string", "null"]}}
+    operation = _operation(
+        "Cancel, reset, delete, history, ping", needed, optional, {JSON: {"schema": {"type": "object"}}}
     )
+    operation["requestBody"]["content"][JSON]["schema"]["anyOf"] = [
+        {"properties": {"action": {"const": "ping"}}},
+        {
+            "properties": {"action": {"enum": ["reset", "delete", "history", "cancel"]}, **named},
+            "required": ["session"],
+        },
+        {"properties": {"action": {"const": "cancel"}, **request}, "required": ["request_id"]},
+    ]
+    return operation
 
 
 def _responses(content: Mapping[str, Any]) -> dict[str, Any]:

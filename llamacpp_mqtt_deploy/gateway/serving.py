@@ -23,6 +23,7 @@ from llamacpp_mqtt_deploy.gateway.app import build
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.catalog import Catalog
+from llamacpp_mqtt_deploy.gateway.closing_watch import ClosingWatch
 from llamacpp_mqtt_deploy.gateway.exchange import Services
 from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES
 from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, Owner
@@ -53,16 +54,20 @@ class BoundedHttp(H11Protocol):
     that sends a byte a minute would keep its connection for ever."""
 
     head_timeout_s = 10.0
+    slow_reader_s = 60.0
+    _ending: ClosingWatch | None = None
     _timer: asyncio.TimerHandle | None = None
     _waiting_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._waiting_since = self.loop.time()
+        self._ending = ClosingWatch(transport, self.loop, within_s=self.slow_reader_s)
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._look_no_more()
+        self._end_watch()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
@@ -71,6 +76,7 @@ class BoundedHttp(H11Protocol):
 
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._look_no_more()
+        self._end_watch()
         super().handle_websocket_upgrade(event)
 
     def _look(self) -> None:
@@ -82,6 +88,10 @@ class BoundedHttp(H11Protocol):
             self.transport.close()  # not abort(): a client between two requests should see an end, not a reset
             return
         self._timer = self.loop.call_later(self.head_timeout_s / 4, self._look)
+
+    def _end_watch(self) -> None:
+        if self._ending is not None:
+            self._ending.stop()
 
     def _look_no_more(self) -> None:
         if self._timer is not None:
@@ -205,7 +215,11 @@ class Gateway:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         return uvicorn.Config(
             app,
-            http=type("_BoundedHttp", (BoundedHttp,), {"head_timeout_s": settings.header_timeout_s}),
+            http=type(
+                "_BoundedHttp",
+                (BoundedHttp,),
+                {"head_timeout_s": settings.header_timeout_s, "slow_reader_s": settings.slow_reader_s},
+            ),
             ws=type("_BoundedSocket", (BoundedSocket,), {"slow_reader_s": settings.slow_reader_s}),
             ws_max_size=settings.max_body_bytes,
             ws_max_queue=16,

@@ -13,7 +13,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
-from llamacpp_mqtt_deploy.core.fields import AdminFields, ControlFields, RequestFields
+from llamacpp_mqtt_deploy.core.fields import AdminFields, CountFields, RequestFields
 from llamacpp_mqtt_deploy.schema.event_models import (
     Ack,
     Chunk,
@@ -49,7 +49,7 @@ class Request(RequestFields):
     )
 
 
-class Control(ControlFields):
+class Control(CountFields):
     """Published to a control topic; the bare action as plain text will do."""
 
 

@@ -351,6 +351,8 @@ class Ack(Emitted):
     """`cancel`, `reset`, `delete`: how many requests were told to stop."""
     messages: list[dict[str, Any]] | None = None
     """`history`: the messages of the session."""
+    prompt_tokens: Count | None = None
+    """`count_tokens`: tokens of the prompt as the model would get it."""
     worker: str | None = None
     """`ping`: worker id."""
     engine: EngineStateName | None = None

@@ -257,7 +257,9 @@ class SlotsStatus(Emitted):
     """Slots of engines."""
 
     total: Count
+    """Requests that may run at once."""
     busy: Count
+    """Requests that run."""
 
 
 class PoolMember(Emitted):

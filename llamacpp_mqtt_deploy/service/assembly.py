@@ -47,6 +47,7 @@ from llamacpp_mqtt_deploy.worker.refusals import Refusals
 from llamacpp_mqtt_deploy.worker.route_renderings import RouteRenderings
 from llamacpp_mqtt_deploy.worker.session_topics import SessionTopics
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
+from llamacpp_mqtt_deploy.worker.token_counts import TokenCounts
 
 if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.metrics.publishing import Metrics
@@ -159,6 +160,8 @@ class Parts:
                 lease_s=settings.pool.lease_s,
                 now=clock.now,
             )
+        prompts = PromptBuilder(engine=engine, store=store, policies=in_force.policies)
+        self.token_counts = TokenCounts(engine=engine, prompts=prompts, policies=in_force.policies, loop=loop)
         controls = Controls(
             answers=answers,
             link=link,
@@ -166,6 +169,7 @@ class Parts:
             registry=self.registry,
             completion=self.completion,
             work=self.client_work,
+            counts=self.token_counts,
             redelivery=self.redelivery,
             state=self._ping_state,
             expose_history=lambda: in_force.settings.sessions.expose_history,
@@ -260,7 +264,7 @@ class Parts:
                 completion=self.completion,
                 loop=self.loop,
                 background=self.background,
-                prompts=PromptBuilder(engine=engine, store=store, policies=in_force.policies),
+                prompts=prompts,
                 policies=in_force.policies,
                 worker_id=settings.mqtt.worker_id,
             ),

@@ -109,6 +109,7 @@ class Daemon:
             loop=parts.loop,
             background=parts.background,
             client_work=parts.client_work,
+            token_counts=parts.token_counts,
             intake=parts.intake,
             threads=parts.threads,
             in_force=parts.in_force,
@@ -207,6 +208,7 @@ class Daemon:
         parts.loop.start()
         parts.background.start()
         parts.client_work.start()
+        parts.token_counts.start()
         parts.intake.start()
         parts.threads.ensure(settings.engine.slots or 1)
         if parts.pool is not None:

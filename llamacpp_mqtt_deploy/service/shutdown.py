@@ -61,6 +61,7 @@ class Shutdown:
         end = Deadline(_CLOSE_S)
         self._stop_jobs(end)
         parts.intake.close(end.remaining_s())
+        parts.token_counts.close(end.remaining_s() / 4)
         parts.client_work.close(end.remaining_s() / 2)
         if parts.pool is not None:
             parts.pool.leave(end.remaining_s() / 2)

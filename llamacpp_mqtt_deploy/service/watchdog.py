@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.worker.intake import Intake
 from llamacpp_mqtt_deploy.worker.policies import InForce
 from llamacpp_mqtt_deploy.worker.pooled.pool import Pool
 from llamacpp_mqtt_deploy.worker.threads import GenerationThreads
+from llamacpp_mqtt_deploy.worker.token_counts import TokenCounts
 
 # A thread that has not come round for this long is dead or hung.
 _SILENT_THREAD_S = 20.0
@@ -28,6 +29,7 @@ class Watchdog:
         loop: IoLoop,
         background: Background,
         client_work: ClientWork,
+        token_counts: TokenCounts,
         intake: Intake,
         threads: GenerationThreads,
         in_force: InForce,
@@ -37,6 +39,7 @@ class Watchdog:
         self._loop = loop
         self._background = background
         self._client_work = client_work
+        self._token_counts = token_counts
         self._intake = intake
         self._threads = threads
         self._in_force = in_force
@@ -60,6 +63,7 @@ class Watchdog:
             "io": self._loop.beat_at,
             "background": self._background.beat_at,
             "client-work": self._client_work.beat_at,
+            "token-counts": self._token_counts.beat_at,
             "intake": self._intake.beat_at,
         }
         if self._pool is not None:

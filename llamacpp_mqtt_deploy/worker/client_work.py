@@ -20,11 +20,11 @@ _IN_ALL = 1024
 class ClientWork:
     """Runs calls one after the other: in order within a first topic level, in turn between levels."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "client-work") -> None:
         self._changed = threading.Condition()
         self._waiting: FairQueue[Callable[[], object]] = FairQueue(per_level=_PER_LEVEL, in_all=_IN_ALL)
         self._closed = False
-        self._thread = threading.Thread(target=self._loop, name="client-work", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self.beat_at = time.monotonic()
         """When the thread last came round, for the watchdog (monotonic seconds)."""
 

@@ -1,4 +1,4 @@
-"""What a client may do to its own session: cancel, reset, delete, history, ping."""
+"""What a client may do to its own session: cancel, reset, delete, history, ping; and have the tokens of a prompt counted."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from llamacpp_mqtt_deploy.worker.message_log import MessageLog
 from llamacpp_mqtt_deploy.worker.own_errors import out_of_memory
 from llamacpp_mqtt_deploy.worker.pooled.pooled_sessions import PooledSessions
 from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
+from llamacpp_mqtt_deploy.worker.token_counts import TokenCounts
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,7 @@ class Controls:
         registry: JobRegistry,
         completion: Completion,
         work: ClientWork,
+        counts: TokenCounts,
         redelivery: Redelivery,
         state: Callable[[], Mapping[str, Any]],
         expose_history: Callable[[], bool],
@@ -72,6 +74,7 @@ class Controls:
         self._registry = registry
         self._completion = completion
         self._work = work
+        self._counts = counts
         self._redelivery = redelivery
         self._state = state
         self._expose_history = expose_history
@@ -141,7 +144,8 @@ class Controls:
     def _begin(self, asked: _Asked, payload: bytes) -> Mapping[str, Any] | None:
         """In the intake's thread: what is known at once is answered at once."""
         try:
-            control = parse_control(payload)
+            limit = self._counts.max_bytes(asked.address.route, asked.first_level)
+            control = parse_control(payload, max_count_bytes=limit)
         except RequestError:
             self._registry.count_control(asked.first_level)
             raise
@@ -160,6 +164,8 @@ class Controls:
                 return dict(self._state())
             case "history":
                 self._read_soon(asked)
+            case "count_tokens":
+                self._count_soon(asked, control.counted)
             case "reset":
                 self._change_soon(asked, self._store.reset)
             case "delete":
@@ -217,6 +223,16 @@ class Controls:
             return list(self._store.history(session))
         return self._pool.patiently(lambda: list(self._store.history(session)))
 
+    def _count_soon(self, asked: _Asked, counted: Mapping[str, Any]) -> None:
+        call = self._counts.call_of(counted, route=asked.address.route, first_level=asked.first_level)
+
+        def tell(count: Callable[[], Mapping[str, Any]]) -> None:
+            self._step(asked, count)
+            self._publish_later(asked)
+
+        if not self._counts.soon(asked.first_level, call, tell):
+            raise _too_many()
+
     def _in_pool(self, asked: _Asked, step: Callable[[], Mapping[str, Any]]) -> None:
         """Whichever worker runs the session's requests: the database knows, and is asked in another thread."""
 
@@ -268,32 +284,40 @@ class Controls:
             return
         if not self._work.has_place(first_level):
             raise _too_many()
-        jobs, cancelled = self._hold(session, cancels=cancels)
+        jobs = self._hold(session, cancels=cancels)
+        cancelled = sum(not job.stop.is_set() for job in jobs)
 
         def run() -> None:
+            self._forget_jobs(jobs)
             self._change(session, change, cancelled, cancels=cancels)
             after()
 
         if not self._work.run(first_level, run):
+            # It was closed this moment: nothing was stopped, and who sends the message again finds all as it was.
             self._registry.free_session(session)
             raise _too_many()
-        self.cancel(*jobs)
+        self._forget_jobs(jobs)
 
     def change_now(self, session: tuple[str, str], change: Callable[[int], object], *, cancels: bool = True) -> None:
         """The same, at once: in the thread of `work`."""
         if self._pool is not None:
             self._change_in_pool(self._pool, session, change, cancels=cancels)
             return
-        jobs, cancelled = self._hold(session, cancels=cancels)
-        self.cancel(*jobs)
+        jobs = self._hold(session, cancels=cancels)
+        cancelled = self._forget_jobs(jobs)
         self._change(session, change, cancelled, cancels=cancels)
 
-    def _hold(self, session: tuple[str, str], *, cancels: bool) -> tuple[list[Job], int]:
+    def _hold(self, session: tuple[str, str], *, cancels: bool) -> list[Job]:
+        """Let nothing new of the session begin; what is to be stopped of it."""
         jobs = self._registry.of_session(session) if cancels else []
+        self._registry.hold_session(session)
+        return jobs
+
+    def _forget_jobs(self, jobs: list[Job]) -> int:
+        """Stop them, so that they leave nothing in the history; with how many were not stopped before."""
         for job in jobs:
             job.forgotten = True
-        self._registry.hold_session(session)
-        return jobs, sum(job.stop.set("cancelled") for job in jobs)
+        return self.cancel(*jobs)
 
     def _change(
         self, session: tuple[str, str], change: Callable[[int], object], cancelled: int, *, cancels: bool

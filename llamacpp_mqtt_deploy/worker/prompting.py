@@ -13,6 +13,7 @@ from llamacpp_mqtt_deploy.core.deltas import EngineCall, Message
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Unsupported
 from llamacpp_mqtt_deploy.core.history import fit, pending_tool_calls
 from llamacpp_mqtt_deploy.core.kept_messages import mended
+from llamacpp_mqtt_deploy.core.requests import Generate
 from llamacpp_mqtt_deploy.ports import Engine, SessionPrompts, Store, StoreError
 from llamacpp_mqtt_deploy.worker.jobs import Job
 from llamacpp_mqtt_deploy.worker.policies import Policies, RoutePolicy
@@ -33,14 +34,35 @@ class PromptBuilder:
 
     def build(self, job: Job) -> EngineCall:
         """The engine's call; what was left out of the history is noted in the answer. Raises a RequestError."""
-        request, settings = job.request, self._policies().settings
-        policy = self._policies().routes[job.key.route]
+        request, policy = job.request, self._policies().routes[job.key.route]
+        call = self._laid_out(request, policy)
+        job.answer.warnings = tuple(
+            f"the engine does not know {name}; it was left out" for name in self._engine.unsupported_fields(call)
+        )
+        if request.mode == "messages":
+            return _with_own_system_prompt(call, policy)
+        return self._with_history(job, call, policy)
+
+    def for_counting(self, request: Generate, route: str) -> EngineCall:
+        """The same for a prompt that is counted and not answered: the history of its session is no part of it. Raises a
+        RequestError."""
+        policy = self._policies().routes[route]
+        call = self._laid_out(request, policy)
+        if request.mode == "messages":
+            return _with_own_system_prompt(call, policy)
+        system = policy.system_prompt if request.system_prompt is None else request.system_prompt
+        first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+        return replace(call, messages=(*first, *request.new_messages()))
+
+    def _laid_out(self, request: Generate, policy: RoutePolicy) -> EngineCall:
+        """The defaults of worker and route under what the request says."""
+        settings = self._policies().settings
         if request.has_images and not self._engine.info().vision:
             raise Unsupported("the model of this worker does not read images", fields={"messages": "text parts only"})
         sampling: dict[str, Any] = {**policy.sampling, **request.sampling}
         if sampling.get("max_tokens") is not None:
             sampling["max_tokens"] = min(sampling["max_tokens"], settings.limits.max_tokens)
-        call = EngineCall(
+        return EngineCall(
             messages=request.messages or (),
             model=request.model or policy.model,
             sampling=sampling,
@@ -54,15 +76,6 @@ class PromptBuilder:
             ),
             chunk_timeout_s=settings.engine.chunk_timeout_s,
         )
-        job.answer.warnings = tuple(
-            f"the engine does not know {name}; it was left out" for name in self._engine.unsupported_fields(call)
-        )
-        if request.mode == "messages":
-            if policy.parse.allow_system_prompt or not policy.system_prompt:
-                return call
-            # A route that allows no other system prompt means its own one to stand before everything.
-            return replace(call, messages=({"role": "system", "content": policy.system_prompt}, *call.messages))
-        return self._with_history(job, call, policy)
 
     def _with_history(self, job: Job, call: EngineCall, policy: RoutePolicy) -> EngineCall:
         history = self._history(job)
@@ -112,6 +125,13 @@ class PromptBuilder:
         largest = int(n_ctx * _LARGEST_ANSWER_SHARE)
         budget = n_ctx - min(call.sampling.get("max_tokens") or largest, largest)
         return budget if limit is None else min(budget, limit)
+
+
+def _with_own_system_prompt(call: EngineCall, policy: RoutePolicy) -> EngineCall:
+    """A route that allows no other system prompt means its own one to stand before everything."""
+    if policy.parse.allow_system_prompt or not policy.system_prompt:
+        return call
+    return replace(call, messages=({"role": "system", "content": policy.system_prompt}, *call.messages))
 
 
 def _check_results(history: Sequence[Message], results: Sequence[Message]) -> None:

@@ -72,6 +72,14 @@ class Refusals:
 
     def refuse(self, message: Received, address: Address, request_id: str | None, error: RequestError) -> None:
         """Answer with an `error` event, which ends the stream of this request id."""
+        if (
+            address.session is not None
+            and request_id is not None
+            and self._is_known(address.route, address.session, request_id)
+        ):
+            # A broken copy of a request that is known: an `error` would end the good one for its client.
+            self.reject(message, address, request_id, "duplicate_request", because=error.message)
+            return
         self._counters.refused(error.code)
         self._log.info(
             "request.refused",
@@ -84,17 +92,15 @@ class Refusals:
         if address.session is None:
             return  # It stands in the payload and cannot be seen there: there is no topic to answer on.
         assert address.reply_topic is not None
-        if request_id is not None and self._is_known(address.route, address.session, request_id):
-            # A broken copy of a request that is known: an `error` would end the good one for its client.
-            self.reject(message, address, request_id, "duplicate_request")
-            return
         key = EntryKey(address.route, address.session, request_id or uuid.uuid4().hex)
         writer = EventWriter(request_id=key.request_id, session_id=key.session, max_bytes=self._max_event_bytes())
         payload = writer.error(code=error.code, message=error.message, retryable=error.retryable, details=error.details)
         self._publish(message, address.reply_topic, key, payload)
 
-    def reject(self, message: Received, address: Address, request_id: str, code: _Rejected) -> None:
-        """Answer with a `rejected` event, which ends no stream."""
+    def reject(
+        self, message: Received, address: Address, request_id: str, code: _Rejected, *, because: str | None = None
+    ) -> None:
+        """Answer with a `rejected` event, which ends no stream; `because` is for the operator."""
         assert address.reply_topic is not None
         assert address.session is not None
         text = {
@@ -102,7 +108,13 @@ class Refusals:
             "reply_topic_forbidden": f"answers go to {address.reply_topic} only; leave the Response Topic out or set it so",
         }[code]
         self._counters.refused(code)
-        self._log.info("request.rejected", message.first_level, code=code, topic=message.shown_topic())
+        self._log.info(
+            "request.rejected",
+            message.first_level,
+            code=code,
+            topic=message.shown_topic(),
+            **({} if because is None else {"message": because}),
+        )
         payload = events.rejected(request_id=request_id, session_id=address.session, code=code, message=text)
         key = EntryKey(address.route, address.session, request_id)
         self._publish(message, address.reply_topic, key, payload)

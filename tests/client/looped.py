@@ -92,6 +92,9 @@ class LoopedBusClient:
     def control(self, session: str | None, action: str, **named: Any) -> Mapping[str, Any]:
         return self._thread.do(self._bus.control(session, action, **named))
 
+    def count_tokens(self, *arguments: Any, **named: Any) -> int:
+        return self._thread.do(self._bus.count_tokens(*arguments, **named))
+
     def history(self, session: str | None = None) -> list[Mapping[str, Any]]:
         return self._thread.do(self._bus.history(session))
 

@@ -426,6 +426,23 @@ def test_history_and_reset_come_back_as_acks(broker: Mosquitto) -> None:
         assert bus.control("cli/work", "reset")["status"] == "ok"
 
 
+def test_tokens_are_counted_and_a_refusal_is_an_error_with_its_code(broker: Mosquitto) -> None:
+    with PlayedWorker(broker.port) as worker, Client("127.0.0.1", broker.port) as bus:
+        assert bus.count_tokens("hello", session="cli/work", system_prompt="Be brief.", model="m") == 7
+        session, asked = worker.controls[-1]
+        assert session == "cli/work"
+        asked.pop("transaction")
+        assert asked == {"action": "count_tokens", "prompt": "hello", "system_prompt": "Be brief.", "model": "m"}
+        worker.counted = {"status": "error", "code": "engine_unavailable", "message": "It sleeps.", "retry_after_s": 5}
+        with pytest.raises(AnswerError, match="It sleeps") as caught:
+            bus.count_tokens(messages=[{"role": "user", "content": "hello"}])
+        assert (caught.value.code, caught.value.retryable) == ("engine_unavailable", True)
+        assert caught.value.details == {"retry_after_s": 5}
+        worker.counted = {"status": "error", "code": "bad_request", "message": "?", "fields": {"action": "cancel"}}
+        with pytest.raises(AnswerError, match="version"):
+            bus.count_tokens("hello")
+
+
 def test_many_threads_share_one_client(broker: Mosquitto) -> None:
     results: dict[int, str] = {}
     with PlayedWorker(broker.port), Client("127.0.0.1", broker.port) as bus:

@@ -96,6 +96,16 @@ def test_the_pieces_of_short_answers_join_to_the_whole(bus: BusClient) -> None:
         assert pieces == answer.result().content
 
 
+def test_a_count_is_what_the_same_request_is_told_as_its_prompt(bus: BusClient) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Count me, please."}]
+    done = bus.ask(messages=messages, max_tokens=1).result(30)
+    assert bus.count_tokens(messages=messages) == done.usage["prompt_tokens"]
+    with pytest.raises(AnswerError, match="model_not_found"):
+        bus.count_tokens("hi", model="nope")
+    with pytest.raises(AnswerError, match="payload_too_large"):
+        bus.count_tokens("x" * 2**20)
+
+
 def test_a_conversation_a_cancel_and_a_refusal(bus: BusClient) -> None:
     bus.ask("one", max_tokens=3).result(30)
     done = bus.ask("two", max_tokens=3).result(30)

@@ -68,6 +68,8 @@ class PlayedWorker:
         self.controls: list[tuple[str, dict[str, Any]]] = []
         self.history: dict[str, list[dict[str, str]]] = {}
         self.answers_control = True
+        self.counted: dict[str, Any] = {"prompt_tokens": 7}
+        """What an ack of `count_tokens` says."""
         self.running = 1
         """What a cancel says that it stopped."""
         self._online = online
@@ -152,6 +154,8 @@ class PlayedWorker:
             )
             if control["action"] == "cancel":
                 extra = {"cancelled": self.running}
+            if control["action"] == "count_tokens":
+                extra = self.counted
             ack = {"type": "ack", "action": control["action"], "status": "ok", **extra}
             ack |= {name: control[name] for name in ("transaction", "request_id") if name in control}
             self._publish(f"llm/reply/{session}", json.dumps(ack).encode())

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
-from llamacpp_mqtt_deploy.core.requests import AdminCommand, ControlCommand, parse_admin, parse_control
+from llamacpp_mqtt_deploy.core.requests import (
+    AdminCommand,
+    ControlCommand,
+    RequestPolicy,
+    check_counted,
+    parse_admin,
+    parse_control,
+)
 from tests.support.parsing import encoded
 
 
@@ -152,3 +159,32 @@ def test_any_bytes_give_an_order_or_a_refusal(tail: bytes, head: bytes) -> None:
         except BadRequest as refusal:
             found = refusal
         assert isinstance(found, ControlCommand | AdminCommand | BadRequest)
+
+
+def test_a_control_of_other_blanks_than_jsons_is_refused() -> None:
+    for parser in (parse_control, parse_admin):
+        with pytest.raises(BadRequest):
+            parser("\x85".encode())
+
+
+def test_only_a_count_may_be_as_long_as_a_request() -> None:
+    fields = {"action": "count_tokens", "transaction": "t1", "prompt": "x" * 9000, "temperature": 3}
+    command = parse_control(encoded(fields), max_count_bytes=10_000)
+    assert (command.action, command.transaction, len(command.counted["prompt"])) == ("count_tokens", "t1", 9000)
+    for longer in (fields | {"prompt": "x" * 20_000}, fields | {"action": "ping", "x": "count_tokens"}):
+        with pytest.raises(PayloadTooLarge) as caught:
+            parse_control(encoded(longer), max_count_bytes=10_000)
+        assert caught.value.details["transaction"] == "t1"
+        assert caught.value.details["action"] == longer["action"]
+
+
+def test_what_is_counted_is_checked_as_in_a_request() -> None:
+    policy = RequestPolicy(fields={"prompt": "message"})
+    assert (
+        check_counted({"message": "hello", "temperature": "none", "request_id": "!"}, policy=policy).prompt == "hello"
+    )
+    with pytest.raises(BadRequest) as caught:
+        check_counted({"message": ""}, policy=policy)
+    assert caught.value.details["fields"] == {"message": "a text that is not empty"}
+    with pytest.raises(BadRequest):
+        check_counted({}, policy=policy)

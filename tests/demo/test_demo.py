@@ -243,6 +243,9 @@ def test_the_chat_page_and_curl_reach_the_model_over_the_demos_gateway(demos: li
     demo = DemoProcess("--set", UNPACED, "--set", BRIEF)
     demos.append(demo)
     demo.shows(UP)
+    assert re.search(r"\n  engine   .*\n  gateway  lmd gateway, .*\n\n", demo.text), (
+        "what was started stands in one list"
+    )
     found = re.search(r"chat page, for a browser on this machine: (http://127\.0\.0\.1:\d+/)", demo.text)
     assert found, demo.text
     demo.shows(f"{found[1]}ask")

@@ -53,6 +53,39 @@ def test_the_models_are_listed(client: anthropic.Anthropic) -> None:
     assert [model.id for model in client.models.list()] == ["scripted"]
 
 
+def test_tokens_are_counted_without_an_answer(client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+    counted = client.messages.count_tokens(model="default", messages=HELLO)
+    whole = client.messages.create(model="default", max_tokens=50, messages=HELLO)
+    assert counted.input_tokens == whole.usage.input_tokens
+    assert len(engine.calls) == 1
+    longer = client.messages.count_tokens(
+        model="default", messages=HELLO, system="Be brief.", tools=TOOLS, thinking={"type": "disabled"}
+    )
+    assert longer.input_tokens > counted.input_tokens
+
+
+def test_a_count_that_cannot_be_had_is_an_error_of_the_api(client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="messages"):
+        client.messages.count_tokens(model="default", messages=[])
+    with pytest.raises(anthropic.NotFoundError, match="no-such"):
+        client.messages.count_tokens(model="no-such", messages=HELLO)
+    engine.become("asleep")
+    with pytest.raises(anthropic.InternalServerError, match="asleep") as caught:
+        client.messages.count_tokens(model="default", messages=HELLO)
+    assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "5")
+    assert engine.wakes == 0
+
+
+def test_an_engine_that_cannot_count_is_told_as_a_request_that_is_not_served(world: World) -> None:
+    world.worker(ScriptedEngine(count=lambda _call: None))
+    gateway = world.gateway()
+    with (
+        anthropic.Anthropic(base_url=gateway.url, api_key="any", max_retries=0, timeout=20) as client,
+        pytest.raises(anthropic.BadRequestError, match="cannot count"),
+    ):
+        client.messages.count_tokens(model="default", messages=HELLO)
+
+
 def test_thinking_and_tools_come_as_blocks(client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
     engine.play(
         Reasoning("The weather is asked for."),

@@ -112,6 +112,13 @@ def test_a_request_that_waits_is_told_so_and_is_cancelled_wherever_the_cancel_ar
         assert fleet.control("cancel", session=f"s{number}", request_id=each)["state"] == "ended"
 
 
+def test_whoever_gets_the_question_counts_the_tokens_with_its_own_engine(fleet: Fleet) -> None:
+    fleet.worker(engine=ScriptedEngine(slots=1, count=lambda _call: 1))
+    fleet.worker(engine=ScriptedEngine(slots=1, count=lambda _call: 2))
+    counted = {fleet.control("count_tokens", session=f"s{number}", prompt="x")["prompt_tokens"] for number in range(8)}
+    assert counted == {1, 2}
+
+
 def test_a_cancel_that_comes_before_its_request_ends_it_on_any_worker(fleet: Fleet) -> None:
     for _ in range(2):
         fleet.worker()

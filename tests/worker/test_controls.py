@@ -124,6 +124,28 @@ def test_a_reset_cancels_what_runs_and_waits_before_the_history_goes(bus: Bus) -
     assert len(worker.daemon.parts.store.history(("default", "ada/1"))) == 2
 
 
+def test_a_reset_that_finds_no_place_in_the_end_stops_nothing(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine(slots=1)
+    worker = bus.worker(engine)
+    _remember(bus, "ada/1")
+    gate = Gate()
+    engine.play("so far", gate, " and on")
+    bus.ask("x", request_id="runs", session="ada/1")
+    bus.listener.until(type="chunk", request_id="runs")
+    bus.ask("x", request_id="waits", session="ada/1")
+    bus.listener.until(type="queued", request_id="waits")
+    # It is closed after it was asked whether it has a place.
+    monkeypatch.setattr(worker.daemon.parts.client_work, "run", lambda *_: False)
+    bus.control("reset", session="ada/1")
+    assert _ack(bus, "reset", "ada/1")["code"] == "busy"
+    monkeypatch.undo()
+    gate.open()
+    assert bus.listener.terminal("runs")["full_content"] == "so far and on"
+    assert bus.listener.terminal("waits")["finish_reason"] == "stop"
+    bus.control("history", session="ada/1")
+    assert len(_ack(bus, "history", "ada/1")["messages"]) == 6
+
+
 def test_a_session_gets_one_history_at_a_time(bus: Bus) -> None:
     bus.worker()
     _remember(bus, "ada/1")

@@ -97,7 +97,15 @@ def test_a_broken_copy_of_a_known_request_is_rejected_and_ends_no_stream(known: 
     (event,) = bench.told.events
     assert (event["type"], event["code"], event["request_id"]) == ("rejected", "duplicate_request", known)
     assert "final" not in event
-    assert bench.errors() == {"bad_request": 1, "duplicate_request": 1}
+    assert bench.errors() == {"duplicate_request": 1}, "one message counts once, under the code that its client got"
+
+
+def test_the_line_of_a_broken_copy_says_what_is_wrong_with_it() -> None:
+    bench = Bench()
+    with capture_logs() as lines:
+        bench.refusals.refuse(_received(), ADA, "ended", BadRequest("no prompt"))
+    (line,) = lines
+    assert (line["event"], line["code"], line["message"]) == ("request.rejected", "duplicate_request", "no prompt")
 
 
 def test_a_broken_request_is_told_so_also_when_the_journal_cannot_be_read() -> None:
