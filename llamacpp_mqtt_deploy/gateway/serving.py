@@ -40,6 +40,12 @@ AFTER_THE_DRAIN_S = 5.0
 LOOK_AT_KEYS_S = 5.0
 
 
+START_WITHIN_S = 3.0
+"""The longest time from the start until connections are taken."""
+FIRST_STATUS_S = 0.5
+"""How long a broker may take to bring the first retained status; where none comes there is no worker."""
+
+
 class Manager(Protocol):
     """The service manager that is told how we are."""
 
@@ -159,6 +165,8 @@ class Gateway:
         self._watchdog_s = watchdog_s
         self._server: _Server | None = None
         self._running: Running | None = None
+        self._knows = asyncio.Event()
+        """Who is online, or that the broker cannot be reached."""
         self._capacity = Capacity(
             total=self._settings.max_streams,
             each=min(self._settings.max_streams_per_level, self._settings.max_streams),
@@ -187,6 +195,11 @@ class Gateway:
             self._take_signals()
         chores = [asyncio.create_task(work) for work in (self._connect(bus), self._look_at_keys(), self._live())]
         try:
+            # Whoever asks meanwhile waits in the socket's backlog: that nobody serves would be a guess, and end a page's answer that
+            # was cut when the gateway was restarted.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(START_WITHIN_S):
+                    await self._knows.wait()
             await self._server.serve(sockets=[sock])
         finally:
             for chore in chores:
@@ -197,6 +210,7 @@ class Gateway:
 
     def stop(self) -> None:
         """Begin to close; a second call cuts the drain short. Must be called in the loop."""
+        self._knows.set()
         if self._server is None:
             return
         if self._server.should_exit and self._running is not None:
@@ -261,6 +275,7 @@ class Gateway:
                 break
             except BusError as error:
                 log.warning("gateway.no_broker", why=str(error), next_try_s=pause_s)
+                self._knows.set()
             except Exception:
                 log.exception("gateway.connect_failed")
             await asyncio.sleep(pause_s)
@@ -272,6 +287,8 @@ class Gateway:
             await bus.health(wait_s=0.0)
         except (NotPermitted, BusError) as error:
             log.info("gateway.no_health", why=str(error))
+        await bus.status(wait_s=FIRST_STATUS_S)
+        self._knows.set()
         log.info("gateway.connected", broker=str(bus.address), protocol=bus.protocol)
         self._manager.ready()
         self._manager.status(f"connected to {bus.address}")

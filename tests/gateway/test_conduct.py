@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from llamacpp_mqtt_deploy.client import AsyncBusClient
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.gateway.world import RunningGateway, World
+from tests.support.mosquitto import free_port
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.broker
@@ -567,3 +571,35 @@ def test_what_is_not_there_is_told_in_the_form_of_its_api(http: httpx.Client, pa
     assert http.get(CHAT).status_code == 405
     assert http.get("/openapi.json").json()["openapi"].startswith("3.")
     assert "/v1/chat/completions" in http.get("/docs").text
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def test_who_asks_while_the_gateway_starts_is_answered_and_not_told_that_nobody_is_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker(ScriptedEngine())
+    opened = AsyncBusClient.open
+
+    async def slow(self: AsyncBusClient) -> AsyncBusClient:
+        await asyncio.sleep(0.3)
+        return await opened(self)
+
+    monkeypatch.setattr(AsyncBusClient, "open", slow)
+    gateway = RunningGateway(world.broker.port, world.folder / "starting")
+    try:
+        response = httpx.post(f"{gateway.url}/ask", content="hello", timeout=20)
+        assert (response.status_code, response.text.strip()) == (200, "hello")
+    finally:
+        gateway.close()
+
+
+def test_a_gateway_without_a_broker_says_so_at_once(tmp_path: Path) -> None:
+    gateway = RunningGateway(free_port(), tmp_path)
+    try:
+        began_at = time.monotonic()
+        assert httpx.post(f"{gateway.url}/ask", content="hello", timeout=20).status_code == 503
+        assert time.monotonic() - began_at < 5
+    finally:
+        gateway.close()
