@@ -280,9 +280,11 @@ class PoolWorld(World):
     def _owned(self, post: Post) -> list[str]:
         """What the worker has, as the database says; nothing where the database is away too."""
         try:
-            return [str(row[0]) for row in self._ask(_OWNED, post.name)]
+            owned = [str(row[0]) for row in self._ask(_OWNED, post.name)]
         except psycopg.OperationalError:
             return []
+        # What events there were for the package's own client nobody has written down.
+        return [request_id for request_id in owned if request_id.partition("-")[0] not in self.by_package()]
 
     def _ask(self, statement: str, *values: str) -> list[tuple[Any, ...]]:
         url = f"{self.database.url}&options=-csearch_path%3Dlmd_llm"

@@ -19,7 +19,7 @@ _LOOK_EVERY_S = 0.05
 _HOLD_S = 30.0
 # A restart of the database, or the time until a lost lease is a new one, is waited for. Where it takes longer all that is asked is
 # refused at once, for a minute: no one waits for those before him.
-_PATIENCE_S = 10.0
+_PATIENCE_S = 20.0
 _PATIENT_AGAIN_S = 60.0
 _TRY_EVERY_S = 0.2
 
