@@ -248,6 +248,7 @@ class Parts:
         )
         if self.pool is not None:
             self.pool.admission.beat = self.intake.beat
+            self.pool.sessions.beat = self.client_work.beat
         self.recovery = Recovery(
             store=store,
             registry=self.registry,

@@ -31,6 +31,10 @@ class ClientWork:
     def start(self) -> None:
         self._thread.start()
 
+    def beat(self) -> None:
+        """In the thread: a call waits, and is no defect."""
+        self.beat_at = time.monotonic()
+
     def has_place(self, first_level: str) -> bool:
         """Whether `run` takes a call for this level now; stays so for a caller that is the only one to call `run`."""
         with self._changed:

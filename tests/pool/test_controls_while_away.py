@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -46,6 +47,9 @@ def test_a_cancel_and_a_history_that_come_while_the_database_restarts_are_answer
     # Whatever comes after them on the same connection is answered: they have reached the worker.
     _control(fleet, "ping")
     fleet.until(type="ack", action="ping")
+    # Meanwhile the watchdog sees the thread that waits.
+    since = time.monotonic()
+    eventually(lambda: worker.daemon.parts.client_work.beat_at > since + 0.3, 5)
     database.start()
     assert fleet.until(type="ack", action="cancel")["status"] == "ok"
     assert fleet.end(running)["finish_reason"] == "cancelled"

@@ -27,7 +27,8 @@ _Result = TypeVar("_Result")
 
 
 class PooledSessions:
-    """Each method waits for the database: not for the thread that reads messages. Raises StoreError."""
+    """Each method waits for the database: not for the thread that reads messages. Raises StoreError. `beat` is called while one waits
+    for a database that is away."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class PooledSessions:
         self._stop = stop
         self._sleep = sleep
         self._away_since: float | None = None
+        self.beat: Callable[[], object] = lambda: None
 
     def patiently(self, step: Callable[[], _Result]) -> _Result:
         """Do it, and where the database is away for a moment, when it is back."""
@@ -58,6 +60,7 @@ class PooledSessions:
                     self._away_since = now
                 if now > self._away_since + _PATIENCE_S:
                     raise
+                self.beat()
                 self._sleep(_TRY_EVERY_S)
             else:
                 self._away_since = None
