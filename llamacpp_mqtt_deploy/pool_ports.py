@@ -174,7 +174,8 @@ class SharedJournal(Store, Protocol):
         session's prompt in its cache)."""
 
     def release(self, keys: Sequence[EntryKey]) -> None:
-        """Give back what was claimed and not started (a drain, a worker that stops): others may claim it at once."""
+        """Give back what was claimed and not started (a drain, a worker that stops), or only to be ended: others may claim it at
+        once."""
 
     def cancel(
         self, session: tuple[str, str], request_id: str | None, *, forget: bool = False, remember_s: float = 60.0

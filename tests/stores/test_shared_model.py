@@ -201,7 +201,9 @@ class Workers(RuleBasedStateMachine):
             return
         worker.journal.release([key])
         known = self.requests[key]
-        if known.owner == number and not worker.dead and not known.streaming and known.terminal is None:
+        to_be_ended = known.ending not in (None, "asked")
+        may = not known.streaming or to_be_ended
+        if known.owner == number and not worker.dead and may and known.terminal is None:
             known.owner = None
 
     @rule(number=workers, session=sessions, whole=seldom, place=st.integers(0, 8), early=seldom)
