@@ -73,12 +73,22 @@ async function broker({ url, username, password, root }, onState) {
     timerVariant: "native", // the other one makes a worker from a blob, which the page's policy forbids
     ...(username && { username, password }),
   });
-  client.on("connect", () => onState("up"));
-  client.on("close", () => onState("down"));
-  addEventListener("securitypolicyviolation", ({ effectiveDirective }) => {
-    if (effectiveDirective === "connect-src") onState("refused", "The gateway does not let this page speak to that broker (gateway.page_brokers)");
+  let refused = false; // the connection closes right after, which is no news then
+  const refuse = (sentence) => {
+    refused = true;
+    onState("refused", sentence);
+  };
+  client.on("connect", () => {
+    refused = false;
+    onState("up");
   });
-  client.on("error", ({ message, code }) => code && onState("refused", `The broker refuses the connection: ${message}`));
+  client.on("close", () => refused || onState("down"));
+  addEventListener("securitypolicyviolation", ({ effectiveDirective }) => {
+    if (effectiveDirective !== "connect-src") return;
+    refuse("The gateway does not let this page speak to that broker (gateway.page_brokers)");
+    client.end(true); // it will not, before the page is loaded again
+  });
+  client.on("error", ({ message, code }) => code && refuse(`The broker refuses the connection: ${message}`));
   const bus = overMqtt(client, { root: root || "llm" });
   // An access list binds the first level of a session to the user.
   return Object.assign(bus, { session: (id) => (username ? `${username}/${id}` : id) });
