@@ -139,7 +139,7 @@ class SharedJournal(Store, Protocol):
     Of `Store`, `unfinished` gives what this worker owns, `undelivered` the ends that it wrote or took over; `mark_started`,
     `mark_streaming`, `finish` and their `_soon` forms fail with LeaseLost where the entry is no longer this worker's. A
     `finish`, `reset` or `free_session` that lets the next prompt of a session go wakes the workers (`work`). All durations are
-    measured by the database's clock.
+    measured by the database's clock. Under an unknown key a `finish` raises LeaseLost too, and changes no history.
     """
 
     def join(self, member: Member) -> int:
@@ -163,7 +163,8 @@ class SharedJournal(Store, Protocol):
         self, requests: Sequence[PoolRequest], *, limits: QueueLimits, retry_after_s: float, aging_s: float
     ) -> tuple[list[Enqueued], list[Claimed]]:
         """Journal these and put them into the common queue, durably, in this order and in one transaction; what has no place or
-        is known is not. The second list is what lost its place to them: this worker's now, to be ended. Wakes workers."""
+        is known is not. The second list is this worker's now, to be ended: what lost its place to them, and what was cancelled before
+        it came. Wakes workers."""
 
     def claim(self, free: int, *, models: Sequence[str], aging_s: float, prefer_for_s: float) -> list[Claimed]:
         """Take up to `free` requests whose turn it is, plus those whose time limit passed (whatever `free` is; a few at a time).

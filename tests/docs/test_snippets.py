@@ -15,6 +15,7 @@ import pytest
 from llamacpp_mqtt_deploy.config.loading import load
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.requests import RequestPolicy, parse_control
+from llamacpp_mqtt_deploy.schema.document import validate_pool
 from tests.docs.pages import ROOT, Block, all_blocks
 from tests.docs.world import World
 from tests.support.parsing import parse_request
@@ -84,6 +85,8 @@ def test_a_message_is_one(block: Block) -> None:
     found = json.loads(block.text)
     if "action" in found:
         parse_control(block.text.encode())
+    elif "told_by" in found:
+        validate_pool(found)
     else:
         request = parse_request(block.text.encode(), policy=RequestPolicy())
         assert request is not None
