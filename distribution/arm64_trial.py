@@ -89,9 +89,7 @@ def _install(root: Root, wheel: Path) -> float:
         here.run(
             f"cd /wheels && {pip} download {chosen} --no-cache-dir --find-links . --constraint constraints.txt --dest chosen {wanted}"
         )
-        here.run(
-            f"cd /wheels/chosen && {pip} install {chosen} --no-index --find-links . --target /site {wanted}"
-        )
+        here.run(f"cd /wheels/chosen && {pip} install {chosen} --no-index --find-links . --target /site {wanted}")
         shutil.rmtree(store)
         shutil.copytree(place / "chosen", store)
         root.run("python3 -m venv --without-pip /v", network=False)
