@@ -12,7 +12,7 @@ from tests.faults.picture import again, table, write_docs
 from tests.faults.run import Figures, Happening
 from tests.faults.schedule import make
 
-OPTIONS = {"requests": 200, "faults": 8, "kinds": "", "skip": "", "without": "", "window": 3, "only": ""}
+OPTIONS = {"requests": 200, "faults": 8, "kinds": "", "skip": "", "without": "", "window": 3, "only": "", "pool": False}
 
 
 def _figures(*, planned: int, made: int, left_out: int = 0) -> Figures:

@@ -68,7 +68,10 @@ def wild_body(fields: Sequence[str], dice: random.Random) -> bytes:
 def _value(schema: dict[str, Any], dice: random.Random) -> Any:
     if "enum" in schema:
         return dice.choice(schema["enum"])
-    match schema["type"]:
+    kinds = schema["type"]
+    match dice.choice(kinds) if isinstance(kinds, list) else kinds:
+        case "null":
+            return None
         case "string":
             return _text(schema, dice)
         case "boolean":

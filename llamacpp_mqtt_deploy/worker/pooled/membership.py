@@ -190,8 +190,9 @@ class Membership:
             # First of all: these are this worker's now, and nobody else ends them.
             self._claims.take(claimed)
             self._claims.wake()
-            if self._own_ends is None:
-                self._own_ends = before
+            # What was claimed here is ended here: that end is on its way already.
+            own = before if self._own_ends is None else self._own_ends
+            self._own_ends = own | {each.entry.key for each in claimed}
         if self._own_ends is not None:
             self._tell_inherited(self._own_ends)
             self._own_ends = None
