@@ -84,7 +84,7 @@ def _value(schema: dict[str, Any], dice: random.Random) -> Any:
             least = schema.get("minimum", 0.001)
             return dice.choice([least, schema["maximum"], dice.uniform(least, schema["maximum"])])
         case "array":
-            return [_value(schema["items"], dice) for _ in range(dice.randint(schema["minItems"], 3))]
+            return [_value(schema["items"], dice) for _ in range(dice.randint(schema.get("minItems", 0), 3))]
         case "object":
             return {name: _value(part, dice) for name, part in schema["properties"].items()}
     raise AssertionError(f"a schema that no value is made for: {schema}")
