@@ -238,8 +238,9 @@ def test_a_web_backend_gets_each_answer_under_the_id_of_its_request(connect: Con
     first, second = Gate(), Gate()
     engine.play("the first", first)
     engine.play("the second", second)
-    one, two = portal.begin("one", "s1"), portal.begin("two", "s2", prompt_template={"content": "Be kind."})
-    assert first.reached.wait(10)
+    one = portal.begin("one", "s1")
+    assert first.reached.wait(10)  # who comes first gets the first script
+    two = portal.begin("two", "s2", prompt_template={"content": "Be kind."})
     assert second.reached.wait(10)
     second.open()
     assert portal.answer(two) == "the second"
