@@ -21,7 +21,17 @@ from distribution.debian_root import PROJECT, ROOTS, CannotBuild, Root, kept, la
 
 PACKAGES = ("python3", "python3-venv", "mosquitto", "mosquitto-clients")
 """Without libgomp1 on purpose: its absence is the first thing that is tried."""
-LIBRARIES = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "gguf", "numpy", "jsonschema", "cryptography", "amqtt")
+LIBRARIES = (
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "gguf",
+    "numpy",
+    "jsonschema",
+    "cryptography",
+    "amqtt",
+)
 GLIBC = {"bookworm": 36, "trixie": 41}
 """glibc 2.x of a release: which wheels fit."""
 DEMO_WITHIN_S = 600
