@@ -17,6 +17,10 @@ from llamacpp_mqtt_deploy.worker.token_counts import TokenCounts
 
 # A thread that has not come round for this long is dead or hung.
 _SILENT_THREAD_S = 20.0
+# One of a pool waits for its database, up to 30 s for each of the few writes of a round: a database that hangs is no reason to be
+# killed, with the answers under way.
+_SILENT_POOL_THREAD_S = 120.0
+_WAIT_FOR_THE_POOL = ("intake", "background", "client-work", "claims", "membership")
 
 
 class Watchdog:
@@ -69,7 +73,8 @@ class Watchdog:
         if self._pool is not None:
             beats |= {"claims": self._pool.claims.beat_at, "membership": self._pool.membership.beat_at}
         for name, beat_at in beats.items():
-            if now - beat_at > _SILENT_THREAD_S:
+            waits = self._pool is not None and name in _WAIT_FOR_THE_POOL
+            if now - beat_at > (_SILENT_POOL_THREAD_S if waits else _SILENT_THREAD_S):
                 return f"the {name} thread hangs"
         stuck = self._threads.stuck()
         if stuck:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,6 +204,15 @@ def test_the_pool_tells_how_it_is(fleet: Fleet) -> None:
     told = fleet.until(pool="fleet", workers=2)
     assert (told["slots"], told["queue"]) == ({"total": 2, "busy": 0}, {"interactive": 0, "normal": 0, "batch": 0})
     assert {member["worker"] for member in told["members"]} == {"w1", "w2"}
+
+
+@pytest.mark.parametrize("silent_s, trouble", [(90.0, None), (130.0, "the membership thread hangs")])
+def test_a_worker_whose_database_hangs_is_not_killed_for_it(fleet: Fleet, silent_s: float, trouble: str | None) -> None:
+    worker = fleet.worker()
+    watchdog, now = worker.daemon._watchdog, time.monotonic()
+    threads = {"claims": SimpleNamespace(beat_at=now), "membership": SimpleNamespace(beat_at=now - silent_s)}
+    watchdog._pool = SimpleNamespace(**threads)  # type: ignore[assignment]  # the real ones come round at once
+    assert watchdog.trouble() == trouble
 
 
 def test_a_worker_without_the_pool_does_not_serve_its_root(fleet: Fleet) -> None:
