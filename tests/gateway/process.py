@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -108,5 +107,4 @@ class GatewayProcess:
         assert self._process is not None
         code = self._process.poll()
         assert code is None, f"the gateway ended with {code}:\n{self.log_text()[-4000:]}"
-        time.sleep(0)
         return False
