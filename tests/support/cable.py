@@ -20,6 +20,8 @@ class Cable:
         self.port: int = self._server.getsockname()[1]
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._stalled = False
+        self._still = threading.Event()
+        """The thread knows that it is to move nothing."""
         self._silent_hangup = False
         self._unplugged = False
         self._closed = threading.Event()
@@ -36,8 +38,10 @@ class Cable:
             self._drop(pair)
 
     def stall(self) -> None:
-        """Move no byte in either direction, as a firewall that forgot the connection."""
+        """Move no byte in either direction, as a firewall that forgot the connection; none passes once this has returned."""
+        self._still.clear()
         self._stalled = True
+        assert self._still.wait(10)
 
     def resume(self) -> None:
         self._stalled = False
@@ -68,7 +72,10 @@ class Cable:
     def _run(self) -> None:
         while not self._closed.is_set():
             pairs = list(self._pairs)
-            ends = [] if self._stalled else [end for pair in pairs for end in pair if end.fileno() >= 0]
+            stalled = self._stalled
+            if stalled:
+                self._still.set()
+            ends = [] if stalled else [end for pair in pairs for end in pair if end.fileno() >= 0]
             try:
                 ready, _, _ = select.select([self._server, *ends], [], [], 0.02)
             except (OSError, ValueError):

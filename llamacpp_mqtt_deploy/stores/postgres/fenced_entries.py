@@ -57,6 +57,17 @@ def count_start(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[[]
     return read
 
 
+def starts(db: BoundedConnection, key: EntryKey, fence: int) -> int:
+    """How many were counted; raises LeaseLost where the request is not this worker's."""
+    row = db.execute(
+        text(f"SELECT starts FROM entries WHERE id IN (SELECT id FROM queue WHERE {_BY_KEY} AND owner = %s)"),
+        (*pg_entries.named(key), fence),
+    ).fetchone()
+    if row is None:
+        raise lost()
+    return int(row[0])
+
+
 def set_streaming(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[[], None]:
     found = db.execute(
         text(
@@ -71,6 +82,15 @@ def set_streaming(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[
             raise lost()
 
     return read
+
+
+def check_streaming(db: BoundedConnection, key: EntryKey, fence: int) -> None:
+    """Raises LeaseLost where the request is not this worker's."""
+    row = db.execute(
+        text(f"SELECT 1 FROM queue WHERE {_BY_KEY} AND owner = %s AND streaming"), (*pg_entries.named(key), fence)
+    ).fetchone()
+    if row is None:
+        raise lost()
 
 
 def unfinished(db: BoundedConnection, fence: int) -> list[Entry]:
@@ -111,6 +131,14 @@ def claimed(db: BoundedConnection, rows: Sequence[tuple[Any, ...]]) -> Callable[
         ]
 
     return read
+
+
+def still_claimed(db: BoundedConnection, rows: Sequence[tuple[Any, ...]], fence: int) -> list[Claimed]:
+    """Of what was taken from the queue, given as to `claimed`, what is this worker's still."""
+    ids = [row[0] for row in rows]
+    found = db.execute("SELECT id FROM queue WHERE owner = %s AND id = ANY(%s)", (fence, ids)).fetchall()
+    mine = {row[0] for row in found}
+    return claimed(db, [row for row in rows if row[0] in mine])()
 
 
 _OF_ENTRY = ", ".join(f"{'p' if name == 'payload' else 'e'}.{name}" for name in pg_entries.COLUMNS.split(", "))

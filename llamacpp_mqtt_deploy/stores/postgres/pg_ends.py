@@ -131,6 +131,15 @@ def end(
     return read
 
 
+def ended_by(db: BoundedConnection, key: EntryKey, fence: int) -> bool:
+    """Whether it was this worker that ended the request."""
+    row = db.execute(
+        "SELECT 1 FROM entries WHERE route = %s AND session = %s AND request_id = %s AND state = 'ended' AND fence = %s",
+        (key.route, key.session, key.request_id, fence),
+    ).fetchone()
+    return row is not None
+
+
 def _values(request: RequestEnd) -> dict[str, Any]:
     key, history, spent = request.key, request.history, request.spent
     h_route, h_session = ("", "") if history is None else history.session

@@ -124,6 +124,12 @@ def count_start(db: BoundedConnection, key: EntryKey) -> Callable[[], int]:
     return read
 
 
+def starts(db: BoundedConnection, key: EntryKey) -> int:
+    """How many were counted; 0 for an unknown key."""
+    row = db.execute(text(f"SELECT starts FROM entries WHERE {_BY_KEY}"), named(key)).fetchone()
+    return 0 if row is None else int(row[0])
+
+
 def set_streaming(db: BoundedConnection, key: EntryKey) -> None:
     db.execute(text(f"UPDATE entries SET state = 'streaming' WHERE {_BY_KEY} AND state = 'accepted'"), named(key))
 

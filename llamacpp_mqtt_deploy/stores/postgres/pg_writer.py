@@ -24,16 +24,9 @@ from llamacpp_mqtt_deploy.stores.group_commit import (
     MAX_QUEUED,
     MAX_QUEUED_BYTES,
     URGENT_SHARE,
-    Write,
 )
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database, concerns_all
-
-Later = Callable[[], object]
-"""What a step may return: reads the result of its statements once they were sent with those of others. It may raise a StoreError
-where the statements, by what they say, changed nothing then."""
-
-PgStep = Callable[[BoundedConnection], "object | Later"]
-"""Runs again from the beginning when its transaction was undone, so it must change nothing but the database."""
+from llamacpp_mqtt_deploy.stores.postgres.pg_steps import PgStep, PgWrite
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two attempts to reconnect."""
@@ -48,27 +41,6 @@ _AGAIN_WITHIN_S = 8.0
 _LOCK_TRIES_S = 3.0
 
 log = structlog.get_logger(__name__)
-
-
-class PgWrite(Write):
-    """A change of the database that was begun. `serial`: it decides about the common queue, one worker after the other. `alone`: in
-    a transaction of its own, since what it locks in a good order would not be in one after what others of the same have locked."""
-
-    def __init__(self, step: PgStep, *, size: int, durable: bool, urgent: bool, serial: bool, alone: bool) -> None:
-        super().__init__(lambda _: None, size=size, durable=durable, urgent=urgent)
-        self.pg_step = step
-        self.serial = serial
-        self.alone = alone
-        self.given_up = False
-        """Whoever waited for it does so no more."""
-
-    def wait(self, timeout_s: float) -> None:
-        if not self._over.wait(timeout_s):
-            self.given_up = True
-            raise StoreError(
-                f"The database has not taken a write for {timeout_s:g} s: look at its load and at its disk."
-            )
-        super().wait(timeout_s)
 
 
 class _Unknown(Exception):
@@ -223,7 +195,7 @@ class PgWriter:
             try:
                 self._transaction(batch, careful=careful)
             except _Unknown as unknown:
-                happened = self._look_whether_it_happened()
+                happened = self._look_whether_it_happened(batch)
                 if happened:
                     self._well_again()
                     return None
@@ -275,7 +247,7 @@ class PgWriter:
                     committing = True
                     self._end(db, batch)
                     for write in batch:
-                        _read_result(write)
+                        write.read_result()
         except Exception as error:
             if not self._is_lost():
                 self._roll_back(db)
@@ -310,7 +282,7 @@ class PgWriter:
             notices = len(self._notices)
             try:
                 write.result = write.pg_step(db)
-                _read_result(write)
+                write.read_result()
                 if write.problem is not None:
                     raise write.problem
             except Exception as error:
@@ -450,8 +422,9 @@ class PgWriter:
                 log.info("store.back")
                 self._well_again()
 
-    def _look_whether_it_happened(self) -> bool | None:
-        """Whether the last transaction was committed; waits until that is known. None when the store is closed before."""
+    def _look_whether_it_happened(self, batch: Sequence[PgWrite]) -> bool | None:
+        """Whether the last transaction, of these, was committed; waits until that and all results are known. None when the store is
+        closed before."""
         number = self._number
         self._is_away(StoreError(f"{self._database.shown} was lost in the middle of a write."))
         while True:
@@ -466,10 +439,13 @@ class PgWriter:
                     .execute("SELECT number FROM writers WHERE name = %s FOR UPDATE", (self._database.name,))
                     .fetchone()
                 )
+                found = row is not None and row[0] == number
+                if found:
+                    for write in batch:
+                        write.ask_again(self._connection())
             except (StoreError, psycopg.Error) as error:
                 self._is_away(self._database.explained(error))
                 continue
-            found = row is not None and row[0] == number
             log.info("store.outcome_known", committed=found)
             return found
 
@@ -480,14 +456,6 @@ class PgWriter:
         if self._db is not None:
             self._db.close()
             self._db = None
-
-
-def _read_result(write: PgWrite) -> None:
-    if callable(write.result):
-        try:
-            write.result = write.result()
-        except StoreError as problem:
-            write.problem = problem
 
 
 def _waited_for_a_lock(error: Exception) -> bool:

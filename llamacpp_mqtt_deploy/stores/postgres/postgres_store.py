@@ -16,7 +16,16 @@ import structlog
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
 from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent, day_of
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, StoreInUse, ToldEnd
+from llamacpp_mqtt_deploy.ports import (
+    Entry,
+    EntryKey,
+    HistoryChange,
+    Pending,
+    Purged,
+    StoreError,
+    StoreInUse,
+    ToldEnd,
+)
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
 from llamacpp_mqtt_deploy.stores.histories import SessionKey, encoded
 from llamacpp_mqtt_deploy.stores.postgres import pg_ends as ends
@@ -27,7 +36,8 @@ from llamacpp_mqtt_deploy.stores.postgres import pg_schema
 from llamacpp_mqtt_deploy.stores.postgres import pg_sessions as sessions
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
 from llamacpp_mqtt_deploy.stores.postgres.pg_ends import RequestEnd
-from llamacpp_mqtt_deploy.stores.postgres.pg_writer import Later, PgWriter
+from llamacpp_mqtt_deploy.stores.postgres.pg_steps import Later
+from llamacpp_mqtt_deploy.stores.postgres.pg_writer import PgWriter
 from llamacpp_mqtt_deploy.stores.purging import Dropped
 from llamacpp_mqtt_deploy.stores.told_ends import ToldEnds
 
@@ -127,7 +137,10 @@ class PostgresStore:
             return rows.find(db, key)
 
     def mark_started(self, key: EntryKey) -> int:
-        write = self._write().submit(lambda db: rows.count_start(db, key), urgent=True)
+        def step(db: BoundedConnection) -> Later:
+            return Later(rows.count_start(db, key), again=lambda db: rows.starts(db, key))
+
+        write = self._write().submit(step, urgent=True)
         write.wait(WRITE_TIMEOUT_S)
         assert isinstance(write.result, int)
         return write.result
@@ -180,7 +193,8 @@ class PostgresStore:
         )
 
     def _end(self, db: BoundedConnection, request: RequestEnd) -> Later:
-        return ends.end(db, request, fence=None)
+        # Nobody asks how it was found.
+        return Later(ends.end(db, request, fence=None), again=lambda _: None)
 
     def set_aside(self, ends: Sequence[ToldEnd]) -> bool:
         return self._aside is not None and self._aside.add(ends)
@@ -207,7 +221,7 @@ class PostgresStore:
         entry = rows.find(db, end.key)
         if entry is None or entry.state == "ended":
             return False  # the journal had it, and has perhaps forgotten it since: then its history is written too
-        self._end(db, self._request_end(end))()
+        self._end(db, self._request_end(end)).read()
         return True
 
     def ledger(

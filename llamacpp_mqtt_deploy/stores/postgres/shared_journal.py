@@ -36,7 +36,8 @@ from llamacpp_mqtt_deploy.stores.postgres.common_queue import Enqueuing, places_
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
 from llamacpp_mqtt_deploy.stores.postgres.pg_ends import RequestEnd
 from llamacpp_mqtt_deploy.stores.postgres.pg_notices import Listener
-from llamacpp_mqtt_deploy.stores.postgres.pg_writer import Later, PgWrite, PgWriter
+from llamacpp_mqtt_deploy.stores.postgres.pg_steps import Later, PgWrite
+from llamacpp_mqtt_deploy.stores.postgres.pg_writer import PgWriter
 from llamacpp_mqtt_deploy.stores.postgres.postgres_store import CLOSE_TIMEOUT_S, WRITE_TIMEOUT_S, PostgresStore
 
 _Result = TypeVar("_Result")
@@ -94,11 +95,21 @@ class SharedPostgresJournal(PostgresStore):
 
     def mark_started(self, key: EntryKey) -> int:
         fence = self._own_fence()
-        return self._ask(lambda db: fenced_entries.count_start(db, key, fence), int)
+
+        def step(db: BoundedConnection) -> Later:
+            counted = fenced_entries.count_start(db, key, fence)
+            return Later(counted, again=lambda db: fenced_entries.starts(db, key, fence))
+
+        return self._ask(step, int)
 
     def mark_streaming_soon(self, key: EntryKey) -> Pending:
         fence = self._own_fence()
-        return self._write().submit(lambda db: fenced_entries.set_streaming(db, key, fence), durable=True, urgent=True)
+
+        def step(db: BoundedConnection) -> Later:
+            told = fenced_entries.set_streaming(db, key, fence)
+            return Later(told, again=lambda db: fenced_entries.check_streaming(db, key, fence))
+
+        return self._write().submit(step, durable=True, urgent=True)
 
     def _request_end(self, told: ToldEnd) -> RequestEnd:
         return replace(super()._request_end(told), now=None, part=self._worker_id)
@@ -113,7 +124,12 @@ class SharedPostgresJournal(PostgresStore):
             if found() not in ("unfinished", "ended_here"):
                 raise membership.lost()
 
-        return read
+        def again(db: BoundedConnection) -> None:
+            self._wake()  # whether a later prompt of the session waits was in the answer
+            if not ends.ended_by(db, request.key, fence):
+                raise membership.lost()
+
+        return Later(read, again)
 
     def unfinished(self) -> list[Entry]:
         fence = self._fence
@@ -141,7 +157,7 @@ class SharedPostgresJournal(PostgresStore):
             fence = membership.join(db, member, self._lease_s)
             for end in told:
                 if self._take_back(db, end.key, member.worker_id, fence):
-                    self._end_as(fence, db, self._request_end(end))()
+                    self._end_as(fence, db, self._request_end(end)).read()
             return fence
 
         fence = self._ask(step, int, durable=True, serial=True)
@@ -266,7 +282,10 @@ class SharedPostgresJournal(PostgresStore):
             if draining or not lives:
                 return []
             ends, turn = claiming.take_ends(db, fence), claiming.TurnTaking(db, free, wishes)
-            return fenced_entries.claimed(db, [*ends(), *turn.take()])
+            taken = [*ends(), *turn.take()]
+            return Later(
+                fenced_entries.claimed(db, taken), again=lambda db: fenced_entries.still_claimed(db, taken, fence)
+            )
 
         return self._claims(step)
 
