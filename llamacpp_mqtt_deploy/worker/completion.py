@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,8 +27,27 @@ from llamacpp_mqtt_deploy.worker.redelivery import Redelivery
 
 log = structlog.get_logger(__name__)
 
-_ACCEPT_WAIT_S = 30.0
+_WRITE_WAIT_S = 30.0
 """As long as a write is waited for anywhere."""
+
+_TOLD_AT_ONCE_BYTES = 65_536
+"""An end this large is not told in the store's thread: it may have to be cut to what the broker takes."""
+
+
+class _Once:
+    """Calls `call` at the first call, whichever thread makes it."""
+
+    __slots__ = ("_call", "_lock")
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            call, self._call = self._call, None
+        if call is not None:
+            call()
 
 
 class Completion:
@@ -205,27 +225,30 @@ class Completion:
 
         Told is what the journal has: a history that is asked for at once has the answer, and no crash ends the request anew.
         """
+        telling = _Once(lambda: self._tell(job, terminal))
 
-        def tell() -> None:
-            try:
-                self._redelivery.send(
-                    job.key, job.responder.topic, terminal, job.entry.correlation, rendering=job.rendering
-                )
-            except Exception:
-                log.exception("ending.failed", request_id=job.key.request_id)
-            finally:
-                self._registry.leave(job)
+        def close() -> None:
+            telling()
+            self._registry.leave(job)
             self._record(job, outcome, error)
 
         try:
             spent = _spent(job)
             self._registry.spend(spent, self._now())
-            stored = self._write(job, terminal, history, self._chunks(job, terminal), spent, tell)
+            stored = self._write(job, terminal, history, self._chunks(job, terminal), spent, telling, close)
         except Exception:
             log.exception("ending.failed", request_id=job.key.request_id)
             stored = True
         if stored:
-            tell()
+            close()
+
+    def _tell(self, job: Job, terminal: bytes) -> None:
+        try:
+            self._redelivery.send(
+                job.key, job.responder.topic, terminal, job.entry.correlation, rendering=job.rendering
+            )
+        except Exception:
+            log.exception("ending.failed", request_id=job.key.request_id)
 
     def _chunks(self, job: Job, terminal: bytes) -> bytes | None:
         """What only the chunks told, for a client that lost some of them: stored once, with the end."""
@@ -238,12 +261,19 @@ class Completion:
         history: HistoryChange | None,
         chunks: bytes | None,
         spent: Spent,
-        tell: Callable[[], None],
+        telling: _Once,
+        close: Callable[[], None],
     ) -> bool:
-        """Store the end; False when the store does not take it now: then `tell` is called as soon as it does, or after a while."""
+        """Store the end; False when the store does not take it now: then `close` is called as soon as it does, or after a while."""
         began = time.monotonic()
         try:
-            self._store.finish(job.key, terminal, now=self._now(), history=history, chunks=chunks, spent=spent)
+            written = self._store.finish_soon(
+                job.key, terminal, now=self._now(), history=history, chunks=chunks, spent=spent
+            )
+            if job.rendering is None and len(terminal) <= _TOLD_AT_ONCE_BYTES:
+                # In the store's thread: its client need not wait until this thread has woken up.
+                written.on_done(lambda problem: telling() if problem is None else None)
+            written.wait(_WRITE_WAIT_S)
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
         except LeaseLost:
@@ -251,14 +281,14 @@ class Completion:
             return False
         except StoreError as problem:
             log.error("journal.failed", step="finish", problem=str(problem), request_id=job.key.request_id)
-            self._tell_later(job, terminal, history, chunks, spent, tell, since=began)
+            self._tell_later(job, terminal, history, chunks, spent, close, since=began)
             return False
         except Exception:
             # A defect, perhaps of these messages: without them the end may still be written.
             log.exception("ending.failed", step="finish", request_id=job.key.request_id)
             if history is not None:
-                return self._write(job, terminal, None, chunks, spent, tell)
-            self._tell_later(job, terminal, None, chunks, spent, tell, since=began)
+                return self._write(job, terminal, None, chunks, spent, telling, close)
+            self._tell_later(job, terminal, None, chunks, spent, close, since=began)
             return False
         return True
 
@@ -275,7 +305,7 @@ class Completion:
         history: HistoryChange | None,
         chunks: bytes | None,
         spent: Spent,
-        tell: Callable[[], None],
+        close: Callable[[], None],
         *,
         since: float,
     ) -> None:
@@ -286,7 +316,7 @@ class Completion:
             now=self._now(),
             history=history,
             chunks=chunks,
-            then=tell,
+            then=close,
             taken_over=lambda: self._leave_to_another(job),
             since=since,
             spent=spent,
@@ -335,7 +365,7 @@ def _was_accepted(job: Job) -> bool:
     """Whether the journal has the request; waits for it, as the end itself would do next."""
     if job.accepting is not None and not job.unjournaled:
         try:
-            job.accepting.wait(_ACCEPT_WAIT_S)
+            job.accepting.wait(_WRITE_WAIT_S)
         except StoreError:
             return not job.accepting.done()  # a disk that hangs may still take it
     return not job.unjournaled

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import socket
 import ssl
 import time
 from collections.abc import Iterable
-from io import BufferedReader, RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self
 from urllib.parse import urlsplit
 
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
-from typing_extensions import override
 
+from llamacpp_mqtt_deploy.core.response_head import HeadReader, ResponseHead
 from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder, PlainBody
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
 from llamacpp_mqtt_deploy.engines.server.http import MAX_DOCUMENT_BYTES, READ_BYTES
@@ -50,8 +48,8 @@ class StreamingExchange:
         self._ca_file = ca_file
         self._line = Line(address)
         self._socket: socket.socket | None = None
-        self._reader: BufferedReader | None = None
-        self._response: http.client.HTTPResponse | None = None
+        self._head = ResponseHead(0, {})
+        self._ahead = b""
         self.body: ChunkedDecoder | PlainBody = PlainBody(0)
         """Takes the framing off the raw bytes that follow the headers."""
         self._forget = [stop.on_stop(self._line.cut) for stop in stops]
@@ -69,10 +67,9 @@ class StreamingExchange:
         for forget in self._forget:
             forget()
         self._line.cut()
-        for part in (self._response, self._reader, self._socket):
-            if part is not None:
-                with contextlib.suppress(OSError):
-                    part.close()
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.close()
         self._line.release()
 
     # --- the request and the headers -----------------------------------------------------------------------------------
@@ -86,21 +83,30 @@ class StreamingExchange:
             self._socket = self._connect()
         except (OSError, ValueError) as error:
             raise (NoAnswer if self._line.connected else ConnectFailed)(reason_of(error)) from error
+        ends_at = time.monotonic() + timeout_s
         self._socket.settimeout(timeout_s)
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: the answer says why
-                self._socket.sendall(self._head(path, len(content)) + content)
-            raw = _SocketReader(self._socket, ends_at=time.monotonic() + timeout_s)
-            self._reader = BufferedReader(raw, READ_BYTES)
-            self._response = response = http.client.HTTPResponse(cast("socket.socket", _Readable(self._reader)))
-            response.begin()
-            raw.ends_at = None
+                self._socket.sendall(self._request_head(path, len(content)) + content)
+            self._head, self._ahead = self._read_head(self._socket, ends_at)
+            self.body = self._head.body()
             self._socket.settimeout(timeout_s)
         except TimeoutError as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise NoAnswer(reason_of(error)) from error
-        self.body = ChunkedDecoder() if response.chunked else PlainBody(response.length)
+
+    def _read_head(self, sock: socket.socket, ends_at: float) -> tuple[ResponseHead, bytes]:
+        reader = HeadReader()
+        while True:
+            raw = sock.recv(READ_BYTES)
+            if not raw:
+                raise ConnectionResetError("the connection ended before the headers did")
+            found = reader.feed(raw)
+            if found is not None:
+                return found
+            # A server that sends its headers byte by byte is never silent, and never done.
+            sock.settimeout(max(0.001, ends_at - time.monotonic()))
 
     def _connect(self) -> socket.socket:
         parts = urlsplit(self._address.base)
@@ -116,7 +122,7 @@ class StreamingExchange:
             made.close()
             raise
 
-    def _head(self, path: str, length: int) -> bytes:
+    def _request_head(self, path: str, length: int) -> bytes:
         parts = urlsplit(self._address.base)
         lines = [
             f"POST {parts.path}{path} HTTP/1.1",
@@ -135,22 +141,20 @@ class StreamingExchange:
 
     @property
     def status(self) -> int:
-        assert self._response is not None
-        return self._response.status
+        return self._head.status
 
     @property
     def content_type(self) -> str:
-        assert self._response is not None
-        return str(self._response.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
+        return self._head.content_type
 
     # --- the body, read by the caller's thread -------------------------------------------------------------------------
 
     def read_some(self) -> bytes:
         """What has arrived of the body, waiting for at least one byte; empty at the end. Raises `Broken`, `Silent`."""
-        assert self._reader is not None
+        assert self._socket is not None
         try:
             while not self.body.ended:
-                raw = self._reader.read1(READ_BYTES)
+                raw, self._ahead = self._ahead or self._socket.recv(READ_BYTES), b""
                 if not raw:
                     if self.body.ends_with_connection:
                         return b""
@@ -193,40 +197,5 @@ class StreamingExchange:
     def unbuffered(self) -> tuple[socket.socket, bytes]:
         """The socket, from here on without waiting, and the raw bytes that came together with the headers."""
         assert self._socket is not None
-        assert self._reader is not None
         self._socket.setblocking(False)
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-            return self._socket, self._reader.peek()
-        return self._socket, b""
-
-
-class _SocketReader(RawIOBase):
-    """Reads a socket, until `ends_at` (monotonic seconds) where that is set: a server that sends headers byte by byte is never
-    silent, and never done. Closing it leaves the socket open."""
-
-    def __init__(self, source: socket.socket, *, ends_at: float) -> None:
-        self._source = source
-        self.ends_at: float | None = ends_at
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def readinto(self, buffer: Any) -> int | None:
-        if self.ends_at is not None:
-            self._source.settimeout(max(0.001, self.ends_at - time.monotonic()))
-        try:
-            return self._source.recv_into(buffer)
-        except BlockingIOError:
-            return None
-
-
-class _Readable:
-    """What `http.client.HTTPResponse` needs of a socket: the one reader, which stays ours."""
-
-    def __init__(self, reader: BufferedReader) -> None:
-        self._reader = reader
-
-    def makefile(self, mode: str) -> BufferedReader:
-        return self._reader
+        return self._socket, self._ahead

@@ -53,7 +53,22 @@ class ReadyWait:
 
 def until_ready(attempt: Callable[[], T], wait: ReadyWait, stop: StopSignal, on_wait: Callable[[str], None]) -> T:
     """Try until it works, telling `on_wait` each new reason. Raises `Stopped`, or a leaf when the wait is over."""
+    try:
+        return attempt()  # as nearly always: what repeats costs more to set up than the attempt
+    except NotReady as failure:
+        return _again(attempt, failure, wait, stop, on_wait)
+
+
+def _again(
+    attempt: Callable[[], T], first: NotReady, wait: ReadyWait, stop: StopSignal, on_wait: Callable[[str], None]
+) -> T:
+    failures = [first]
     told: str | None = None
+
+    def try_once() -> T:
+        if failures:
+            raise failures.pop()
+        return attempt()
 
     def nap(seconds: float) -> None:
         if stop.wait(seconds):
@@ -76,7 +91,7 @@ def until_ready(attempt: Callable[[], T], wait: ReadyWait, stop: StopSignal, on_
         reraise=True,
     )
     try:
-        return retrying(attempt)
+        return retrying(try_once)
     except NotReady as failure:
         leaf = EngineLost if failure.asked else EngineUnavailable
         raise leaf(failure.text) from failure
