@@ -7,6 +7,8 @@ import socket
 import ssl
 import sys
 
+from llamacpp_mqtt_deploy.mqtt.packets import leading_pubacks
+
 READ_BYTES = 65_536
 MOST_UNSENT_BYTES = 256 * 1024
 """Beyond it the writer is told to try again, as by a full socket: large events are not held twice."""
@@ -44,22 +46,24 @@ class BufferedSocket:
 
     def recv(self, size: int) -> bytes:
         """At most `size` bytes; none at the end of the connection. Raises BlockingIOError, ssl.SSLWantReadError, OSError."""
+        if not self._ahead:
+            self._read()
         ahead = self._ahead
-        if not ahead:
-            if self._dry:
-                raise BlockingIOError
-            if self._failure is not None:
-                raise self._failure
-            read = self._socket.recv(READ_BYTES)
-            if self._is_tcp:
-                self._acknowledge_now()
-            if not read:
-                return read
-            # TLS gives a record at a time and may hold another.
-            self._dry = len(read) < READ_BYTES and self._tls is None
-            ahead = memoryview(read)
         self._ahead = ahead[size:]
         return bytes(ahead[:size])
+
+    def _read(self) -> None:
+        """Read the socket once; nothing is there afterwards at the end of the connection."""
+        if self._dry:
+            raise BlockingIOError
+        if self._failure is not None:
+            raise self._failure
+        read = self._socket.recv(READ_BYTES)
+        if self._is_tcp:
+            self._acknowledge_now()
+        # TLS gives a record at a time and may hold another; the end of a connection is there for whoever asks again.
+        self._dry = 0 < len(read) < READ_BYTES and self._tls is None
+        self._ahead = memoryview(read)
 
     def _acknowledge_now(self) -> None:
         """Let TCP acknowledge what was read without delay.
@@ -105,6 +109,25 @@ class BufferedSocket:
             else:
                 del self._unsent[:sent]
         return self._failure is None
+
+    def take_pubacks(self) -> list[int]:
+        """Take out the plain PUBACKs that come next, where a packet begins: their packet ids. What the socket says of its end is left
+        to `recv`."""
+        if not self._ahead:
+            try:
+                self._read()
+            except (BlockingIOError, ssl.SSLWantReadError):
+                return []
+            except OSError as error:
+                self._failure = error
+                return []
+        mids, size = leading_pubacks(self._ahead)
+        self._ahead = self._ahead[size:]
+        return mids
+
+    def is_dry(self) -> bool:
+        """Whether there was no more when the socket was last read."""
+        return self._dry and not self._ahead
 
     def has_unsent(self) -> bool:
         return bool(self._unsent)

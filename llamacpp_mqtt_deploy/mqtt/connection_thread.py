@@ -343,11 +343,12 @@ class ConnectionThread:
         outgoing = self._outgoing
         now = time.monotonic()
         outgoing.connected(window=answer.window, now=now)
-        # A resumed session gets the same packet ids and DUP, which paho does by itself (MQTT 5 section 4.4). They go as new
-        # publishes where there is no session, on probation (one at a time), and where the window became smaller than what is in flight.
+        # A resumed session gets the same packet ids and DUP (MQTT 5, section 4.4). They go as new publishes where there is no
+        # session, on probation (one at a time), and where the window became smaller than what is in flight.
         if not answer.session_present or outgoing.on_probation or len(outgoing.flying) > answer.window:
-            wire.forget_publishes()
             outgoing.requeue()
+        else:
+            outgoing.resume()
         with self._changed:
             self._connections += 1
             self._online_since = now
@@ -420,7 +421,6 @@ class ConnectionThread:
         poison = self._outgoing.lost(blameless=blameless)
         self._went_down(refusal)
         if poison is not None:
-            wire.forget_publishes()
             self._sending.give_up(
                 poison,
                 f"the broker ended {STRIKES} connections in a row on it ({closed.name if closed.from_broker else 'without a reason'}); "

@@ -1,4 +1,4 @@
-"""paho's client for a loop that is not paho's: it gathers packets, reads ahead, and never writes unasked."""
+"""paho's client for a loop that is not paho's: it gathers packets, reads ahead, never writes unasked, and leaves publishes to us."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ from typing import Any
 import paho.mqtt.client as paho
 
 from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho
+from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
+from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback
 
 
 class GatheringClient(paho.Client):
     """paho's client with a timeout for unix sockets; it knows its last socket, so that a failed attempt can close it.
 
-    The overridden methods are paho's own business: should they get other names there, the sockets of failed attempts wait for
-    the garbage collector, and that is all.
+    What it publishes goes out by `send_packet`, in packets that are made elsewhere, and paho does not know of it: which of them
+    are acknowledged is told to `on_plain_puback`. So paho's own publishes (`publish`, `on_publish`) are not to be used with it.
+
+    The overridden methods and `_in_packet`, `_mid_generate` and `_packet_queue` are paho's own business: the tests of this folder run
+    against every new paho.
     """
+
+    version: Version = "5"
+    on_puback: Callable[[int, int], None] = staticmethod(lambda *_: None)
+    """Called with packet id and reason code."""
 
     last_socket: socket.socket | None = None
     buffered: BufferedSocket | None = None
@@ -65,9 +74,44 @@ class GatheringClient(paho.Client):
 
     def read_some(self) -> None:
         """Read what is there; callbacks run in here."""
-        if self.buffered is not None:
-            self.buffered.readable()
+        buffered = self.buffered
+        if buffered is not None:
+            buffered.readable()
+            if not self._in_packet["command"]:  # paho is not in the middle of a packet
+                for mid in buffered.take_pubacks():
+                    self.on_puback(mid, 0)
+                if buffered.is_dry():
+                    return
         self.loop_read()
+
+    def new_mid(self) -> int:
+        """A packet id, 1 to 65535, from the row that paho takes its own from."""
+        return self._mid_generate()
+
+    def send_packet(self, packet: bytes) -> bool:
+        """Queue a whole packet; False when it cannot be taken now."""
+        if self.socket() is None:
+            return False
+        if self.buffered is None:
+            # To a websocket: paho's queue keeps whole frames together. Under another packet's name: paho looks after publishes.
+            self._packet_queue(PUBACK, packet, 0, 1)
+            return True
+        try:
+            self.buffered.send(packet)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return False  # as its next read will tell
+        return True
+
+    def _packet_handle(self) -> Any:
+        """Every PUBACK that says more than its id, and all of a websocket's."""
+        if self._in_packet["command"] == PUBACK:
+            known = puback(self._in_packet["packet"], self.version)
+            if known is not None:
+                self.on_puback(*known)
+                return paho.MQTT_ERR_SUCCESS
+        return super()._packet_handle()
 
     def write_some(self) -> None:
         """Write what is queued, as far as the socket takes it."""

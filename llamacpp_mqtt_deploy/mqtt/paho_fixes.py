@@ -1,8 +1,7 @@
-"""Repairs of what paho cannot read, or reads too slowly; importing this module makes them."""
+"""Repairs of what paho cannot read; importing this module makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import paho.mqtt.properties as untyped_properties
@@ -10,14 +9,8 @@ from paho.mqtt.exception import MalformedPacket
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
-try:
-    import paho.mqtt._packet as untyped_packet
-except ImportError:  # another paho than 2.2
-    untyped_packet = None  # type: ignore[assignment]
-
 # Without type information in paho.
 paho_properties: Any = untyped_properties
-paho_packet: Any = untyped_packet
 
 
 def _read_text(buffer: bytes, most: int) -> tuple[str, int]:
@@ -29,24 +22,6 @@ def _read_text(buffer: bytes, most: int) -> tuple[str, int]:
     return bytes(buffer[2 : 2 + length]).decode("utf-8", "replace"), length + 2
 
 
-def _quick_puback(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """The decoder of PUBACK in paho, with a short way for the packet that says no more than its id: the usual one.
-
-    paho makes a new reason code and new, empty properties for each, 30 to 60 us, which was the largest part of an event's way after its system calls.
-    """
-    known: dict[Any, Any] = {}
-
-    def decode_puback(header: int, packet: bytes | bytearray, protocol: Any) -> Any:
-        if len(packet) != 2:
-            return decode(header, packet, protocol)
-        puback = known.get(protocol)
-        if puback is None:
-            puback = known[protocol] = decode(header, packet, protocol)
-        return puback._replace(mid=packet[0] << 8 | packet[1])
-
-    return decode_puback
-
-
 def mend_paho() -> None:
     """Let paho read what brokers send; it hangs up on what it cannot read, and gets it again after each reconnect.
 
@@ -54,7 +29,6 @@ def mend_paho() -> None:
        any client would silence the worker for good.
     2. mosquitto 2.0 answers a publish over its `message_size_limit` with PUBACK 0x95, which the specification knows in DISCONNECT
        only, and paho's table too: one large event would keep the worker reconnecting for ever.
-    3. The acknowledgement of an event costs as much as the event: see `_quick_puback`.
     """
     probe = b"\x00\x03\xef\xbb\xbf"
     try:
@@ -67,12 +41,6 @@ def mend_paho() -> None:
         packets = ReasonCode.names.get(code, {}).get(name)
         if isinstance(packets, list) and PacketTypes.PUBACK not in packets:
             packets.append(PacketTypes.PUBACK)
-    # In paho's own modules: where a later paho has none of this, it decodes as it likes.
-    decode = getattr(paho_packet, "decode_puback", None)
-    if decode is not None and not hasattr(decode, "mended"):
-        quick: Any = _quick_puback(decode)
-        quick.mended = True
-        paho_packet.decode_puback = quick
 
 
 mend_paho()

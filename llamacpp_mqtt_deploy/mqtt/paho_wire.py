@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket, whole_frames
-from llamacpp_mqtt_deploy.mqtt.packets import publish_properties
+from llamacpp_mqtt_deploy.mqtt.packets import publish_packet, publish_properties
 from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery, Retained
 
@@ -111,8 +111,7 @@ class PahoWire:
             manual_ack=True,
         )
         client.connect_timeout = CONNECT_TIMEOUT_S
-        # 0 is no window of paho's: the window is ours (`Outgoing`), and paho's would scan all messages at each PUBACK.
-        client.max_inflight_messages = 0
+        client.version = version
         client.username_pw_set(settings.username, password)
         client.will_set(will.topic, will.payload, qos=1, retain=True)
         if settings.transport == "websockets":
@@ -121,7 +120,7 @@ class PahoWire:
             client.tls_set_context(tls)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
-        client.on_publish = self._on_publish
+        client.on_puback = self._on_puback
         client.on_subscribe = self._on_subscribe
         client.on_unsubscribe = lambda _client, _userdata, mid, *_: self._events.suback(mid, [])
         client.on_message = self._on_message
@@ -194,18 +193,36 @@ class PahoWire:
         if self._closed is None and self._client.socket() is None:
             self._closed = Closed(error=self._last_log)
 
-    def publish(self, publish: Publish, *, retain: bool, expiry_s: int | None) -> int | None:
-        """Queue a PUBLISH; its packet id, None when paho has no free id at the moment, or no connection for QoS 0.
+    def publish(
+        self, publish: Publish, *, retain: bool, expiry_s: int | None, flying: Container[int], mid: int | None = None
+    ) -> int | None:
+        """Queue a PUBLISH; its packet id (0 at QoS 0), None when it cannot be taken now. `flying` are the ids that are in use; `mid` is
+        the one under which it went out on an earlier connection of this session: then it is sent again (DUP).
 
-        Raises ValueError when paho could never take it.
+        Raises ValueError when no packet can hold it.
         """
-        properties = (
-            publish_properties(publish.correlation, expiry_s, publish.content_type) if self.version == "5" else None
+        qos = min(publish.qos, 1)
+        again = mid is not None
+        if mid is None:
+            mid = self._free_mid(flying) if qos else 0
+        packet = publish_packet(
+            publish.topic.encode(),
+            publish.payload,
+            qos=qos,
+            retain=retain,
+            dup=again,
+            mid=mid,
+            properties=publish_properties(publish.correlation, expiry_s, publish.content_type)
+            if self.version == "5"
+            else b"",
         )
-        info = self._client.publish(publish.topic, publish.payload, min(publish.qos, 1), retain, properties)
-        if info.rc == paho.MQTT_ERR_QUEUE_SIZE or (info.rc == paho.MQTT_ERR_NO_CONN and publish.qos == 0):
-            return None
-        return info.mid
+        return mid if self._client.send_packet(packet) else None
+
+    def _free_mid(self, flying: Container[int]) -> int:
+        mid = self._client.new_mid()
+        while mid in flying:
+            mid = self._client.new_mid()
+        return mid
 
     def acknowledge(self, mid: int) -> None:
         self._client.ack(mid, 1)
@@ -225,10 +242,6 @@ class PahoWire:
         """Queue an UNSUBSCRIBE; its packet id."""
         code, mid = self._client.unsubscribe(list(filters))
         return mid if code == paho.MQTT_ERR_SUCCESS else None
-
-    def forget_publishes(self) -> None:
-        """Make paho forget what was not acknowledged, so that it is not sent again by paho."""
-        self._client.drop_out_messages()
 
     def disconnect(self, *, with_will: bool, timeout_s: float) -> None:
         """Say goodbye and close; the one call that waits, until the last bytes are written. `with_will` has the broker publish the will: on 3.1.1 by hanging up without DISCONNECT."""
@@ -314,11 +327,8 @@ class PahoWire:
                 error=self._last_log,
             )
 
-    def _on_publish(
-        self, client: paho.Client, userdata: Any, mid: int, reason: ReasonCode, properties: Properties | None
-    ) -> None:
-        code = reason.value
-        self._events.puback(mid, code, "" if code == 0 else str(reason))
+    def _on_puback(self, mid: int, code: int) -> None:
+        self._events.puback(mid, code, _name_of(code) if code else "")
 
     def _on_subscribe(
         self, client: paho.Client, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Properties | None
@@ -350,3 +360,11 @@ class PahoWire:
                 receipt=message.mid,
             ),
         )
+
+
+def _name_of(code: int) -> str:
+    """Of a PUBACK's reason code."""
+    try:
+        return str(ReasonCode(PacketTypes.PUBACK, identifier=code))
+    except (KeyError, AssertionError, ValueError):
+        return f"code {code:#04x}"

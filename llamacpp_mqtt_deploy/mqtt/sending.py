@@ -85,9 +85,11 @@ class Sending:
         Whatever the wire raises but ValueError passes through, with the publish back in its place: the wire is in doubt then, the
         caller drops it and connects anew. A publish that brings this about each time is given up.
         """
-        if not self.outgoing.waiting:
+        if not (self.outgoing.waiting or self.outgoing.again):
             return
         now = time.monotonic()
+        if not self._resend(wire, now):
+            return
         while (publish := self._take(now)) is not None:
             try:
                 went = self._send(wire, publish, now)
@@ -99,6 +101,21 @@ class Sending:
                 raise
             if not went:
                 return
+
+    def _resend(self, wire: PahoWire, now: float) -> bool:
+        """Send again what an earlier connection of this session left in flight; False when the wire takes nothing more for now."""
+        again, flying = self.outgoing.again, self.outgoing.flying
+        while again:
+            mid = again[0]
+            publish = flying.get(mid)
+            if publish is not None:  # else its PUBACK came meanwhile
+                expiry_s = None if publish.expires_at is None else max(1, round(publish.expires_at - now))
+                retain = publish.retain and self.retain_available
+                if wire.publish(publish, retain=retain, expiry_s=expiry_s, flying=flying, mid=mid) is None:
+                    return False
+                publish.sent_at = now
+            again.popleft()
+        return True
 
     def _send(self, wire: PahoWire, publish: Publish, now: float) -> bool:
         """Send one, or end it; False when the wire takes nothing more for now."""
@@ -117,7 +134,12 @@ class Sending:
             self.give_up(publish, f"larger than the {limit} bytes that the broker takes")
             return True
         try:
-            mid = wire.publish(publish, retain=publish.retain and self.retain_available, expiry_s=expiry_s)
+            mid = wire.publish(
+                publish,
+                retain=publish.retain and self.retain_available,
+                expiry_s=expiry_s,
+                flying=outgoing.flying,
+            )
         except ValueError as error:
             outgoing.dropped()
             self.give_up(publish, str(error))

@@ -53,6 +53,8 @@ class Outgoing:
         self._budget = budget
         self.waiting: deque[Publish] = deque()
         self.flying: dict[int, Publish] = {}
+        self.again: deque[int] = deque()
+        """Packet ids of those in flight that have to be sent once more before anything else (MQTT 5, section 4.4)."""
         self._taken: Publish | None = None
         self._faulty: Publish | None = None
         self._faults = 0
@@ -137,8 +139,13 @@ class Outgoing:
             self._suspects -= 1
         return publish
 
+    def resume(self) -> None:
+        """The broker has kept the session: what is in flight is sent again under the same packet ids, in order."""
+        self.again = deque(self.flying)
+
     def requeue(self) -> None:
         """Put everything in flight back in front, in order: the next connection sends it anew."""
+        self.again.clear()
         # What was taken, when the link's thread died with it in its hands.
         self.put_back()
         self.waiting.extendleft(reversed(self.flying.values()))
@@ -156,6 +163,7 @@ class Outgoing:
         self._oldest = oldest
         if self._strikes >= STRIKES and self._suspects and len(self.flying) == 1:
             self.flying.clear()
+            self.again.clear()
             self._suspects -= 1
             self._oldest, self._strikes = None, 0
             return oldest
