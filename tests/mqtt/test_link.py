@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.reasoncodes import ReasonCode
 from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.config.credentials import mqtt_password
@@ -23,6 +22,7 @@ from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
 from llamacpp_mqtt_deploy.mqtt import receiving
 from llamacpp_mqtt_deploy.mqtt.backoff import FIRST_PAUSE_S
 from llamacpp_mqtt_deploy.mqtt.connection_thread import ConnectionThread
+from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient
 from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
 from llamacpp_mqtt_deploy.mqtt.sending import Sending
@@ -604,8 +604,14 @@ def test_an_event_over_a_limit_that_the_broker_does_not_announce_is_refused_alon
 
 
 def _unreadable_refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paho as it comes: it hangs up on the PUBACK with which mosquitto refuses a large event."""
-    monkeypatch.setitem(ReasonCode.names[0x95], "Packet too large", [PacketTypes.CONNACK, PacketTypes.DISCONNECT])
+    """A client that hangs up on the PUBACK with which mosquitto refuses a large event, as paho's own reader does."""
+    original = GatheringClient._packet_handle
+
+    def handle(self: Any) -> Any:
+        refused = self._in_packet["command"] == 0x40 and self._in_packet["packet"][2:3] == b"\x95"
+        return paho.MQTT_ERR_PROTOCOL if refused else original(self)
+
+    monkeypatch.setattr(GatheringClient, "_packet_handle", handle)
     return ["message_size_limit 1000"]
 
 
