@@ -86,12 +86,14 @@ class Engine(Protocol):
         stop: StopSignal,
         on_wait: Callable[[str], None],
         feed: Callable[[Sequence[Delta]], float],
+        on_slow: Callable[[], None] = lambda: None,
     ) -> Finished:
         """One generation, given to `feed` as it comes: `stream` for whoever publishes it. Returns when it is complete.
 
         `feed` gets `Opened`, then all other deltas but `Finished`, several at once where they came together. It is called by
         one thread at a time, not always the caller's, and must not wait. It returns the seconds for which the engine may
         let more of them collect (0: go on); the end of the answer ends such a rest. What it raises ends the generation.
+        `on_slow` is called, perhaps several times, before `Opened` where that does not come within some milliseconds.
         """
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
@@ -326,6 +328,9 @@ class Pending(Protocol):
     def done(self) -> bool:
         """Whether it is over, either way."""
 
+    def hurry(self) -> None:
+        """Keep it back no longer, should it wait for another write. Returns at once."""
+
     def on_done(self, callback: Callable[[StoreError | None], None]) -> None:
         """Call back once with the problem, or None, when it is over: in the store's thread, so it must return at once, or
         here and now when it is over already. Callbacks of several writes run in the order of the writes."""
@@ -360,7 +365,8 @@ class Store(Protocol):
         """Journal these requests in one transaction, in this order. A key that is unfinished stays as it is; an ended one is
         replaced and begins anew."""
 
-    def accept_soon(self, entries: Sequence[Entry]) -> Pending: ...
+    def accept_soon(self, entries: Sequence[Entry], *, unhurried: bool = False) -> Pending:
+        """`unhurried`: it may be kept back until the next write, to share its commit; until `hurry`, or until somebody waits for it."""
 
     def find(self, key: EntryKey) -> Entry | None: ...
 

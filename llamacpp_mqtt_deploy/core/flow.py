@@ -42,9 +42,9 @@ class FlowControl:
         """How long the broker takes to acknowledge, smoothed."""
 
     def share(self, streams: int) -> None:
-        """Many streams at once share what one may take of processor, broker and clients: two go at full pace, eight at a quarter
-        of it (50 chunks a second each, more than anybody can see)."""
-        self.interval_s = self.min_interval_s * max(1, streams // 2)
+        """Many streams at once share what a few may take of processor, broker and clients: up to seven go at full pace, eight at
+        half of it (50 chunks a second each by default, more than anybody can see)."""
+        self.interval_s = self.min_interval_s * max(1, streams // 4)
 
     def in_flight(self) -> int:
         """Chunks that are not acknowledged."""

@@ -68,8 +68,11 @@ log = structlog.get_logger(__name__)
 class Write:
     """A change of the database that was begun (see `ports.Pending`)."""
 
-    def __init__(self, step: Step, *, size: int, durable: bool, urgent: bool) -> None:
+    def __init__(
+        self, step: Step, *, size: int, durable: bool, urgent: bool, hurry: Callable[[], None] = lambda: None
+    ) -> None:
         self.step = step
+        self.hurry = hurry
         self.size = size
         self.durable = durable
         self.urgent = urgent
@@ -80,6 +83,8 @@ class Write:
         self._callbacks: list[Callable[[StoreError | None], None]] = []
 
     def wait(self, timeout_s: float) -> None:
+        if not self._over.is_set():
+            self.hurry()
         if not self._over.wait(timeout_s):
             message = f"The disk has not taken a write for {timeout_s:g} s: look for disk errors (dmesg)."
             raise StoreError(message)
@@ -143,9 +148,11 @@ class GroupCommit:
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def submit(self, step: Step, *, size: int = 0, durable: bool = False, urgent: bool = False) -> Write:
-        """Queue a write; raises StoreError at once when it cannot be taken."""
-        write = Write(step, size=size, durable=durable, urgent=urgent)
+    def submit(
+        self, step: Step, *, size: int = 0, durable: bool = False, urgent: bool = False, unhurried: bool = False
+    ) -> Write:
+        """Queue a write; raises StoreError at once when it cannot be taken. One that is `unhurried` goes with the next one."""
+        write = Write(step, size=size, durable=durable, urgent=urgent, hurry=self._write_now)
         with self._condition:
             if self._closing:
                 raise StoreError("The store is closed.")
@@ -162,8 +169,14 @@ class GroupCommit:
                 raise StoreError(message)
             self._queue.append(write)
             self._queued_bytes += size
-            self._condition.notify()
+            if not unhurried:
+                self._condition.notify()
         return write
+
+    def _write_now(self) -> None:
+        with self._condition:
+            if self._queue:
+                self._condition.notify()
 
     @contextmanager
     def exclusive(self) -> Iterator[sqlite3.Connection]:

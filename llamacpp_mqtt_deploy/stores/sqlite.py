@@ -93,7 +93,7 @@ class SqliteStore:
     def accept(self, entries: Sequence[Entry]) -> None:
         self.accept_soon(entries).wait(WRITE_TIMEOUT_S)
 
-    def accept_soon(self, entries: Sequence[Entry]) -> Pending:
+    def accept_soon(self, entries: Sequence[Entry], *, unhurried: bool = False) -> Pending:
         opened, taken = self._opened(), tuple(entries)
         full = self._file.full()
         if full is not None:
@@ -103,7 +103,8 @@ class SqliteStore:
             for entry in taken:
                 rows.insert(db, entry, next(opened.places))
 
-        return opened.writer.submit(step, size=sum(len(entry.payload) for entry in taken), durable=True)
+        size = sum(len(entry.payload) for entry in taken)
+        return opened.writer.submit(step, size=size, durable=True, unhurried=unhurried)
 
     def find(self, key: EntryKey) -> Entry | None:
         with self._read() as db:

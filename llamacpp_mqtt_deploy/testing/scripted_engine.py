@@ -256,7 +256,9 @@ class ScriptedEngine:
         stop: StopSignal,
         on_wait: Callable[[str], None],
         feed: Callable[[Sequence[Delta]], float],
+        on_slow: Callable[[], None] = lambda: None,
     ) -> Finished:
+        on_slow()
         return drain(self.stream(call, stop=stop, on_wait=on_wait), feed)
 
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:

@@ -145,13 +145,16 @@ class LocalAdmission:
         try:
             for job in jobs:
                 job.responder.hold()
-            written = self._store.accept_soon([job.entry for job in jobs])
+            waiting = [job for job in jobs if self._registry.must_wait(job)]
+            # Of those that begin at once nobody hears before the engine has taken them up, and what is written then shares one
+            # commit with this: the processor is the engine's meanwhile.
+            written = self._store.accept_soon([job.entry for job in jobs], unhurried=not waiting)
             for job in jobs:
                 job.accepting = written
             # Callbacks come in the order of the writes, so that nothing overtakes this on its way to the clients.
             written.on_done(lambda problem: self._journaled(jobs, receipt, problem))
             self._end_evicted(accepted)
-            self._let_go(accepted)
+            self._let_go(jobs, waiting)
         except StoreError as problem:
             self._not_journaled(jobs, receipt, problem)
             self._end_evicted(accepted)
@@ -196,13 +199,11 @@ class LocalAdmission:
                 error = Busy(f"the queue is full and {whose} took this place", retry_after_s=_RETRY_EVICTED_S)
                 self._background.run(("evicted", job.key), partial(self._completion.failed, job, error))
 
-    def _let_go(self, accepted: list[_Accepted]) -> None:
-        """Let these requests run."""
-        jobs = [item.job for item in accepted]
+    def _let_go(self, jobs: Sequence[Job], waiting: Sequence[Job]) -> None:
+        """Let these requests run; those that are `waiting` have to be told."""
         for job in jobs:
             if self._registry.was_cancelled(job):
                 self._cancel(job)  # while it is still held: a quick engine would be done first
-        waiting = [job for job in jobs if self._registry.must_wait(job)]
         positions = self._registry.positions() if waiting else {}
         self._registry.commit(jobs)
         for job in waiting:

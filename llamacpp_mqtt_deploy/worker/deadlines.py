@@ -60,6 +60,7 @@ class Deadlines:
                 log.exception("deadlines.failed", request_id=job.key.request_id)
 
     def _look_after(self, job: Job, now: float, position: int | None) -> None:
+        job.hurry()
         self._limit(job, now)
         self._speak(job, now)
         if job.phase == "queued" and position is not None:

@@ -115,7 +115,11 @@ class Generation:
         )
         try:
             finished = self._engine.pump(
-                call, stop=job.stop, on_wait=lambda reason: self._waits(job, reason), feed=forwarder.feed
+                call,
+                stop=job.stop,
+                on_wait=lambda reason: self._waits(job, reason),
+                feed=forwarder.feed,
+                on_slow=job.hurry,
             )
         except TooMuch:
             log.warning("answer.cut", request_id=job.key.request_id, bytes=job.answer.size, pieces=job.answer.pieces)
@@ -145,6 +149,7 @@ class Generation:
 
     def _waits(self, job: Job, reason: str) -> None:
         job.wait_reason = reason
+        job.hurry()
         job.responder.queued(position=0, reason=reason, again=True)
 
     def _opened(self, job: Job, *, short_prompt: bool) -> bool:

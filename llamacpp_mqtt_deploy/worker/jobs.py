@@ -73,6 +73,11 @@ class Job:
     """Its place in the queue, also when it waits no more."""
     _ended: bool = False
 
+    def hurry(self) -> None:
+        """Let the journal have the request now: somebody would have to wait for it."""
+        if self.accepting is not None:
+            self.accepting.hurry()
+
     @property
     def lane(self) -> int:
         return LANES.index(self.request.priority)

@@ -87,11 +87,15 @@ class PromptBuilder:
             system_prompt=self._system_prompt(job, policy),
             newest=newest,
             budget_tokens=self._budget_tokens(call),
-            count=lambda messages: self._engine.count_tokens(replace(call, messages=messages), stop=job.stop),
+            count=lambda messages: self._count(job, replace(call, messages=messages)),
             extra_bytes=len(orjson.dumps(call.tools)) if call.tools else 0,
         )
         job.answer.dropped_messages = fitted.dropped_messages
         return replace(call, messages=fitted.messages)
+
+    def _count(self, job: Job, call: EngineCall) -> int | None:
+        job.hurry()  # the engine may take its time
+        return self._engine.count_tokens(call, stop=job.stop)
 
     def _system_prompt(self, job: Job, policy: RoutePolicy) -> str | None:
         """That of the request, else of its session, else of the route."""

@@ -51,7 +51,7 @@ def test_a_reader_rests_until_text_may_go_and_never_long() -> None:
     assert flow.in_flight() == 0
     assert flow.rest_s(100.0) == pytest.approx(0.01)
     assert flow.rest_s(101.0) == 0.0
-    flow.share(64)
+    flow.share(60)
     assert flow.rest_s(100.0) == KEEP_UP_S
 
 
@@ -68,8 +68,8 @@ def test_a_reader_that_awaits_an_acknowledgement_rests_as_long_as_this_broker_ta
     assert flow.round_trip_s == pytest.approx(0.75 * 0.008 + 0.25 * 0.1, rel=0.01)
 
 
-@pytest.mark.parametrize("streams,factor", [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (9, 4)])
-def test_many_streams_share_what_two_may_send(streams: int, factor: int) -> None:
+@pytest.mark.parametrize("streams,factor", [(0, 1), (1, 1), (4, 1), (7, 1), (8, 2), (11, 2), (16, 4)])
+def test_many_streams_share_what_a_few_may_send(streams: int, factor: int) -> None:
     flow = FlowControl(min_interval_s=0.01)
     flow.share(streams)
     assert flow.interval_s == pytest.approx(0.01 * factor)
@@ -78,18 +78,18 @@ def test_many_streams_share_what_two_may_send(streams: int, factor: int) -> None
 
 
 def test_the_pauses_of_many_streams_end_together() -> None:
-    streams = [sent_one(at=at, min_interval_s=0.005) for at in (100.001, 100.009, 100.0149)]
+    streams = [sent_one(at=at, min_interval_s=0.01) for at in (100.001, 100.004, 100.0099)]
     for flow in streams:
         flow.acked = 1
         flow.share(8)
     assert [flow.due_in_s(100.015) for flow in streams] == pytest.approx([0.005] * 3)
     # Sent late in the common interval: the shortest pause comes first, and the next chunk is in step again.
-    late = sent_one(at=100.019, min_interval_s=0.005)
+    late = sent_one(at=100.019, min_interval_s=0.01)
     late.acked = 1
     late.share(8)
-    assert late.due_in_s(100.019) == pytest.approx(0.005)
-    late.sent_at = 100.024
-    assert late.due_in_s(100.024) == pytest.approx(0.016)
+    assert late.due_in_s(100.019) == pytest.approx(0.01)
+    late.sent_at = 100.029
+    assert late.due_in_s(100.029) == pytest.approx(0.011)
 
 
 def test_after_a_chunk_of_a_quick_engine_a_reader_rests_for_the_pause_and_never_long() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -94,3 +96,22 @@ def test_a_refusal_whose_text_never_ends_is_given_up(sham: ShamServer, monkeypat
     with pytest.raises(EngineUnavailable):
         list(engine.stream(CALL, stop=StopSignal(), on_wait=lambda _: None))
     assert time.monotonic() - began < 5 * LIMIT_S
+
+
+def test_whoever_waits_is_told_when_a_server_does_not_answer_within_some_milliseconds(sham: ShamServer) -> None:
+    told = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        assert told.wait(10), "the headers were waited for without a word"
+        connection.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+            b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+        )
+
+    sham.on("/v1/chat/completions", answer)
+    engine = ServerEngine(EngineSettings(connect_timeout_s=5, url=sham.url, dialect="openai"))
+    call = replace(CALL, chunk_timeout_s=10)
+    finished = engine.pump(
+        call, stop=StopSignal(), on_wait=lambda reason: None, feed=lambda deltas: 0.0, on_slow=told.set
+    )
+    assert finished.finish_reason == "stop"

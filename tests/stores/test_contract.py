@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import orjson
 import pytest
 
 from llamacpp_mqtt_deploy.core.spending import REST, LedgerRow, Spent, day_of
-from llamacpp_mqtt_deploy.ports import HistoryChange, Store, StoreError
+from llamacpp_mqtt_deploy.ports import HistoryChange, Pending, Store, StoreError
 from llamacpp_mqtt_deploy.stores.bounds import LEDGER_DAYS, LEDGER_LEVELS
 from tests.support.store_cases import MEMBERS, NOW, SESSION, change, entry, key, new_store, talk
+from tests.support.waiting import eventually
 
 OTHER = ("default", "hall")
 DAY_S = 86400.0
@@ -177,6 +178,27 @@ def test_a_write_calls_back_once_when_it_is_over(store: Store) -> None:
     assert store.find(key()) == entry()
 
 
+@pytest.mark.parametrize(
+    "hasten",
+    [
+        lambda store, write: write.hurry(),
+        lambda store, write: write.wait(10),
+        lambda store, write: store.mark_streaming(key("other")),
+    ],
+)
+def test_what_may_be_kept_back_is_written_when_it_is_hurried_waited_for_or_followed(
+    store: Store, hasten: Callable[[Store, Pending], object]
+) -> None:
+    told: list[object] = []
+    write = store.accept_soon([entry()], unhurried=True)
+    write.on_done(told.append)
+    hasten(store, write)
+    eventually(lambda: told == [None])
+    assert write.done()
+    write.hurry()
+    assert store.find(key()) == entry()
+
+
 def test_a_request_that_cannot_be_written_costs_its_neighbours_nothing(store: Store) -> None:
     good = [store.accept_soon([entry(f"r{n}")]) for n in range(3)]
     bad = store.accept_soon([entry("half"), entry("bad", topic="llm/request/\ud800")])
@@ -192,7 +214,7 @@ def test_a_request_that_cannot_be_written_costs_its_neighbours_nothing(store: St
 def test_closing_takes_what_was_begun_along(member: str, tmp_path: Path) -> None:
     store = new_store(member, tmp_path)
     store.open()
-    pending = [store.accept_soon([entry(f"r{n}")]) for n in range(600)]
+    pending = [store.accept_soon([entry(f"r{n}")], unhurried=n == 599) for n in range(600)]
     store.close()
     for write in pending:
         write.wait(0)

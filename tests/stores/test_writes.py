@@ -211,3 +211,14 @@ def test_a_problem_says_what_caused_it(opened: Opened) -> None:
     with pytest.raises(StoreError, match="no such table") as caught:
         write.wait(10)
     assert "no such table" in str(caught.value.__cause__)
+
+
+def test_what_may_be_kept_back_shares_the_commit_of_what_comes_next(opened: Opened) -> None:
+    before = opened.store.commit_times.read().count
+    accepted = opened.store.accept_soon([entry("r1")], unhurried=True)
+    opened.store.mark_streaming(key("r1"))
+    assert accepted.done()
+    assert opened.store.commit_times.read().count == before + 1
+    found = opened.store.find(key("r1"))
+    assert found is not None
+    assert found.state == "streaming"

@@ -9,8 +9,10 @@ from contextlib import closing
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
-from llamacpp_mqtt_deploy.ports import Delivery, StoreError
+from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
+from llamacpp_mqtt_deploy.ports import Delivery, EntryKey, StoreError
 from llamacpp_mqtt_deploy.testing.loopback import LoopbackLink
 from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
@@ -36,6 +38,9 @@ class HeldWrite:
     def done(self) -> bool:
         return self._over.is_set()
 
+    def hurry(self) -> None:
+        pass
+
     def wait(self, timeout_s: float) -> None:
         assert self._over.wait(timeout_s)
         if self._problem is not None:
@@ -50,12 +55,14 @@ class HeldJournal:
 
     def __init__(self, worker: WholeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.writes: list[HeldWrite] = []
+        self.unhurried: list[bool] = []
         self._entries: list[Sequence[Any]] = []
         self._accept_now = worker.daemon.parts.store.accept_soon
         monkeypatch.setattr(worker.daemon.parts.store, "accept_soon", self._accept_soon)
 
-    def _accept_soon(self, entries: Sequence[Any]) -> HeldWrite:
+    def _accept_soon(self, entries: Sequence[Any], *, unhurried: bool = False) -> HeldWrite:
         self._entries.append(entries)
+        self.unhurried.append(unhurried)
         self.writes.append(HeldWrite())
         return self.writes[-1]
 
@@ -144,3 +151,49 @@ def test_acknowledgements_keep_the_order_of_receipt() -> None:
     assert told == [b"1", b"2", b"3"]
     acknowledger.ready(third)
     assert told == [b"1", b"2", b"3", b"4"]
+
+
+class Wordless(ScriptedEngine):
+    """Neither answers nor says that it is slow, as long as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=1)
+        self.may = threading.Event()
+
+    @override
+    def pump(self, call: EngineCall, **arguments: Any) -> Finished:
+        assert self.may.wait(20)
+        return super().pump(call, **arguments)
+
+
+def test_a_request_is_acknowledged_soon_also_where_its_engine_says_nothing_at_all(bus: Bus) -> None:
+    engine = Wordless()
+    engine.play("at last")
+    worker = bus.worker(engine)
+    bus.ask("hi", request_id="r1")
+    eventually(lambda: worker.daemon.parts.registry.running() == 1)
+    eventually(lambda: bus.broker.unacknowledged(worker.client_id) == 0, 5)
+    assert worker.daemon.parts.store.find(EntryKey("default", "demo", "r1")) is not None
+    engine.may.set()
+    assert bus.listener.terminal("r1")["type"] == "done"
+    assert bus.listener.read("r1").content == "at last"
+
+
+def test_only_a_request_that_begins_at_once_may_wait_for_the_next_commit(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine(slots=1)
+    gate = Gate()
+    engine.play(gate, "first")
+    worker = bus.worker(engine)
+    journal = HeldJournal(worker, monkeypatch)
+    bus.ask("hi", request_id="r1")
+    assert gate.reached.wait(10)
+    bus.ask("hi", request_id="r2")  # has to wait, and is told so
+    eventually(lambda: journal.unhurried == [True, False])
+    for number in range(2):
+        journal.let_through(number)
+    gate.open()
+    for request_id in ("r1", "r2"):
+        assert bus.listener.terminal(request_id)["type"] == "done"
+    assert _replies(bus, "r2")[0] == "queued"

@@ -27,6 +27,9 @@ class _Failing:
     def done(self) -> bool:
         return self.over
 
+    def hurry(self) -> None:
+        pass
+
     def on_done(self, callback: Callable[[StoreError | None], None]) -> None:
         if self.over:
             callback(StoreError("no space left"))

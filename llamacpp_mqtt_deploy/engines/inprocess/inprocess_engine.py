@@ -186,7 +186,9 @@ class InprocessEngine:
         stop: StopSignal,
         on_wait: Callable[[str], None],
         feed: Callable[[Sequence[Delta]], float],
+        on_slow: Callable[[], None] = lambda: None,
     ) -> Finished:
+        on_slow()  # how long a prompt takes is not known
         with self._translating(stop), self._running_call(call, stop, on_wait) as run:
             for deltas in run.receive():
                 finished = deltas[-1] if isinstance(deltas[-1], Finished) else None

@@ -220,10 +220,12 @@ class ManagedEngine:
         stop: StopSignal,
         on_wait: Callable[[str], None],
         feed: Callable[[Sequence[Delta]], float],
+        on_slow: Callable[[], None] = lambda: None,
     ) -> Finished:
         stop.raise_if_set()
         with self._used():
-            return self._when_ready(stop, on_wait).pump(call, stop=stop, on_wait=on_wait, feed=feed)
+            server = self._when_ready(stop, on_wait)
+            return server.pump(call, stop=stop, on_wait=on_wait, feed=feed, on_slow=on_slow)
 
     def count_tokens(self, call: EngineCall, *, stop: StopSignal) -> int | None:
         with self._used():

@@ -168,7 +168,7 @@ class ServerEngine:
     # --- generation --------------------------------------------------------------------------------------------------
 
     def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
-        with self._translating(stop), self._replying(call, stop, on_wait) as reply:
+        with self._translating(stop), self._replying(call, stop, on_wait, lambda: None) as reply:
             yield from reply.deltas()
 
     def pump(
@@ -178,8 +178,9 @@ class ServerEngine:
         stop: StopSignal,
         on_wait: Callable[[str], None],
         feed: Callable[[Sequence[Delta]], float],
+        on_slow: Callable[[], None] = lambda: None,
     ) -> Finished:
-        with self._translating(stop), self._replying(call, stop, on_wait) as reply:
+        with self._translating(stop), self._replying(call, stop, on_wait, on_slow) as reply:
             if self._loop is not None:
                 return reply.pump(self._loop, feed)
             return drain(reply.deltas(), feed)
@@ -203,15 +204,20 @@ class ServerEngine:
         return dialects.unsupported(call, self._dialect or "llamacpp")
 
     @contextmanager
-    def _replying(self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Reply]:
+    def _replying(
+        self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None], on_slow: Callable[[], None]
+    ) -> Iterator[Reply]:
         """A slot of ours, and in it the answer to this call, from its headers on."""
         stop.raise_if_set()
         wait = ReadyWait(self._settings.unavailable_after_s, once=call.once)
         if not self._described:
+            on_slow()
             until_ready(lambda: self._need_description(stop), wait, stop, on_wait)
-        self._slots.acquire(stop)
+        if not self._slots.acquire(stop, timeout_s=0.0):
+            on_slow()
+            self._slots.acquire(stop)
         try:
-            exchange, warnings = until_ready(lambda: self._begin(call, stop), wait, stop, on_wait)
+            exchange, warnings = until_ready(lambda: self._begin(call, stop, on_slow), wait, stop, on_wait)
             with exchange:
                 yield Reply(
                     exchange,
@@ -245,7 +251,9 @@ class ServerEngine:
             case _:
                 raise NotReady("engine_restarting", "The engine cannot be reached.")
 
-    def _begin(self, call: EngineCall, stop: StopSignal) -> tuple[StreamingExchange, tuple[str, ...]]:
+    def _begin(
+        self, call: EngineCall, stop: StopSignal, on_slow: Callable[[], None]
+    ) -> tuple[StreamingExchange, tuple[str, ...]]:
         """Send the request and wait for the headers, which come when the server gives it a slot; with warnings for the client."""
         call, cleaned = self._clean(call, stop)
         content = self._content(call)
@@ -258,7 +266,7 @@ class ServerEngine:
             stops=(stop, self._closing),
         )
         try:
-            exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
+            exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s, on_slow=on_slow)
             if exchange.status != 200:
                 raise self._refusal(exchange)
         except BaseException as error:

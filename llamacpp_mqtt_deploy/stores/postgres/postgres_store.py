@@ -122,7 +122,7 @@ class PostgresStore:
     def accept(self, entries: Sequence[Entry]) -> None:
         self.accept_soon(entries).wait(WRITE_TIMEOUT_S)
 
-    def accept_soon(self, entries: Sequence[Entry]) -> Pending:
+    def accept_soon(self, entries: Sequence[Entry], *, unhurried: bool = False) -> Pending:
         taken = tuple(entries)
 
         def step(db: BoundedConnection) -> None:

@@ -82,7 +82,7 @@ class SharedPostgresJournal(PostgresStore):
 
     # --- the journal, fenced -------------------------------------------------------------------------------------------
 
-    def accept_soon(self, entries: Sequence[Entry]) -> Pending:
+    def accept_soon(self, entries: Sequence[Entry], *, unhurried: bool = False) -> Pending:
         taken, fence = tuple(entries), self._own_fence()
 
         def step(db: BoundedConnection) -> None:
