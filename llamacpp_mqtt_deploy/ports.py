@@ -388,11 +388,13 @@ class Store(Protocol):
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
         spent: Spent | None = None,
+        on_stored: Callable[[], None] | None = None,
     ) -> None:
         """Store the terminal event, the change of the history and what the request has cost (`ledger`) in one transaction, and
         let go of the payload (the digest stays). `chunks` is the record of what the terminal event does not tell (`core/chunk_record.py`); it is kept as long as
         the entry. A request ends once: a second call changes nothing, neither history nor ledger. Under an unknown key only
-        the history changes."""
+        the history changes. `on_stored` is called when it is written, in the store's thread, so it must return at once; also when
+        this method has raised before because that took too long."""
 
     def finish_soon(
         self,

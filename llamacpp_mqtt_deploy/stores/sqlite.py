@@ -131,8 +131,12 @@ class SqliteStore:
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
         spent: Spent | None = None,
+        on_stored: Callable[[], None] | None = None,
     ) -> None:
-        self.finish_soon(key, terminal, now=now, history=history, chunks=chunks, spent=spent).wait(WRITE_TIMEOUT_S)
+        write = self.finish_soon(key, terminal, now=now, history=history, chunks=chunks, spent=spent)
+        if on_stored is not None:
+            write.on_done(lambda problem: on_stored() if problem is None else None)
+        write.wait(WRITE_TIMEOUT_S)
 
     def finish_soon(
         self,

@@ -267,13 +267,22 @@ class Completion:
         """Store the end; False when the store does not take it now: then `close` is called as soon as it does, or after a while."""
         began = time.monotonic()
         try:
-            written = self._store.finish_soon(
-                job.key, terminal, now=self._now(), history=history, chunks=chunks, spent=spent
+            # In the store's thread: the client need not wait until this thread has woken up.
+            at_once = job.rendering is None and len(terminal) <= _TOLD_AT_ONCE_BYTES
+
+            def stored() -> None:
+                if not job.forgotten:  # else the history has to go first
+                    telling()
+
+            self._store.finish(
+                job.key,
+                terminal,
+                now=self._now(),
+                history=history,
+                chunks=chunks,
+                spent=spent,
+                on_stored=stored if at_once else None,
             )
-            if job.rendering is None and len(terminal) <= _TOLD_AT_ONCE_BYTES:
-                # In the store's thread: its client need not wait until this thread has woken up.
-                written.on_done(lambda problem: telling() if problem is None else None)
-            written.wait(_WRITE_WAIT_S)
             if job.forgotten and history is not None:  # a reset came while we wrote
                 self._store.reset(history.session)
         except LeaseLost:

@@ -40,9 +40,9 @@ def test_requests_of_a_burst_share_one_write_of_at_most_64(bus: Bus, monkeypatch
     assert journal.reached.wait(10)
     accept, writes = worker.daemon.parts.store.accept_soon, list[int]()
 
-    def noted(entries: Any) -> Any:
+    def noted(entries: Any, **how: Any) -> Any:
         writes.append(len(entries))
-        return accept(entries)
+        return accept(entries, **how)
 
     monkeypatch.setattr(worker.daemon.parts.store, "accept_soon", noted)
     for number in range(70):

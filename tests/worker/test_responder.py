@@ -180,7 +180,7 @@ def test_many_streams_at_once_send_fewer_chunks_each() -> None:
     )
     responder.start({"worker": "w", "created": 1})
     responder.settle()
-    assert responder._flow.interval_s == 0.04
+    assert responder._flow.interval_s == 0.02
     active_streams = 1
     responder.settle()
     assert responder._flow.interval_s == 0.01

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -160,8 +160,12 @@ class PostgresStore:
         history: HistoryChange | None = None,
         chunks: bytes | None = None,
         spent: Spent | None = None,
+        on_stored: Callable[[], None] | None = None,
     ) -> None:
-        self.finish_soon(key, terminal, now=now, history=history, chunks=chunks, spent=spent).wait(WRITE_TIMEOUT_S)
+        write = self.finish_soon(key, terminal, now=now, history=history, chunks=chunks, spent=spent)
+        if on_stored is not None:
+            write.on_done(lambda problem: on_stored() if problem is None else None)
+        write.wait(WRITE_TIMEOUT_S)
 
     def finish_soon(
         self,
