@@ -58,9 +58,10 @@ class PoolRequest:
     """`ended_at` of an ended entry with this key, as `find` gave it, that this request takes the place of."""
 
 
-Claim = Literal["run", "cancelled", "forgotten", "expired", "evicted", "interrupted"]
+Claim = Literal["run", "cancelled", "forgotten", "expired", "evicted", "interrupted", "ended"]
 """Why a worker has an entry: to run it, or to end it: cancelled by its client while it waited (`forgotten`: by a reset, so that the
-end writes no history), its time limit passed, it lost its place in the queue, the worker that streamed it died."""
+end writes no history), its time limit passed, it lost its place in the queue, the worker that streamed it died. `ended`: to publish
+the end that a dead worker has stored, and perhaps not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +193,10 @@ class SharedJournal(Store, Protocol):
     def running_in(self, session: tuple[str, str]) -> int:
         """How many requests of the session some worker has and has not ended."""
 
+    def begun_sessions(self, route: str, *, created_by: float) -> Sequence[str]:
+        """Sessions of the route with requests under way that were there at this time (seconds since the epoch, by this worker's clock):
+        of some of them nothing else is known yet."""
+
     def ask_snapshot(self, key: EntryKey) -> bool:
         """Ask the worker that runs it to publish a snapshot; False when none does."""
 
@@ -203,8 +208,8 @@ class SharedJournal(Store, Protocol):
 
     def take_over(self, fence: int) -> list[Claimed]:
         """End another member's membership, if its lease is (still) over, and return what it had: what it streamed as
-        `interrupted`, this worker's now. What had no chunk yet waits again, in its old place; its stored ends that no broker
-        acknowledged are among this worker's `undelivered`. At most one worker gets them."""
+        `interrupted`, and its stored ends that no broker acknowledged as `ended`, this worker's now. What had no chunk yet waits
+        again, in its old place. At most one worker gets them."""
 
     def load(self) -> PoolLoad: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -306,6 +306,10 @@ class Controls:
         jobs = self._hold(session, cancels=cancels)
         cancelled = self._forget_jobs(jobs)
         self._change(session, change, cancelled, cancels=cancels)
+
+    def begun_elsewhere(self, route: str, *, created_by: float) -> Sequence[str]:
+        """Sessions of the route with requests that wait for any worker of the pool, or that one of them runs. Raises StoreError."""
+        return () if self._pool is None else self._pool.begun(route, created_by=created_by)
 
     def _hold(self, session: tuple[str, str], *, cancels: bool) -> list[Job]:
         """Let nothing new of the session begin; what is to be stopped of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import get_args
 
@@ -184,6 +184,8 @@ class SessionTopics:
     def _next_sessions(self, change: _WholeRoute) -> bool:
         """Change some; False when there are no more."""
         try:
+            if change.elsewhere is None:
+                change.elsewhere = self._controls.begun_elsewhere(change.address.route, created_by=change.created_by)
             sessions = change.next(self._prompts())
         except StoreError as problem:
             log.error("journal.failed", step=change.wanted.kind, problem=str(problem), route=change.address.route)
@@ -228,18 +230,23 @@ class _WholeRoute:
     def __init__(self, wanted: WantedChange, address: Address, begun: list[str], *, created_by: float) -> None:
         self.wanted = wanted
         self.address = address
+        self.created_by = created_by
+        self.elsewhere: Sequence[str] | None = None
+        """Those that other workers of a pool have begun; None until the database was asked."""
         self._begun = begun
         """Sessions with requests under way: the store may not know them yet."""
-        self._created_by = created_by
         self._after = ""
 
     def next(self, store: SessionPrompts) -> list[str]:
         """The next sessions; none when all were changed."""
+        if self.elsewhere:
+            self._begun = sorted({*self._begun, *self.elsewhere})
+            self.elsewhere = ()
         if self._begun:
             taken, self._begun = self._begun[:_SESSIONS_AT_ONCE], self._begun[_SESSIONS_AT_ONCE:]
             return taken
         found = store.sessions(
-            self.address.route, after=self._after, created_by=self._created_by, most=_SESSIONS_AT_ONCE
+            self.address.route, after=self._after, created_by=self.created_by, most=_SESSIONS_AT_ONCE
         )
         if found:
             self._after = found[-1]

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.ports import Entry, StoreError
+from llamacpp_mqtt_deploy.core.events import encode, interrupted
+from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.stores.postgres.database import Database
+from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate
 from tests.pool.fleet import Fleet, PooledWorker, fleet_on
 from tests.support.mosquitto import Mosquitto
 from tests.support.postgres_server import PostgresServer
+from tests.support.store_cases import NOW, entry, key
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -39,19 +44,18 @@ def test_a_database_that_fails_right_after_a_takeover_costs_no_request_its_end(
     fleet.until(type="chunk", request_id=asked)
     gone, heir = sorted(workers, key=lambda worker: not worker.engine.calls)
     journal = _journal(heir)
-    take_over, undelivered = journal.take_over, journal.undelivered
+    take_over, finish = journal.take_over, journal.finish
     failed = Event()
 
-    def fail_once_after_it() -> list[Entry]:
+    def fail_once(*args: Any, **fields: Any) -> None:
         if not failed.is_set():
             failed.set()
             _away()
-        found: list[Entry] = undelivered()
-        return found
+        finish(*args, **fields)
 
     def then_fail(fence: int) -> Any:
         claimed = take_over(fence)
-        monkeypatch.setattr(journal, "undelivered", fail_once_after_it)
+        monkeypatch.setattr(journal, "finish", fail_once)
         return claimed
 
     monkeypatch.setattr(journal, "take_over", then_fail)
@@ -60,6 +64,7 @@ def test_a_database_that_fails_right_after_a_takeover_costs_no_request_its_end(
     assert (end["type"], end["code"]) == ("error", "interrupted")
     gate.open()
     assert failed.wait(10)
+    eventually(lambda: journal.find(key(asked, ("default", "ada"))).terminal == encode(end))
 
 
 def test_a_request_that_a_worker_claimed_and_does_not_know_of_is_run_after_a_while(
@@ -82,3 +87,23 @@ def test_a_request_that_a_worker_claimed_and_does_not_know_of_is_run_after_a_whi
     asked = fleet.ask("one two")
     assert fleet.end(asked)["full_content"] == "one two"
     assert [each.entry.key.request_id for each in claimed] == [asked]
+
+
+def test_an_end_that_a_worker_without_a_pool_has_not_told_is_told_by_the_pool(
+    fleet: Fleet, postgres: PostgresServer
+) -> None:
+    alone = PostgresStore(Database(url=postgres.url, schema=f"lmd_{fleet.root}"))
+    alone.open()
+    topic, entry_key = f"{fleet.root}/reply/ada", key("r1", ("default", "ada"))
+    alone.accept([entry("r1", ("default", "ada"), topic=f"{fleet.root}/request/ada", reply_topic=topic)])
+    ids = {"request_id": "r1", "session_id": "ada"}
+    alone.finish(
+        entry_key,
+        interrupted(**ids, code="engine_lost", message="It was lost.", retryable=True, metadata=None),
+        now=NOW,
+    )
+    alone.close()
+    worker = fleet.worker()
+    assert fleet.end("r1")["code"] == "engine_lost"
+    assert fleet.end(fleet.ask("one two"))["full_content"] == "one two"
+    eventually(lambda: _journal(worker).undelivered() == [])

@@ -117,6 +117,17 @@ def test_a_worker_that_has_not_claimed_a_request_can_write_nothing_of_it(pool: C
     assert len(a.journal.history(SESSION)) == 2
 
 
+def test_a_start_that_is_counted_after_the_end_is_no_lost_lease(pool: Callable[..., Worker]) -> None:
+    a, b = pool("a"), pool("b")
+    a.enqueue(request("r1"))
+    assert a.takes() == ["r1"]
+    assert a.journal.mark_started(key("r1")) == 1
+    a.end("r1")
+    assert a.journal.mark_started(key("r1")) == 1
+    with pytest.raises(LeaseLost):
+        b.journal.mark_started(key("r1"))
+
+
 def test_prompts_of_a_session_go_one_at_a_time_and_in_order_whoever_runs_them(pool: Callable[..., Worker]) -> None:
     a, b = pool("a"), pool("b")
     a.enqueue(request("1"), request("2"), request("elsewhere", OTHER), request("alone", in_turn=False))
@@ -321,7 +332,10 @@ def test_another_worker_ends_what_a_dead_one_streamed_and_runs_the_rest(pool: Ca
 
     eventually(lambda: seen() == [a.fence])
     taken = b.journal.take_over(a.fence)
-    assert [(c.entry.key, c.why) for c in taken] == [(streamed, "interrupted")]
+    assert [(c.entry.key, c.why, c.entry.terminal) for c in taken] == [
+        (streamed, "interrupted", None),
+        (ended, "ended", b"end"),
+    ]
     assert b.journal.take_over(a.fence) == []
     assert [e.key for e in b.journal.undelivered()] == [ended]
     waited = {c.entry.key: c.entry.starts for c in b.claim(5)}
@@ -364,7 +378,7 @@ def test_who_leaves_leaves_what_waits_to_others(pool: Callable[..., Worker]) -> 
         a.claim()
     assert b.takes(3) == ["2"]
     (gone,) = b.journal.overdue()
-    assert b.journal.take_over(gone.fence) == []
+    assert [(c.entry.key, c.why) for c in b.journal.take_over(gone.fence)] == [(key("1"), "ended")]
     assert [e.key for e in b.journal.undelivered()] == [key("1")]
     assert [seen.member.worker_id for seen in b.journal.load().members] == ["b"]
 

@@ -52,6 +52,8 @@ class Worker:
     dead: bool = False
     """Somebody has; it does not know."""
     had: list[EntryKey] = field(default_factory=list)
+    undelivered: list[EntryKey] = field(default_factory=list)
+    """Ends that it has to deliver."""
 
 
 class Workers(RuleBasedStateMachine):
@@ -64,6 +66,7 @@ class Workers(RuleBasedStateMachine):
         self.schema = database_in(self.server, self.directory).schema
         self.requests: dict[EntryKey, Known] = {}
         self.order: list[EntryKey] = []
+        self.ended: list[EntryKey] = []
         self.told: dict[tuple[str, str], list[str]] = {session: [] for session in SESSIONS}
         self.early: set[EntryKey] = set()
         self.number = 0
@@ -191,6 +194,8 @@ class Workers(RuleBasedStateMachine):
         else:
             write()
             known.terminal, known.owner = terminal, None
+            worker.undelivered.append(key)
+            self.ended.append(key)
             if remembered:
                 self.told[session].append(key.request_id)
 
@@ -252,6 +257,11 @@ class Workers(RuleBasedStateMachine):
             assert taken == []
             return
         theirs.dead = True
+        told = [each.entry.key for each in taken if each.why == "ended"]
+        assert told == sorted(theirs.undelivered, key=self.ended.index)
+        mine.undelivered += told
+        theirs.undelivered = []
+        taken = [each for each in taken if each.why != "ended"]
         left = [known for known in self.requests.values() if known.owner == other]
         for known in left:
             known.owner = None
@@ -316,7 +326,8 @@ class Workers(RuleBasedStateMachine):
                     f"UPDATE {self.schema}.members SET lease_until = 'epoch' WHERE fence = {worker.fence} RETURNING fence"
                 )
                 for each in last.take_over(worker.fence):
-                    last.finish(each.entry.key, b"end", now=NOW)
+                    if each.why != "ended":
+                        last.finish(each.entry.key, b"end", now=NOW)
             while claimed := last.claim(9, models=(), aging_s=30.0, prefer_for_s=0.0):
                 for each in claimed:
                     last.finish(each.entry.key, b"end", now=NOW)

@@ -42,10 +42,13 @@ def accept(db: BoundedConnection, entry: Entry, fence: int) -> None:
 def count_start(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[[], int]:
     found = db.execute(
         text(
-            f"WITH mine AS (SELECT id FROM queue WHERE {_BY_KEY} AND owner = %s FOR UPDATE) "
-            "UPDATE entries SET starts = starts + 1 FROM mine WHERE entries.id = mine.id RETURNING starts"
+            f"WITH mine AS (SELECT id FROM queue WHERE {_BY_KEY} AND owner = %s FOR UPDATE), "
+            "counted AS (UPDATE entries SET starts = starts + 1 FROM mine WHERE entries.id = mine.id RETURNING starts) "
+            "SELECT starts FROM counted UNION ALL "
+            # A quick answer has ended before its start is counted.
+            f"SELECT starts FROM entries WHERE {_BY_KEY} AND state = 'ended' AND fence = %s"
         ),
-        (*pg_entries.named(key), fence),
+        (*pg_entries.named(key), fence) * 2,
     )
 
     def read() -> int:
@@ -60,8 +63,11 @@ def count_start(db: BoundedConnection, key: EntryKey, fence: int) -> Callable[[]
 def starts(db: BoundedConnection, key: EntryKey, fence: int) -> int:
     """How many were counted; raises LeaseLost where the request is not this worker's."""
     row = db.execute(
-        text(f"SELECT starts FROM entries WHERE id IN (SELECT id FROM queue WHERE {_BY_KEY} AND owner = %s)"),
-        (*pg_entries.named(key), fence),
+        text(
+            f"SELECT starts FROM entries WHERE id IN (SELECT id FROM queue WHERE {_BY_KEY} AND owner = %s) "
+            f"OR ({_BY_KEY} AND state = 'ended' AND fence = %s)"
+        ),
+        (*pg_entries.named(key), fence) * 2,
     ).fetchone()
     if row is None:
         raise lost()
@@ -139,6 +145,12 @@ def still_claimed(db: BoundedConnection, rows: Sequence[tuple[Any, ...]], fence:
     found = db.execute("SELECT id FROM queue WHERE owner = %s AND id = ANY(%s)", (fence, ids)).fetchall()
     mine = {row[0] for row in found}
     return claimed(db, [row for row in rows if row[0] in mine])()
+
+
+def to_deliver(db: BoundedConnection, ids: Sequence[int]) -> list[Claimed]:
+    """The ends of these numbers, in this order."""
+    found = pg_entries.find_all(db, ids)
+    return [Claimed(entry=found[each], why="ended") for each in ids if each in found]
 
 
 _OF_ENTRY = ", ".join(f"{'p' if name == 'payload' else 'e'}.{name}" for name in pg_entries.COLUMNS.split(", "))

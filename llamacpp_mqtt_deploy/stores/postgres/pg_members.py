@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llamacpp_mqtt_deploy.core.turns import LANES
@@ -148,8 +149,17 @@ def end_overdue(db: BoundedConnection, fence: int, other: int, lease_s: float) -
     return row is not None
 
 
-def inherit(db: BoundedConnection, fence: int, dead: int) -> tuple[list[tuple[Any, ...]], int]:
-    """What the dead one had: rows (id, ending, by_own_level) that are this worker's now, and how many wait again."""
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What a dead worker had: rows (id, ending, by_own_level) that its heir has to end, the numbers of stored ends that the heir has to
+    deliver, and how many wait again."""
+
+    to_end: list[tuple[Any, ...]]
+    to_deliver: list[int]
+    waiting: int
+
+
+def inherit(db: BoundedConnection, fence: int, dead: int) -> Inheritance:
     mine = db.execute(
         "UPDATE queue SET owner = %s, ending = coalesce(ending, CASE WHEN streaming THEN 'interrupted' ELSE asked END), "
         "asked = NULL WHERE owner = %s AND (streaming OR ending IS NOT NULL OR asked IS NOT NULL) "
@@ -157,9 +167,12 @@ def inherit(db: BoundedConnection, fence: int, dead: int) -> tuple[list[tuple[An
         (fence, dead),
     ).fetchall()
     waiting = db.execute("UPDATE queue SET owner = NULL WHERE owner = %s", (dead,)).rowcount
-    db.execute("UPDATE entries SET fence = %s WHERE fence = %s AND state = 'ended' AND NOT delivered", (fence, dead))
+    ended = db.execute(
+        "UPDATE entries SET fence = %s WHERE fence = %s AND state = 'ended' AND NOT delivered RETURNING ended_order, id",
+        (fence, dead),
+    ).fetchall()
     db.execute("DELETE FROM held_sessions WHERE fence = %s", (dead,))
-    return mine, waiting
+    return Inheritance(mine, [row[1] for row in sorted(ended)], waiting)
 
 
 def load(db: BoundedConnection) -> PoolLoad:

@@ -42,6 +42,25 @@ def names(db: BoundedConnection, route: str, *, after: str, created_by: float, m
     return tuple(row[0] for row in rows)
 
 
+def names_in_pool(db: BoundedConnection, route: str, *, after: str, age_s: float, most: int) -> tuple[str, ...]:
+    """The same, of those that are so old by the database's clock."""
+    rows = db.execute(
+        "SELECT session FROM sessions WHERE route = %s AND session > %s "
+        "AND created <= extract(epoch FROM clock_timestamp()) - %s ORDER BY session LIMIT %s",
+        (route, after, age_s, most),
+    ).fetchall()
+    return tuple(row[0] for row in rows)
+
+
+def begun_in_pool(db: BoundedConnection, route: str, *, age_s: float) -> tuple[str, ...]:
+    """Those with a request that waits or that some worker runs, and came so long ago."""
+    rows = db.execute(
+        "SELECT DISTINCT session FROM queue WHERE route = %s AND arrived <= clock_timestamp() - make_interval(secs => %s)",
+        (route, age_s),
+    ).fetchall()
+    return tuple(row[0] for row in rows)
+
+
 def ledger(db: BoundedConnection, *, since_day: int, first_level: str | None, skip: int, most: int) -> list[LedgerRow]:
     """The newest day first, and within it who took most tokens first; of all workers together."""
     found = db.execute(

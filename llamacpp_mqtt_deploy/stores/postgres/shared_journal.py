@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from llamacpp_mqtt_deploy.stores.postgres import pg_ends as ends
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries as rows
 from llamacpp_mqtt_deploy.stores.postgres import pg_members as membership
 from llamacpp_mqtt_deploy.stores.postgres import pg_notices as listening
+from llamacpp_mqtt_deploy.stores.postgres import pg_sessions as sessions
 from llamacpp_mqtt_deploy.stores.postgres.common_queue import Enqueuing, places_of
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
 from llamacpp_mqtt_deploy.stores.postgres.pg_ends import RequestEnd
@@ -145,6 +147,14 @@ class SharedPostgresJournal(PostgresStore):
         row = db.execute("SELECT extract(epoch FROM clock_timestamp())").fetchone()
         return now if row is None else float(row[0])
 
+    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+        with self._read() as db:
+            return sessions.names_in_pool(db, route, after=after, age_s=_age_s(created_by), most=most)
+
+    def begun_sessions(self, route: str, *, created_by: float) -> tuple[str, ...]:
+        with self._read() as db:
+            return sessions.begun_in_pool(db, route, age_s=_age_s(created_by))
+
     def clock_was_set(self, forward_s: float, *, now: float) -> None:
         """Nothing: what is kept here bears the time of the database."""
 
@@ -223,10 +233,10 @@ class SharedPostgresJournal(PostgresStore):
             membership.hold_membership(db, mine)()
             if not membership.end_overdue(db, mine, fence, self._lease_s):
                 return []
-            taken, waiting = membership.inherit(db, mine, fence)
-            if waiting:
+            found = membership.inherit(db, mine, fence)
+            if found.waiting:
                 self._wake()
-            return fenced_entries.claimed(db, taken)()
+            return [*fenced_entries.claimed(db, found.to_end)(), *fenced_entries.to_deliver(db, found.to_deliver)]
 
         return self._claims(step, durable=True)
 
@@ -429,3 +439,8 @@ class SharedPostgresJournal(PostgresStore):
             raise
         assert isinstance(write.result, list)
         return write.result
+
+
+def _age_s(created_by: float) -> float:
+    """This worker's clock may not be the database's."""
+    return max(0.0, time.time() - created_by)

@@ -120,7 +120,7 @@ class Claims:
     # --- what was claimed ----------------------------------------------------------------------------------------------
 
     def take(self, claimed: Sequence[Claimed]) -> None:
-        """Run these, or end them. One that cannot be read or ended costs nobody but itself."""
+        """Run these, end them, or tell the end that they have. One that cannot be read or ended costs nobody but itself."""
         for each in claimed:
             try:
                 self._take(each)
@@ -143,6 +143,9 @@ class Claims:
                 raise Busy(f"the queue is full and {whose} took this place", retry_after_s=_RETRY_EVICTED_S)
             case "expired":
                 raise TimedOut("the time limit of this request passed while it waited for a slot")
+            case "ended":
+                assert claimed.entry.terminal is not None
+                self._requests.publish(claimed.entry, claimed.entry.terminal, again=True)
             case "interrupted":
                 raise Interrupted("the worker that wrote this answer is gone; send a new request for it")
 

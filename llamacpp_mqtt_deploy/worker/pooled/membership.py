@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from collections.abc import Set as AbstractSet
 
 import structlog
 
@@ -61,8 +60,8 @@ class Membership:
         """As the others see this worker; None while it is no member."""
         self._trouble = ""
         """Why the lease could not be renewed, as it was told last."""
-        self._own_ends: AbstractSet[EntryKey] | None = None
-        """After a takeover, until the ends that came with it are told: those that were this worker's before."""
+        self._begun = False
+        """Whether this member claims already."""
         self._unknown: dict[EntryKey, float] = {}
         """What may have to be given back, since when (monotonic seconds)."""
         self._wanted = False
@@ -112,6 +111,8 @@ class Membership:
     def _tick(self, now: float) -> None:
         if self._told is None:
             self._join()
+        elif not self._begun:
+            self._begin()
         member = self._describe()
         if member != self._told:
             self._journal.update(member)
@@ -152,6 +153,15 @@ class Membership:
         self._told = member
         self._renew_at = time.monotonic() + self._lease_s / _RENEWALS_A_LEASE
         log.info("pool.joined", fence=fence, slots=member.slots, lease_s=self._lease_s)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Tell the ends that were nobody's when this worker joined: those that a worker without a pool has left. Then claim, and
+        not before: ends of its own are on their way already. Raises StoreError."""
+        for entry in self._journal.undelivered():
+            if entry.terminal is not None:
+                self._requests.publish(entry, entry.terminal, again=True)
+        self._begun = True
         self._claims.begin()
 
     def _troubled(self, problem: StoreError) -> None:
@@ -170,6 +180,7 @@ class Membership:
             "database, or far too slow); others run what it had, and it joins again",
         )
         self._told = None
+        self._begun = False
         self._claims.pause()
         for job in running:
             job.stop.set("put_back")
@@ -178,7 +189,6 @@ class Membership:
 
     def _take_over(self) -> None:
         for gone in self._journal.overdue():
-            before = {entry.key for entry in self._journal.undelivered()}
             claimed = self._journal.take_over(gone.fence)
             log.warning(
                 "pool.taken_over",
@@ -187,21 +197,9 @@ class Membership:
                 overdue_s=round(-gone.lease_left_s, 1) if gone.lease_left_s > -_LONGEST_OVERDUE_S else None,
                 interrupted=sum(each.why == "interrupted" for each in claimed),
             )
-            # First of all: these are this worker's now, and nobody else ends them.
+            # First of all: these are this worker's now, and nobody else ends or tells them.
             self._claims.take(claimed)
             self._claims.wake()
-            # What was claimed here is ended here: that end is on its way already.
-            own = before if self._own_ends is None else self._own_ends
-            self._own_ends = own | {each.entry.key for each in claimed}
-        if self._own_ends is not None:
-            self._tell_inherited(self._own_ends)
-            self._own_ends = None
-
-    def _tell_inherited(self, own: AbstractSet[EntryKey]) -> None:
-        """Ends that the other one has stored, and perhaps not told. Those of our own are on their way. Raises StoreError."""
-        for entry in self._journal.undelivered():
-            if entry.terminal is not None and entry.key not in own:
-                self._requests.publish(entry, entry.terminal, again=True)
 
     def _on_notice(self, notice: Notice) -> None:
         """The store's thread."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from llamacpp_mqtt_deploy.core.errors import Busy
@@ -89,6 +89,10 @@ class PooledSessions:
         finally:
             self._journal.free_session(session)
         return {"cancelled": stopped}
+
+    def begun(self, route: str, *, created_by: float) -> Sequence[str]:
+        """Sessions of the route with requests under way, at any worker."""
+        return self.patiently(lambda: self._journal.begun_sessions(route, created_by=created_by))
 
     def _end(self, found: Cancelled, *, forget: bool) -> int:
         for key in found.running_here:
