@@ -20,7 +20,7 @@ PROJECT := llamacpp_mqtt_deploy tests docs custom_components $(wildcard training
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
-.PHONY: help install inprocess broker tools javascript browser screenshots top-picture test test-fast test-metrics prometheus mutants bench hostile hostile-http flood gateway-load brokers audit faults faults-pool fleet soak check format demo config-example schema config docs build deb test-deb test-arm64 release clean-roots clean
+.PHONY: help install inprocess broker tools javascript browser screenshots top-picture test test-fast test-metrics prometheus mutants bench hostile hostile-http flood gateway-load brokers audit faults faults-pool database-crashes fleet soak check format demo config-example schema config docs build deb test-deb test-arm64 release clean-roots clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -232,6 +232,12 @@ faults: install broker ## kill, freeze, cut, fill and flood everything while cli
 # PostgreSQL has to be there; the same variables.
 faults-pool: install broker ## the same for a pool of four workers with PostgreSQL (REQUESTS, FAULTS, SEED)
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m tests.faults --pool --requests $(REQUESTS) --faults $(FAULTS) $(if $(filter command line environment,$(origin SEED)),--seed $(SEED)) $(FAULTS_ARGS)
+
+# Some four minutes; the suite does DATABASE_CRASHES=5. DATABASE_SEED chooses the moments.
+DATABASE_CRASHES ?= 100
+DATABASE_SEED ?= 3
+database-crashes: install tools ## kill PostgreSQL DATABASE_CRASHES times while a pool uses its journal, and look for what is lost, doubled or torn
+	DATABASE_CRASHES=$(DATABASE_CRASHES) DATABASE_SEED=$(DATABASE_SEED) $(BIN)/python -m pytest -q -s -p no:cacheprovider -o timeout=3600 tests/stores/test_database_crashes.py
 
 # Two minutes; PostgreSQL comes with `tools`.
 fleet: install broker tools ## 200 conversations of 10 turns over four workers, and what four workers bring over one

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -59,6 +61,12 @@ class PostgresServer:
         return f"postgresql://{user}@127.0.0.1:{port or self.port}/postgres"
 
     def start(self) -> PostgresServer:
+        self.launch()
+        eventually(self._ready, 30.0, every_s=0.05)
+        return self
+
+    def launch(self) -> None:
+        """Start it, and do not wait until it has recovered."""
         data = self.folder / "data"
         if not data.exists():
             self._run(
@@ -82,13 +90,24 @@ class PostgresServer:
                 stderr=log,
                 **self._as_user,  # type: ignore[call-overload]
             )
-        eventually(self._ready, 30.0, every_s=0.05)
-        return self
+
+    def crash(self) -> None:
+        """Kill all its processes at once: none of them has time for another byte."""
+        assert self._process is not None
+        main = self._process.pid
+        self._process.send_signal(signal.SIGSTOP)
+        eventually(lambda: _state(main) in "TZ")  # it begins no other process meanwhile
+        children = _children(main)
+        for pid in (main, *children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait(30)
+        self._process = None
+        # Its next life refuses to start as long as one of them has its memory.
+        eventually(lambda: all(_state(pid) == "Z" for pid in children), 30.0)
 
     def stop(self, how: str = "fast") -> None:
-        """`fast` ends all connections, as a service manager does; `immediate` is a crash."""
-        import signal
-
+        """`fast` ends all connections, as a service manager does; with `immediate` it ends where it stands, see also `crash`."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT if how == "immediate" else signal.SIGINT)
             self._process.wait(30)
@@ -131,6 +150,23 @@ class PostgresServer:
             capture_output=True,
             **self._as_user,  # type: ignore[call-overload]
         )
+
+
+def _state(pid: int) -> str:
+    """T for a process that is stopped; Z for one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
 
 
 class _Shared:

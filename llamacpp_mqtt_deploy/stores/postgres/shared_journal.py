@@ -195,7 +195,8 @@ class SharedPostgresJournal(PostgresStore):
             membership.update(db, fence, member)
             self._wake()
 
-        self._do(step)
+        # Nobody would say it again: a crash that forgets it leaves a worker that drains with new requests.
+        self._do(step, durable=True)
 
     def renew(self) -> Renewed:
         fence = self._own_fence()
