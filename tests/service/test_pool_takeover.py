@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import Watcher
+from tests.support.bus_client import BusClient
 from tests.support.daemon_process import DaemonProcess
 from tests.support.mosquitto import Mosquitto
 from tests.support.paced_server import PacedServer
@@ -22,6 +24,14 @@ from tests.support.waiting import eventually
 LEASE_S = 2
 TAKEN_OVER_WITHIN_S = LEASE_S + 2.0
 TOKENS_PER_S = 20
+
+
+FORMATS = ("tokens", "content")
+"""Routes whose names are those of their formats."""
+
+
+def _route(name: str) -> dict[str, str]:
+    return {"request": f"{name}/ask/{{session}}", "reply": f"{name}/answer/{{session}}", "format": name}
 
 
 @dataclass
@@ -68,6 +78,7 @@ def pool(
             pool__lease_s=LEASE_S,
             limits__drain_timeout_s=3,
             streaming__heartbeat_s=5,
+            **{f"routes__{name}__{key}": value for name in FORMATS for key, value in _route(name).items()},
         )
 
     made = Pool(watch(broker.port), broker, database, start)
@@ -98,6 +109,37 @@ def test_what_a_killed_worker_had_is_ended_or_run_by_another_within_its_lease(po
     assert pool.watcher.terminal("again")["finish_reason"] == "length"
     for request_id in ("a", "b", "again", *(f"later{number}" for number in range(4))):
         assert len(pool.ends(request_id)) == 1, request_id
+
+
+def test_a_killed_workers_answer_ends_in_the_format_of_its_route(pool: Pool) -> None:
+    client = BusClient(pool.broker.port)
+    try:
+        client.subscribe("+/answer/#")
+        for name in FORMATS:
+            client.publish(f"{name}/ask/ada", b'{"prompt":"go on","max_tokens":100}')
+        heard: dict[str, list[dict[str, Any]]] = {f"{name}/answer/ada": [] for name in FORMATS}
+
+        def hear() -> None:
+            message = client.receive(20)
+            heard[message.topic].append(json.loads(message.payload))
+
+        while not all(heard.values()):
+            hear()
+        pool.workers["w1"].kill()
+        killed_at = time.monotonic()
+        errors: list[dict[str, Any]] = []
+        while not errors:
+            hear()
+            errors = [parts[-1] for parts in heard.values() if "error" in parts[-1]]
+        assert time.monotonic() - killed_at < TAKEN_OVER_WITHIN_S
+        assert "is gone" in errors[0]["error"]
+        ends = [{"token": "", "type": "complete"}, {"done": True, "session_id": "ada"}]
+        while sum(parts[-1] in (*ends, *errors) for parts in heard.values()) < len(FORMATS):
+            hear()
+        pieces = [part.get("token", part.get("content")) for parts in heard.values() for part in parts[:-1]]
+        assert set(pieces) <= {" word" * number for number in range(1, 20)}
+    finally:
+        client.close()
 
 
 def test_a_worker_that_stood_still_for_longer_than_its_lease_ends_nothing_a_second_time(pool: Pool) -> None:
