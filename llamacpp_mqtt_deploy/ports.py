@@ -486,5 +486,10 @@ class StoreFull(StoreError):
     again later. An open store raises it for new requests, while the ends of accepted ones still find a place."""
 
 
+class StoreAway(StoreError):
+    """The database cannot be used just now, for a reason that passes by itself: it is out of reach, starts, or is too busy. `open`
+    may be called again later."""
+
+
 class StoreInUse(StoreError):
     """Another worker holds the state directory; the text names its process."""

@@ -30,8 +30,8 @@ def command(config_file: Path | None, overrides: Mapping[str, str]) -> None:
       0  a clean stop
       1  anything else
       2  a wrong configuration (one line for each field)
-      3  broker or engine out of reach for limits.startup_timeout_s, or another worker
-         serves the same topics
+      3  broker, engine or database out of reach for limits.startup_timeout_s, or
+         another worker serves the same topics
     """  # noqa: D301 - \b is click's mark for text that must not be wrapped
     # Before the configuration, with which the first secret comes into memory.
     from llamacpp_mqtt_deploy.service.core_files import forbid_core_files

@@ -289,7 +289,7 @@ class LimitsSettings(Section):
     aging_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
     """Seconds after which a waiting request moves up one lane, so that `batch` never starves."""
     startup_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 0.0
-    """Seconds to wait for broker and engine at start before exit code 3; 0 waits for ever."""
+    """Seconds to wait for broker, engine and database at start before exit code 3; 0 waits for ever."""
 
 
 class RouteSettings(SamplingSettings):

@@ -19,9 +19,10 @@ import tenacity
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
+from llamacpp_mqtt_deploy.core.reminding import Reminder
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.mqtt import explain
-from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S, Reminder
+from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S
 from llamacpp_mqtt_deploy.mqtt.closing import GOODBYE_S, OFFLINE_GRACE_S, Closing
 from llamacpp_mqtt_deploy.mqtt.explain import Refusal
 from llamacpp_mqtt_deploy.mqtt.paho_wire import Closed, Connack, PahoWire

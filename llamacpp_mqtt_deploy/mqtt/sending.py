@@ -10,8 +10,8 @@ from typing import TypeVar
 import structlog
 
 from llamacpp_mqtt_deploy.core.outbox_budget import OutboxBudget
+from llamacpp_mqtt_deploy.core.reminding import Reminder
 from llamacpp_mqtt_deploy.mqtt import explain
-from llamacpp_mqtt_deploy.mqtt.backoff import Reminder
 from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
 from llamacpp_mqtt_deploy.mqtt.session import FAULTS, Outgoing, Publish

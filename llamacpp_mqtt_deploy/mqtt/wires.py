@@ -9,7 +9,8 @@ import structlog
 
 from llamacpp_mqtt_deploy.config.credentials import CredentialError
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
-from llamacpp_mqtt_deploy.mqtt.backoff import Reminder, Version
+from llamacpp_mqtt_deploy.core.reminding import Reminder
+from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire, WireEvents
 from llamacpp_mqtt_deploy.mqtt.tls import build_context, stamps
 from llamacpp_mqtt_deploy.ports import Retained

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
@@ -24,12 +24,13 @@ from llamacpp_mqtt_deploy.ports import (
     Link,
     LinkInfo,
     Store,
+    StoreAway,
     StoreError,
-    StoreFull,
     StoreInUse,
 )
 from llamacpp_mqtt_deploy.service.assembly import Parts
 from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
+from llamacpp_mqtt_deploy.service.opening_store import StoreOpening
 from llamacpp_mqtt_deploy.service.reporting import status_line
 from llamacpp_mqtt_deploy.service.shutdown import Shutdown
 from llamacpp_mqtt_deploy.service.startup import AnotherWorkerError, Startup
@@ -50,7 +51,10 @@ _START_UP_AGAIN_S = 30.0
 _PURGE_EVERY_S = 5.0
 _SWEEP_EVERY_S = 1.0
 _LOOK_AT_STORE_EVERY_S = _LOOK_AT_MACHINE_EVERY_S = 1.0
-_STORE_AGAIN_S = 5.0
+# A database that goes away between the store's opening and the recovery of its journal.
+_RECOVER_AGAIN_S = 5.0
+# More than from one look at what we wait for to the next, and enough for the rest of the start.
+_EXTENDED_S = 30.0
 # Last of all, so that they show the drain too; they wait for nothing but a disk that hangs.
 _METRICS_CLOSE_S = 1.0
 
@@ -144,7 +148,7 @@ class Daemon:
             self._serve()
         except Ending as ending:
             code = ending.code
-            log.error("worker.ending", reason=str(ending), exit_code=code)
+            (log.error if code else log.info)("worker.ending", reason=str(ending), exit_code=code)
         except (StoreInUse, AnotherWorkerError) as problem:
             code = EXIT_UNREACHABLE
             log.error("worker.ending", reason=str(problem), exit_code=code)
@@ -231,22 +235,18 @@ class Daemon:
         every(lambda: self._settings.status.health_every_s, self.upkeep.publish_health)
 
     def _open_store(self) -> None:
-        """Open the store. While the disk is too full even for that, wait: nobody may be there to start us again."""
-        told = False
-        while True:
-            try:
-                self.parts.store.open()
-            except StoreFull as problem:
-                if not told:
-                    log.error("store.waiting", reason=str(problem), again_s=_STORE_AGAIN_S)
-                    self._notifier.status(f"waiting: {problem}")
-                    told = True
-            else:
-                return
-            with contextlib.suppress(queue.Empty):
-                self._notes.get(timeout=_STORE_AGAIN_S)
-            if self._signals:
-                raise Ending(EXIT_CLEAN, "told to stop while the disk was full")
+        if not StoreOpening(self.parts.store).run(self._waits_for_store):
+            raise Ending(EXIT_CLEAN, "told to stop before the store was open")
+        self._notifier.status("starting")
+
+    def _waits_for_store(self, problem: BaseException | None) -> bool:
+        """Whether to give up waiting for a database that is away, or for a disk that is full."""
+        if problem is not None:
+            self._notifier.status(f"waiting: {problem}")
+            self._notifier.extend_timeout(int(_EXTENDED_S * 1e6))
+        if isinstance(problem, StoreAway):
+            self._check_limit(lambda: [f"the database: {problem}"])
+        return self._signals > 0
 
     def _serve(self) -> None:
         """The main thread's loop: notes of what happened, and the watchdog in between."""
@@ -307,15 +307,19 @@ class Daemon:
         return self.parts.intake.offer(delivery)
 
     def _start_up(self) -> None:
+        again_s = _START_UP_AGAIN_S
         try:
             self._subscribed = self._startup.start_up()
+        except StoreAway as problem:
+            again_s = _RECOVER_AGAIN_S
+            log.warning("store.waiting", reason=str(problem))
         except (ConnectionError, TimeoutError) as problem:
             # Lost again, or a broker that does not answer: the next connection brings another note.
             log.warning("link.greeting_failed", reason=str(problem))
         if self._startup.settled:
             self.parts.intake.begin_reading()
         if not self._subscribed:
-            self.parts.loop.after(_START_UP_AGAIN_S, lambda: self._notes.put(Note("start_up")))
+            self.parts.loop.after(again_s, lambda: self._notes.put(Note("start_up")))
         self.upkeep.publish_health()
         if not self.parts.discovery.connected:
             self._discover()
@@ -418,15 +422,20 @@ class Daemon:
     # --- watching ------------------------------------------------------------------------------------------------------
 
     def _check_startup(self) -> None:
-        limit_s = self._settings.limits.startup_timeout_s
-        if not limit_s or self.ready or time.monotonic() - self._started_at <= limit_s:
-            return
+        if not self.ready:
+            self._check_limit(self._missing)
+
+    def _missing(self) -> Sequence[str]:
         link, engine = self.parts.link.info(), self.parts.engine.info()
-        missing = [
+        return [
             *([] if self._subscribed else [f"the broker: {link.detail or self.parts.presence.problem or link.state}"]),
             *([] if engine.state in SERVING else [f"the engine: {engine.detail or engine.state}"]),
         ]
-        raise Ending(EXIT_UNREACHABLE, f"not ready after {limit_s:g} s, out of reach: {'; '.join(missing)}")
+
+    def _check_limit(self, missing: Callable[[], Sequence[str]]) -> None:
+        limit_s = self._settings.limits.startup_timeout_s
+        if limit_s and time.monotonic() - self._started_at > limit_s:
+            raise Ending(EXIT_UNREACHABLE, f"not ready after {limit_s:g} s, out of reach: {'; '.join(missing())}")
 
     def _feed(self) -> None:
         """Feed systemd's watchdog, unless one of its threads hangs."""

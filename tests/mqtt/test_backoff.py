@@ -7,7 +7,8 @@ import tenacity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacpp_mqtt_deploy.mqtt.backoff import Backoff, Reminder, VersionChoice
+from llamacpp_mqtt_deploy.core.reminding import Reminder
+from llamacpp_mqtt_deploy.mqtt.backoff import Backoff, VersionChoice
 
 
 class Slept(Exception):

@@ -25,7 +25,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "paho": ("mqtt/", "client/"),
     "requests": ("engines/",),
     "urllib3": ("engines/",),
-    "tenacity": ("engines/", "mqtt/"),
+    "tenacity": ("engines/", "mqtt/", "service/opening_store"),
     "llama_cpp": ("engines/inprocess/native",),
     "numpy": ("engines/inprocess/sampling",),
     "jinja2": ("engines/inprocess/templates",),

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.core.events import EventReader, encode
-from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published, StoreFull
+from llamacpp_mqtt_deploy.ports import Delivery, Entry, EntryKey, Published, StoreAway, StoreFull
 from llamacpp_mqtt_deploy.service import daemon
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
@@ -199,7 +199,6 @@ def test_a_clock_that_was_set_while_the_worker_was_down_ends_no_request(bus: Bus
 
 
 def test_a_disk_that_is_too_full_to_start_is_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon, "_STORE_AGAIN_S", 0.05)
     opens: list[None] = []
     space = threading.Event()
     open_store = SqliteStore.open
@@ -221,6 +220,27 @@ def test_a_disk_that_is_too_full_to_start_is_waited_for(bus: Bus, monkeypatch: p
     bus.listener.until(state="online")
     bus.ask("hi", request_id="r1")
     assert bus.listener.terminal("r1")["type"] == "done"
+
+
+def test_a_journal_that_cannot_be_read_at_the_first_connection_is_recovered_a_moment_later(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "_RECOVER_AGAIN_S", 0.05)
+    reads: list[None] = []
+    undelivered = SqliteStore.undelivered
+
+    def away_at_first(store: SqliteStore) -> list[Entry]:
+        reads.append(None)
+        if len(reads) < 3:
+            raise StoreAway("the database was restarted")
+        return undelivered(store)
+
+    monkeypatch.setattr(SqliteStore, "undelivered", away_at_first)
+    worker = bus.worker()
+    assert len(reads) >= 3
+    bus.ask("hi", request_id="r1")
+    assert bus.listener.terminal("r1")["type"] == "done"
+    assert worker.stop() == 0
 
 
 def test_what_a_flood_left_is_forgotten_as_fast_as_it_came(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from llamacpp_mqtt_deploy.ports import StoreError, StoreFull
+from llamacpp_mqtt_deploy.ports import StoreAway, StoreError, StoreFull
+from llamacpp_mqtt_deploy.stores.postgres.database_errors import cause_of, passes, sentence
+from llamacpp_mqtt_deploy.stores.postgres.refused_connections import state_of_refusal
 
 CONNECT_S = 5
 """How long a connection may take to come about."""
@@ -147,6 +149,27 @@ class Database:
             raise StoreError(f"{self.shown} is PostgreSQL {version}; at least 13 is needed.")
         return db
 
+    def judged(self, problem: StoreError) -> StoreError:
+        """The same as a StoreAway where no connection came about for a reason that passes by itself, but that its words do not tell:
+        a server that takes no connection says so in its language. It may ask the server."""
+        error = problem.__cause__
+        if not isinstance(error, psycopg.OperationalError) or error.sqlstate or cause_of(error) is not None:
+            return problem
+        tried = error.pgconn
+        if tried is None:
+            return problem
+        state = state_of_refusal(
+            (tried.hostaddr or tried.host).decode(),
+            int(tried.port),
+            user=tried.user.decode(),
+            database=tried.db.decode(),
+        )
+        if state is not None and not passes(state):
+            return problem
+        away = StoreAway(*problem.args)
+        away.__cause__ = error
+        return away
+
     # --- in sentences --------------------------------------------------------------------------------------------------
 
     def explained(self, error: Exception) -> StoreError:
@@ -155,65 +178,12 @@ class Database:
             return error
         if not isinstance(error, psycopg.Error) or (isinstance(error, psycopg.DataError) and error.sqlstate is None):
             return StoreError(f"{self.shown} cannot hold this: {type(error).__name__}: {error}.")
-        detail = " ".join(str(error).split()).rstrip(".")
-        state = error.sqlstate or ""
-        kind = StoreFull if isinstance(error, errors.DiskFull) else StoreError
-        problem = kind(f"{_advice(state, self.shown, detail)} ({detail}{'; ' + state if state else ''}).")
+        cause = cause_of(error)
+        away = cause is not None and cause.passes
+        kind = StoreFull if isinstance(error, errors.DiskFull) else StoreAway if away else StoreError
+        problem = kind(sentence(error, self.shown))
         problem.__cause__ = error
         return problem
-
-
-def _advice(state: str, where: str, detail: str) -> str:
-    exact = _ADVICE.get(state) or _ADVICE.get(state[:2])
-    if exact is not None:
-        return exact.format(where=where)
-    # A connection that does not come about has no code, only libpq's words.
-    found = None if state else next((advice for words, advice in _IN_WORDS if words in detail), None)
-    if found is not None:
-        return found.format(where=where)
-    return f"PostgreSQL refused this in {where}" if state else f"{where} is out of reach: {_REACH}"
-
-
-_REACH = "see whether PostgreSQL runs there and sessions.url is right"
-_ADVICE = {
-    "28P01": "{where} refused the password: check the user in sessions.url and sessions.password_file",
-    "28": "{where} does not let this user in: check sessions.url and the server's pg_hba.conf",
-    "3D000": "{where} does not exist: create it (createdb), or correct sessions.url",
-    "42501": "This user may not do this in {where}: make the user the owner of the schema (docs/fleet.md)",
-    "53100": "The disk of {where} is full: free some space there",
-    "53300": "{where} has no connection left: raise its max_connections (four for each worker are enough)",
-    "53": "{where} lacks resources",
-    "57P03": "{where} is starting or stopping: it takes connections when it has recovered",
-    "57P": "{where} ended the connection: it was restarted, or an administrator or a time-out ended it",
-    "57014": "{where} took too long for one statement: look for a lock or for an overloaded disk (pg_stat_activity)",
-    "55P03": "Another program holds a lock in {where}: find it in pg_stat_activity and end it",
-    "40": "Transactions in {where} got into each other's way",
-    "25006": "{where} is read-only: it is a standby, or its administrator made it so",
-    "25P03": "{where} ended a transaction in which this worker was silent for too long: the machine is overloaded or was asleep",
-    "42P01": "A table is missing in {where}: somebody dropped it; restore it from a back-up, or drop the schema to begin anew",
-    "3F000": "The schema is missing in {where}: somebody dropped it; restart the worker to begin anew",
-    "XX": "{where} is damaged: look into the log of PostgreSQL",
-    "58": "{where} cannot read or write its disk: look into the log of PostgreSQL",
-}
-_IN_WORDS = (
-    ("password authentication failed", _ADVICE["28P01"]),
-    ("no password supplied", _ADVICE["28P01"]),
-    ("no pg_hba.conf entry", _ADVICE["28"]),
-    ("does not exist", "{where} does not exist, or its user does not: check sessions.url"),
-    ("too many clients", _ADVICE["53300"]),
-    ("starting up", _ADVICE["57P03"]),
-    ("shutting down", _ADVICE["57P03"]),
-    ("certificate", "{where} shows a certificate that does not verify: check sslmode and sslrootcert in sessions.url"),
-    ("SSL", "TLS with {where} failed: check sslmode in sessions.url and ssl in postgresql.conf"),
-    ("session is read-only", _ADVICE["25006"]),
-    ("server is in hot standby", _ADVICE["25006"]),
-    ("no answer for", "{where} does not answer: look at the network between, and at the load of the database"),
-    (
-        "timeout expired",
-        "{where} does not answer: look at the network between, at firewalls, and at the load of the database",
-    ),
-    ('missing "="', "sessions.url is no address of a database: postgresql://USER@HOST/DATABASE"),
-)
 
 
 def concerns_all(error: Exception) -> bool:

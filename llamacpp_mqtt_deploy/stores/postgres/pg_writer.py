@@ -17,7 +17,7 @@ import structlog
 from psycopg import errors
 
 from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
-from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.ports import StoreAway, StoreError
 from llamacpp_mqtt_deploy.stores.group_commit import (
     MAX_BATCH,
     MAX_BATCH_BYTES,
@@ -426,7 +426,7 @@ class PgWriter:
         """Whether the last transaction, of these, was committed; waits until that and all results are known. None when the store is
         closed before."""
         number = self._number
-        self._is_away(StoreError(f"{self._database.shown} was lost in the middle of a write."))
+        self._is_away(StoreAway(f"{self._database.shown} was lost in the middle of a write."))
         while True:
             self._disconnect()
             self._come_back()

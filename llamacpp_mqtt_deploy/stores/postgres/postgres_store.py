@@ -22,6 +22,7 @@ from llamacpp_mqtt_deploy.ports import (
     HistoryChange,
     Pending,
     Purged,
+    StoreAway,
     StoreError,
     StoreInUse,
     ToldEnd,
@@ -75,22 +76,37 @@ class PostgresStore:
         self._max_history_bytes = max_history_bytes
         self.commit_times = Histogram(COMMIT_BOUNDS_S)
         self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._closed = 0
+        """How often."""
         self._writer: PgWriter | None = None
         self._readers: psycopg_pool.ConnectionPool[BoundedConnection] | None = None
 
     def open(self) -> None:
-        with self._lock:
-            if self._writer is not None:
-                return
-            writer = PgWriter(self._database, claim_schema=self._claim_schema, commit_times=self.commit_times)
+        """Raises StoreAway where that may succeed later. `close` does not wait for an `open` that waits for the database."""
+        with self._opening:
+            with self._lock:
+                if self._writer is not None:
+                    return
+                closed = self._closed
             try:
-                self._readers = self._open_readers()
-                self._writer = writer
-                self._opened(writer)
-            except BaseException:
-                self._close()
-                writer.close(CLOSE_TIMEOUT_S)
-                raise
+                writer = PgWriter(self._database, claim_schema=self._claim_schema, commit_times=self.commit_times)
+            except StoreError as problem:
+                raise self._database.judged(problem) from problem.__cause__
+            with self._lock:
+                self._use(writer, opening=closed == self._closed)
+
+    def _use(self, writer: PgWriter, *, opening: bool) -> None:
+        try:
+            if not opening:
+                raise StoreError(f"The store in {self._database.shown} was closed before it was open.")
+            self._readers = self._open_readers()
+            self._writer = writer
+            self._opened(writer)
+        except BaseException:
+            self._close()
+            writer.close(CLOSE_TIMEOUT_S)
+            raise
 
     def _make_folder(self, aside: Path) -> None:
         with contextlib.suppress(OSError):  # without it nothing can be set aside, and `set_aside` says so
@@ -102,6 +118,7 @@ class PostgresStore:
     def close(self) -> None:
         """Commit what waits and let go of the schema; idempotent, never raises."""
         with self._lock:
+            self._closed += 1
             self._close()
 
     def _close(self) -> None:
@@ -386,7 +403,7 @@ class PostgresStore:
                 yield db
         except psycopg_pool.PoolTimeout as error:
             problem = writer.away or f"{self._database.shown} has given no connection for {READ_TIMEOUT_S:g} s"
-            raise StoreError(f"{str(problem).rstrip('.')}.") from error
+            raise StoreAway(f"{str(problem).rstrip('.')}.") from error
         except psycopg_pool.PoolClosed as error:
             raise StoreError(f"The store in {self._database.shown} is closed.") from error
         except psycopg.Error as error:
