@@ -22,12 +22,27 @@ class CompletionStream:
 
     def feed(self, body: bytes) -> list[Delta]:
         """The deltas that these bytes bring."""
-        if self._events.between_events and not (self.reader.holds_half or self.reader.splits):
-            tokens = self._tokens.read(body)
-            if tokens is not None:
-                self.reader.count(tokens.pieces)
-                return [tokens]
-        return self._read(self._events.feed(body))
+        if not self._is_plain():
+            return self._read(self._events.feed(body))
+        tokens = self._tokens.read(body) if self._events.between_events else None
+        if tokens is not None:
+            self.reader.count(tokens.pieces)
+            return [tokens]
+        found = self._tokens.find(body)
+        if found is None:
+            return self._read(self._events.feed(body))
+        # The first read of an answer, and the last: tokens with other events around them, or with the half of one.
+        start, end = found
+        deltas = self._read(self._events.feed(body[:start]))
+        tokens = self._tokens.read(body[start:end]) if self._events.between_events and self._is_plain() else None
+        if tokens is None:
+            return deltas + self._read(self._events.feed(body[start:]))
+        self.reader.count(tokens.pieces)
+        return [*deltas, tokens, *self._read(self._events.feed(body[end:]))]
+
+    def _is_plain(self) -> bool:
+        """Whether tokens mean what they say."""
+        return not (self.reader.holds_half or self.reader.splits)
 
     def end(self) -> list[Delta]:
         """The deltas of what a server left without the blank line that ends an event, and of what was held back."""

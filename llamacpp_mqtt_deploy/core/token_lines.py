@@ -13,11 +13,13 @@ _HEADS: tuple[tuple[bytes, type[Text | Reasoning]], ...] = (
     (b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"reasoning_content":"', Reasoning),
 )
 
+_STARTS = tuple(head for head, _ in _HEADS)
+
 # The end of a token's event from the closing quote of its text on. No backslash and no brace inside: whatever it holds is
 # ids, names and numbers that say nothing to us. Its second quote follows a comma, so no JSON string can hold the whole.
 _TAIL = re.compile(
     rb'"\}\}\],"created":\d{1,20},"id":"[^"\\\n{}]*","model":"[^"\\\n{}]*"'
-    rb'(?:,"system_fingerprint":"[^"\\\n{}]*")?,"object":"chat\.completion\.chunk"\}\n\n\Z'
+    rb'(?:,"system_fingerprint":"[^"\\\n{}]*")?,"object":"chat\.completion\.chunk"\}\n\n'
 )
 _TAIL_START = b'"}}],"created":'
 
@@ -32,6 +34,24 @@ class TokenLines:
 
     def __init__(self) -> None:
         self._tail = b""
+
+    def find(self, body: bytes) -> tuple[int, int] | None:
+        """Where events like these begin and end in `body`, other events before and behind them; None where there are none. Whether
+        all between are like them `read` says."""
+        if not body.startswith(_STARTS):
+            start = min((at for head, _ in _HEADS if (at := body.find(b"\n\n" + head)) >= 0), default=-1)
+            if start < 0:
+                return None
+            start += 2
+        else:
+            start = 0
+        if not self._tail or self._tail not in body:
+            found = _TAIL.search(body, start)
+            if found is None:
+                return None
+            self._tail = found.group()
+        end = body.rfind(self._tail) + len(self._tail)
+        return (start, end) if end > start else None
 
     def read(self, body: bytes) -> Text | Reasoning | None:
         """The text of all events in `body`, None when the general way has to be taken. Keeps no part of the body."""
@@ -63,7 +83,7 @@ class TokenLines:
     def _learn(self, body: bytes) -> bytes:
         """The tail of this stream's events, from the last one of the body; empty when it is none that we know."""
         start = body.rfind(_TAIL_START)
-        if _TAIL.match(body, start) is None:  # nor does any match where there is no start: a body begins with a head
+        if start < 0 or _TAIL.fullmatch(body, start) is None:
             return b""
         self._tail = body[start:]
         return self._tail

@@ -86,6 +86,7 @@ def test_the_short_way_says_what_the_general_one_says(events: list[bytes], data:
     with pytest.MonkeyPatch.context() as patch:
         short = read_all(chunks)
         patch.setattr(TokenLines, "read", lambda self, body: None)
+        patch.setattr(TokenLines, "find", lambda self, body: None)
         general = read_all(chunks)
     assert short == general
 
@@ -112,6 +113,27 @@ def test_tokens_that_come_together_are_read_as_one_text_and_counted_each() -> No
     stream = CompletionStream()
     stream.feed(body)
     assert stream.reader.finished().usage.completion_tokens == 3
+
+
+def test_tokens_between_other_events_and_halves_of_events_are_read_as_one_text_too() -> None:
+    tokens = event({"content": "a"}) + event({"content": "b"})
+    last = event({}, usage={"prompt_tokens": 3, "completion_tokens": 5}) + b"data: [DONE]\n\n"
+    whole = CompletionStream()
+    assert whole.feed(event({"role": "assistant", "content": None}) + tokens + last) == [Text("ab", 2)]
+    assert whole.reader.done
+    cut = CompletionStream()
+    assert cut.feed(tokens + event({"content": "c"})[:70]) == [Text("ab", 2)]
+    assert cut.feed(event({"content": "c"})[70:] + tokens + tokens + last[:9]) == [Text("c"), Text("abab", 4)]
+    assert cut.feed(last[9:]) == []
+    assert cut.reader.done
+    mixed = CompletionStream()
+    assert mixed.feed(tokens + event({"reasoning_content": "c"}) + tokens) == [
+        Text("a"),
+        Text("b"),
+        Reasoning("c"),
+        Text("a"),
+        Text("b"),
+    ]
 
 
 @pytest.mark.parametrize(

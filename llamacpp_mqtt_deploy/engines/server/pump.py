@@ -33,7 +33,10 @@ class Pump:
         self._exchange = exchange
         self._stream = stream
         self._feed = feed
-        self._ended = threading.Event()
+        self._ended = False
+        # As an Event, with half its locks: this is on the way of every answer.
+        self._over = threading.Lock()
+        self._over.acquire()
         self._problem: BaseException | None = None
         self._rest: Timer | None = None
         self._hung_up = False
@@ -50,7 +53,7 @@ class Pump:
         self._heard_at = time.monotonic()
         self._loop.call_soon(self._begin)
         left_s = silence_s
-        while not self._ended.wait(left_s):
+        while not self._over.acquire(timeout=left_s):
             # The server's pings keep the socket readable; only output counts.
             left_s = self._heard_at + silence_s - time.monotonic()
             if left_s <= 0:
@@ -84,7 +87,7 @@ class Pump:
             self._end(error)
 
     def _read(self) -> None:
-        while not (self._ended.is_set() or self._is_resting()):
+        while not (self._ended or self._is_resting()):
             try:
                 raw = self._socket.recv(READ_BYTES)
             except (BlockingIOError, ssl.SSLWantReadError):
@@ -117,11 +120,11 @@ class Pump:
 
     def _rested(self) -> None:
         """Read at once: something has collected, most likely, and where it makes the next rest the selector need not be told."""
-        if self._ended.is_set():
+        if self._ended:
             return
         self._rest = None
         self._safely(self._read)
-        if not (self._is_resting() or self._ended.is_set()):
+        if not (self._is_resting() or self._ended):
             self._loop.watch(self._fd, READ, self._ready)
 
     def _is_resting(self) -> bool:
@@ -134,10 +137,11 @@ class Pump:
             self._loop.watch(self._fd, READ, self._ready)
 
     def _end(self, problem: BaseException | None) -> None:
-        if self._ended.is_set():
+        if self._ended:
             return
         self._loop.unwatch(self._fd)
         if self._rest is not None:
             self._rest.cancel()
         self._problem = problem
-        self._ended.set()
+        self._ended = True
+        self._over.release()
