@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 import time
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -62,6 +63,8 @@ class Line:
         ends_at = time.monotonic() + timeout_s
         if self._address.unix_path is not None:
             return self._try(socket.AF_UNIX, 0, self._address.unix_path, timeout_s, ())
+        if _is_ipv4(host):  # nothing to look up, which costs as much as connecting
+            return self._try(socket.AF_INET, 0, (host, port), timeout_s, options or ())
         failure: OSError = OSError("the name has no address")
         for family, _, protocol, _, target in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
             try:
@@ -93,3 +96,12 @@ class Line:
             if self._cut:
                 raise ConnectionAbortedError("cut")
             self._duplicate = made.dup()
+
+
+@lru_cache(maxsize=8)
+def _is_ipv4(host: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET, host)
+    except (OSError, ValueError):
+        return False
+    return True
