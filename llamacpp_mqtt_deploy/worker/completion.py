@@ -273,6 +273,7 @@ class Completion:
             def stored() -> None:
                 if not job.forgotten:  # else the history has to go first
                     telling()
+                    self._registry.leave(job)  # whoever has heard of the end and asks is told that it has ended
 
             self._store.finish(
                 job.key,
