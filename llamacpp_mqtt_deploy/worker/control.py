@@ -266,17 +266,19 @@ class Controls:
         change: Callable[[int], object],
         *,
         after: Callable[[], object],
+        failed: Callable[[RequestError | StoreError], object] = lambda _problem: None,
         cancels: bool = True,
     ) -> None:
         """Stop all of the session now, and let `change` (given how many that were) change it soon, in the thread of `work`; prompts
-        that come after this wait until it has. `after` follows. Raises Busy when too much of this level waits already.
+        that come after this wait until it has. `after` follows. `failed` is called when a pool could not let it change anything.
+        Raises Busy when too much of this level waits already.
 
         Without `cancels` only the order counts: what came before goes on as it was.
         """
         if self._pool is not None:
 
             def run_in_pool() -> None:
-                self.change_now(session, change, cancels=cancels)
+                self.change_now(session, change, failed=failed, cancels=cancels)
                 after()
 
             if not self._work.run(first_level, run_in_pool):
@@ -298,10 +300,21 @@ class Controls:
             raise _too_many()
         self._forget_jobs(jobs)
 
-    def change_now(self, session: tuple[str, str], change: Callable[[int], object], *, cancels: bool = True) -> None:
+    def change_now(
+        self,
+        session: tuple[str, str],
+        change: Callable[[int], object],
+        *,
+        failed: Callable[[RequestError | StoreError], object] = lambda _problem: None,
+        cancels: bool = True,
+    ) -> None:
         """The same, at once: in the thread of `work`."""
         if self._pool is not None:
-            self._change_in_pool(self._pool, session, change, cancels=cancels)
+            try:
+                self._change_in_pool(self._pool, session, change, cancels=cancels)
+            except (RequestError, StoreError) as problem:
+                log.error("journal.failed", step="control", problem=str(problem), session=session[1])
+                failed(problem)
             return
         jobs = self._hold(session, cancels=cancels)
         cancelled = self._forget_jobs(jobs)
@@ -345,13 +358,10 @@ class Controls:
         def forget(_session: tuple[str, str]) -> None:
             change(0)
 
-        try:
-            if cancels:
-                self._forget_in_pool(pool, session, forget)
-            else:
-                change(0)
-        except (RequestError, StoreError) as problem:
-            log.error("journal.failed", step="control", problem=str(problem), session=session[1])
+        if cancels:
+            self._forget_in_pool(pool, session, forget)
+        else:
+            change(0)
 
     def _fitted(self, ack: dict[str, Any]) -> bytes:
         """The ack as bytes; a long history loses its oldest messages, and says so."""

@@ -135,6 +135,7 @@ class SessionTopics:
             address.first_level,
             partial(self._change_one, wanted, address.route, wanted.session),
             after=lambda: None,
+            failed=partial(self._could_not, address.route, wanted.session),
             cancels=wanted.reset,
         )
 
@@ -150,7 +151,7 @@ class SessionTopics:
                 self._prompts().set_system_prompt(key, wanted.system_prompt, now=self._now(), reset=wanted.reset)
         except StoreError as problem:
             log.error("journal.failed", step=wanted.kind, problem=str(problem), session=session)
-            self._hint(route, session, "The worker's state cannot be read or written.")
+            self._could_not(route, session, problem)
             return
         self._log.info("session.changed", f"route:{route}", route=route, session=session, change=wanted.kind)
         if wanted.kind in _HINTS:
@@ -194,6 +195,7 @@ class SessionTopics:
             self._controls.change_now(
                 (change.address.route, session),
                 partial(self._change_one, change.wanted, change.address.route, session),
+                failed=partial(self._could_not, change.address.route, session),
                 cancels=change.wanted.reset,
             )
         return bool(sessions)
@@ -216,6 +218,10 @@ class SessionTopics:
         assert message.address is not None
         if session is not None:
             self._hint(message.address.route, session, problem.message)
+
+    def _could_not(self, route: str, session: str, problem: RequestError | StoreError) -> None:
+        told = isinstance(problem, RequestError)  # the other's words are for the operator
+        self._hint(route, session, str(problem) if told else "The worker's state cannot be read or written.")
 
     def _hint(self, route: str, session: str, words: str) -> None:
         """Tell the session's clients. At QoS 0: whoever is not there needs it no more, and no one waits for it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.pool.fleet import Fleet, PooledWorker, fleet_on
 from tests.pool.route_clients import RouteClients
@@ -153,6 +154,10 @@ def test_answers_go_where_their_payloads_say_whichever_worker_writes_them(projec
     assert "elsewhere/s9" not in project.clients.topics()
 
 
+def _refuse(*_args: Any, **_fields: Any) -> None:
+    raise StoreError("The database refuses this.")
+
+
 def test_all_sessions_are_changed_also_those_that_another_worker_has_only_begun(project: Project) -> None:
     for session in ("s1", "s2"):
         project.ask("remember this", session)
@@ -171,6 +176,26 @@ def test_all_sessions_are_changed_also_those_that_another_worker_has_only_begun(
         gate.open()
     for session in ("s1", "s2", *begun, "waiting"):
         assert project.ask("who are you?", session) == ["You are new.", "who are you?"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"running_in": lambda _session: 1}, b"has not ended yet"),
+        ({"cancel": _refuse}, b"cannot be read or written"),
+    ],
+)
+def test_a_session_that_could_not_be_changed_hears_why(
+    project: Project, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: bytes
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.pooled.pooled_sessions._ENDED_WITHIN_S", 0.1)
+    project.ask("remember this")
+    for worker in project.workers:
+        for name, instead in change.items():
+            monkeypatch.setattr(worker.daemon.parts.store, name, instead)
+    project.say("clear/s1")
+    (hint,) = project.clients.wait_for(1, "hint/s1")
+    assert words in hint
 
 
 # --- a route of its own that speaks the protocol -------------------------------------------------------------------------
