@@ -31,6 +31,8 @@ class _Waiting:
     position: int | None = None
     """As it was told; None before the first event."""
     told_at: float = 0.0
+    looked_at: float = 0.0
+    """When its position was looked up last."""
 
 
 class WaitingRequests:
@@ -70,7 +72,12 @@ class WaitingRequests:
         """Tell those that still wait. Raises StoreError."""
         now = time.monotonic()
         with self._lock:
-            due = [(key, each) for key, each in self._waiting.items() if self._is_due(each, now)][:_LOOK_AT]
+            due = [(key, each) for key, each in self._waiting.items() if self._is_due(each, now)]
+            # Those who know nothing yet first, then whose look was longest ago: with thousands none is passed over for ever.
+            due.sort(key=lambda found: (found[1].position is not None, found[1].looked_at))
+            del due[_LOOK_AT:]
+            for _, each in due:
+                each.looked_at = now
         if not due:
             return
         positions = self._journal.watched([key for key, _ in due])
@@ -86,7 +93,7 @@ class WaitingRequests:
     def _is_due(self, each: _Waiting, now: float) -> bool:
         if each.position is None:
             return now - each.received_at >= _FIRST_EVENT_S
-        return now - each.told_at >= _POSITIONS_EVERY_S
+        return now - max(each.told_at, each.looked_at) >= _POSITIONS_EVERY_S
 
     def _tell(self, key: EntryKey, each: _Waiting, position: int, now: float) -> None:
         writer = EventWriter(request_id=key.request_id, session_id=key.session, max_bytes=4096)
