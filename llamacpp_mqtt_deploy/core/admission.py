@@ -1,48 +1,22 @@
-"""Who may wait: a bounded queue whose places and bytes are shared between first topic levels."""
+"""Who may wait, on one worker: a bounded queue whose places and bytes are shared between first topic levels."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import islice
-from math import ceil
 
-from llamacpp_mqtt_deploy.core.errors import Busy, SessionBusy
+from llamacpp_mqtt_deploy.core.queue_places import Measure, QueueLimits, check_session, make_room
 from llamacpp_mqtt_deploy.core.turns import LANES, Ticket, Turns
 
-_MIB = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueLimits:
-    """What may wait. While others wait too, one first level holds at most `share` (0 to 1) of the places and of the bytes."""
-
-    queue_size: int
-    session_queue: int
-    max_bytes: int = 64 * _MIB
-    share: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class _Measure:
-    """Something that the queue has a limited amount of, and how much of it a ticket takes."""
-
-    limit: int
-    of: Callable[[Ticket], int]
-    full: str
-
-    def by_level(self, tickets: Sequence[Ticket]) -> Counter[str]:
-        held: Counter[str] = Counter()
-        for ticket in tickets:
-            held[ticket.first_level] += self.of(ticket)
-        return held
+__all__ = ["AdmissionQueue", "QueueLimits"]
 
 
 class AdmissionQueue:
     """The requests that wait for a slot. Pure: the caller holds the lock and brings the time (monotonic seconds).
 
-    Who goes next is said in `Turns`. Prompts of one session go one at a time: `leave_session` lets the next one go.
+    Who has a place is said in `make_room`, who goes next in `Turns`. Prompts of one session go one at a time: `leave_session` lets
+    the next one go.
 
     What a level holds is counted anew for each newcomer, from the tickets themselves: there are few, and no count can go wrong.
     """
@@ -77,71 +51,17 @@ class AdmissionQueue:
         """
         leaving: list[Ticket] = []
         if not force:
-            self._check_session(ticket, retry_after_s)
-            leaving = self._make_room(ticket, paced, retry_after_s)
+            if ticket.session is not None:
+                in_session = sum(other.session == ticket.session for other in self._waiting.values())
+                busy = ticket.session in self._busy_sessions
+                check_session(in_session, self.limits, busy=busy, retry_after_s=retry_after_s)
+            waiting = _InMemory(list(self._waiting.values()), paced)
+            leaving = make_room(ticket, waiting, self.limits, retry_after_s=retry_after_s, paced=paced)
             for other in leaving:
                 self.remove(other.key)
         self.turns.arrive(ticket)
         self._waiting[ticket.key] = ticket
         return leaving
-
-    def _check_session(self, ticket: Ticket, retry_after_s: float) -> None:
-        most = self.limits.session_queue
-        if ticket.session is not None and self._waiting_in(ticket.session) >= most:
-            raise SessionBusy(
-                f"this session has {most} prompts waiting already; send the next one when one has ended",
-                retry_after_s=retry_after_s,
-            )
-
-    def _waiting_in(self, session: Hashable) -> int:
-        """Prompts of this session that wait for their turn; one that could go at once does not wait."""
-        waiting = sum(1 for other in self._waiting.values() if other.session == session)
-        return waiting if session in self._busy_sessions else max(0, waiting - 1)
-
-    # --- whose place it is ---------------------------------------------------------------------------------------------
-
-    def _make_room(self, newcomer: Ticket, paced: Sequence[Ticket], retry_after_s: float) -> list[Ticket]:
-        """Who has to leave so that this one may wait, mostly nobody. Raises `Busy`, and then nobody has to.
-
-        In a full queue the newest of the lowest lane of the level that holds most, as long as that level then still holds no
-        less than the newcomer's: so nobody loses a place to another level while it holds no more than an even part of the
-        queue, however urgent the newcomer is. Else the newest of the lowest lane below the newcomer's among those of its own
-        level.
-        """
-        limits = self.limits
-        places = _Measure(limits.queue_size, lambda _: 1, f"{limits.queue_size} requests wait")
-        sizes = _Measure(limits.max_bytes, lambda each: each.size, f"{limits.max_bytes / _MIB:g} MiB of requests wait")
-        waiting, leaving = list(self._waiting.values()), []
-        for measure in (places, sizes):
-            while (problem := self._problem(newcomer, measure, waiting, paced)) is not None:
-                ticket = None if problem == _OVER_SHARE else _of_the_largest(newcomer, measure, waiting, paced)
-                if ticket is None:
-                    ticket = _last(each for each in waiting if _is_less_urgent(each, newcomer))
-                if ticket is None:
-                    raise Busy(
-                        f"{problem} ({measure.full}); try again in {retry_after_s:g} s", retry_after_s=retry_after_s
-                    )
-                waiting.remove(ticket)
-                leaving.append(ticket)
-        return leaving
-
-    def _problem(
-        self, newcomer: Ticket, measure: _Measure, waiting: Sequence[Ticket], paced: Sequence[Ticket]
-    ) -> str | None:
-        """Why the newcomer has no place; None when it has one."""
-        level, wanted = newcomer.first_level, measure.of(newcomer)
-        in_queue, being_paced = measure.by_level(waiting), measure.by_level(paced)
-        total, mine = in_queue.total(), in_queue[level] + being_paced[level]
-        # A first request has its place whatever its size, or one that is larger than a share could never come in.
-        if mine and total > in_queue[level] and mine + wanted > ceil(measure.limit * self.limits.share):
-            return _OVER_SHARE
-        # Places of paced answers cannot be taken back, so those of others do not count, up to as many again.
-        mine_and_queue = total + being_paced[level]
-        if mine_and_queue and mine_and_queue + wanted > measure.limit:
-            return _FULL
-        if total + being_paced.total() + wanted > 2 * max(measure.limit, wanted):
-            return _FULL
-        return None
 
     # --- through and out -----------------------------------------------------------------------------------------------
 
@@ -193,28 +113,38 @@ class AdmissionQueue:
         return self.turns.order(list(chains.values()), now)
 
 
-_FULL = "the queue is full"
-_OVER_SHARE = "your share of the queue is taken"
+class _InMemory:
+    """Satisfies `Waiting`: what waits at this moment."""
+
+    def __init__(self, waiting: Sequence[Ticket], paced: Sequence[Ticket]) -> None:
+        self._waiting = waiting
+        self._paced = paced
+        self._by_level: dict[str, Counter[str]] = {}
+
+    def held(self, measure: Measure, level: str | None = None) -> int:
+        held = self._by_level.get(measure.name)
+        if held is None:
+            held = self._by_level[measure.name] = _by_level(self._waiting, measure)
+        return held.total() if level is None else held[level]
+
+    def largest(self, measure: Measure, *, but: str, without: Sequence[Ticket]) -> tuple[str, int] | None:
+        left = [each for each in self._waiting if each not in without]
+        held = _by_level([*left, *self._paced], measure)
+        others = {each.first_level for each in left} - {but}
+        level = max(sorted(others), key=lambda level: held[level], default=None)
+        return None if level is None else (level, held[level])
+
+    def last(self, level: str, *, lower_than: int = -1, without: Sequence[Ticket]) -> Ticket | None:
+        mine = (each for each in self._waiting if each.first_level == level and each.lane > lower_than)
+        return max(
+            (each for each in mine if each not in without),
+            key=lambda each: (each.lane, each.arrived, each.number),
+            default=None,
+        )
 
 
-def _is_less_urgent(ticket: Ticket, newcomer: Ticket) -> bool:
-    return ticket.first_level == newcomer.first_level and ticket.lane > newcomer.lane
-
-
-def _last(tickets: Iterator[Ticket]) -> Ticket | None:
-    """The newest of the lowest lane."""
-    return max(tickets, key=lambda each: (each.lane, each.arrived, each.number), default=None)
-
-
-def _of_the_largest(
-    newcomer: Ticket, measure: _Measure, waiting: Sequence[Ticket], paced: Sequence[Ticket]
-) -> Ticket | None:
-    """What the level that holds most gives up, if it then still holds no less than the newcomer's."""
-    held = measure.by_level([*waiting, *paced])
-    others = {each.first_level for each in waiting} - {newcomer.first_level}
-    largest = max(sorted(others), key=lambda level: held[level], default=None)
-    ticket = _last(each for each in waiting if each.first_level == largest)
-    if largest is None or ticket is None:
-        return None
-    after_me = held[newcomer.first_level] + measure.of(newcomer)
-    return ticket if held[largest] - measure.of(ticket) >= after_me else None
+def _by_level(tickets: Sequence[Ticket], measure: Measure) -> Counter[str]:
+    held: Counter[str] = Counter()
+    for ticket in tickets:
+        held[ticket.first_level] += measure.of(ticket)
+    return held
