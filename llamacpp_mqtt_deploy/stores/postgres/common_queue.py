@@ -3,21 +3,30 @@
 # ruff: noqa: S608  every statement is joined from constants of this package; values are bound
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
-from llamacpp_mqtt_deploy.core.errors import RequestError
+from llamacpp_mqtt_deploy.core.errors import Busy, RequestError
+from llamacpp_mqtt_deploy.core.queue_places import check_session, make_room
 from llamacpp_mqtt_deploy.core.turns import Ticket
 from llamacpp_mqtt_deploy.pool_ports import Enqueued, PoolRequest
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 from llamacpp_mqtt_deploy.stores.postgres.pg_members import free_slots, hold_membership
+from llamacpp_mqtt_deploy.stores.postgres.queue_counts import CountedQueue
+
+EXACT_AT_ONCE = 128
+"""In a longer queue a newcomer's place is not told with its enqueuing: to find it takes reading all that wait, while the lock of the
+queue is held."""
 
 EXACT_PLACES = 1000
-"""In a longer queue a newcomer's place is told by how many wait."""
+"""In a longer queue a request's place is told by how many came before it."""
+
+_WAITS = "owner IS NULL AND ending IS NULL"
+_NOBODY_IS_ADMITTED = QueueLimits(queue_size=1, session_queue=1)
 
 _BY_KEYS = "unnest(%s::text[], %s::text[], %s::text[]) AS given (route, session, request_id)"
 _MINE = "USING (route, session, request_id)"
@@ -42,16 +51,24 @@ class Enqueuing:
         self._aging_s = aging_s
         self.leaving: list[tuple[Any, ...]] = []
         """What this worker has to end now: rows of (id, why, by_own_level)."""
+        self._outcomes: dict[int, Enqueued] = {}
+        self._admitted: dict[int, EntryKey] = {}
+        self._places: Callable[[], dict[EntryKey, int]] = dict
 
-    def run(self, requests: Sequence[PoolRequest]) -> list[Enqueued]:
+    def run(self, requests: Sequence[PoolRequest]) -> None:
+        """`told` says then what became of them."""
         keys = [request.entry.key for request in requests]
         # All questions are on their way before the first answer is read.
         membership = hold_membership(self._db, self._fence)
         asked = _known(self._db, keys), _take_early_cancels(self._db, keys)
-        waiting, free = waiting_queue(self._db, limits=self._limits, aging_s=self._aging_s), free_slots(self._db)
+        queue = CountedQueue(
+            self._db,
+            [request.first_level for request in requests],
+            [(key.route, key.session) for key, request in zip(keys, requests, strict=True) if request.in_turn],
+        )
         membership()
         known, cancelled = asked[0](), asked[1]()
-        queue = waiting()
+        queue.read()
         outcomes: dict[int, Enqueued] = {}
         admitted: dict[int, EntryKey] = {}
         for place, request in enumerate(requests):
@@ -71,29 +88,53 @@ class Enqueuing:
                 outcomes[place] = Enqueued(refused=refusal)
                 continue
             known[key] = _Known(request.entry, None)
-        places = _places(queue, free) if admitted else {}
-        outcomes |= {place: Enqueued(position=places.get(key, 0)) for place, key in admitted.items()}
-        return [outcomes[place] for place in range(len(requests))]
+        self._outcomes, self._admitted = outcomes, admitted
+        if admitted and len(queue) <= EXACT_AT_ONCE:
+            exact, free = waiting_queue(self._db, aging_s=self._aging_s, most=EXACT_AT_ONCE), free_slots(self._db)
+            self._places = lambda: _places(exact(), free())
 
-    def _admit(self, queue: AdmissionQueue, request: PoolRequest, *, replaces: bool) -> None:
+    def told(self, *, with_places: bool = True) -> list[Enqueued]:
+        """One for each request, in their order."""
+        places = self._places() if with_places else {}
+        told = self._outcomes | {
+            number: Enqueued(position=places.get(key, 0)) for number, key in self._admitted.items()
+        }
+        return [told[number] for number in range(len(told))]
+
+    def _admit(self, queue: CountedQueue, request: PoolRequest, *, replaces: bool) -> None:
         """Raises RequestError where it has no place."""
         key = request.entry.key
         chain = (key.route, key.session) if request.in_turn else None
         size = len(request.entry.payload)
         ticket = Ticket(key, request.lane, request.first_level, chain, arrived=0.0, size=size)
-        evicted = queue.admit(ticket, retry_after_s=self._retry_after_s)
+        try:
+            leaving = self._make_room(queue, ticket)
+        except Busy:
+            if not queue.outdated:
+                raise
+            queue.ask()
+            queue.read()
+            leaving = self._make_room(queue, ticket)
         self._insert(request, replaces=replaces, ending=None)
-        for other in evicted:
-            if isinstance(other.key, EntryKey):
-                self._evict(other.key, by_own_level=other.first_level == request.first_level)
+        for other in leaving:
+            self._evict(other, by_own_level=other.first_level == request.first_level)
+            queue.leave(other)
+        queue.enter(ticket)
 
-    def _evict(self, key: EntryKey, *, by_own_level: bool) -> None:
+    def _make_room(self, queue: CountedQueue, ticket: Ticket) -> list[Ticket]:
+        if isinstance(ticket.session, tuple):
+            waiting, busy = queue.in_session(ticket.session)
+            check_session(waiting, self._limits, busy=busy, retry_after_s=self._retry_after_s)
+        return make_room(ticket, queue, self._limits, retry_after_s=self._retry_after_s)
+
+    def _evict(self, ticket: Ticket, *, by_own_level: bool) -> None:
         # One that another worker takes at this moment waits no more, and its place is free as well.
         rows = self._db.execute(
-            "UPDATE queue SET owner = %s, ending = 'evicted', by_own_level = %s WHERE id IN (SELECT id FROM queue "
-            "WHERE route = %s AND session = %s AND request_id = %s AND owner IS NULL AND ending IS NULL "
-            "FOR UPDATE SKIP LOCKED) RETURNING id",
-            (self._fence, by_own_level, *pg_entries.named(key)),
+            text(
+                "UPDATE queue SET owner = %s, ending = 'evicted', by_own_level = %s WHERE id IN (SELECT id FROM queue "
+                f"WHERE id = %s AND {_WAITS} FOR UPDATE SKIP LOCKED) RETURNING id"
+            ),
+            (self._fence, by_own_level, ticket.key),
         ).fetchall()
         self.leaving += [(row[0], "evicted", by_own_level) for row in rows]
 
@@ -120,53 +161,58 @@ class Enqueuing:
             self.leaving += [(row[0], ending, False) for row in found.fetchall()]
 
 
-def waiting_queue(db: BoundedConnection, *, limits: QueueLimits, aging_s: float) -> Callable[[], AdmissionQueue]:
-    """What is returned gives those that wait, as they would on one box; the time is 0."""
+def waiting_queue(db: BoundedConnection, *, aging_s: float, most: int) -> Callable[[], AdmissionQueue | None]:
+    """What is returned gives those that wait, as they would on one box, or None where they are more than `most`; the time is 0."""
     found = db.execute(
-        "SELECT route, session, request_id, lane, first_level, in_turn, size, "
-        "extract(epoch FROM arrived - statement_timestamp())::float8, since, coalesce(turn, 0), owner IS NULL "
-        "FROM queue LEFT JOIN level_turns USING (first_level) WHERE owner IS NOT NULL OR ending IS NULL ORDER BY id"
+        text(
+            "SELECT route, session, request_id, lane, first_level, in_turn, size, "
+            "extract(epoch FROM arrived - statement_timestamp())::float8, since, coalesce(turn, 0), in_turn AND EXISTS ("
+            "SELECT 1 FROM queue e WHERE e.in_turn AND e.route = q.route AND e.session = q.session AND e.owner IS NOT NULL) "
+            f"FROM queue q LEFT JOIN level_turns USING (first_level) WHERE {_WAITS} ORDER BY id LIMIT %s"
+        ),
+        (most + 1,),
     )
 
-    def read() -> AdmissionQueue:
-        queue = AdmissionQueue(limits=limits, aging_s=aging_s)
+    def read() -> AdmissionQueue | None:
         rows = found.fetchall()
+        if len(rows) > most:
+            return None
+        queue = AdmissionQueue(limits=_NOBODY_IS_ADMITTED, aging_s=aging_s)
         queue.turns.recall({row[4]: row[9] for row in rows})
-        for route, session, request_id, lane, first_level, in_turn, size, arrived, since, _, waits in rows:
+        for route, session, request_id, lane, first_level, in_turn, size, arrived, since, _, busy in rows:
             chain = (route, session) if in_turn else None
-            if waits:
-                key = EntryKey(route, session, request_id)
-                ticket = Ticket(key, lane, first_level, chain, arrived=arrived, size=size)
-                queue.admit(ticket, retry_after_s=0.0, force=True)
-                ticket.came_at_turn = since
-            elif chain is not None:
+            ticket = Ticket(EntryKey(route, session, request_id), lane, first_level, chain, arrived=arrived, size=size)
+            queue.admit(ticket, retry_after_s=0.0, force=True)
+            ticket.came_at_turn = since
+            if busy:
                 queue.hold_session(chain)
         return queue
 
     return read
 
 
-def _places(queue: AdmissionQueue, free: Callable[[], int]) -> dict[Hashable, int]:
-    if len(queue) > EXACT_PLACES:
-        return {ticket.key: place for place, ticket in enumerate(queue, start=1)}
-    return queue.positions(0.0, free=free())
+def _places(queue: AdmissionQueue | None, free: int) -> dict[EntryKey, int]:
+    places = {} if queue is None else queue.positions(0.0, free=free)
+    return {key: place for key, place in places.items() if isinstance(key, EntryKey)}
 
 
-def places_of(
-    db: BoundedConnection, keys: Sequence[EntryKey], *, limits: QueueLimits, aging_s: float
-) -> dict[EntryKey, int]:
+def places_of(db: BoundedConnection, keys: Sequence[EntryKey], *, aging_s: float) -> dict[EntryKey, int]:
     """Of these those that wait, with their places."""
+    asked = pg_entries.columns(keys)
+    waiting, free = waiting_queue(db, aging_s=aging_s, most=EXACT_PLACES), free_slots(db)
+    queue = waiting()
+    if queue is not None:
+        places = _places(queue, free())
+        there = {ticket.key for ticket in queue}
+        return {key: places.get(key, 0) for key in keys if key in there}
     rows = db.execute(
         text(
-            f"SELECT route, session, request_id FROM queue JOIN {_BY_KEYS} {_MINE} WHERE owner IS NULL AND ending IS NULL"
+            "SELECT route, session, request_id, place FROM (SELECT route, session, request_id, row_number() OVER (ORDER BY id) "
+            f"AS place FROM queue WHERE {_WAITS}) AS waiting JOIN {_BY_KEYS} {_MINE}"
         ),
-        pg_entries.columns(keys),
+        asked,
     ).fetchall()
-    if not rows:
-        return {}
-    waiting, free = waiting_queue(db, limits=limits, aging_s=aging_s), free_slots(db)
-    places = _places(waiting(), free)
-    return {key: places.get(key, 0) for row in rows for key in [EntryKey(*row)]}
+    return {EntryKey(*row[:3]): row[3] for row in rows}
 
 
 def _replaces(request: PoolRequest, entry: Entry) -> bool:

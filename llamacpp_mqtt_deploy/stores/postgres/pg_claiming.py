@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from llamacpp_mqtt_deploy.core.turns import Ticket, Turns
+from llamacpp_mqtt_deploy.core.turns import LANES, Ticket, Turns
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 
 AT_ONCE = 16
@@ -18,6 +18,14 @@ AT_ONCE = 16
 
 ENDS_AT_ONCE = 8
 """Most that are claimed at once only to be ended."""
+
+LOOKED_AT = 256
+"""Of a first level, in a lane and for a model, so many are looked at in search of one that can go. Those that cannot are prompts of
+sessions that run or are held, or that have an earlier prompt in another lane: a level that has more of them than this at its
+front waits for itself."""
+
+RISE_AT_ONCE = 256
+"""Most requests of a lane that one claim moves up."""
 
 _LOOKS = 4
 """How often a claim looks again when other workers took what it picked."""
@@ -29,8 +37,7 @@ _HELD = (
     "AND h.until > clock_timestamp())"
 )
 _READY = f"""
-    q.owner IS NULL AND q.ending IS NULL AND q.id <> ALL(%(tried)s)
-    AND (q.model IS NULL OR q.model = ANY(%(models)s))
+    q.id <> ALL(%(tried)s)
     AND NOT EXISTS (
         SELECT 1 FROM queue e WHERE q.in_turn AND e.in_turn AND e.route = q.route AND e.session = q.session
         AND (e.id < q.id OR e.owner IS NOT NULL)
@@ -41,24 +48,61 @@ _READY = f"""
         AND t.route = q.route AND t.session = q.session AND t.worker_id IN (SELECT worker_id FROM roomy)
     )
 """
+_FRONT = f"""
+    (
+        SELECT id, lane, first_level, since, arrived, route, session, in_turn FROM queue
+        WHERE owner IS NULL AND ending IS NULL AND first_level = l.first_level
+        AND coalesce(model, '') COLLATE "C" = l.model AND lane - risen = l.lane ORDER BY since, arrived, id LIMIT {LOOKED_AT}
+    ) AS q
+"""
+"""The first ones of a level, in a lane and for a model, in their order."""
+
 # Of each first level its best ones, and of the levels the best: whatever `Turns` takes first is among these, since a turn makes no
-# level's rank better.
+# level's rank better. Within a lane the levels are kept in the order of their turns; those of which something has changed since are
+# looked at in any case.
 _CANDIDATES = f"""
     WITH roomy AS MATERIALIZED (
         SELECT worker_id FROM members m WHERE worker_id <> %(worker_id)s AND NOT draining AND lease_until > clock_timestamp()
         AND slots > (SELECT count(*) FROM queue WHERE owner = m.fence)
+    ), changed AS MATERIALIZED (
+        SELECT DISTINCT first_level FROM queue_changes
+    ), lanes AS MATERIALIZED (
+        SELECT model, lane::smallint FROM unnest(%(models)s::text[]) AS model, generate_series(0, {len(LANES) - 1}) AS lane
+    ), looked_at AS (
+        SELECT wanted.model, wanted.lane, found.first_level FROM lanes wanted CROSS JOIN LATERAL (
+            SELECT l.first_level FROM queue_lanes l WHERE l.model = wanted.model AND l.lane = wanted.lane AND l.places > 0
+            AND l.first_level <> ALL(ARRAY(SELECT first_level FROM changed)) AND EXISTS (SELECT 1 FROM {_FRONT} WHERE {_READY})
+            ORDER BY l.turn, l.came LIMIT %(most)s
+        ) AS found
+        UNION ALL SELECT wanted.model, wanted.lane, changed.first_level FROM lanes wanted CROSS JOIN changed
     ), ready AS (
-        SELECT q.id, q.lane, q.first_level, q.since, q.arrived, q.route, q.session, q.in_turn,
-            greatest(0, q.lane - floor(extract(epoch FROM statement_timestamp() - q.arrived) / %(aging_s)s)::int) AS aged
-        FROM queue q WHERE {_READY}
+        SELECT best.*, greatest(0, best.lane - floor(extract(epoch FROM statement_timestamp() - best.arrived) / %(aging_s)s)::int) AS aged
+        FROM looked_at l CROSS JOIN LATERAL (
+            SELECT * FROM {_FRONT} WHERE {_READY} ORDER BY since, arrived, id LIMIT %(most)s
+        ) AS best
     ), ranked AS (
         SELECT *, row_number() OVER (PARTITION BY first_level ORDER BY aged, since, arrived, id) AS place FROM ready
     ), heads AS (
         SELECT first_level, coalesce(turn, 0) AS turn FROM ranked LEFT JOIN level_turns USING (first_level) WHERE place = 1
         ORDER BY aged, coalesce(turn, 0), since, arrived, id LIMIT %(most)s
     )
-    SELECT id, lane, first_level, route, session, in_turn, extract(epoch FROM arrived - statement_timestamp())::float8, since, turn
+    SELECT id, lane, first_level, route, session, in_turn, extract(epoch FROM arrived - statement_timestamp())::float8, since, turn,
+        (SELECT count(*) FROM changed)
     FROM ranked JOIN heads USING (first_level) WHERE place <= %(most)s ORDER BY id
+"""
+# Those that move up a lane now. Whoever is being taken at this moment needs it no more.
+_RISE = f"""
+    UPDATE queue SET risen = least(lane, floor(extract(epoch FROM statement_timestamp() - arrived) / %(aging_s)s)::int)
+    WHERE id IN (
+        SELECT due.id FROM (VALUES {", ".join(f"({lane}, {risen})" for lane in range(len(LANES)) for risen in range(lane))})
+            AS step (lane, risen)
+        CROSS JOIN LATERAL (
+            SELECT id FROM queue q WHERE owner IS NULL AND ending IS NULL AND q.risen < q.lane
+            AND q.lane = step.lane::smallint AND q.risen = step.risen::smallint
+            AND q.arrived < statement_timestamp() - make_interval(secs => %(aging_s)s * (step.risen + 1))
+            ORDER BY q.arrived LIMIT {RISE_AT_ONCE} FOR UPDATE SKIP LOCKED
+        ) AS due
+    )
 """
 
 
@@ -96,7 +140,12 @@ class TurnTaking:
         self._free = free
         self._wishes = wishes
         self._tried: list[int] = []
-        self._asked = self._ask(min(free, AT_ONCE)) if free > 0 else None
+        self.unsummed = 0
+        """How many levels have changes that were not added up."""
+        self._asked: psycopg.Cursor[tuple[Any, ...]] | None = None
+        if free > 0:
+            db.execute(text(_RISE), {"aging_s": wishes.aging_s})
+            self._asked = self._ask(min(free, AT_ONCE))
 
     def take(self) -> list[tuple[Any, ...]]:
         """Rows of (id, None, False)."""
@@ -121,7 +170,7 @@ class TurnTaking:
             {
                 "tried": self._tried,
                 "worker_id": self._wishes.worker_id,
-                "models": list(self._wishes.models),
+                "models": ["", *self._wishes.models],
                 "aging_s": self._wishes.aging_s,
                 "prefer_for_s": self._wishes.prefer_for_s,
                 "most": most,
@@ -133,10 +182,11 @@ class TurnTaking:
             return []
         asked, self._asked = self._asked or self._ask(most), None
         rows = asked.fetchall()
+        self.unsummed = max((row[9] for row in rows), default=0)
         turns = Turns(self._wishes.aging_s)
         turns.recall({row[2]: row[8] for row in rows})
         tickets = []
-        for entry_id, lane, first_level, route, session, in_turn, arrived, since, _ in rows:
+        for entry_id, lane, first_level, route, session, in_turn, arrived, since, _, _ in rows:
             ticket = Ticket(entry_id, lane, first_level, (route, session) if in_turn else None, arrived=arrived)
             turns.arrive(ticket)
             ticket.came_at_turn = since

@@ -1,7 +1,8 @@
 """The tables in the database, as the steps that brought them about.
 
 Workers of two versions use them at once while a fleet is upgraded one by one. So a step only adds: tables, indexes, columns
-with a default; and says which is the oldest version of the tables whose programs can work with it.
+with a default, triggers that keep what older programs do not know of; and says which is the oldest version of the tables whose
+programs can work with it.
 """
 
 from __future__ import annotations
@@ -177,7 +178,65 @@ _V1 = (
     "CREATE INDEX early_cancels_by_level ON early_cancels (first_level, until)",
 )
 
-MIGRATIONS: tuple[LayoutStep, ...] = (LayoutStep(statements=_V1, works_with=1),)
+_WAITS = "owner IS NULL AND ending IS NULL"
+_WAITED, _WAITS_NOW = "OLD.owner IS NULL AND OLD.ending IS NULL", "NEW.owner IS NULL AND NEW.ending IS NULL"
+_NOTE = "FOR EACH ROW WHEN ({}) EXECUTE FUNCTION note_queue_change()"
+
+# What waits is counted, so that nobody has to read it all; see queue_counts.py.
+_V2 = (
+    # By how many lanes a request has moved up while it waited.
+    "ALTER TABLE queue ADD COLUMN risen SMALLINT NOT NULL DEFAULT 0",
+    # Every change is added here, in the transaction that makes it and without waiting for another one; whoever holds the lock of
+    # the queue moves them into the three tables below.
+    f"""
+    CREATE TABLE queue_changes (
+        request BIGINT NOT NULL, first_level {_KEY}, model {_KEY}, lane SMALLINT NOT NULL, places BIGINT NOT NULL,
+        bytes BIGINT NOT NULL
+    ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500)
+    """,
+    "CREATE TABLE queue_total (places BIGINT NOT NULL, bytes BIGINT NOT NULL) WITH (fillfactor = 50)",
+    "INSERT INTO queue_total VALUES (0, 0)",
+    f"CREATE TABLE queue_levels (first_level {_KEY} PRIMARY KEY, places BIGINT NOT NULL, bytes BIGINT NOT NULL)",
+    "CREATE INDEX queue_levels_by_places ON queue_levels (places DESC, first_level)",
+    "CREATE INDEX queue_levels_by_bytes ON queue_levels (bytes DESC, first_level)",
+    # `turn` is the level's last one, `came` the number of the request that came first: the order of levels within a lane.
+    f"""
+    CREATE TABLE queue_lanes (
+        first_level {_KEY}, model {_KEY}, lane SMALLINT NOT NULL, places BIGINT NOT NULL, bytes BIGINT NOT NULL,
+        turn BIGINT NOT NULL, came BIGINT NOT NULL, PRIMARY KEY (first_level, model, lane)
+    )
+    """,
+    "CREATE INDEX queue_lanes_in_turn ON queue_lanes (model, lane, turn, came) WHERE places > 0",
+    "CREATE INDEX queue_lanes_empty ON queue_lanes (first_level) WHERE places = 0",
+    """
+    CREATE FUNCTION note_queue_change() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    BEGIN
+        IF TG_OP <> 'INSERT' AND OLD.owner IS NULL AND OLD.ending IS NULL THEN
+            INSERT INTO queue_changes (request, first_level, model, lane, places, bytes)
+            VALUES (OLD.id, OLD.first_level, coalesce(OLD.model, ''), OLD.lane - OLD.risen, -1, -OLD.size);
+        END IF;
+        IF TG_OP <> 'DELETE' AND NEW.owner IS NULL AND NEW.ending IS NULL THEN
+            INSERT INTO queue_changes (request, first_level, model, lane, places, bytes)
+            VALUES (NEW.id, NEW.first_level, coalesce(NEW.model, ''), NEW.lane - NEW.risen, 1, NEW.size);
+        END IF;
+        RETURN NULL;
+    END $$
+    """,
+    f"CREATE TRIGGER queue_change_by_insert AFTER INSERT ON queue {_NOTE.format(_WAITS_NOW)}",
+    f"CREATE TRIGGER queue_change_by_delete AFTER DELETE ON queue {_NOTE.format(_WAITED)}",
+    "CREATE TRIGGER queue_change_by_update AFTER UPDATE ON queue "
+    + _NOTE.format(f"({_WAITED}) <> ({_WAITS_NOW}) OR {_WAITS_NOW} AND OLD.risen <> NEW.risen"),
+    # In the order of their turns within a level; from the newest of the lowest lane; by when they move up a lane; in a session.
+    f"CREATE INDEX queue_next ON queue (first_level, coalesce(model, '') COLLATE \"C\", (lane - risen), since, arrived, id) WHERE {_WAITS}",
+    f"CREATE INDEX queue_newest ON queue (first_level, lane, arrived, id) WHERE {_WAITS}",
+    f"CREATE INDEX queue_to_rise ON queue (lane, risen, arrived) WHERE {_WAITS} AND risen < lane",
+    "CREATE INDEX queue_in_turn ON queue (route, session, id) WHERE in_turn",
+)
+
+MIGRATIONS: tuple[LayoutStep, ...] = (
+    LayoutStep(statements=_V1, works_with=1),
+    LayoutStep(statements=_V2, works_with=1),
+)
 """Step N brings the tables from version N to N + 1; released steps never change."""
 
 log = structlog.get_logger(__name__)

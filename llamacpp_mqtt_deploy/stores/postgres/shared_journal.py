@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +26,8 @@ from llamacpp_mqtt_deploy.pool_ports import (
     PoolRequest,
     Renewed,
 )
-from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Pending, StoreError, ToldEnd
-from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES
+from llamacpp_mqtt_deploy.ports import Entry, EntryKey, Pending, Purged, StoreError, ToldEnd
+from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
 from llamacpp_mqtt_deploy.stores.postgres import cancelling, fenced_entries
 from llamacpp_mqtt_deploy.stores.postgres import pg_claiming as claiming
 from llamacpp_mqtt_deploy.stores.postgres import pg_ends as ends
@@ -34,13 +35,19 @@ from llamacpp_mqtt_deploy.stores.postgres import pg_entries as rows
 from llamacpp_mqtt_deploy.stores.postgres import pg_members as membership
 from llamacpp_mqtt_deploy.stores.postgres import pg_notices as listening
 from llamacpp_mqtt_deploy.stores.postgres import pg_sessions as sessions
+from llamacpp_mqtt_deploy.stores.postgres import queue_counts as counts
 from llamacpp_mqtt_deploy.stores.postgres.common_queue import Enqueuing, places_of
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
 from llamacpp_mqtt_deploy.stores.postgres.pg_ends import RequestEnd
 from llamacpp_mqtt_deploy.stores.postgres.pg_notices import Listener
 from llamacpp_mqtt_deploy.stores.postgres.pg_steps import Later, PgWrite
 from llamacpp_mqtt_deploy.stores.postgres.pg_writer import PgWriter
-from llamacpp_mqtt_deploy.stores.postgres.postgres_store import CLOSE_TIMEOUT_S, WRITE_TIMEOUT_S, PostgresStore
+from llamacpp_mqtt_deploy.stores.postgres.postgres_store import (
+    CLOSE_TIMEOUT_S,
+    PURGE_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    PostgresStore,
+)
 
 _Result = TypeVar("_Result")
 _DEFAULT_AGING_S = 30.0
@@ -158,6 +165,21 @@ class SharedPostgresJournal(PostgresStore):
     def clock_was_set(self, forward_s: float, *, now: float) -> None:
         """Nothing: what is kept here bears the time of the database."""
 
+    def purge(
+        self,
+        *,
+        now: float,
+        remember_s: float,
+        ttl_s: float,
+        max_sessions: int,
+        max_bytes: int = MAX_JOURNAL_BYTES,
+    ) -> Purged:
+        purged = super().purge(
+            now=now, remember_s=remember_s, ttl_s=ttl_s, max_sessions=max_sessions, max_bytes=max_bytes
+        )
+        self._submit(counts.tidy, serial=True).wait(PURGE_TIMEOUT_S)
+        return purged
+
     # --- membership ----------------------------------------------------------------------------------------------------
 
     def join(self, member: Member) -> int:
@@ -165,6 +187,7 @@ class SharedPostgresJournal(PostgresStore):
 
         def step(db: BoundedConnection) -> int:
             fence = membership.join(db, member, self._lease_s)
+            counts.recount(db)
             for end in told:
                 if self._take_back(db, end.key, member.worker_id, fence):
                     self._end_as(fence, db, self._request_end(end)).read()
@@ -270,11 +293,18 @@ class SharedPostgresJournal(PostgresStore):
         taken, fence = tuple(requests), self._own_fence()
         self._aging_s = aging_s
 
-        def step(db: BoundedConnection) -> tuple[list[Enqueued], list[Claimed]]:
+        def step(db: BoundedConnection) -> Later:
             call = Enqueuing(db, fence, limits=limits, retry_after_s=retry_after_s, aging_s=aging_s)
-            outcomes = call.run(taken)
+            call.run(taken)
             self._wake()
-            return outcomes, fenced_entries.claimed(db, call.leaving)()
+            leaving = fenced_entries.claimed(db, call.leaving)
+            return Later(
+                lambda: (call.told(), leaving()),
+                again=lambda db: (
+                    call.told(with_places=False),
+                    fenced_entries.still_claimed(db, call.leaving, fence),
+                ),
+            )
 
         size = sum(len(request.entry.payload) for request in taken)
         return self._ask(step, tuple, size=size, durable=True, serial=True, urgent=False)
@@ -286,7 +316,10 @@ class SharedPostgresJournal(PostgresStore):
             fence=fence, worker_id=self._worker_id, models=served, aging_s=aging_s, prefer_for_s=prefer_for_s
         )
 
+        unsummed = 0
+
         def step(db: BoundedConnection) -> list[Claimed] | Later:
+            nonlocal unsummed
             # All questions are on their way before the first answer is read.
             held = membership.hold_membership(db, fence)
             lives, draining = held()
@@ -294,11 +327,16 @@ class SharedPostgresJournal(PostgresStore):
                 return []
             ends, turn = claiming.take_ends(db, fence), claiming.TurnTaking(db, free, wishes)
             taken = [*ends(), *turn.take()]
+            unsummed = turn.unsummed
             return Later(
                 fenced_entries.claimed(db, taken), again=lambda db: fenced_entries.still_claimed(db, taken, fence)
             )
 
-        return self._claims(step)
+        claimed = self._claims(step)
+        if unsummed > counts.FOLD_ABOVE:
+            with contextlib.suppress(StoreError):  # the next claim sees to it
+                self._submit(counts.fold, serial=True)
+        return claimed
 
     def release(self, keys: Sequence[EntryKey]) -> None:
         taken, fence = tuple(keys), self._own_fence()
@@ -354,9 +392,8 @@ class SharedPostgresJournal(PostgresStore):
         return self._ask(step, bool)
 
     def watched(self, keys: Sequence[EntryKey]) -> Mapping[EntryKey, int]:
-        limits = QueueLimits(queue_size=1, session_queue=1)  # nobody is admitted here
         with self._read() as db:
-            return places_of(db, keys, limits=limits, aging_s=self._aging_s)
+            return places_of(db, keys, aging_s=self._aging_s)
 
     # --- notices -------------------------------------------------------------------------------------------------------
 
