@@ -28,9 +28,12 @@ def program(name: str) -> str:
 
 
 class PostgresServer:
-    """Listens on a Unix socket in `folder` and on `port`; everybody but the user `guarded` gets in without a password."""
+    """Listens on a Unix socket in `folder` and on `port`; everybody but the user `guarded` gets in without a password. With `tls`
+    (certificate, key) over TCP only who encrypts gets in."""
 
-    def __init__(self, *, fsync: bool = False, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, fsync: bool = False, settings: Mapping[str, str] | None = None, tls: tuple[Path, Path] | None = None
+    ) -> None:
         try:
             import psycopg  # noqa: F401
         except ImportError:
@@ -48,8 +51,10 @@ class PostgresServer:
             "autovacuum_naptime": "10s",
             "log_line_prefix": "%m %a ",
             "lc_messages": "C",
+            **({} if tls is None else {"ssl": "on"}),
             **(settings or {}),
         }
+        self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -75,10 +80,14 @@ class PostgresServer:
             lines = [f"{name} = '{value}'" for name, value in self._settings.items()]
             with (data / "postgresql.conf").open("a") as file:
                 file.write("\n".join(lines) + "\n")
+            host = "host" if self._tls is None else "hostssl"
             rules = (
-                "local all all trust\nhost all guarded 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n"
+                f"local all all trust\n{host} all guarded 127.0.0.1/32 scram-sha-256\n"
+                f"{host} all all 127.0.0.1/32 trust\n"
             )
             (data / "pg_hba.conf").write_text(rules)
+            if self._tls is not None:
+                self.show(self._tls)
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -105,6 +114,15 @@ class PostgresServer:
         self._process = None
         # Its next life refuses to start as long as one of them has its memory.
         eventually(lambda: all(_state(pid) == "Z" for pid in children), 30.0)
+
+    def show(self, tls: tuple[Path, Path]) -> None:
+        """Show this certificate, with its key, from the next start on."""
+        for source, name in zip(tls, ("server.crt", "server.key"), strict=True):
+            file = self.folder / "data" / name
+            file.write_bytes(source.read_bytes())
+            file.chmod(0o600)
+            if self._as_user:
+                shutil.chown(file, _USER, _USER)
 
     def stop(self, how: str = "fast") -> None:
         """`fast` ends all connections, as a service manager does; with `immediate` it ends where it stands, see also `crash`."""

@@ -69,6 +69,22 @@ _BY_WORDS = (
         Cause("{where} may not be used by this user: check the socket's permissions and sessions.url"),
     ),
     (
+        "does not match host name",
+        Cause(
+            "{where}: its certificate is for another name: write the host in sessions.url as the certificate has it, or issue a new one"
+        ),
+    ),
+    (
+        "root certificate file",
+        Cause("The file that sslrootcert in sessions.url names is not there: put the certificate of the authority there"),
+    ),
+    (
+        "certificate verify failed",
+        Cause(
+            "{where}: its certificate does not verify: see whether it has expired, and whether sslrootcert in sessions.url issued it"
+        ),
+    ),
+    (
         "certificate",
         Cause("{where} shows a certificate that does not verify: check sslmode and sslrootcert in sessions.url"),
     ),
