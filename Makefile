@@ -239,10 +239,11 @@ DATABASE_SEED ?= 3
 database-crashes: install tools ## kill PostgreSQL DATABASE_CRASHES times while a pool uses its journal, and look for what is lost, doubled or torn
 	DATABASE_CRASHES=$(DATABASE_CRASHES) DATABASE_SEED=$(DATABASE_SEED) $(BIN)/python -m pytest -q -s -p no:cacheprovider -o timeout=3600 tests/stores/test_database_crashes.py
 
-# Two minutes; PostgreSQL comes with `tools`.
+# Four minutes; PostgreSQL comes with `tools`.
 fleet: install broker tools ## 200 conversations of 10 turns over four workers, and what four workers bring over one
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" FLEET_CONVERSATIONS=200 FLEET_TURNS=10 $(BIN)/python -m pytest -q -p no:cacheprovider -o timeout=600 tests/pool/test_conversations.py
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.long_queue
 
 # MINUTES=5 for a look.
 MINUTES ?= 30

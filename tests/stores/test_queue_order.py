@@ -42,23 +42,27 @@ class Pool:
     """One member on a schema of its own, and the same state as a worker alone would have it."""
 
     def __init__(self, server: PostgresServer, folder: Path) -> None:
-        self.server = server
         self.database = database_in(server, folder)
         self.schema = self.database.schema
         self.journal = SharedPostgresJournal(self.database, lease_s=600.0)
         self.journal.open()
         self.join()
         self.number = 0
+        self.db = self.database.connect()
 
     def join(self) -> None:
         self.journal.join(Member(worker_id="w", instance="i", slots=4))
 
     def sql(self, statement: str) -> list[tuple[object, ...]]:
-        return self.server.sql(statement.format(s=self.schema))
+        found = self.db.execute(statement.format(s=self.schema).encode())
+        return found.fetchall() if found.description else []
+
+    def close(self) -> None:
+        self.db.close()
+        self.journal.close()
 
     def on_one_box(self) -> AdmissionQueue:
-        with self.database.connect() as db:
-            queue = waiting_queue(db, aging_s=AGING_S, most=1000)()
+        queue = waiting_queue(self.db, aging_s=AGING_S, most=1000)()
         assert queue is not None
         queue.limits = LIMITS
         return queue
@@ -98,10 +102,10 @@ class Pool:
 def pool(postgres: PostgresServer, tmp_path: Path) -> Iterator[Pool]:
     pool = Pool(postgres, tmp_path)
     yield pool
-    pool.journal.close()
+    pool.close()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_whoever_has_a_place_loses_it_or_is_next_is_so_by_the_rules_of_one_box(pool: Pool, seed: int) -> None:
     chance = random.Random(seed)
     running: list[EntryKey] = []
@@ -143,7 +147,7 @@ def test_whoever_has_a_place_loses_it_or_is_next_is_so_by_the_rules_of_one_box(p
             pool.journal.finish(each.entry.key, b"end", now=NOW)
 
     def let_time_pass() -> None:
-        pool.sql("UPDATE {s}.queue SET arrived = arrived - interval '17 s' RETURNING id")
+        pool.sql("UPDATE {s}.queue SET arrived = arrived - interval '17 s'")
 
     steps = {enqueue: 8, take: 5, finish: 4, give_back: 1, cancel: 1, let_time_pass: 1}
     for step in chance.choices([*steps], [*steps.values()], k=120):
@@ -206,10 +210,10 @@ def test_what_an_older_worker_puts_into_the_queue_and_takes_out_is_counted(pool:
     )
     pool.counts_are_right()
     assert pool.take() == EntryKey("default", "old", "theirs")
-    pool.sql("UPDATE {s}.queue SET owner = 1 WHERE request_id = 'r1' RETURNING id")
+    pool.sql("UPDATE {s}.queue SET owner = 1 WHERE request_id = 'r1'")
     pool.counts_are_right()
     assert pool.take() is None
-    pool.sql("UPDATE {s}.queue SET owner = NULL WHERE request_id = 'r1' RETURNING id")
+    pool.sql("UPDATE {s}.queue SET owner = NULL WHERE request_id = 'r1'")
     assert pool.take() == ours.entry.key
 
 
@@ -233,15 +237,15 @@ def test_a_queue_of_the_older_layout_goes_on_after_the_upgrade(
     pool = Pool(postgres, tmp_path)
     pool.counts_are_right()
     assert [pool.take() for _ in range(4)] == [*(EntryKey("default", f"u{n}", f"r{n}") for n in (1, 2, 3)), None]
-    pool.journal.close()
+    pool.close()
 
 
 def test_counts_that_went_wrong_are_right_again_when_a_worker_joins(pool: Pool) -> None:
     made = [pool.request(("default", f"u{n}")) for n in range(4)]
     pool.enqueue(*made)
-    pool.sql("UPDATE {s}.queue_levels SET places = 99, bytes = 5 RETURNING places")
-    pool.sql("DELETE FROM {s}.queue_lanes RETURNING places")
-    pool.sql("DELETE FROM {s}.queue_total RETURNING places")
+    pool.sql("UPDATE {s}.queue_levels SET places = 99, bytes = 5")
+    pool.sql("DELETE FROM {s}.queue_lanes")
+    pool.sql("DELETE FROM {s}.queue_total")
     pool.join()
     pool.counts_are_right()
     assert [pool.take() for _ in made] == [each.entry.key for each in made]

@@ -50,6 +50,7 @@ def _rows_read(postgres: PostgresServer, folder: Path, *, waiting: int, levels: 
     _life(database, postgres, waiting=0, turns=0, full=False)
     for statement in (_ENTRIES, _BODIES, _QUEUE):
         postgres.sql(statement.format(s=database.schema, now=NOW, waiting=waiting, levels=levels))
+    _life(database, postgres, waiting=waiting, turns=0, full=full)  # adds up what was filled in
     beginning = _life(database, postgres, waiting=waiting, turns=0, full=full)
     return _life(database, postgres, waiting=waiting, turns=TURNS, full=full) - beginning
 

@@ -16,7 +16,7 @@ from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 from llamacpp_mqtt_deploy.stores.postgres.pg_members import free_slots, hold_membership
-from llamacpp_mqtt_deploy.stores.postgres.queue_counts import CountedQueue
+from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS, CountedQueue
 
 EXACT_AT_ONCE = 128
 """In a longer queue a newcomer's place is not told with its enqueuing: to find it takes reading all that wait, while the lock of the
@@ -132,7 +132,7 @@ class Enqueuing:
         rows = self._db.execute(
             text(
                 "UPDATE queue SET owner = %s, ending = 'evicted', by_own_level = %s WHERE id IN (SELECT id FROM queue "
-                f"WHERE id = %s AND {_WAITS} FOR UPDATE SKIP LOCKED) RETURNING id"
+                f"WHERE id = %s AND {THIS_WAITS} FOR UPDATE SKIP LOCKED) RETURNING id"
             ),
             (self._fence, by_own_level, ticket.key),
         ).fetchall()

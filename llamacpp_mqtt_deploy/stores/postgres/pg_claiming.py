@@ -12,6 +12,7 @@ import psycopg
 
 from llamacpp_mqtt_deploy.core.turns import LANES, Ticket, Turns
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
+from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS, prefer_indexes
 
 AT_ONCE = 16
 """Most that one look at the queue picks."""
@@ -93,7 +94,7 @@ _CANDIDATES = f"""
 # Those that move up a lane now. Whoever is being taken at this moment needs it no more.
 _RISE = f"""
     UPDATE queue SET risen = least(lane, floor(extract(epoch FROM statement_timestamp() - arrived) / %(aging_s)s)::int)
-    WHERE id IN (
+    WHERE id = ANY(ARRAY(
         SELECT due.id FROM (VALUES {", ".join(f"({lane}, {risen})" for lane in range(len(LANES)) for risen in range(lane))})
             AS step (lane, risen)
         CROSS JOIN LATERAL (
@@ -102,7 +103,7 @@ _RISE = f"""
             AND q.arrived < statement_timestamp() - make_interval(secs => %(aging_s)s * (step.risen + 1))
             ORDER BY q.arrived LIMIT {RISE_AT_ONCE} FOR UPDATE SKIP LOCKED
         ) AS due
-    )
+    ))
 """
 
 
@@ -144,6 +145,7 @@ class TurnTaking:
         """How many levels have changes that were not added up."""
         self._asked: psycopg.Cursor[tuple[Any, ...]] | None = None
         if free > 0:
+            prefer_indexes(db)
             db.execute(text(_RISE), {"aging_s": wishes.aging_s})
             self._asked = self._ask(min(free, AT_ONCE))
 
@@ -197,8 +199,8 @@ class TurnTaking:
 def _lock(db: BoundedConnection, fence: int, ids: Sequence[object]) -> set[object]:
     rows = db.execute(
         text(
-            "UPDATE queue SET owner = %s WHERE id IN (SELECT id FROM queue q WHERE id = ANY(%s) AND owner IS NULL "
-            f"AND ending IS NULL AND NOT {_HELD} FOR UPDATE SKIP LOCKED) RETURNING id"
+            "UPDATE queue SET owner = %s WHERE id IN (SELECT id FROM queue q WHERE id = ANY(%s) "
+            f"AND {THIS_WAITS} AND NOT {_HELD} FOR UPDATE SKIP LOCKED) RETURNING id"
         ),
         (fence, list(ids)),
     ).fetchall()
