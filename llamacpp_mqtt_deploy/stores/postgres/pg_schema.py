@@ -1,8 +1,8 @@
 """The tables in the database, as the steps that brought them about.
 
 Workers of two versions use them at once while a fleet is upgraded one by one. So a step only adds: tables, indexes, columns
-with a default, triggers that keep what older programs do not know of; and says which is the oldest version of the tables whose
-programs can work with it.
+with a default, triggers that keep what older programs do not know of; takes away no more than an index that no program needs; and
+says which is the oldest version of the tables whose programs can work with it.
 """
 
 from __future__ import annotations
@@ -209,14 +209,14 @@ _V2 = (
     "CREATE INDEX queue_lanes_in_turn ON queue_lanes (model, lane, turn, came) WHERE places > 0",
     "CREATE INDEX queue_lanes_empty ON queue_lanes (first_level) WHERE places = 0",
     """
-    CREATE FUNCTION note_queue_change() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    CREATE FUNCTION note_queue_change() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
         IF TG_OP <> 'INSERT' AND OLD.owner IS NULL AND OLD.ending IS NULL THEN
-            INSERT INTO queue_changes (request, first_level, model, lane, places, bytes)
+            INSERT INTO THIS_SCHEMA.queue_changes (request, first_level, model, lane, places, bytes)
             VALUES (OLD.id, OLD.first_level, coalesce(OLD.model, ''), OLD.lane - OLD.risen, -1, -OLD.size);
         END IF;
         IF TG_OP <> 'DELETE' AND NEW.owner IS NULL AND NEW.ending IS NULL THEN
-            INSERT INTO queue_changes (request, first_level, model, lane, places, bytes)
+            INSERT INTO THIS_SCHEMA.queue_changes (request, first_level, model, lane, places, bytes)
             VALUES (NEW.id, NEW.first_level, coalesce(NEW.model, ''), NEW.lane - NEW.risen, 1, NEW.size);
         END IF;
         RETURN NULL;
@@ -227,6 +227,8 @@ _V2 = (
     "CREATE TRIGGER queue_change_by_update AFTER UPDATE ON queue "
     + _NOTE.format(f"({_WAITED}) <> ({_WAITS_NOW}) OR {_WAITS_NOW} AND OLD.risen <> NEW.risen"),
     # In the order of their turns within a level; from the newest of the lowest lane; by when they move up a lane; in a session.
+    # Nothing looks up a row by it any more.
+    "DROP INDEX queue_waiting",
     f"CREATE INDEX queue_next ON queue (first_level, coalesce(model, '') COLLATE \"C\", (lane - risen), since, arrived, id) WHERE {_WAITS}",
     f"CREATE INDEX queue_newest ON queue (first_level, lane, arrived, id) WHERE {_WAITS}",
     f"CREATE INDEX queue_to_rise ON queue (lane, risen, arrived) WHERE {_WAITS} AND risen < lane",
@@ -301,7 +303,8 @@ def _migrate(database: Database, db: BoundedConnection, version: int) -> None:
         db.execute("CREATE TABLE layout (version INTEGER NOT NULL, works_with INTEGER NOT NULL)")
         db.execute("INSERT INTO layout (version, works_with) VALUES (0, 0)")
     for statement in _statements(MIGRATIONS[version:]):
-        db.execute(text(statement))
+        # What a trigger does is done for whoever writes, whatever the schema in which its names are looked up.
+        db.execute(text(statement.replace("THIS_SCHEMA", sql.Identifier(database.schema).as_string(db))))
     works_with = max(step.works_with for step in MIGRATIONS)
     db.execute("UPDATE layout SET version = %s, works_with = %s", (len(MIGRATIONS), works_with))
 
