@@ -6,11 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
-import pytest
-
 from llamacpp_mqtt_deploy.pool_ports import SharedJournal
 from llamacpp_mqtt_deploy.ports import EntryKey, Outbox
-from llamacpp_mqtt_deploy.worker.pooled import queue_watch
 from llamacpp_mqtt_deploy.worker.pooled.queue_watch import WaitingRequests
 from tests.support.store_cases import entry
 
@@ -41,37 +38,36 @@ class _Heard:
         return {event["request_id"] for event in self.events if event["type"] == kind}
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [1000.0]
-    monkeypatch.setattr(queue_watch.time, "monotonic", lambda: now[0])
-    return now
+class _Watch:
+    def __init__(self) -> None:
+        self.time = 1000.0
+        self.journal, self.heard = _StandingQueue(), _Heard()
+        self.waiting = WaitingRequests(
+            journal=cast("SharedJournal", self.journal),
+            outbox=cast("Outbox", self.heard),
+            heartbeat_s=lambda: 15.0,
+            now=lambda: self.time,
+        )
 
 
-def test_of_thousands_that_wait_in_a_queue_that_stands_still_everybody_hears_a_ping(clock: list[float]) -> None:
-    journal, heard = _StandingQueue(), _Heard()
-    waiting = WaitingRequests(
-        journal=cast("SharedJournal", journal), outbox=cast("Outbox", heard), heartbeat_s=lambda: 15.0
-    )
+def test_of_thousands_that_wait_in_a_queue_that_stands_still_everybody_hears_a_ping() -> None:
+    watch = _Watch()
     for number in range(WAITING):
-        waiting.add(entry(f"r{number}"), received_at=clock[0], position=0)
+        watch.waiting.add(entry(f"r{number}"), received_at=watch.time, position=0)
     for _ in range(4 * 30):
-        clock[0] += 0.25
-        waiting.check()
+        watch.time += 0.25
+        watch.waiting.check()
     everybody = {f"r{number}" for number in range(WAITING)}
-    assert heard.told("queued") == everybody
-    assert heard.told("ping") == everybody
-    assert max(journal.looks) <= LOOKED_AT_ONCE
+    assert watch.heard.told("queued") == everybody
+    assert watch.heard.told("ping") == everybody
+    assert max(watch.journal.looks) <= LOOKED_AT_ONCE
 
 
-def test_a_newcomer_is_told_its_place_before_those_who_know_theirs(clock: list[float]) -> None:
-    heard = _Heard()
-    waiting = WaitingRequests(
-        journal=cast("SharedJournal", _StandingQueue()), outbox=cast("Outbox", heard), heartbeat_s=lambda: 15.0
-    )
+def test_a_newcomer_is_told_its_place_before_those_who_know_theirs() -> None:
+    watch = _Watch()
     for number in range(WAITING):
-        waiting.add(entry(f"r{number}"), received_at=clock[0], position=number + 1)
-    clock[0] += 5.0
-    waiting.add(entry("r9000"), received_at=clock[0] - 0.5, position=0)
-    waiting.check()
-    assert "r9000" in heard.told("queued")
+        watch.waiting.add(entry(f"r{number}"), received_at=watch.time, position=number + 1)
+    watch.time += 5.0
+    watch.waiting.add(entry("r9000"), received_at=watch.time - 0.5, position=0)
+    watch.waiting.check()
+    assert "r9000" in watch.heard.told("queued")

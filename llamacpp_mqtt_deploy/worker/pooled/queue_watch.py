@@ -41,7 +41,15 @@ class WaitingRequests:
     Requests that want their end alone are not for here. Nothing of it has to survive: when this worker dies, the clients' own rule (a request sent again after silence) finds another.
     """
 
-    def __init__(self, *, journal: SharedJournal, outbox: Outbox, heartbeat_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        journal: SharedJournal,
+        outbox: Outbox,
+        heartbeat_s: Callable[[], float],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._now = now
         self._journal = journal
         self._outbox = outbox
         self._heartbeat_s = heartbeat_s
@@ -57,20 +65,20 @@ class WaitingRequests:
             if len(self._waiting) > _MAX_WATCHED:
                 self._waiting.popitem(last=False)
         if position:
-            self._tell(entry.key, waiting, position, time.monotonic())
+            self._tell(entry.key, waiting, position, self._now())
 
     def again(self, entry: Entry) -> None:
         """The client sent it again: it is told its position at the next look."""
         with self._lock:
             known = self._waiting.get(entry.key)
         if known is None:
-            self.add(entry, received_at=time.monotonic() - _FIRST_EVENT_S, position=0)
+            self.add(entry, received_at=self._now() - _FIRST_EVENT_S, position=0)
         else:
             known.position = None
 
     def check(self) -> None:
         """Tell those that still wait. Raises StoreError."""
-        now = time.monotonic()
+        now = self._now()
         with self._lock:
             due = [(key, each) for key, each in self._waiting.items() if self._is_due(each, now)]
             # Those who know nothing yet first, then whose look was longest ago: with thousands none is passed over for ever.
