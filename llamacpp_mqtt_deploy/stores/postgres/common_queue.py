@@ -16,7 +16,7 @@ from llamacpp_mqtt_deploy.ports import Entry, EntryKey
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 from llamacpp_mqtt_deploy.stores.postgres.pg_members import free_slots, hold_membership
-from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS, CountedQueue
+from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS, CountedQueue, prefer_indexes
 
 EXACT_AT_ONCE = 128
 """In a longer queue a newcomer's place is not told with its enqueuing: to find it takes reading all that wait, while the lock of the
@@ -59,6 +59,7 @@ class Enqueuing:
         """`told` says then what became of them."""
         keys = [request.entry.key for request in requests]
         # All questions are on their way before the first answer is read.
+        prefer_indexes(self._db)
         membership = hold_membership(self._db, self._fence)
         asked = _known(self._db, keys), _take_early_cancels(self._db, keys)
         queue = CountedQueue(

@@ -133,8 +133,6 @@ class Database:
             "tcp_keepalives_count": "3",
             "tcp_user_timeout": "10000",
             "jit": "off",
-            # Every statement finds its rows by an index whatever its values are: to plan it anew for each set of them takes longer.
-            "plan_cache_mode": "force_generic_plan",
             "TimeZone": "UTC",
         }
         return " ".join(f"-c {name}={value}" for name, value in settings.items())

@@ -12,7 +12,7 @@ import psycopg
 
 from llamacpp_mqtt_deploy.core.turns import LANES, Ticket, Turns
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
-from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS, prefer_indexes
+from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS
 
 AT_ONCE = 16
 """Most that one look at the queue picks."""
@@ -145,7 +145,6 @@ class TurnTaking:
         """How many levels have changes that were not added up."""
         self._asked: psycopg.Cursor[tuple[Any, ...]] | None = None
         if free > 0:
-            prefer_indexes(db)
             db.execute(text(_RISE), {"aging_s": wishes.aging_s})
             self._asked = self._ask(min(free, AT_ONCE))
 

@@ -130,7 +130,8 @@ class CountedQueue:
     """Satisfies `queue_places.Waiting`, for one transaction that holds the lock of the queue: the counts at its beginning, and what
     `enter` and `leave` have changed since.
 
-    It is asked about `levels` and `sessions` (pairs of route and session) alone; its questions are on their way when it is made.
+    The transaction should `prefer_indexes`. It is asked about `levels` and `sessions` (pairs of route and session) alone; its questions
+    are on their way when it is made.
     """
 
     def __init__(self, db: BoundedConnection, levels: Sequence[str], sessions: Sequence[tuple[str, str]]) -> None:
@@ -149,7 +150,6 @@ class CountedQueue:
         self.ask()
 
     def ask(self) -> None:
-        prefer_indexes(self._db)
         fold(self._db)
         self._counts = self._db.execute(
             "SELECT first_level, places, bytes FROM queue_levels WHERE first_level = ANY(%s) "

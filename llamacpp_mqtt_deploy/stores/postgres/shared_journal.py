@@ -321,6 +321,7 @@ class SharedPostgresJournal(PostgresStore):
         def step(db: BoundedConnection) -> list[Claimed] | Later:
             nonlocal unsummed
             # All questions are on their way before the first answer is read.
+            counts.prefer_indexes(db)
             held = membership.hold_membership(db, fence)
             lives, draining = held()
             if draining or not lives:
