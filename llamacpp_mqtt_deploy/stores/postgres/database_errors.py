@@ -76,7 +76,9 @@ _BY_WORDS = (
     ),
     (
         "root certificate file",
-        Cause("The file that sslrootcert in sessions.url names is not there: put the certificate of the authority there"),
+        Cause(
+            "The file that sslrootcert in sessions.url names is not there: put the certificate of the authority there"
+        ),
     ),
     (
         "certificate verify failed",
