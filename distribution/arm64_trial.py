@@ -37,13 +37,13 @@ GLIBC = {"bookworm": 36, "trixie": 41}
 DEMO_WITHIN_S = 600
 TESTS_WITHIN_S = 1500
 # Ten to twenty times slower than the same processor without emulation, so only a part: what counts bytes, parses, stores,
-# and a whole worker with a broker; no PostgreSQL, which is not ours to try.
+# and a whole worker with a broker; nothing that asks for a pace (a coloured traceback alone takes it ten seconds), and no
+# PostgreSQL, which is not ours to try.
 TESTS = (
     "tests/engines/test_wheel_server.py",
     "tests/engines/test_managed_parts.py",
     "tests/core/test_completion_stream.py",
     "tests/mqtt/test_buffered_socket.py",
-    "tests/mqtt/test_contract.py",
     "tests/mqtt/test_packets.py",
     "tests/stores/test_contract.py",
     "tests/stores/test_writes.py",
@@ -120,7 +120,7 @@ def _test(root: Root, tests: Sequence[str]) -> None:
     shutil.copy(PROJECT / "pyproject.toml", project)
     began_at = time.monotonic()
     # A test's own limit is for a machine that is twenty times faster; hypothesis' too.
-    pytest = "PATH=$PATH:/usr/sbin /v/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider -o timeout=900 -o filterwarnings= -k 'not postgres'"
+    pytest = "PATH=$PATH:/usr/sbin /v/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider -o timeout=900 -o filterwarnings= -k 'not (postgres or five_hundred or defect)'"
     command = root.command(["sh", "-euc", f"cd /project && {pytest} {' '.join(tests)} 2>&1"])
     try:
         ended = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=TESTS_WITHIN_S, check=False)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
 from llamacpp_mqtt_deploy.core.counts import checked_end
 from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, Opened, PromptProgress, Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.ports import Pending, StoreError
 from llamacpp_mqtt_deploy.worker.jobs import Job
+
+if TYPE_CHECKING:
+    from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
 
 # Protocol, section 3: `progress` at most twice a second. The first one goes at once when there is work worth telling of.
 _PROGRESS_EVERY_S = 0.5
@@ -57,7 +59,7 @@ class Forwarder:
         self._marking: Pending | None = None
         self._marked = False
         self._begun = False
-        self._sentences = SentenceCutter() if job.request.stream == "sentence" else None
+        self._sentences = _sentence_cutter() if job.request.stream == "sentence" else None
         self._told_progress_at: float | None = None
 
     def feed(self, deltas: Sequence[Delta]) -> float:
@@ -174,3 +176,9 @@ class Forwarder:
         if job.request.metadata is not None:
             fields["metadata"] = job.request.metadata
         job.responder.start(fields)
+
+
+def _sentence_cutter() -> SentenceCutter:
+    from llamacpp_mqtt_deploy.core.chunking import SentenceCutter  # noqa: PLC0415 - 1.5 MiB of regular expressions
+
+    return SentenceCutter()

@@ -22,7 +22,6 @@ from llamacpp_mqtt_deploy.worker.own_errors import lost_too_often
 from llamacpp_mqtt_deploy.worker.poison import PoisonSchemas, digest_of
 from llamacpp_mqtt_deploy.worker.policies import Policies
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
-from llamacpp_mqtt_deploy.worker.simulated import SimulatedStream
 
 log = structlog.get_logger(__name__)
 
@@ -137,6 +136,8 @@ class Generation:
             job.responder.withhold_text()
             self._completion.done(job, finished.finish_reason)
             return
+        from llamacpp_mqtt_deploy.worker.simulated import SimulatedStream  # noqa: PLC0415 - 1.5 MiB of regular expressions
+
         SimulatedStream(
             job=job,
             finish_reason=finished.finish_reason,

@@ -11,16 +11,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 from typing_extensions import override
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
 from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
+from llamacpp_mqtt_deploy.leaving_out import leaving_out
 from llamacpp_mqtt_deploy.stopping import StopSignal
+
+with leaving_out("charset_normalizer", "chardet"):  # 3 MiB for guesses at the character set of pages
+    import requests
+    from requests.adapters import HTTPAdapter
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH
+
+CA_BUNDLE = DEFAULT_CA_BUNDLE_PATH
+"""Certificates of the authorities that are trusted where none are named."""
 
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
 """Longest answer that is read whole: a model list, an error, or a completion that was not streamed."""

@@ -13,12 +13,10 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
-
 from llamacpp_mqtt_deploy.core.response_head import HeadReader, ResponseHead
 from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder, PlainBody
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
-from llamacpp_mqtt_deploy.engines.server.http import MAX_DOCUMENT_BYTES, READ_BYTES
+from llamacpp_mqtt_deploy.engines.server.http import CA_BUNDLE, MAX_DOCUMENT_BYTES, READ_BYTES
 from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
@@ -123,7 +121,7 @@ class StreamingExchange:
         if not secure:
             return made
         try:
-            context = ssl.create_default_context(cafile=str(self._ca_file or DEFAULT_CA_BUNDLE_PATH))
+            context = ssl.create_default_context(cafile=str(self._ca_file or CA_BUNDLE))
             return context.wrap_socket(made, server_hostname=host)
         except BaseException:
             made.close()

@@ -1,0 +1,43 @@
+"""What a daemon has in memory: nothing of what its packages take in for terminals and web pages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+RUN = """
+import sys, warnings
+warnings.simplefilter("error")
+from llamacpp_mqtt_deploy.leaving_out import leaving_out
+with leaving_out("rich"):
+    import structlog
+import llamacpp_mqtt_deploy.service.daemon
+import llamacpp_mqtt_deploy.engines.server.server_engine
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"rich", "pygments", "charset_normalizer", "chardet", "regex", "textual", "psycopg", "prometheus_client"}))
+"""
+
+
+def _said(program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+def test_a_daemon_imports_nothing_for_terminals_web_pages_and_extras_that_are_off() -> None:
+    assert _said(RUN) == "[]\n"
+
+
+def test_what_was_left_out_can_be_imported_all_the_same() -> None:
+    later = "import charset_normalizer, rich.console; print(charset_normalizer.__name__, rich.console.__name__)"
+    assert _said(RUN + later).splitlines()[-1] == "charset_normalizer rich.console"
+
+
+def test_a_body_without_a_character_set_is_read_as_utf_8() -> None:
+    read = """
+import llamacpp_mqtt_deploy.engines.server.http
+import requests
+response = requests.Response()
+response._content = '{"name": "Zoë"}'.encode()
+print(ascii(response.text), ascii(response.json()))
+"""
+    assert _said(read) == ascii('{"name": "Zoë"}') + " " + ascii({"name": "Zoë"}) + "\n"
