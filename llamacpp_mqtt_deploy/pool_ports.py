@@ -81,7 +81,8 @@ class Enqueued:
     """What became of one `PoolRequest`."""
 
     position: int = 0
-    """Its place, 1 for who is next; 0 where a worker has a slot free for it."""
+    """Its place, 1 for who is next; 0 where a worker has a slot free for it, and where so many wait that `watched` tells it a moment
+    later."""
     known: Entry | None = None
     """There was an entry with this key already, in any state: nothing was enqueued. An ended one is replaced, as in
     `Store.accept`, only by a request that names it in `replaces`."""

@@ -195,19 +195,23 @@ def test_in_a_queue_of_many_levels_turns_go_round(pool: Pool) -> None:
     assert taken == [each.entry.key for each in burst]
 
 
-def test_what_an_older_worker_puts_into_the_queue_and_takes_out_is_counted(pool: Pool) -> None:
+def _older_worker_adds(pool: Pool, name: str, *, lane: int) -> None:
     """Its statements, which name none of the newer columns and tables."""
-    ours = pool.request(("default", "new"))
-    pool.enqueue(ours)
     pool.sql(
         "INSERT INTO {s}.entries (id, route, session, request_id, topic, digest, accepted_at, state, starts, reply_topic, delivered, "
-        "first_level, bytes) VALUES (nextval('{s}.places'), 'default', 'old', 'theirs', 't', 'd', 1, 'accepted', 0, 'r', false, "
-        "'old', 0) RETURNING id"
+        "first_level, bytes) "
+        f"VALUES (nextval('{{s}}.places'), 'default', 'old', '{name}', 't', 'd', 1, 'accepted', 0, 'r', false, 'old', 0)"
     )
     pool.sql(
         "INSERT INTO {s}.queue (id, route, session, request_id, first_level, lane, in_turn, size, since) SELECT id, route, session, "
-        "request_id, first_level, 0, true, 7, 0 FROM {s}.entries WHERE request_id = 'theirs' RETURNING id"
+        f"request_id, first_level, {lane}, false, 7, 0 FROM {{s}}.entries WHERE request_id = '{name}'"
     )
+
+
+def test_what_an_older_worker_puts_into_the_queue_and_takes_out_is_counted(pool: Pool) -> None:
+    ours = pool.request(("default", "new"))
+    pool.enqueue(ours)
+    _older_worker_adds(pool, "theirs", lane=0)
     pool.counts_are_right()
     assert pool.take() == EntryKey("default", "old", "theirs")
     pool.sql("UPDATE {s}.queue SET owner = 1 WHERE request_id = 'r1'")
@@ -249,6 +253,27 @@ def test_counts_that_went_wrong_are_right_again_when_a_worker_joins(pool: Pool) 
     pool.join()
     pool.counts_are_right()
     assert [pool.take() for _ in made] == [each.entry.key for each in made]
+
+
+def test_what_older_workers_do_while_they_are_alone_for_long_is_not_noted_and_counted_once_a_newer_one_is_back(
+    pool: Pool,
+) -> None:
+    for name, come_back in (("one", pool.join), ("two", pool.journal.renew)):
+        pool.sql("UPDATE {s}.queue_total SET counted_until = clock_timestamp() - interval '1 s'")
+        _older_worker_adds(pool, name, lane=1)
+        assert pool.sql("SELECT 1 FROM {s}.queue_changes WHERE places > 0") == []
+        come_back()
+        pool.counts_are_right()
+        assert pool.take() == EntryKey("default", "old", name)
+
+
+def test_a_worker_that_lives_keeps_changes_noted(pool: Pool) -> None:
+    pool.sql("UPDATE {s}.queue_total SET counted_until = clock_timestamp() + interval '30 minutes'")
+    pool.journal.renew()
+    left = pool.sql("SELECT counted_until > clock_timestamp() + interval '1 hour' FROM {s}.queue_total")
+    assert left == [(True,)]
+    pool.enqueue(pool.request(("default", "u")))
+    pool.counts_are_right()
 
 
 def test_counts_and_turns_of_those_who_come_no_more_are_forgotten(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,19 +199,19 @@ def _places(queue: AdmissionQueue | None, free: int) -> dict[EntryKey, int]:
 
 def places_of(db: BoundedConnection, keys: Sequence[EntryKey], *, aging_s: float) -> dict[EntryKey, int]:
     """Of these those that wait, with their places."""
-    asked = pg_entries.columns(keys)
-    waiting, free = waiting_queue(db, aging_s=aging_s, most=EXACT_PLACES), free_slots(db)
-    queue = waiting()
-    if queue is not None:
-        places = _places(queue, free())
-        there = {ticket.key for ticket in queue}
-        return {key: places.get(key, 0) for key in keys if key in there}
+    total = db.execute("SELECT places FROM queue_total").fetchone()
+    if total is None or total[0] <= EXACT_PLACES:
+        queue = waiting_queue(db, aging_s=aging_s, most=EXACT_PLACES)()
+        if queue is not None:
+            places = _places(queue, free_slots(db)())
+            there = {ticket.key for ticket in queue}
+            return {key: places.get(key, 0) for key in keys if key in there}
     rows = db.execute(
         text(
             "SELECT route, session, request_id, place FROM (SELECT route, session, request_id, row_number() OVER (ORDER BY id) "
             f"AS place FROM queue WHERE {_WAITS}) AS waiting JOIN {_BY_KEYS} {_MINE}"
         ),
-        asked,
+        pg_entries.columns(keys),
     ).fetchall()
     return {EntryKey(*row[:3]): row[3] for row in rows}
 

@@ -194,8 +194,14 @@ _V2 = (
         bytes BIGINT NOT NULL
     ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500)
     """,
-    "CREATE TABLE queue_total (places BIGINT NOT NULL, bytes BIGINT NOT NULL) WITH (fillfactor = 50)",
-    "INSERT INTO queue_total VALUES (0, 0)",
+    # Of all together. After `counted_until`, which newer workers keep in the future, nothing is noted: where only older ones are left
+    # nobody would take the notes away.
+    """
+    CREATE TABLE queue_total (
+        places BIGINT NOT NULL, bytes BIGINT NOT NULL, counted_until TIMESTAMPTZ NOT NULL
+    ) WITH (fillfactor = 50)
+    """,
+    "INSERT INTO queue_total VALUES (0, 0, clock_timestamp() + interval '2 hours')",
     f"CREATE TABLE queue_levels (first_level {_KEY} PRIMARY KEY, places BIGINT NOT NULL, bytes BIGINT NOT NULL)",
     "CREATE INDEX queue_levels_by_places ON queue_levels (places DESC, first_level)",
     "CREATE INDEX queue_levels_by_bytes ON queue_levels (bytes DESC, first_level)",
@@ -211,6 +217,9 @@ _V2 = (
     """
     CREATE FUNCTION note_queue_change() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
+        IF NOT EXISTS (SELECT 1 FROM THIS_SCHEMA.queue_total WHERE counted_until > clock_timestamp()) THEN
+            RETURN NULL;
+        END IF;
         IF TG_OP <> 'INSERT' AND OLD.owner IS NULL AND OLD.ending IS NULL THEN
             INSERT INTO THIS_SCHEMA.queue_changes (request, first_level, model, lane, places, bytes)
             VALUES (OLD.id, OLD.first_level, coalesce(OLD.model, ''), OLD.lane - OLD.risen, -1, -OLD.size);

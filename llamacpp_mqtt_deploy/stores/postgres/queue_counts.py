@@ -17,7 +17,7 @@ from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, tex
 FOLD_ABOVE = 64
 """When so many levels have changes that were not added up, a claim sees to it: with no newcomers nobody else does."""
 
-_TIDIED = 1000
+_TIDIED = 5000
 """Rows that one tidying takes out of a table."""
 
 REMEMBERED_TURNS = 50_000
@@ -87,12 +87,39 @@ def prefer_indexes(db: BoundedConnection) -> None:
 
 
 def fold(db: BoundedConnection) -> None:
-    """Add up the changes. For whoever holds the lock of the queue."""
+    """Add up the changes. For whoever holds the lock of the queue, in a transaction that should `prefer_indexes`."""
     db.execute(text(_FOLD))
+
+
+def fold_alone(db: BoundedConnection) -> None:
+    """The same in a transaction that is for nothing else."""
+    prefer_indexes(db)
+    fold(db)
+
+
+def keep_counting(db: BoundedConnection) -> bool:
+    """Now and then: changes are noted for the next hours too. False where they were not for a while: `recount` is needed."""
+    db.execute(
+        "UPDATE queue_total SET counted_until = clock_timestamp() + interval '2 hours' WHERE counted_until BETWEEN "
+        "clock_timestamp() + interval '1 minute' AND clock_timestamp() + interval '1 hour'"
+    )
+    return _are_noted(db)
+
+
+def _are_noted(db: BoundedConnection) -> bool:
+    """Whether changes are, and will be for as long as any transaction takes."""
+    row = db.execute(
+        "SELECT 1 FROM queue_total WHERE counted_until > clock_timestamp() + interval '1 minute'"
+    ).fetchone()
+    return row is not None
 
 
 def recount(db: BoundedConnection) -> None:
     """Make all counts right, whatever they were. For whoever holds the lock of the queue; this reads all that waits."""
+    if not _are_noted(db):
+        # Until this is over nobody changes the queue: what is under way now may not be noted.
+        db.execute("LOCK TABLE queue IN SHARE ROW EXCLUSIVE MODE")
+    prefer_indexes(db)
     db.execute("DELETE FROM queue_lanes WHERE places = 0 AND bytes = 0")
     db.execute("DELETE FROM queue_levels")
     db.execute(
@@ -101,7 +128,8 @@ def recount(db: BoundedConnection) -> None:
     )
     db.execute("DELETE FROM queue_total")
     db.execute(
-        "INSERT INTO queue_total (places, bytes) SELECT coalesce(sum(places), 0), coalesce(sum(bytes), 0) FROM queue_lanes"
+        "INSERT INTO queue_total (places, bytes, counted_until) SELECT coalesce(sum(places), 0), coalesce(sum(bytes), 0), "
+        "clock_timestamp() + interval '2 hours' FROM queue_lanes"
     )
     db.execute(text(_CORRECTION))
     fold(db)
@@ -109,7 +137,7 @@ def recount(db: BoundedConnection) -> None:
 
 def tidy(db: BoundedConnection) -> None:
     """Forget counts of those who have nothing waiting, and the oldest turns. For whoever holds the lock of the queue."""
-    fold(db)
+    fold_alone(db)
     for table, empty in (("queue_lanes", "places = 0"), ("queue_levels", "places = 0")):
         db.execute(
             text(f"DELETE FROM {table} WHERE ctid = ANY(ARRAY(SELECT ctid FROM {table} WHERE {empty} LIMIT {_TIDIED}))")

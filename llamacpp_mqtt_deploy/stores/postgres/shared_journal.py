@@ -223,9 +223,17 @@ class SharedPostgresJournal(PostgresStore):
 
     def renew(self) -> Renewed:
         fence = self._own_fence()
-        asked = self._ask(
-            lambda db: membership.renew(db, fence, self._lease_s), list, timeout_s=min(WRITE_TIMEOUT_S, self._lease_s)
-        )
+        counted = True
+
+        def step(db: BoundedConnection) -> list[tuple[EntryKey, str]]:
+            nonlocal counted
+            asked = membership.renew(db, fence, self._lease_s)
+            counted = counts.keep_counting(db)
+            return asked
+
+        asked = self._ask(step, list, timeout_s=min(WRITE_TIMEOUT_S, self._lease_s))
+        if not counted:
+            self._submit(counts.recount, serial=True).wait(WRITE_TIMEOUT_S)
         return Renewed(
             cancelled=tuple(key for key, what in asked if what == "cancelled"),
             forgotten=tuple(key for key, what in asked if what == "forgotten"),
@@ -336,7 +344,7 @@ class SharedPostgresJournal(PostgresStore):
         claimed = self._claims(step)
         if unsummed > counts.FOLD_ABOVE:
             with contextlib.suppress(StoreError):  # the next claim sees to it
-                self._submit(counts.fold, serial=True)
+                self._submit(counts.fold_alone, serial=True)
         return claimed
 
     def release(self, keys: Sequence[EntryKey]) -> None:
