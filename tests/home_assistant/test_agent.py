@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from homeassistant.components import mqtt
 from homeassistant.const import STATE_UNAVAILABLE
 from homeassistant.core import HomeAssistant
 from homeassistant.helpers import issue_registry as ir
@@ -147,8 +148,13 @@ async def test_a_broker_that_restarts_in_mid_answer_costs_no_word_and_doubles_no
 
 async def test_a_worker_that_dies_in_mid_answer_is_told_in_a_sentence(home: Home, scripted: ScriptedWorker) -> None:
     scripted.play("one ", {"gate": "middle"}, "two")
+    told: list[Any] = []
+    unsubscribe = await mqtt.async_subscribe(home.hass, "llm/reply/#", told.append)
     saying = asyncio.create_task(home.refusal("Zähle", language="de"))
     await scripted.until("reached", "middle")
+    # Until the journal knows that the stream has begun a worker that dies runs the request again, and nobody notices.
+    await until(lambda: any(json.loads(message.payload)["type"] == "chunk" for message in told))
+    unsubscribe()
     await scripted.kill()
     await scripted.start()
     async with asyncio.timeout(60):
