@@ -21,15 +21,15 @@ from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback
 class GatheringClient(paho.Client):
     """paho's client with a timeout for unix sockets; it knows its last socket, so that a failed attempt can close it.
 
-    What it publishes goes out by `send_packet`, in packets that are made elsewhere, and paho does not know of it: which of them
-    are acknowledged is told to `on_plain_puback`. So paho's own publishes (`publish`, `on_publish`) are not to be used with it.
+    With `on_puback` set, what it publishes goes out by `send_packet`, in packets that are made elsewhere, and paho does not know of
+    them: each PUBACK is told there, and paho's own publishes (`publish`, `on_publish`) are not to be used. Without it they work as ever.
 
     The overridden methods and `_in_packet`, `_mid_generate` and `_packet_queue` are paho's own business: the tests of this folder run
     against every new paho.
     """
 
     version: Version = "5"
-    on_puback: Callable[[int, int], None] = staticmethod(lambda *_: None)
+    on_puback: Callable[[int, int], None] | None = None
     """Called with packet id and reason code."""
 
     last_socket: socket.socket | None = None
@@ -77,9 +77,10 @@ class GatheringClient(paho.Client):
         buffered = self.buffered
         if buffered is not None:
             buffered.readable()
-            if not self._in_packet["command"]:  # paho is not in the middle of a packet
+            on_puback = self.on_puback
+            if on_puback is not None and not self._in_packet["command"]:  # paho is not in the middle of a packet
                 for mid in buffered.take_pubacks():
-                    self.on_puback(mid, 0)
+                    on_puback(mid, 0)
                 if buffered.is_dry():
                     return
         self.loop_read()
@@ -106,7 +107,7 @@ class GatheringClient(paho.Client):
 
     def _packet_handle(self) -> Any:
         """Every PUBACK that says more than its id, and all of a websocket's."""
-        if self._in_packet["command"] == PUBACK:
+        if self._in_packet["command"] == PUBACK and self.on_puback is not None:
             known = puback(self._in_packet["packet"], self.version)
             if known is not None:
                 self.on_puback(*known)
