@@ -15,6 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho's names of reasons
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.packets import (
     MOST_REMAINING_LENGTH,
