@@ -7,13 +7,19 @@ import sys
 
 RUN = """
 import sys, warnings
+import llamacpp_mqtt_deploy.commands.run as run
 warnings.simplefilter("error")
-from llamacpp_mqtt_deploy.leaving_out import leaving_out
-with leaving_out("rich"):
-    import structlog
-import llamacpp_mqtt_deploy.service.daemon
-import llamacpp_mqtt_deploy.engines.server.server_engine
-print(sorted({name.partition(".")[0] for name in sys.modules} & {"rich", "pygments", "charset_normalizer", "chardet", "regex", "textual", "psycopg", "prometheus_client"}))
+def loaded(*_):
+    import llamacpp_mqtt_deploy.service.daemon
+    import llamacpp_mqtt_deploy.engines.server.server_engine
+    unused = {"rich", "pygments", "charset_normalizer", "chardet", "regex", "textual", "psycopg", "prometheus_client"}
+    print(sorted({name.partition(".")[0] for name in sys.modules} & unused))
+    raise SystemExit
+run.load_or_exit = loaded  # where the command has imported what it needs and begins to read its settings
+try:
+    run.command([])
+except SystemExit:
+    pass
 """
 
 
