@@ -50,6 +50,7 @@ class World:
             "PATH": os.pathsep.join(path),
             "HOME": str(self.home),
             "NO_COLOR": "1",
+            "PYTHONFAULTHANDLER": "1",
             "BROKER_LOG": str(self.broker.log_path),
             "LMD_MQTT__HOST": "localhost",
             "LMD_MQTT__PORT": str(self.broker.port),
@@ -74,7 +75,12 @@ class World:
             )
             self._reader = threading.Thread(target=self._read, args=[self._worker], name="docs-worker-log")
             self._reader.start()
-            eventually(lambda: self._ready() is not None, 30.0)
+            try:
+                eventually(lambda: self._ready() is not None, 60.0)
+            except AssertionError as error:
+                self._worker.send_signal(signal.SIGABRT)
+                self._reader.join(5)
+                raise AssertionError("the worker is not ready; its log and threads:\n" + "\n".join(self.worker_log)) from error
         ready = self._ready()
         assert ready is not None
         return self.worker_log[: ready + 1]
