@@ -222,8 +222,8 @@ class StreamingSettings(Section):
     """Seconds without another event after which a `ping` is sent."""
     coalesce_min_s: Annotated[float, Field(ge=0, le=10)] = 0.01
     """Shortest pause between two chunks of a stream in `native`, in seconds; the first one goes at once. With eight streams
-    and more at once it grows with a quarter of their number. 0 sends as fast as the broker acknowledges, which costs processor
-    time with engines of hundreds of tokens a second."""
+    and more at once it grows with a quarter of their number, and it is twice as long where a chunk carries eight tokens and
+    more. 0 sends as fast as the broker acknowledges, which costs processor time with engines of hundreds of tokens a second."""
     coalesce_max_chars: Annotated[int, Field(ge=1, le=1_000_000)] = 8000
     """Longest chunk in characters; more is cut into several."""
 

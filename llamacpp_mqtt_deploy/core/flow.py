@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-KEEP_UP_S = 0.02
+KEEP_UP_S = 0.04
 """How long a reader lets the broker keep up before it reads on: far above a round trip in a local network, far below what a
 cancel or the engine's own buffers would notice."""
+
+MANY_PIECES = 8
+"""A chunk of so many tokens comes from an engine that is far quicker than anybody reads."""
 
 SHORTEST_REST_S = 0.001
 """A rest that is shorter costs more turns of the loop than it brings."""
@@ -23,10 +26,9 @@ class FlowControl:
     """The pace of one stream. The first chunk goes at once; after it one at a time, the next when all before it are acknowledged.
 
     `min_interval_s` is the shortest pause between two chunks, and the usual one of a stream that is alone. The longer pauses of
-    many streams end on common moments, the multiples of `interval_s`, so that their chunks share a packet of the network, as
-    their acknowledgements then do: 8 streams cost a third less processor time so, the broker's and the clients' not counted.
-    `sent` and `acked` have one writer each, so that
-    no acknowledgement has to wait for a lock.
+    many streams, and of quick ones, end on common moments, the multiples of `interval_s`, so that their chunks share a packet of
+    the network, as their acknowledgements then do: 8 streams cost a third less processor time so, the broker's and the clients'
+    not counted. `sent` and `acked` have one writer each, so that no acknowledgement has to wait for a lock.
     """
 
     __slots__ = ("acked", "interval_s", "min_interval_s", "round_trip_s", "sent", "sent_at")
@@ -41,10 +43,14 @@ class FlowControl:
         self.round_trip_s = SHORTEST_REST_S
         """How long the broker takes to acknowledge, smoothed."""
 
-    def share(self, streams: int) -> None:
+    def share(self, streams: int, pieces: int = 0) -> None:
         """Many streams at once share what a few may take of processor, broker and clients: up to seven go at full pace, eight at
-        half of it (50 chunks a second each by default, more than anybody can see)."""
-        self.interval_s = self.min_interval_s * max(1, streams // 4)
+        half of it (50 chunks a second each by default, more than anybody can see).
+
+        `pieces` are the tokens that came since the last chunk: where they are many, half as many chunks tell as much. In a pause
+        that is twice as long twice as many come, so that no stream wavers between the two.
+        """
+        self.interval_s = self.min_interval_s * max(1, streams // 4) * (2 if pieces >= MANY_PIECES else 1)
 
     def in_flight(self) -> int:
         """Chunks that are not acknowledged."""

@@ -64,13 +64,11 @@ class TokenLines:
             tail = self._learn(body)
             if not tail:
                 return None
-        events = body[: -len(tail)].split(tail)
-        size = len(head)
-        for event in events:
-            # An event without text is no token, and would be counted as one.
-            if not event.startswith(head) or len(event) == size:
-                return None
-        text = b"".join([event[size:] for event in events])
+        # Where another event stands between them, its quotes and line feeds stay in a text and make it no JSON string.
+        texts = body[len(head) : -len(tail)].split(tail + head)
+        if not all(texts):
+            return None  # an event without text is no token, and would be counted as one
+        text = b"".join(texts)
         # An escaped surrogate half belongs to its own event; joined with a neighbour's it would read as something else.
         if b"\\u" in text:
             return None
@@ -78,7 +76,7 @@ class TokenLines:
             decoded: str = orjson.loads(b'"' + text + b'"')
         except orjson.JSONDecodeError:
             return None
-        return kind(decoded, len(events))
+        return kind(decoded, len(texts))
 
     def _learn(self, body: bytes) -> bytes:
         """The tail of this stream's events, from the last one of the body; empty when it is none that we know."""

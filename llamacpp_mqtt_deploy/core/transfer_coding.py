@@ -6,6 +6,9 @@ MAX_LINE_BYTES = 8192
 """Longest line with a chunk's size; extensions and trailers that nobody sends would be the rest of it."""
 
 
+_HEX_DIGITS = b"0123456789abcdefABCDEF"
+
+
 class BadChunk(ValueError):
     """The bytes are no chunked body."""
 
@@ -32,7 +35,7 @@ class PlainBody:
 
 
 class ChunkedDecoder:
-    """Takes the framing off. llama.cpp sends each token as a chunk of its own; reading them one by one costs a call each."""
+    """Takes the framing off. llama.cpp sends each token as a chunk of its own; many in a read are taken together."""
 
     ends_with_connection = False
 
@@ -45,6 +48,10 @@ class ChunkedDecoder:
 
     def feed(self, raw: bytes) -> bytes:
         """The body bytes in these raw bytes. Raises BadChunk."""
+        if not (self._line or self._left or self._closing or self.ended):
+            whole = _whole_chunks(raw)
+            if whole is not None:
+                return whole
         parts: list[bytes] = []
         at = 0
         if self._line:
@@ -75,9 +82,25 @@ class ChunkedDecoder:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _whole_chunks(raw: bytes) -> bytes | None:
+    """The bodies of `raw` where it is nothing but whole chunks in their plainest form; None where it is not so plain."""
+    pieces = raw.split(b"\r\n")
+    if len(pieces) % 2 == 0 or pieces.pop():
+        return None
+    sizes, bodies = pieces[::2], pieces[1::2]
+    if b"".join(sizes).translate(None, _HEX_DIGITS):
+        return None  # with an extension; or a body holds a line feed, and what it was taken for is no size
+    try:
+        # An empty one is the last, which has its own way.
+        plain = all(bodies) and [int(size, 16) for size in sizes] == list(map(len, bodies))
+    except ValueError:
+        return None
+    return b"".join(bodies) if plain else None
+
+
 def _size(line: bytes) -> int:
     digits = line.partition(b";")[0].strip()
     # int() would take signs, blanks and underscores as well.
-    if not digits or len(digits) > 16 or digits.translate(None, b"0123456789abcdefABCDEF"):
+    if not digits or len(digits) > 16 or digits.translate(None, _HEX_DIGITS):
         raise BadChunk("no size of a chunk")
     return int(digits, 16)

@@ -101,8 +101,7 @@ class Forwarder:
             answer.pieces > self._max_tokens and answer.size > self._max_tokens * _LONG_TOKEN_BYTES
         ):
             raise TooMuch
-        # Several tokens in one read: the engine is quicker than chunks may follow each other.
-        return job.responder.settle(more_comes=answer.pieces > before + 1) if self._live and self._begun else 0.0
+        return job.responder.settle(pieces=answer.pieces - before) if self._live and self._begun else 0.0
 
     def finish(self, finished: Finished) -> None:
         """The engine is done: what still waits goes out, or it would pass for an answer to be paced."""

@@ -200,21 +200,22 @@ class Responder:
             if not self._settles:
                 self._send_waiting(time.monotonic())
 
-    def settle(self, *, more_comes: bool = False) -> float:
+    def settle(self, *, pieces: int = 0) -> float:
         """What came together may go out as one; gives the seconds for which reading on is of no use.
 
         What the engine says meanwhile collects in its socket, where it costs nothing: it could not be published before the
         broker has acknowledged anyway, and one read then takes all of it. Once called, `text` only collects.
-        `more_comes`: the engine is so quick that its next text is there before it may go.
+        `pieces` are the tokens that came with the last read: where there are several, the engine is so quick that its next text is
+        there before it may go.
         """
         with self._lock:
             self._settles = True
-            self._flow.share(self._active_streams())
+            self._flow.share(self._active_streams(), pieces)
             now = time.monotonic()
             if not self._send_waiting(now):
                 return self._flow.rest_s(now)
             # Of a slow engine the next token may go at once.
-            return self._flow.after_sending_s() if more_comes else 0.0
+            return self._flow.after_sending_s() if pieces > 1 else 0.0
 
     def piece(self, kind: TextKind, text: str) -> None:
         """A piece that is published as it is (paced and sentence modes), after what was generated before it: now, unless the

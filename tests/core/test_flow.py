@@ -62,10 +62,10 @@ def test_a_reader_that_awaits_an_acknowledgement_rests_as_long_as_this_broker_ta
         flow.acknowledge(number + 0.008)
     flow.sent, flow.sent_at = flow.sent + 1, 40.0
     assert flow.rest_s(40.0) == pytest.approx(0.008, rel=0.01)
-    flow.acknowledge(40.1)  # one that came late counts for a quarter
+    flow.acknowledge(40.2)  # one that came late counts for a quarter
     flow.sent, flow.sent_at = flow.sent + 1, 41.0
     assert flow.rest_s(41.0) == KEEP_UP_S
-    assert flow.round_trip_s == pytest.approx(0.75 * 0.008 + 0.25 * 0.1, rel=0.01)
+    assert flow.round_trip_s == pytest.approx(0.75 * 0.008 + 0.25 * 0.2, rel=0.01)
 
 
 @pytest.mark.parametrize("streams,factor", [(0, 1), (1, 1), (4, 1), (7, 1), (8, 2), (11, 2), (16, 4)])
@@ -75,6 +75,20 @@ def test_many_streams_share_what_a_few_may_send(streams: int, factor: int) -> No
     assert flow.interval_s == pytest.approx(0.01 * factor)
     flow.share(1)
     assert flow.interval_s == 0.01
+
+
+@pytest.mark.parametrize(
+    "streams,pieces,interval_s", [(1, 1, 0.01), (1, 7, 0.01), (1, 8, 0.02), (8, 7, 0.02), (8, 90, 0.04)]
+)
+def test_a_stream_with_many_tokens_in_a_chunk_sends_half_as_many(streams: int, pieces: int, interval_s: float) -> None:
+    flow = FlowControl(min_interval_s=0.01)
+    flow.share(streams, pieces)
+    assert flow.interval_s == pytest.approx(interval_s)
+    flow.share(streams, 1)
+    assert flow.interval_s == pytest.approx(0.01 if streams == 1 else 0.02), "as soon as the engine is slow again"
+    every_token = FlowControl()
+    every_token.share(streams, pieces)
+    assert every_token.interval_s == 0.0
 
 
 def test_the_pauses_of_many_streams_end_together() -> None:

@@ -80,7 +80,9 @@ class World:
             except AssertionError as error:
                 self._worker.send_signal(signal.SIGABRT)
                 self._reader.join(5)
-                raise AssertionError("the worker is not ready; its log and threads:\n" + "\n".join(self.worker_log)) from error
+                raise AssertionError(
+                    "the worker is not ready; its log and threads:\n" + "\n".join(self.worker_log)
+                ) from error
         ready = self._ready()
         assert ready is not None
         return self.worker_log[: ready + 1]

@@ -66,8 +66,8 @@ class Heard(Responder):
         self.told.append(("call", delta))
 
     @override
-    def settle(self, *, more_comes: bool = False) -> float:
-        self.told.append(("settle", more_comes))
+    def settle(self, *, pieces: int = 0) -> float:
+        self.told.append(("settle", pieces))
         return REST_S
 
     @override
@@ -179,11 +179,11 @@ def test_two_tokens_may_be_as_long_as_they_like() -> None:
 # --- the pace ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_counts_as_quick_when_more_than_one_token_came_together() -> None:
+def test_the_tokens_of_a_read_say_how_quick_an_engine_is() -> None:
     bench = Bench()
     for deltas in ([Text("a")], [Text("b"), Text("c")], [Text("d")], [Text("ef", pieces=2)]):
         assert bench.feed(*deltas) == REST_S
-    assert [told[1] for told in bench.heard.told if told[0] == "settle"] == [False, True, False, True]
+    assert [told[1] for told in bench.heard.told if told[0] == "settle"] == [1, 2, 1, 2]
 
 
 def test_nothing_holds_an_engine_up_before_its_first_token_or_where_nothing_is_streamed() -> None:

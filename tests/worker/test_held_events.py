@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llamacpp_mqtt_deploy.core.events import EventWriter, encode
+from llamacpp_mqtt_deploy.core.flow import KEEP_UP_S
 from llamacpp_mqtt_deploy.io_loop import Timer
 from llamacpp_mqtt_deploy.ports import Published
 from llamacpp_mqtt_deploy.worker.responder import Responder
@@ -322,12 +323,12 @@ def test_a_reader_rests_until_its_text_may_go(monkeypatch: pytest.MonkeyPatch) -
     responder.text("content", "two ")
     assert responder.settle() == 0.001, "the broker has not acknowledged"
     clock.now += 5.0
-    assert responder.settle() == 0.02, "nor does it look as if it would"
+    assert responder.settle() == KEEP_UP_S, "nor does it look as if it would"
     outbox.unacknowledged.pop()(True)
     clock.now -= 4.995
     assert responder.settle() == pytest.approx(0.01)
     clock.now += 0.01
-    assert responder.settle(more_comes=True) == 0.015
+    assert responder.settle(pieces=2) == 0.015
     assert outbox.chunks() == ["one ", "two "]
 
 

@@ -157,7 +157,7 @@ def test_a_reader_rests_after_a_chunk_where_the_engine_is_quick_and_reads_on_whe
     responder.start({"worker": "w", "created": 1})
     responder.settle()
     responder.text("content", "one ")
-    assert responder.settle(more_comes=True) == 0.01
+    assert responder.settle(pieces=2) == 0.01
     broker.acknowledge_next()
     responder._flow.sent_at = -1.0
     responder.text("content", "two ")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +20,9 @@ from llamacpp_mqtt_deploy.io_loop import HANG_UP, READ, IoLoop, Timer
 
 _LONGEST_PAUSE_S = 0.1
 
+_WORTH_READING_BYTES = 65_536
+"""So much is read although it is no time yet: more than an engine says in a pause, less than the system takes in."""
+
 Feed = Callable[[Sequence[Delta]], float]
 """Takes deltas; gives the seconds for which reading may rest, because what came could not go out before anyway."""
 
@@ -26,6 +32,10 @@ class Pump:
 
     While it rests, what the engine says collects in the socket, where it costs nothing, and one read then takes all of it.
     The end of the answer ends a rest at once.
+
+    TCP acknowledges what nobody reads only after 40 ms, and a sender may have no more than 18 packets, each of them a token,
+    under way: the rest of an answer, its end too, would wait for the next read. A receiver that said how much is worth a read
+    (SO_RCVLOWAT) acknowledges at once up to there, and the selector tells of nothing before.
     """
 
     def __init__(self, loop: IoLoop, exchange: StreamingExchange, stream: CompletionStream, feed: Feed) -> None:
@@ -44,6 +54,10 @@ class Pump:
         self._socket, self._first = exchange.unbuffered()
         self._fd = self._socket.fileno()
         self._pending = getattr(self._socket, "pending", None)
+        is_tcp = self._socket.family in (socket.AF_INET, socket.AF_INET6)
+        self._has_low_water = is_tcp and sys.platform == "linux"
+        self._is_awaited = True
+        """Whether the first byte is to be told."""
 
     def run(self, silence_s: float) -> None:
         """Pump until the end of the body, or of the stream in it.
@@ -67,18 +81,20 @@ class Pump:
     # --- in the loop's thread ------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._loop.watch(self._fd, READ, self._ready)
+        self._loop.watch(self._fd, READ | HANG_UP, self._ready)
         first, self._first = self._first, b""
         if first:
             self._safely(lambda: self._take(first))
         if self._pending is not None and self._pending():
             self._safely(self._read)
+        self._await()
 
     def _ready(self, events: int) -> None:
         if events & ~READ:
             self._hung_up = True
-        self._go_on()
+        self._end_rest()
         self._safely(self._read)
+        self._await()
 
     def _safely(self, step: Callable[[], None]) -> None:
         try:
@@ -114,34 +130,40 @@ class Pump:
             pause_s = self._feed(deltas)
             if pause_s > 0 and not self._hung_up:
                 self._rest = self._loop.after(min(pause_s, _LONGEST_PAUSE_S), self._rested)
-                self._loop.watch(self._fd, HANG_UP, self._ready)
         if self._stream.reader.done or self._exchange.body.ended:
             self._end(None)
 
     def _rested(self) -> None:
-        """Read at once: something has collected, most likely, and where it makes the next rest the selector need not be told."""
-        if self._ended:
-            return
         self._rest = None
-        self._safely(self._read)
-        if not (self._is_resting() or self._ended):
-            self._loop.watch(self._fd, READ, self._ready)
+        self._safely(self._read)  # something has collected, most likely
+        self._await()
+
+    def _await(self) -> None:
+        """Have the system tell what is awaited now: the next byte, or in a rest the end; it is told only what it does not know."""
+        awaited = self._rest is None
+        if self._ended or awaited == self._is_awaited:
+            return
+        self._is_awaited = awaited
+        if self._has_low_water:
+            least = 1 if awaited else _WORTH_READING_BYTES
+            with contextlib.suppress(OSError):  # ended, as the next read says
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+        else:
+            self._loop.watch(self._fd, READ | HANG_UP if awaited else HANG_UP, self._ready)
 
     def _is_resting(self) -> bool:
         return self._rest is not None
 
-    def _go_on(self) -> None:
+    def _end_rest(self) -> None:
         if self._rest is not None:
             self._rest.cancel()
             self._rest = None
-            self._loop.watch(self._fd, READ, self._ready)
 
     def _end(self, problem: BaseException | None) -> None:
         if self._ended:
             return
         self._loop.unwatch(self._fd)
-        if self._rest is not None:
-            self._rest.cancel()
+        self._end_rest()
         self._problem = problem
         self._ended = True
         self._over.release()
