@@ -6,6 +6,7 @@ MAX_LINE_BYTES = 8192
 """Longest line with a chunk's size; extensions and trailers that nobody sends would be the rest of it."""
 
 
+_LAST_CHUNK = b"0\r\n\r\n"
 _HEX_DIGITS = b"0123456789abcdefABCDEF"
 
 
@@ -49,8 +50,10 @@ class ChunkedDecoder:
     def feed(self, raw: bytes) -> bytes:
         """The body bytes in these raw bytes. Raises BadChunk."""
         if not (self._line or self._left or self._closing or self.ended):
-            whole = _whole_chunks(raw)
+            ends = raw.endswith(_LAST_CHUNK)
+            whole = _whole_chunks(raw[: -len(_LAST_CHUNK)] if ends else raw)
             if whole is not None:
+                self.ended = ends
                 return whole
         parts: list[bytes] = []
         at = 0

@@ -66,6 +66,17 @@ def find(db: sqlite3.Connection, key: EntryKey) -> Entry | None:
     return None if row is None else _entry(row)
 
 
+def keys(db: sqlite3.Connection, *, after: EntryKey | None, most: int) -> list[EntryKey]:
+    """Up to so many keys, in their order, from behind this one: out of the index alone, however much the journal holds."""
+    named = ("", "", "") if after is None else _named(after)
+    rows = db.execute(
+        "SELECT route, session, request_id FROM entries WHERE (route, session, request_id) > (?, ?, ?) "
+        "ORDER BY route, session, request_id LIMIT ?",
+        (*named, most),
+    ).fetchall()
+    return [EntryKey(*row) for row in rows]
+
+
 def chunks(db: sqlite3.Connection, key: EntryKey) -> bytes | None:
     row = db.execute(
         f"SELECT record FROM chunks WHERE id = (SELECT id FROM entries WHERE {_BY_KEY})", _named(key)

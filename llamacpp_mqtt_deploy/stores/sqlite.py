@@ -25,6 +25,7 @@ from llamacpp_mqtt_deploy.stores import histories, ledger, purging, session_prom
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
 from llamacpp_mqtt_deploy.stores.histories import SessionKey
+from llamacpp_mqtt_deploy.stores.known_keys import KnownKeys
 from llamacpp_mqtt_deploy.stores.memory import MemoryFile
 from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
 
@@ -36,6 +37,9 @@ CLOSE_TIMEOUT_S = 10.0
 
 PURGE_TIMEOUT_S = 5.0
 """How long `purge` waits for each of its steps: whoever calls it has other work to do, and it comes again."""
+
+_KEYS_AT_ONCE = 2000
+"""So many keys are read before other readers have their turn."""
 
 log = structlog.get_logger(__name__)
 
@@ -103,10 +107,14 @@ class SqliteStore:
             for entry in taken:
                 rows.insert(db, entry, next(opened.places))
 
+        for entry in taken:
+            opened.known.add(entry.key)
         size = sum(len(entry.payload) for entry in taken)
         return opened.writer.submit(step, size=size, durable=True, unhurried=unhurried)
 
     def find(self, key: EntryKey) -> Entry | None:
+        if not self._opened().known.may_have(key):
+            return None
         with self._read() as db:
             return rows.find(db, key)
 
@@ -273,7 +281,14 @@ class SqliteStore:
         # One after the other, so that what others write has its turn in between.
         for step in (drop_entries, drop_sessions, purging.free_pages):
             writer.submit(step, urgent=True).wait(PURGE_TIMEOUT_S)
+        opened = self._opened()
+        if opened.known.is_full():
+            opened.known.renew(_all_keys(self._some_keys))
         return Purged(entries=entries.rows, sessions=sessions.rows, more=entries.full or sessions.full)
+
+    def _some_keys(self, after: EntryKey | None) -> list[EntryKey]:
+        with self._read() as db:
+            return rows.keys(db, after=after, most=_KEYS_AT_ONCE)
 
     def clock_was_set(self, forward_s: float, *, now: float) -> None:
         write = self._opened().writer.submit(lambda db: purging.shift_times(db, forward_s, now), urgent=True)
@@ -332,6 +347,7 @@ class _Open:
 
     def _look(self, connection: sqlite3.Connection) -> None:
         self.places = itertools.count(rows.last_place(connection) + 1)
+        self.known = KnownKeys(_all_keys(lambda after: rows.keys(connection, after=after, most=_KEYS_AT_ONCE)))
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -359,3 +375,11 @@ class _Open:
             log.warning("store.close_failed", path=str(self._file.path), reason=str(error))
         finally:
             self._file.release()
+
+
+def _all_keys(read: Callable[[EntryKey | None], list[EntryKey]]) -> Iterator[EntryKey]:
+    """All keys, some at a time: `read` gives those that follow one."""
+    last: EntryKey | None = None
+    while page := read(last):
+        yield from page
+        last = page[-1]
