@@ -86,6 +86,8 @@ def clean_call(call: EngineCall, controls: ControlStrings) -> tuple[EngineCall, 
 
     The call that was given comes back when there was none: a prompt that the engine knows stays the same to the byte.
     """
+    if not controls.strings:
+        return call, False
     cleaning = _Cleaning(controls)
     messages = [_message(message, cleaning) for message in call.messages]
     tools = None if call.tools is None else cleaning.value(list(call.tools))

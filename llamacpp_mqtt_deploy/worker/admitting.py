@@ -145,7 +145,7 @@ class LocalAdmission:
         try:
             for job in jobs:
                 job.responder.hold()
-            waiting = [job for job in jobs if self._registry.must_wait(job)]
+            waiting = self._registry.waiting(jobs)
             # Of those that begin at once nobody hears before the engine has taken them up, and what is written then shares one
             # commit with this: the processor is the engine's meanwhile.
             written = self._store.accept_soon([job.entry for job in jobs], unhurried=not waiting)

@@ -265,12 +265,11 @@ class JobRegistry:
         self._held.add(job)
         return job
 
-    def must_wait(self, job: Job) -> bool:
-        """Whether this job, in the queue and perhaps still held, will not be taken at once."""
+    def waiting(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those of these jobs, in the queue and perhaps still held, that will not be taken at once."""
         with self._lock:
-            if job.phase != "queued":
-                return False
-            return job.key not in self._queue.front(self._free(), time.monotonic())
+            going = self._queue.front(self._free(), time.monotonic())
+            return [job for job in jobs if job.phase == "queued" and job.key not in going]
 
     def idle_slots(self) -> int:
         """For how many requests of a common queue there is a slot here, beside those that have a place in this queue."""

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typing_extensions import override
@@ -19,6 +18,7 @@ from llamacpp_mqtt_deploy.service.identity import client_id
 from llamacpp_mqtt_deploy.stopping import StopSignal
 from llamacpp_mqtt_deploy.testing.loopback import LoopbackLink
 from llamacpp_mqtt_deploy.testing.scripted_engine import ScriptedEngine
+from llamacpp_mqtt_deploy.worker.jobs import Job
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus, WholeWorker, bus_in
 
@@ -113,16 +113,16 @@ def test_a_broker_that_does_not_answer_a_subscription_is_asked_again_until_it_do
 
 def test_a_defect_in_the_reading_of_one_burst_does_not_end_the_reading(bus: Bus) -> None:
     worker = bus.worker()
-    positions = worker.daemon.parts.registry.must_wait
+    positions = worker.daemon.parts.registry.waiting
     calls: list[object] = []
 
-    def broken(job: Any) -> bool:
-        calls.append(job)
+    def broken(jobs: Sequence[Job]) -> list[Job]:
+        calls.append(jobs)
         if len(calls) == 1:
             raise RuntimeError("a defect")
-        return positions(job)
+        return positions(jobs)
 
-    worker.daemon.parts.registry.must_wait = broken  # type: ignore[method-assign]
+    worker.daemon.parts.registry.waiting = broken  # type: ignore[method-assign]
     bus.ask("one", request_id="r1", session="a")
     eventually(lambda: calls)
     bus.ask("two", request_id="r2", session="b")

@@ -250,15 +250,15 @@ def test_a_request_must_wait_when_others_go_first_or_its_session_is_busy() -> No
     first, second = lone_job("a", session="a"), lone_job("b", session="b")
     jobs.enter(first)
     jobs.enter(second)
-    assert (jobs.must_wait(first), jobs.must_wait(second)) == (False, True)
-    jobs.commit([first, second])
+    both = [first, second]
+    assert jobs.waiting(both) == [second]
+    jobs.commit(both)
     assert jobs.take(0.0) is first
-    assert not jobs.must_wait(first), "it runs"
-    assert jobs.must_wait(second)
+    assert jobs.waiting(both) == [second], "the other one runs"
     jobs.release_slot(first)
-    assert not jobs.must_wait(second)
+    assert jobs.waiting(both) == []
     jobs.pause()
-    assert jobs.must_wait(second)
+    assert jobs.waiting(both) == [second]
     assert jobs.take(0.0) is None
 
 

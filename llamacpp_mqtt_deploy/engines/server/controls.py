@@ -62,7 +62,9 @@ class LearnedControls:
             known = self._known(model)
         written = "" if marks is None else marks.templates
         named = frozenset[str]() if marks is None else marks.strings
-        found = special_looking(text) | {string for string in WELL_KNOWN | named if string in text}
+        found = special_looking(text)
+        for special in (WELL_KNOWN, named):
+            found.update(string for string in special if string in text)
         controls = {string for string in found if string in named or (string in WELL_KNOWN and string in written)}
         unknown = sorted(found - controls - known.controls - known.plain)
         for start in range(0, len(unknown), ASKED_AT_ONCE):
@@ -76,7 +78,8 @@ class LearnedControls:
                 controls.update(strings)  # better a blank too many in this request than a forged turn
         if unknown and not self._can_ask:
             controls |= unproven(call).strings
-        return ControlStrings(controls | (found & known.controls))
+        controls |= found & known.controls
+        return ControlStrings(controls) if controls else _NONE
 
     def _known(self, model: str | None) -> _Known:
         known = self._models.setdefault(model, _Known())
@@ -120,6 +123,9 @@ class LearnedControls:
             with self._lock:
                 self._can_ask = False  # until the next probe finds a server
         return None
+
+
+_NONE = ControlStrings(())
 
 
 class _Known:

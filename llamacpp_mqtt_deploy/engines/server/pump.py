@@ -81,10 +81,12 @@ class Pump:
     # --- in the loop's thread ------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._loop.watch(self._fd, READ | HANG_UP, self._ready)
         first, self._first = self._first, b""
         if first:
             self._safely(lambda: self._take(first))
+        if self._ended:
+            return
+        self._loop.watch(self._fd, READ | HANG_UP, self._ready)
         if self._pending is not None and self._pending():
             self._safely(self._read)
         self._await()
