@@ -132,10 +132,9 @@ def test_of_two_workers_with_the_same_client_id_exactly_one_survives(
             raise
     loser, winner = (first, second) if first.process.poll() is not None else (second, first)
     assert loser.wait() == 3
-    assert (
-        "worker 'w1'" in loser.log("worker.ending")[0]["reason"]
-        or "client id" in loser.log("worker.ending")[0]["reason"]
-    )
+    reason = loser.log("worker.ending")[0]["reason"]
+    # As it has met the other one: by its status, by the broker's words, or, of two that start at once, by its claim alone.
+    assert any(named in reason for named in ("worker 'w1'", "client id", "another worker (instance "))
     winner.wait_ready()
     since = watcher.count()
     for number in range(4):
