@@ -11,7 +11,7 @@ import pytest
 
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Reasoning
 from llamacpp_mqtt_deploy.core.formats.seeds import message_numbers
-from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.ports import Delivery, Link, StoreError
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Step
 from tests.pool.fleet import Fleet, PooledWorker, fleet_on
 from tests.pool.route_clients import RouteClients
@@ -128,6 +128,24 @@ def waits_for_all(fleet: Fleet, worker: PooledWorker, number: int) -> None:
     eventually(lambda: worker.daemon.parts.store.load().queued["normal"] == number)  # type: ignore[attr-defined]
 
 
+def handled(*workers: PooledWorker) -> list[Delivery]:
+    """The messages that these workers have dealt with from now on; grows."""
+    seen: list[Delivery] = []
+
+    def count(link: Link) -> None:
+        acknowledge = link.acknowledge
+
+        def counted(delivery: Delivery) -> None:
+            acknowledge(delivery)
+            seen.append(delivery)
+
+        link.acknowledge = counted  # type: ignore[method-assign]
+
+    for worker in workers:
+        count(worker.daemon.parts.link)
+    return seen
+
+
 # --- received by one, run by another -------------------------------------------------------------------------------------
 
 
@@ -150,8 +168,11 @@ def test_what_another_worker_runs_is_told_in_the_format_of_its_route_on_the_topi
     for name, first in FIRST.items():
         assert told(clients, name, len(first)) == first
     eventually(lambda: len(runner.engine.calls) == len(FIRST))
+    again = handled(receiver, runner)
     for name in FIRST:
         say(clients, name)  # sent again while it runs, and dealt to either of them
+    # Dealt with after the end it would be answered with all of it.
+    eventually(lambda: len(again) == len(FIRST))
     gate.open()
     for name, first in FIRST.items():
         assert told(clients, name, len(first) + len(REST[name])) == [*first, *REST[name]]
