@@ -64,6 +64,9 @@ class Shutdown:
         parts.token_counts.close(end.remaining_s() / 4)
         parts.client_work.close(end.remaining_s() / 2)
         if parts.pool is not None:
+            # Told and noted first: what is not noted another worker tells once more as soon as we have left.
+            parts.link.flush(Deadline(end.remaining_s() / 4))
+            parts.redelivery.sweep()
             parts.pool.leave(end.remaining_s() / 2)
         parts.link.flush(end)
         parts.redelivery.last_call()
