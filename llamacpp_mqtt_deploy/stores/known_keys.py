@@ -27,6 +27,7 @@ class KnownKeys:
         self._added = 0
         for key in keys:
             self.add(key)
+        self._full_at = self._next_full()
 
     def may_have(self, key: EntryKey) -> bool:
         bits = self._bits
@@ -41,7 +42,7 @@ class KnownKeys:
                     _set(bits, key)
 
     def is_full(self) -> bool:
-        return self._added >= MOST_ADDED
+        return self._added >= self._full_at
 
     def renew(self, keys: Iterable[EntryKey]) -> None:
         """Begin anew with these keys, which are being read meanwhile, and those that are added meanwhile; one caller at a time."""
@@ -61,6 +62,11 @@ class KnownKeys:
         with self._lock:
             self._bits, self._next = fresh, None
             self._added += kept - before
+            self._full_at = self._next_full()
+
+    def _next_full(self) -> int:
+        # Of a journal that remembers more than that nothing would be gained by reading it all at each purge.
+        return max(MOST_ADDED, 2 * self._added)
 
 
 def _places(key: EntryKey) -> tuple[int, int, int]:

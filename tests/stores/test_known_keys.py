@@ -56,6 +56,23 @@ def test_keys_of_many_threads_are_all_kept() -> None:
     assert all(known.may_have(EntryKey("r", f"{at}", f"{n}")) for at in range(4) for n in range(3000))
 
 
+def test_a_journal_that_remembers_much_is_not_read_whole_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_keys, "MOST_ADDED", 10)
+    many = [EntryKey("r", "s", f"{number}") for number in range(40)]
+    known = KnownKeys(many[:20])
+    assert not known.is_full(), "all of these are in the journal"
+    for key in many[20:]:
+        known.add(key)
+    assert known.is_full()
+    known.renew(many)
+    assert not known.is_full()
+    assert all(map(known.may_have, many))
+    known.renew(many[:2])
+    for key in many[:8]:
+        known.add(key)
+    assert known.is_full(), "ten again"
+
+
 def test_a_reading_that_fails_changes_nothing() -> None:
     known = KnownKeys([EntryKey("r", "s", "old")])
 
@@ -82,6 +99,8 @@ def test_a_restarted_store_finds_what_it_had_and_what_a_purge_left(
     store.close()
     store.open()
     assert all(store.find(each.key) == each for each in entries)
+    more = [entry(request_id=f"m{number}") for number in range(12)]
+    store.accept(more)  # with the twelve of the last life it is time to begin anew
     for each in entries[:6]:
         store.finish(each.key, b"{}", now=100.0)
     store.mark_delivered([each.key for each in entries[:6]])
