@@ -1,12 +1,16 @@
-"""A COMMIT that happened and whose answer was lost with its connection: whoever waits for the write hears what it really did."""
+"""A COMMIT that happened and whose answer was lost with its connection: whoever waits for the write hears what it really did.
+
+The connection is cut before the answer is there, or the server ends it right after: a server that is stopped says so behind its last
+answer, and both arrive together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
@@ -23,12 +27,15 @@ from tests.support.waiting import eventually
 _Result = TypeVar("_Result")
 _LOCK = 4711
 
+_COMMITTED = b"COMMIT\x00"
+"""In the answer to COMMIT (PostgreSQL 15, section 55.7: CommandComplete)."""
+
 
 class Cut:
     """The way of one store to its database. Its commits can be held up, and cut off from their answers."""
 
-    def __init__(self, postgres: PostgresServer, cable: Cable, directory: Path) -> None:
-        self._postgres, self._cable = postgres, cable
+    def __init__(self, postgres: PostgresServer, cable: Cable, directory: Path, how: str) -> None:
+        self._postgres, self._cable, self._how = postgres, cable, how
         self.database = replace(database_in(postgres, directory), url=postgres.tcp_url(cable.port), name="lmd cut")
 
     def prepare(self) -> None:
@@ -44,7 +51,7 @@ class Cut:
         )
 
     def losing_the_answer(self, write: Callable[[], _Result]) -> _Result:
-        """What `write` gives, or raises, where the answer to its COMMIT is lost."""
+        """What `write` gives, or raises, where the connection is lost with the answer to its COMMIT."""
         with (
             ThreadPoolExecutor(1) as pool,
             psycopg.connect(self._postgres.url, autocommit=True) as holder,
@@ -53,11 +60,21 @@ class Cut:
             before = self._number()
             result = pool.submit(write)
             eventually(self._is_committing)
-            self._cable.stall()
+            ((pid,),) = self._committing()
+            if self._how == "cut":
+                self._cable.stall()
+            else:
+                self._cable.hold_from(_COMMITTED)
             holder.execute("SELECT pg_advisory_unlock(%s)", (_LOCK,))
             eventually(lambda: self._number() != before)
-            self._cable.cut()
+            if self._how == "cut":
+                self._cable.cut()
+            else:
+                self._cable.wait_until_holding()
+                self._postgres.sql(f"SELECT pg_terminate_backend({pid}, 5000)")
             self._cable.resume()
+            wait([result], 0.3)
+            self._cable.cut()
             return result.result(20)
 
     def _number(self) -> object:
@@ -67,17 +84,20 @@ class Cut:
         )
 
     def _is_committing(self) -> bool:
-        return bool(
-            self._postgres.sql(
-                f"SELECT 1 FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'advisory' "
-                f"AND application_name = '{self.database.name}'"
-            )
+        return bool(self._committing())
+
+    def _committing(self) -> Sequence[tuple[Any, ...]]:
+        return self._postgres.sql(
+            f"SELECT pid FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event = 'advisory' "
+            f"AND application_name = '{self.database.name}'"
         )
 
 
-@pytest.fixture
-def cut(postgres: PostgresServer, cable_to: Callable[[int], Cable], tmp_path: Path) -> Cut:
-    return Cut(postgres, cable_to(postgres.port), tmp_path)
+@pytest.fixture(params=["cut", "ended by the server"])
+def cut(
+    request: pytest.FixtureRequest, postgres: PostgresServer, cable_to: Callable[[int], Cable], tmp_path: Path
+) -> Cut:
+    return Cut(postgres, cable_to(postgres.port), tmp_path, request.param)
 
 
 @pytest.fixture

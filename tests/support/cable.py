@@ -29,6 +29,9 @@ class Cable:
         self.eaten = 0
         self._eats: tuple[int, ...] = ()
         self._halves: dict[socket.socket, bytearray] = {}
+        self._mark = b""
+        self._held: dict[socket.socket, bytes] = {}
+        self._holds = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cable", daemon=True)
         self._thread.start()
 
@@ -43,8 +46,19 @@ class Cable:
         self._stalled = True
         assert self._still.wait(10)
 
+    def hold_from(self, mark: bytes) -> None:
+        """Hold back, from now on, the first bytes of the target that have this in them, and what comes behind them."""
+        self._holds.clear()
+        self._mark = mark
+
+    def wait_until_holding(self) -> None:
+        assert self._holds.wait(10), f"the target has not sent {self._mark!r}"
+
     def resume(self) -> None:
+        """What was held back comes as one with what the target has sent since, and after it nothing more: that the target has ended
+        the connection comes with `cut` alone."""
         self._stalled = False
+        self._mark = b""
 
     def hang_up_at_once(self, on: bool = True) -> None:
         """Take connections and close them at the first bytes, as a proxy does whose broker is still starting."""
@@ -75,7 +89,7 @@ class Cable:
             stalled = self._stalled
             if stalled:
                 self._still.set()
-            ends = [] if stalled else [end for pair in pairs for end in pair if end.fileno() >= 0]
+            ends = [] if stalled else [end for pair in pairs for end in pair if end.fileno() >= 0 and end not in self._held]
             try:
                 ready, _, _ = select.select([self._server, *ends], [], [], 0.02)
             except (OSError, ValueError):
@@ -87,6 +101,8 @@ class Cable:
                 pair = next((p for p in pairs if end in p), None)
                 if pair is not None:
                     self._move(pair, end)
+            if not self._mark:
+                self._pass_on_held()
 
     def _accept(self) -> None:
         near, _ = self._server.accept()
@@ -108,6 +124,10 @@ class Cable:
         other = pair[1] if end is pair[0] else pair[0]
         try:
             data = end.recv(65536)
+            if self._mark and end is pair[1] and self._mark in data:
+                self._held[end] = data
+                self._holds.set()
+                return
             if self._eats and end is pair[1]:
                 whole = self._without_eaten(end, data)
                 if data and not whole:
@@ -119,6 +139,13 @@ class Cable:
         except OSError:
             pass
         self._drop(pair)
+
+    def _pass_on_held(self) -> None:
+        for near, far in list(self._pairs):
+            held = self._held.get(far)
+            if held:
+                near.sendall(held + far.recv(65536))
+                self._held[far] = b""
 
     def _without_eaten(self, end: socket.socket, data: bytes) -> bytes:
         """The whole MQTT packets among these bytes but those to be eaten; a part of one waits for the rest."""

@@ -38,6 +38,7 @@ class PgWrite(Write):
         self.alone = alone
         self.given_up = False
         """Whoever waited for it does so no more."""
+        self._later: Later | None = None
 
     def wait(self, timeout_s: float) -> None:
         if not self._over.wait(timeout_s):
@@ -47,15 +48,23 @@ class PgWrite(Write):
             )
         super().wait(timeout_s)
 
+    def forget_result(self) -> None:
+        """What it did is undone."""
+        self.problem = self.result = self._later = None
+
+    def run(self, db: BoundedConnection) -> None:
+        self.result = self.pg_step(db)
+        self._later = self.result if isinstance(self.result, Later) else None
+
     def read_result(self) -> None:
         """The answers are there."""
-        if isinstance(self.result, Later):
-            self._settle_result(self.result.read)
+        if self._later is not None:
+            self._settle_result(self._later.read)
 
     def ask_again(self, db: BoundedConnection) -> None:
-        """It is committed, and the answers may be lost."""
-        later = self.result
-        if isinstance(later, Later) and self.problem is None:
+        """It is committed, and the answers may be lost or of long ago."""
+        later = self._later
+        if later is not None and self.problem is None:
             self._settle_result(lambda: later.again(db))
 
     def _settle_result(self, ask: Callable[[], object]) -> None:

@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 
 
 class _Unknown(Exception):
-    """The connection was lost while the transaction was committed."""
+    """The transaction may be committed, and its answers are lost."""
 
 
 class PgWriter:
@@ -227,7 +227,7 @@ class PgWriter:
     def _transaction(self, batch: Sequence[PgWrite], *, careful: bool) -> None:
         """Raises _Unknown when it is not known whether it was committed."""
         for write in batch:
-            write.problem = write.result = None
+            write.forget_result()
         db = self._connection()
         committing = False
         began = time.monotonic()
@@ -242,7 +242,7 @@ class PgWriter:
                 with db.pipeline():
                     self._begin(db, batch)
                     for write in batch:
-                        write.result = write.pg_step(db)
+                        write.run(db)
                     self._sign(db)
                     committing = True
                     self._end(db, batch)
@@ -251,7 +251,9 @@ class PgWriter:
         except Exception as error:
             if not self._is_lost():
                 self._roll_back(db)
-            elif committing:
+            # A statement that fails keeps COMMIT from being executed, but not all that goes wrong is a statement: a server that ends
+            # the connection right after its COMMIT leaves it looking alive, with an answer of another kind.
+            if committing and not self._is_undone():
                 raise _Unknown from error
             raise
         self._commit_times.observe(time.monotonic() - began)
@@ -281,7 +283,7 @@ class PgWriter:
             db.execute("SAVEPOINT one_write")
             notices = len(self._notices)
             try:
-                write.result = write.pg_step(db)
+                write.run(db)
                 write.read_result()
                 if write.problem is not None:
                     raise write.problem
@@ -303,6 +305,19 @@ class PgWriter:
             db.execute(f"ROLLBACK /* {self._rollbacks} */".encode())
         except psycopg.Error:
             self._disconnect()
+
+    def _is_undone(self) -> bool:
+        """Whether the transaction that was signed last is known not to be committed."""
+        try:
+            return not self._is_lost() and not self._is_signed(self._connection())
+        except (StoreError, psycopg.Error):
+            self._disconnect()
+            return False
+
+    def _is_signed(self, db: BoundedConnection) -> bool:
+        """Whether the transaction that was signed last is committed; waits until no other connection works on it."""
+        row = db.execute("SELECT number FROM writers WHERE name = %s FOR UPDATE", (self._database.name,)).fetchone()
+        return row is not None and row[0] == self._number
 
     def _failed(self, batch: Sequence[PgWrite], problem: StoreError) -> list[PgWrite]:
         """Give each write of the batch its problem; returns the waiting ones that fail with it."""
@@ -425,7 +440,6 @@ class PgWriter:
     def _look_whether_it_happened(self, batch: Sequence[PgWrite]) -> bool | None:
         """Whether the last transaction, of these, was committed; waits until that and all results are known. None when the store is
         closed before."""
-        number = self._number
         self._is_away(StoreAway(f"{self._database.shown} was lost in the middle of a write."))
         while True:
             self._disconnect()
@@ -433,13 +447,7 @@ class PgWriter:
             if self.away is not None:
                 return None
             try:
-                # Its row is locked as long as the old connection works on it.
-                row = (
-                    self._connection()
-                    .execute("SELECT number FROM writers WHERE name = %s FOR UPDATE", (self._database.name,))
-                    .fetchone()
-                )
-                found = row is not None and row[0] == number
+                found = self._is_signed(self._connection())
                 if found:
                     for write in batch:
                         write.ask_again(self._connection())
