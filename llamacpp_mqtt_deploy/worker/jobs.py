@@ -301,7 +301,7 @@ class JobRegistry:
             if job._ended:  # noqa: SLF001  # the registry owns it
                 return False
             job._ended = True  # noqa: SLF001
-            self._queue.remove(job.key)
+            self._unqueue(job)
             return True
 
     def hold_end(self, job: Job) -> None:
@@ -317,7 +317,7 @@ class JobRegistry:
         """
         with self._lock:
             job.phase = "ended"
-            self._queue.remove(job.key)
+            self._unqueue(job)
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
                 self._quotas.release(job.key)
@@ -329,7 +329,11 @@ class JobRegistry:
     def withdraw(self, job: Job) -> bool:
         """Take a job that waits out of the queue, to be ended by the caller; False when it does not wait (any more)."""
         with self._lock:
-            return self._queue.remove(job.key) is not None
+            return self._unqueue(job)
+
+    def _unqueue(self, job: Job) -> bool:
+        """Whether it waited: a place under its key may be that of a job that came after it, of the same request."""
+        return self._jobs.get(job.key) is job and self._queue.remove(job.key) is not None
 
     def hold_session(self, session: tuple[str, str]) -> None:
         """Let no further prompt of this session go before as many `free_session`: its history is being changed."""

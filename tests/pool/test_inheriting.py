@@ -12,7 +12,7 @@ from llamacpp_mqtt_deploy.core.events import encode, interrupted
 from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.stores.postgres.database import Database
 from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
-from llamacpp_mqtt_deploy.testing.scripted_engine import Gate
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.pool.fleet import Fleet, PooledWorker, fleet_on
 from tests.support.mosquitto import Mosquitto
 from tests.support.postgres_server import PostgresServer
@@ -87,6 +87,27 @@ def test_a_request_that_a_worker_claimed_and_does_not_know_of_is_run_after_a_whi
     asked = fleet.ask("one two")
     assert fleet.end(asked)["full_content"] == "one two"
     assert [each.entry.key.request_id for each in claimed] == [asked]
+
+
+def test_a_claim_that_the_database_forgot_in_a_crash_is_made_again_and_runs_once(
+    fleet: Fleet, postgres: PostgresServer
+) -> None:
+    gate = Gate()
+    worker = fleet.worker(engine=ScriptedEngine(slots=2))
+    worker.engine.play(gate, "one two")
+    asked = fleet.ask("go on")
+    assert gate.reached.wait(10)
+    # As if a crash had taken back the last commit that waited for no disk.
+    owned = f"FROM lmd_{fleet.root}.queue WHERE request_id = '{asked}' AND owner IS NOT NULL"
+    ((owner,),) = postgres.sql(f"SELECT owner {owned}")
+    postgres.sql(f"UPDATE lmd_{fleet.root}.queue SET owner = NULL WHERE request_id = '{asked}'")
+    eventually(lambda: postgres.sql(f"SELECT owner {owned}") == [(owner,)])
+    gate.open()
+    end = fleet.end(asked)
+    assert (end["type"], end["full_content"]) == ("done", "one two")
+    eventually(lambda: worker.daemon.parts.registry.all() == [])
+    kinds = [event["type"] for _, _, event in fleet.heard if event.get("request_id") == asked]
+    assert kinds.count("start") == kinds.count("done") == len(worker.engine.calls) == 1
 
 
 def test_an_end_that_a_worker_without_a_pool_has_not_told_is_told_by_the_pool(

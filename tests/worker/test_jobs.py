@@ -309,6 +309,21 @@ def test_a_request_that_left_late_takes_no_other_of_the_same_id_with_it() -> Non
     again = _waiting(jobs, "a")
     jobs.leave(first)
     assert jobs.find(again.key) is again
+    assert jobs.take(0.0) is again
+
+
+def test_a_request_that_came_back_while_it_stopped_waits_and_runs_whatever_becomes_of_the_first_try() -> None:
+    jobs = registry()
+    first = _running(jobs, "a")
+    again = lone_job("a", session="a")
+    jobs.enter(again, recovered=True)
+    jobs.commit([again])
+    assert not jobs.withdraw(first)
+    assert jobs.claim_end(first)
+    jobs.leave(first)
+    jobs.release_slot(first)
+    assert jobs.take(0.0) is again
+    assert jobs.find(again.key) is again
 
 
 def test_who_waits_can_be_taken_out_and_who_runs_cannot() -> None:

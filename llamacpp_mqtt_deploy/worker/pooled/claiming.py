@@ -10,7 +10,7 @@ import structlog
 
 from llamacpp_mqtt_deploy.core.errors import Busy, Interrupted, RequestError, TimedOut
 from llamacpp_mqtt_deploy.pool_ports import Claimed, LeaseLost, SharedJournal
-from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.ports import EntryKey, StoreError
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 from llamacpp_mqtt_deploy.worker.journal_clock import wall
@@ -132,7 +132,8 @@ class Claims:
     def _take(self, claimed: Claimed) -> None:
         match claimed.why:
             case "run":
-                self._run(self._job(claimed))
+                if not self._runs_already(claimed.entry.key):
+                    self._run(self._job(claimed))
             case "cancelled" | "forgotten":
                 job = self._job(claimed)
                 job.forgotten = claimed.why == "forgotten"
@@ -148,6 +149,12 @@ class Claims:
                 self._requests.publish(claimed.entry, claimed.entry.terminal, again=True)
             case "interrupted":
                 raise Interrupted("the worker that wrote this answer is gone; send a new request for it")
+
+    def _runs_already(self, key: EntryKey) -> bool:
+        """Whether this worker has it as a job that goes on. Claims wait for no disk: a crash of the database may forget one, and then the
+        request is claimed once more, perhaps by the same worker."""
+        job = self._registry.find(key)
+        return job is not None and job.stop.reason != "put_back"
 
     def _job(self, claimed: Claimed) -> Job:
         entry = claimed.entry
