@@ -89,7 +89,7 @@ class Cable:
             stalled = self._stalled
             if stalled:
                 self._still.set()
-            ends = [] if stalled else [end for pair in pairs for end in pair if end.fileno() >= 0 and end not in self._held]
+            ends = [] if stalled else [end for pair in pairs for end in pair if self._moves(end)]
             try:
                 ready, _, _ = select.select([self._server, *ends], [], [], 0.02)
             except (OSError, ValueError):
@@ -103,6 +103,9 @@ class Cable:
                     self._move(pair, end)
             if not self._mark:
                 self._pass_on_held()
+
+    def _moves(self, end: socket.socket) -> bool:
+        return end.fileno() >= 0 and end not in self._held
 
     def _accept(self) -> None:
         near, _ = self._server.accept()
