@@ -81,7 +81,8 @@ class JobMaker:
             ),
             rendering=rendering,
         )
-        responder.on_overflow = lambda: job.stop.set("outbox_full")
+        stop = job.stop  # and not the job: it would be part of a circle, and stay until somebody looks for those
+        responder.on_overflow = lambda: stop.set("outbox_full")
         return job
 
     def _wake(self, seconds: float, call: Callable[[], None]) -> Timer | None:

@@ -37,14 +37,19 @@ class GenerationThreads:
 
     def _loop(self) -> None:
         while not self._closed.is_set():
-            job = self._registry.take(timeout_s=60.0)
-            if job is not None:
-                try:
-                    self._generation.run(job)
-                except Exception:
-                    # The outermost loop: nothing may end this thread, and no slot may be lost.
-                    log.exception("generation.failed", request_id=job.key.request_id)
-                    self._registry.leave(job)
+            self._run_next()
+
+    def _run_next(self) -> None:
+        """In a call of its own: a thread that waits keeps no job, with its prompt and answer, in a variable."""
+        job = self._registry.take(timeout_s=60.0)
+        if job is None:
+            return
+        try:
+            self._generation.run(job)
+        except Exception:
+            # The outermost loop: nothing may end this thread, and no slot may be lost.
+            log.exception("generation.failed", request_id=job.key.request_id)
+            self._registry.leave(job)
 
     def stuck(self) -> list[Job]:
         """Running jobs whose engine call does not come back although it was told to stop."""
