@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from llamacpp_mqtt_deploy.latch import Latch
+
 StopReason = Literal["cancelled", "timeout", "shutting_down", "outbox_full", "put_back", "unjournaled", "engine_away"]
 """`put_back`: it has not reached the engine and stays in the journal for the worker's next start. `unjournaled`: the journal did
 not take it, so it was never accepted. `engine_away`: it has waited long enough for an engine that cannot be reached."""
@@ -24,7 +26,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._latch = Latch()
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], object]] = []
         self.reason: StopReason | None = None
@@ -33,31 +35,31 @@ class StopSignal:
     def set(self, reason: StopReason) -> bool:
         """Stop for this reason; False when it was set already (the first reason stands)."""
         with self._lock:
-            if self._event.is_set():
+            if self._latch.is_set():
                 return False
             self.reason = reason
             self.at = time.monotonic()
-            self._event.set()
+            self._latch.set()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
         return True
 
     def is_set(self) -> bool:
-        return self._event.is_set()
+        return self._latch.is_set()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait at most this long; True when the signal is set."""
-        return self._event.wait(timeout_s)
+        return self._latch.wait(timeout_s)
 
     def raise_if_set(self) -> None:
-        if self._event.is_set():
+        if self._latch.is_set():
             raise Stopped(self.reason)
 
     def on_stop(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Register a callback, run at once when the signal is set already; returns what takes it back."""
         with self._lock:
-            if not self._event.is_set():
+            if not self._latch.is_set():
                 self._callbacks.append(callback)
                 return lambda: self._forget(callback)
         callback()

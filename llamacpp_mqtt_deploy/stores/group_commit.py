@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import structlog
 
 from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
+from llamacpp_mqtt_deploy.latch import Latch
 from llamacpp_mqtt_deploy.ports import StoreError
 
 Step = Callable[[sqlite3.Connection], object]
@@ -79,7 +80,7 @@ class Write:
         self.result: object = None
         self.problem: StoreError | None = None
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._over = Latch()
         self._callbacks: list[Callable[[StoreError | None], None]] = []
 
     def wait(self, timeout_s: float) -> None:

@@ -38,9 +38,9 @@ class Line:
         self._address = address
         self._lock = threading.Lock()
         self._cut = False
-        # A duplicate of the descriptor: it stays valid while TLS wraps the socket and while the pool puts it away, and
-        # shutting it down ends the connection itself.
-        self._duplicate: socket.socket | None = None
+        self._held: socket.socket | None = None
+        """What a cut shuts down."""
+        self._is_duplicate = False
         self.connected = False
         self.socket: socket.socket | None = None
         """What the answer is read from, once connected; inside TLS where there is one."""
@@ -48,18 +48,24 @@ class Line:
     def cut(self) -> None:
         with self._lock:
             self._cut = True
-            if self._duplicate is not None:
+            if self._held is not None:
                 with contextlib.suppress(OSError):
-                    self._duplicate.shutdown(socket.SHUT_RDWR)
+                    self._held.shutdown(socket.SHUT_RDWR)
 
     def release(self) -> None:
+        """No cut reaches the socket any more; to be called before it is closed, since its number may be another one's then."""
         with self._lock:
-            if self._duplicate is not None:
-                self._duplicate.close()
-                self._duplicate = None
+            held, self._held = self._held, None
+        if held is not None and self._is_duplicate:
+            held.close()
 
-    def connect(self, host: str, port: int | None, timeout_s: float, options: Any) -> socket.socket:
-        """A connected socket. Raises OSError."""
+    def connect(
+        self, host: str, port: int | None, timeout_s: float, options: Any, *, stays_bare: bool = False
+    ) -> socket.socket:
+        """A connected socket; `stays_bare` when nothing wraps it and nobody else keeps it. Raises OSError."""
+        # A duplicate of the descriptor stays valid while TLS wraps the socket and while the pool puts it away, and shutting it down
+        # ends the connection itself.
+        self._is_duplicate = not stays_bare
         ends_at = time.monotonic() + timeout_s
         if self._address.unix_path is not None:
             return self._try(socket.AF_UNIX, 0, self._address.unix_path, timeout_s, ())
@@ -85,8 +91,8 @@ class Line:
                 if self._cut:  # cut just before connect(), which the shutdown did not reach
                     raise ConnectionAbortedError("cut")
         except BaseException:
-            made.close()
             self.release()
+            made.close()
             raise
         self.connected = True
         return made
@@ -95,7 +101,7 @@ class Line:
         with self._lock:
             if self._cut:
                 raise ConnectionAbortedError("cut")
-            self._duplicate = made.dup()
+            self._held = made.dup() if self._is_duplicate else made
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,6 @@ import contextlib
 import socket
 import ssl
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,6 +16,7 @@ from llamacpp_mqtt_deploy.engines.server.failures import Broken, Silent, reason_
 from llamacpp_mqtt_deploy.engines.server.http import READ_BYTES
 from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
 from llamacpp_mqtt_deploy.io_loop import HANG_UP, READ, IoLoop, Timer
+from llamacpp_mqtt_deploy.latch import Latch
 
 _LONGEST_PAUSE_S = 0.1
 
@@ -44,9 +44,7 @@ class Pump:
         self._stream = stream
         self._feed = feed
         self._ended = False
-        # As an Event, with half its locks: this is on the way of every answer.
-        self._over = threading.Lock()
-        self._over.acquire()
+        self._over = Latch()
         self._problem: BaseException | None = None
         self._rest: Timer | None = None
         self._hung_up = False
@@ -67,7 +65,7 @@ class Pump:
         self._heard_at = time.monotonic()
         self._loop.call_soon(self._begin)
         left_s = silence_s
-        while not self._over.acquire(timeout=left_s):
+        while not self._over.wait(left_s):
             # The server's pings keep the socket readable; only output counts.
             left_s = self._heard_at + silence_s - time.monotonic()
             if left_s <= 0:
@@ -168,4 +166,4 @@ class Pump:
         self._end_rest()
         self._problem = problem
         self._ended = True
-        self._over.release()
+        self._over.set()

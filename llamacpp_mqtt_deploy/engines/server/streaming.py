@@ -69,10 +69,10 @@ class StreamingExchange:
         for forget in self._forget:
             forget()
         self._line.cut()
+        self._line.release()
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.close()
-        self._line.release()
 
     # --- the request and the headers -----------------------------------------------------------------------------------
 
@@ -117,7 +117,8 @@ class StreamingExchange:
         parts = urlsplit(self._address.base)
         secure = parts.scheme == "https"
         host = parts.hostname or ""
-        made = self._line.connect(host, parts.port or (443 if secure else 80), self._connect_timeout_s, _NODELAY)
+        port = parts.port or (443 if secure else 80)
+        made = self._line.connect(host, port, self._connect_timeout_s, _NODELAY, stays_bare=not secure)
         if not secure:
             return made
         try:
