@@ -251,8 +251,11 @@ class GroupCommit:
             began = time.monotonic()
             db.execute("BEGIN IMMEDIATE")
             try:
-                for write in batch:
-                    self._step(db, write)
+                if len(batch) == 1:
+                    batch[0].result = batch[0].step(db)
+                else:
+                    for write in batch:
+                        self._step(db, write)
                 db.execute("COMMIT")
             except BaseException:
                 # A full disk has rolled back by itself.
@@ -264,7 +267,7 @@ class GroupCommit:
                 self._well_again()
 
     def _step(self, db: sqlite3.Connection, write: Write) -> None:
-        """One write of a transaction; what is wrong with it alone costs the others nothing."""
+        """One write of several in a transaction; what is wrong with it alone costs the others nothing."""
         db.execute("SAVEPOINT one_write")
         try:
             write.result = write.step(db)

@@ -37,26 +37,24 @@ def change(
     max_bytes: int,
 ) -> None:
     """Append the messages, forget older ones where that was asked for or they outgrow `max_bytes`."""
-    route, session = history.session
-    db.execute(
-        "INSERT INTO sessions (route, session, first_level, created, last_used, bytes) VALUES (?, ?, ?, ?, ?, 0) "
-        "ON CONFLICT (route, session) DO UPDATE SET last_used = max(last_used, excluded.last_used)",
-        (route, session, first_level_of(session), now, now),
-    )
-    session_id, size = db.execute(
-        "SELECT id, bytes FROM sessions WHERE route = ? AND session = ?", history.session
-    ).fetchone()
-    if history.forget_before:
-        _forget_messages(db, history.session)
-        size = 0
+    size = sum(len(text) for _, text in appended)
+    found = db.execute("SELECT id, bytes FROM sessions WHERE route = ? AND session = ?", history.session).fetchone()
+    if found is None:
+        session_id = _begin(db, history.session, size, now)
+    else:
+        session_id, before = found
+        if history.forget_before:
+            db.execute("DELETE FROM messages WHERE session_id = ?", (session_id,))
+        else:
+            size += before
+        db.execute("UPDATE sessions SET last_used = max(last_used, ?), bytes = ? WHERE id = ?", (now, size, session_id))
     db.executemany(
         "INSERT INTO messages (session_id, role, message) VALUES (?, ?, ?)",
         [(session_id, role, text) for role, text in appended],
     )
-    size += sum(len(text) for _, text in appended)
     if size > max_bytes:
         size -= _trim(db, session_id, max_bytes)
-    db.execute("UPDATE sessions SET bytes = ? WHERE id = ?", (size, session_id))
+        db.execute("UPDATE sessions SET bytes = ? WHERE id = ?", (size, session_id))
 
 
 def forget(db: sqlite3.Connection, session: SessionKey) -> None:
@@ -70,6 +68,16 @@ def drop(db: sqlite3.Connection, session: SessionKey) -> None:
     _forget_messages(db, session)
     db.execute("DELETE FROM system_prompts WHERE route = ? AND session = ?", session)
     db.execute("DELETE FROM sessions WHERE route = ? AND session = ?", session)
+
+
+def _begin(db: sqlite3.Connection, session: SessionKey, size: int, now: float) -> int:
+    """A session that was not there; returns the number of its row."""
+    made = db.execute(
+        "INSERT INTO sessions (route, session, first_level, created, last_used, bytes) VALUES (?, ?, ?, ?, ?, ?)",
+        (*session, first_level_of(session[1]), now, now, size),
+    )
+    assert made.lastrowid is not None
+    return made.lastrowid
 
 
 def _trim(db: sqlite3.Connection, session_id: int, max_bytes: int) -> int:
