@@ -63,8 +63,9 @@ class Bus:
             self._client.step(left_s)
 
     def events(self, request_id: str) -> list[tuple[float, dict[str, Any]]]:
-        """The events of this request so far, with their times."""
-        return [(at, event) for at, event, _ in self._replies() if event.get("request_id") == request_id]
+        """The events of this request so far, with their times; not the answers to what was asked about it."""
+        replies = [(at, event) for at, event, _ in self._replies() if event.get("request_id") == request_id]
+        return [(at, event) for at, event in replies if event["type"] != "ack"]
 
     def _replies(self) -> Iterator[_Reply]:
         for at, topic, payload in self.received:
