@@ -251,7 +251,7 @@ class GroupCommit:
             began = time.monotonic()
             db.execute("BEGIN IMMEDIATE")
             try:
-                if len(batch) == 1:
+                if len(batch) == 1:  # undone with its transaction, if anything is wrong with it
                     batch[0].result = batch[0].step(db)
                 else:
                     for write in batch:

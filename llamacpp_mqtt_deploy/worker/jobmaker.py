@@ -81,7 +81,7 @@ class JobMaker:
             ),
             rendering=rendering,
         )
-        stop = job.stop  # and not the job: it would be part of a circle, and stay until somebody looks for those
+        stop = job.stop  # not the job: a reference cycle would keep it until the garbage collector runs
         responder.on_overflow = lambda: stop.set("outbox_full")
         return job
 
