@@ -7,7 +7,10 @@ import socket
 import ssl
 import sys
 
+from llamacpp_mqtt_deploy.mqtt.backoff import Version
+from llamacpp_mqtt_deploy.mqtt.incoming import leading_publish
 from llamacpp_mqtt_deploy.mqtt.packets import leading_pubacks
+from llamacpp_mqtt_deploy.ports import Delivery
 
 READ_BYTES = 65_536
 MOST_UNSENT_BYTES = 256 * 1024
@@ -124,6 +127,15 @@ class BufferedSocket:
         mids, size = leading_pubacks(self._ahead)
         self._ahead = self._ahead[size:]
         return mids
+
+    def take_publish(self, version: Version, now: float) -> Delivery | None:
+        """Take out the PUBLISH that comes next in what was read, where a packet begins; None when paho is to read it."""
+        found = leading_publish(self._ahead, version, now)
+        if found is None:
+            return None
+        delivery, size = found
+        self._ahead = self._ahead[size:]
+        return delivery
 
     def is_dry(self) -> bool:
         """Whether there was no more when the socket was last read."""

@@ -378,8 +378,8 @@ class ConnectionThread:
     def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None:
         self._subscriptions.answered(mid, codes)
 
-    def message(self, mid: int, delivery: Delivery) -> None:
-        self._deliveries.arrived(self._generation, mid, delivery)
+    def message(self, delivery: Delivery) -> None:
+        self._deliveries.arrived(self._generation, delivery)
 
     # --- ends ---
 

@@ -1,4 +1,4 @@
-"""paho's client for a loop that is not paho's: it gathers packets, reads ahead, never writes unasked, and leaves publishes to us."""
+"""paho's client for a loop that is not paho's: it gathers packets, reads ahead, never writes unasked, and leaves messages to us."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
 from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback
+from llamacpp_mqtt_deploy.ports import Delivery
 
 
 class GatheringClient(paho.Client):
@@ -23,14 +24,18 @@ class GatheringClient(paho.Client):
 
     With `on_puback` set, what it publishes goes out by `send_packet`, in packets that are made elsewhere, and paho does not know of
     them: each PUBACK is told there, and paho's own publishes (`publish`, `on_publish`) are not to be used. Without it they work as ever.
+    With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`.
 
-    The overridden methods and `_in_packet`, `_mid_generate` and `_packet_queue` are paho's own business: the tests of this folder run
-    against every new paho.
+    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate` and `_packet_queue` are paho's own business: the
+    tests of this folder run against every new paho.
     """
 
     version: Version = "5"
     on_puback: Callable[[int, int], None] | None = None
     """Called with packet id and reason code."""
+
+    on_delivery: Callable[[Delivery], None] | None = None
+    """Called with a message whose receipt is its packet id, for `ack`."""
 
     last_socket: socket.socket | None = None
     buffered: BufferedSocket | None = None
@@ -73,17 +78,34 @@ class GatheringClient(paho.Client):
         return self.want_write() or (self.buffered is not None and self.buffered.has_unsent())
 
     def read_some(self) -> None:
-        """Read what is there; callbacks run in here."""
+        """Read what is there, of messages one; callbacks run in here."""
         buffered = self.buffered
         if buffered is not None:
             buffered.readable()
-            on_puback = self.on_puback
-            if on_puback is not None and not self._in_packet["command"]:  # paho is not in the middle of a packet
-                for mid in buffered.take_pubacks():
-                    on_puback(mid, 0)
-                if buffered.is_dry():
-                    return
+            if self._read_common(buffered):
+                return
         self.loop_read()
+
+    def _read_common(self, buffered: BufferedSocket) -> bool:
+        """Read PUBACKs and a message without paho; False when the next bytes are for paho."""
+        in_packet, on_puback = self._in_packet, self.on_puback
+        in_the_middle = in_packet["command"] or in_packet["remaining_count"]
+        if on_puback is None or in_the_middle:
+            return False
+        mids = buffered.take_pubacks()
+        now = paho.time_func()
+        delivery = None if self.on_delivery is None else buffered.take_publish(self.version, now)
+        if mids or delivery is not None:
+            self._last_bytes_received = now  # as paho notes of what it reads itself, for its keepalive
+        for mid in mids:
+            on_puback(mid, 0)
+        if delivery is not None and self.on_delivery is not None:
+            self.on_delivery(delivery)
+            # PUBACKs that came in the same packet of the network cost no further turn.
+            for mid in buffered.take_pubacks():
+                on_puback(mid, 0)
+            return True
+        return buffered.is_dry()
 
     def new_mid(self) -> int:
         """A packet id, 1 to 65535, from the row that paho takes its own from."""

@@ -1,6 +1,6 @@
 """One paho client, driven by the thread that owns it: connect, read, write, and call back with plain values.
 
-This file and its three helpers (`gathering_client`, `packets`, `paho_fixes`) are the only ones that know paho. It never waits for the network: its owner's loop
+This file and its helpers (`gathering_client`, `packets`, `paho_fixes`) are the only ones that know paho. It never waits for the network: its owner's loop
 does (`wire_loop`), or any other that watches `fileno`. It uses no thread of paho's: every call into a client comes from the link's thread,
 so that paho's own locks never meet ours (its issues 346, 354 and 531 are deadlocks between them), nothing of it can die
 unseen, and how to reconnect is ours to decide.
@@ -73,7 +73,8 @@ class WireEvents(Protocol):
     def connack(self, answer: Connack) -> None: ...
     def puback(self, mid: int, code: int, name: str) -> None: ...
     def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None: ...
-    def message(self, mid: int, delivery: Delivery) -> None: ...
+    def message(self, delivery: Delivery) -> None:
+        """`receipt` is the packet id, for `PahoWire.acknowledge`."""
 
 
 class PahoWire:
@@ -123,6 +124,7 @@ class PahoWire:
         client.on_puback = self._on_puback
         client.on_subscribe = self._on_subscribe
         client.on_unsubscribe = lambda _client, _userdata, mid, *_: self._events.suback(mid, [])
+        client.on_delivery = events.message
         client.on_message = self._on_message
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
@@ -336,6 +338,7 @@ class PahoWire:
         self._events.suback(mid, [(reason.value, str(reason)) for reason in reasons])
 
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+        """A rare one: common ones go to `WireEvents.message` without paho."""
         try:
             topic = message.topic
         except UnicodeDecodeError:
@@ -347,7 +350,6 @@ class PahoWire:
         expiry = properties.get("MessageExpiryInterval")
         correlation = properties.get("CorrelationData")
         self._events.message(
-            message.mid,
             Delivery(
                 topic=topic,
                 payload=bytes(message.payload),

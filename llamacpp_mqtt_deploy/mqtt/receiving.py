@@ -132,14 +132,15 @@ class Deliveries:
         """A new connection: all is well, and nothing was taken."""
         self.stalled_until, self.taken = None, False
 
-    def arrived(self, generation: int, mid: int, delivery: Delivery) -> None:
+    def arrived(self, generation: int, delivery: Delivery) -> None:
+        """A message came on the connection of this number; its receipt is still its packet id."""
         if delivery.qos == 0:
             self._hand_over(replace(delivery, receipt=None))
             return
         if self.stalled_until is not None:
             # Once one was refused the following ones wait too: PUBACKs and requests keep their order (MQTT-4.6.0-2).
             return
-        if not self._hand_over(replace(delivery, receipt=(generation, mid))):
+        if not self._hand_over(replace(delivery, receipt=(generation, delivery.receipt))):
             self.stalled_until = time.monotonic() + STALL_S
 
     def _hand_over(self, delivery: Delivery) -> bool:
