@@ -40,6 +40,11 @@ class Slots:
 
     def acquire(self, stop: StopSignal, timeout_s: float | None = None) -> bool:
         """Take a slot; False when the time passed first. Raises `Stopped` when the signal is set first."""
+        with self._changed:
+            if self._busy < self._size and not self._waiting:
+                stop.raise_if_set()
+                self._busy += 1
+                return True
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             ticket = self._next_ticket
@@ -66,7 +71,8 @@ class Slots:
     def release(self) -> None:
         with self._changed:
             self._busy -= 1
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     def _wake(self) -> None:
         with self._changed:

@@ -10,6 +10,8 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
+from llamacpp_mqtt_deploy.engines.server.polling import NON_BLOCKING, connect_within
+
 
 class ServerAddress:
     """Where the server is: `http://host:port[/prefix]`, `https://...` or `unix:///path/to.sock`."""
@@ -62,7 +64,8 @@ class Line:
     def connect(
         self, host: str, port: int | None, timeout_s: float, options: Any, *, stays_bare: bool = False
     ) -> socket.socket:
-        """A connected socket; `stays_bare` when nothing wraps it and nobody else keeps it. Raises OSError."""
+        """A connected socket, with this timeout for each of its calls; `stays_bare` when nothing wraps it and nobody else keeps it:
+        then its calls do not wait (`polling`). Raises OSError."""
         # A duplicate of the descriptor stays valid while TLS wraps the socket and while the pool puts it away, and shutting it down
         # ends the connection itself.
         self._is_duplicate = not stays_bare
@@ -80,13 +83,18 @@ class Line:
         raise failure
 
     def _try(self, family: int, protocol: int, target: Any, timeout_s: float, options: Any) -> socket.socket:
-        made = socket.socket(family, socket.SOCK_STREAM, protocol)
+        bare = not self._is_duplicate
+        made = socket.socket(family, socket.SOCK_STREAM | (NON_BLOCKING if bare else 0), protocol)
         try:
             self._hold(made)
-            made.settimeout(timeout_s)
+            if not bare:
+                made.settimeout(timeout_s)
             for option in options:  # urllib3's own: TCP_NODELAY
                 made.setsockopt(*option)
-            made.connect(target)
+            if bare:
+                connect_within(made, target, timeout_s)
+            else:
+                made.connect(target)
             with self._lock:
                 if self._cut:  # cut just before connect(), which the shutdown did not reach
                     raise ConnectionAbortedError("cut")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import ssl
 import time
@@ -18,6 +17,7 @@ from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder, 
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
 from llamacpp_mqtt_deploy.engines.server.http import CA_BUNDLE, MAX_DOCUMENT_BYTES, READ_BYTES
 from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
+from llamacpp_mqtt_deploy.engines.server.polling import readable_within, recv_within, send_within
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 _PROMPT_S = 0.005
@@ -50,6 +50,8 @@ class StreamingExchange:
         self._ca_file = ca_file
         self._line = Line(address)
         self._socket: socket.socket | None = None
+        self._silence_s = connect_timeout_s
+        """How long the next read may wait."""
         self._head = ResponseHead(0, {})
         self._ahead = b""
         self.body: ChunkedDecoder | PlainBody = PlainBody(0)
@@ -68,7 +70,6 @@ class StreamingExchange:
         """End the connection, which frees the server's slot; idempotent."""
         for forget in self._forget:
             forget()
-        self._line.cut()
         self._line.release()
         if self._socket is not None:
             with contextlib.suppress(OSError):
@@ -87,31 +88,31 @@ class StreamingExchange:
         except (OSError, ValueError) as error:
             raise (NoAnswer if self._line.connected else ConnectFailed)(reason_of(error)) from error
         ends_at = time.monotonic() + timeout_s
-        self._socket.settimeout(timeout_s)
+        self._silence_s = timeout_s
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: the answer says why
-                self._socket.sendall(self._request_head(path, len(content)) + content)
-            if not _readable_within(self._socket, _PROMPT_S):
+                send_within(self._socket, self._request_head(path, len(content)) + content, ends_at)
+            if not readable_within(self._socket, _PROMPT_S):
                 on_slow()
             self._head, self._ahead = self._read_head(self._socket, ends_at)
             self.body = self._head.body()
-            self._socket.settimeout(timeout_s)
         except TimeoutError as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (OSError, ValueError) as error:
             raise NoAnswer(reason_of(error)) from error
 
     def _read_head(self, sock: socket.socket, ends_at: float) -> tuple[ResponseHead, bytes]:
+        """At most until `ends_at`: a server that sends its headers byte by byte is never silent, and never done."""
         reader = HeadReader()
         while True:
-            raw = sock.recv(READ_BYTES)
+            raw = recv_within(sock, READ_BYTES, ends_at)
             if not raw:
                 raise ConnectionResetError("the connection ended before the headers did")
             found = reader.feed(raw)
             if found is not None:
                 return found
-            # A server that sends its headers byte by byte is never silent, and never done.
-            sock.settimeout(max(0.001, ends_at - time.monotonic()))
+            if time.monotonic() >= ends_at:
+                raise TimeoutError("timed out")
 
     def _connect(self) -> socket.socket:
         parts = urlsplit(self._address.base)
@@ -123,7 +124,9 @@ class StreamingExchange:
             return made
         try:
             context = ssl.create_default_context(cafile=str(self._ca_file or CA_BUNDLE))
-            return context.wrap_socket(made, server_hostname=host)
+            wrapped = context.wrap_socket(made, server_hostname=host)
+            wrapped.setblocking(False)
+            return wrapped
         except BaseException:
             made.close()
             raise
@@ -160,7 +163,8 @@ class StreamingExchange:
         assert self._socket is not None
         try:
             while not self.body.ended:
-                raw, self._ahead = self._ahead or self._socket.recv(READ_BYTES), b""
+                raw, self._ahead = self._ahead, b""
+                raw = raw or recv_within(self._socket, READ_BYTES, time.monotonic() + self._silence_s)
                 if not raw:
                     if self.body.ends_with_connection:
                         return b""
@@ -194,20 +198,11 @@ class StreamingExchange:
 
     def limit_silence(self, timeout_s: float) -> None:
         """Let the next reads wait at most this long."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # the answer has ended already
-                self._socket.settimeout(max(0.001, timeout_s))
+        self._silence_s = timeout_s
 
     # --- the body, read by the I/O loop --------------------------------------------------------------------------------
 
     def unbuffered(self) -> tuple[socket.socket, bytes]:
-        """The socket, from here on without waiting, and the raw bytes that came together with the headers."""
+        """The socket, which does not wait, and the raw bytes that came together with the headers."""
         assert self._socket is not None
-        self._socket.setblocking(False)
         return self._socket, self._ahead
-
-
-def _readable_within(sock: socket.socket, seconds: float) -> bool:
-    ready = select.poll()
-    ready.register(sock, select.POLLIN)
-    return bool(ready.poll(seconds * 1000.0))
