@@ -43,6 +43,7 @@ from llamacpp_mqtt_deploy.core.formats.rendering import STATUS
 from llamacpp_mqtt_deploy.core.validation import Expect
 from llamacpp_mqtt_deploy.metrics.families import FAMILIES
 from llamacpp_mqtt_deploy.schema import event_models, messages
+from llamacpp_mqtt_deploy.schema.attribute_docs import attribute_docs
 from llamacpp_mqtt_deploy.schema.document import schema, schema_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -68,7 +69,7 @@ def _fields(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
     """Name, what is expected, meaning; for messages that clients send."""
     for name, field in model.model_fields.items():
         expected = next((str(found.words) for found in field.metadata if isinstance(found, Expect)), "")
-        yield f"`{name}`", expected, field.description or ""
+        yield f"`{name}`", expected, attribute_docs(model).get(name, "")
 
 
 def _received(model: type[BaseModel], *, leave_out: set[str] = _COMMON) -> Iterator[tuple[str, ...]]:
@@ -79,7 +80,7 @@ def _received(model: type[BaseModel], *, leave_out: set[str] = _COMMON) -> Itera
         if name in leave_out:
             continue
         absent = "?" if not field.is_required() and field.default is None else ""
-        yield f"`{name}{absent}`", _type(properties[name]), field.description or ""
+        yield f"`{name}{absent}`", _type(properties[name]), attribute_docs(model).get(name, "")
 
 
 def _type(node: Mapping[str, Any]) -> str:

@@ -118,9 +118,9 @@ def _print_rich(rows: list[tuple[str, str, str]], file: str) -> None:
 
 def schema() -> str:
     """The JSON Schema of the configuration file, for editors and for other programs."""
-    from llamacpp_mqtt_deploy.config.settings import Settings
+    from llamacpp_mqtt_deploy.config import keys
 
-    found = Settings.model_json_schema()
+    found = keys.document()
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llamacpp-mqtt-deploy configuration"}
     return json.dumps(dialect | found | {"title": dialect["title"]}, indent=2, ensure_ascii=False)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.schema.attribute_docs import described
 
 # Sections of tables to which the user gives names.
 NAMED_TABLES = frozenset({"routes", "levels"})
@@ -46,10 +47,15 @@ class Table:
     keys: tuple[Key, ...]
 
 
+def document() -> dict[str, Any]:
+    """The JSON Schema of the configuration file."""
+    return described(Settings.model_json_schema(), [Settings])
+
+
 @cache
 def tables() -> tuple[Table, ...]:
     """All tables in the order of the models; `[routes.NAME]` stands for every route."""
-    schema = Settings.model_json_schema()
+    schema = document()
     return tuple(_tables(schema, schema, ()))
 
 

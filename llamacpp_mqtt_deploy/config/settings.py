@@ -36,7 +36,7 @@ UserPath = Annotated[Path, AfterValidator(_expand_home)]
 class Section(BaseModel):
     """A table of the configuration file; unknown keys are errors, so that a typing mistake is found at start."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def default_worker_id() -> str:
@@ -474,9 +474,7 @@ class Settings(BaseSettings):
     test or a script gets exactly what it names.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="LMD_", env_nested_delimiter="__", extra="forbid", frozen=True, use_attribute_docstrings=True
-    )
+    model_config = SettingsConfigDict(env_prefix="LMD_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
     mqtt: MqttSettings = MqttSettings()
     engine: EngineSettings = EngineSettings()

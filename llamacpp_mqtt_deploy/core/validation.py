@@ -26,7 +26,7 @@ class Expect:
 class WireModel(BaseModel):
     """Strict: a bool is no number and "0.5" is no number. Unknown fields are left out."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
 class FirstFault(FailFast):

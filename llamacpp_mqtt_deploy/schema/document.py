@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from llamacpp_mqtt_deploy.core.fields import AdminFields, CountFields, RequestFields
+from llamacpp_mqtt_deploy.schema.attribute_docs import described
 from llamacpp_mqtt_deploy.schema.event_models import (
     Ack,
     Chunk,
@@ -91,7 +92,7 @@ def validate_health(message: Mapping[str, Any]) -> Health:
 def schema() -> dict[str, Any]:
     """One JSON Schema document (draft 2020-12) with each message of the protocol under `$defs`."""
     _, document = models_json_schema([(model, "validation") for model in _MESSAGES])
-    definitions = _tidied(document["$defs"])
+    definitions = _tidied(described(document, _MESSAGES)["$defs"])
     definitions["ReplyEvent"] = {
         "title": "ReplyEvent",
         "description": "Anything that comes on a reply topic; ignore types and fields that you do not know.",

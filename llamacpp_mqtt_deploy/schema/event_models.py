@@ -12,7 +12,7 @@ from llamacpp_mqtt_deploy.core.errors import BY_CODE
 class Emitted(BaseModel):
     """Something that the worker publishes."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
 def _known_code(code: str) -> str:

@@ -47,3 +47,30 @@ response._content = '{"name": "Zoë"}'.encode()
 print(ascii(response.text), ascii(response.json()))
 """
     assert _said(read) == ascii('{"name": "Zoë"}') + " " + ascii({"name": "Zoë"}) + "\n"
+
+
+def test_the_collector_rests_while_a_daemon_is_loaded_and_never_looks_at_what_was() -> None:
+    started = """
+import gc, sys, types
+daemon = types.ModuleType("llamacpp_mqtt_deploy.service.daemon")
+def run(_):
+    rounds = sum(each["collections"] for each in gc.get_stats())
+    print(rounds - before < 20, gc.isenabled(), gc.get_freeze_count() > 10_000)
+    return 0
+daemon.run = run
+sys.modules[daemon.__name__] = daemon
+from llamacpp_mqtt_deploy.commands.run import command
+before = sum(each["collections"] for each in gc.get_stats())
+command([], standalone_mode=False)
+"""
+    assert _said(started) == "True True True\n"
+
+
+def test_fields_are_described_when_somebody_asks_and_not_at_each_start() -> None:
+    asked = """
+from llamacpp_mqtt_deploy.config.settings import MqttSettings
+print(MqttSettings.model_fields["host"].description)
+from llamacpp_mqtt_deploy.schema.attribute_docs import attribute_docs
+print(len(attribute_docs(MqttSettings)["host"]) > 10)
+"""
+    assert _said(asked) == "None\nTrue\n"
