@@ -8,13 +8,15 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import lru_cache
 from types import TracebackType
 from typing import IO, Any, ClassVar
 
 import orjson
 
 from llamacpp_mqtt_deploy.config.settings import LoggingSettings
+from llamacpp_mqtt_deploy.log_output import LogOutput, output_to
 
 if "structlog" not in sys.modules and "rich" not in sys.modules:
     # structlog loads rich where it finds it, to draw tracebacks that we print plainly: 25 ms and 5 MB of a daemon that has
@@ -30,9 +32,10 @@ else:
 Event = MutableMapping[str, Any]
 
 LEVELS: dict[str, int] = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_URGENT = frozenset({"warning", "error", "critical"})
 _METHODS = LEVELS | {"warn": 30, "exception": 40, "err": 40, "fatal": 50, "msg": 20, "log": 20}
 # sd-daemon(3): journald reads the priority of a line from its beginning.
-_PRIORITIES: Mapping[str, int] = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+_PRIORITIES: Mapping[str, str] = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>", "critical": "<2>"}
 
 MASK = "********"
 # `token`, not `tokens`: counts of tokens are what this log is about.
@@ -95,13 +98,10 @@ def setup(settings: LoggingSettings, *, stream: IO[str] | None = None, environ: 
     as_json = settings.format == "json" or (settings.format == "auto" and not terminal)
     set_level(settings.level)
     _State.with_content = settings.log_content
-    output = _Output(stream, journal=_is_journal(stream, environ))
     processors: list[Callable[[Any, str, Event], Any]] = [
-        structlog.contextvars.merge_contextvars,
         _name,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.StackInfoRenderer(),
         structlog.processors.format_exc_info,
     ]
     if not settings.log_content:
@@ -112,6 +112,7 @@ def setup(settings: LoggingSettings, *, stream: IO[str] | None = None, environ: 
     else:
         colours = terminal and not environ.get("NO_COLOR")
         processors += [_printable, structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=28, sort_keys=False)]
+    output = _Output(stream, processors, journal=_is_journal(stream, environ))
     structlog.configure(
         processors=processors,
         wrapper_class=_Logger,
@@ -160,25 +161,31 @@ def forget_problems() -> None:
 
 
 class _Output:
-    """The one writer. A log that cannot be written is lost; it must not take a generation with it."""
+    """The one way out of a finished line. A log that cannot be written is lost; it must not take a generation with it."""
 
-    def __init__(self, stream: IO[str], *, journal: bool) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: IO[str], processors: Sequence[Callable[[Any, str, Event], Any]], *, journal: bool
+    ) -> None:
+        self._processors = processors
         self._journal = journal
-        self._lock = threading.Lock()
+        self._output: LogOutput = output_to(stream, lost_line=self._lost_line)
 
-    def write(self, method: str, text: str) -> None:
+    def write(self, level: str, text: str) -> None:
+        self._output.write(self._formed(level, text), urgent=level in _URGENT)
+
+    def _formed(self, level: str, text: str) -> str:
         text = _without_secrets(text)
-        if self._journal:
-            number = _METHODS.get(method, 20)
-            name = next((name for name, value in LEVELS.items() if value == number), "info")
-            text = "\n".join(f"<{_PRIORITIES[name]}>{line}" for line in text.split("\n"))
-        try:
-            with self._lock:
-                self._stream.write(f"{text}\n")
-                self._stream.flush()
-        except (OSError, ValueError):
-            return  # the pipe's reader is gone, or the stream is closed
+        if not self._journal:
+            return text
+        priority = _PRIORITIES[level]
+        return priority + text.replace("\n", f"\n{priority}")
+
+    def _lost_line(self, lines: int) -> str:
+        """What stands where lines are missing because nobody read the stream."""
+        made: Any = {"event": "log.lost", "lines": lines}
+        for processor in self._processors:
+            made = processor(_Named(self, __name__), "warning", made)
+        return self._formed("warning", made)
 
 
 def _without_secrets(text: str) -> str:
@@ -195,12 +202,22 @@ class _Named:
 
     def __init__(self, output: _Output, name: str) -> None:
         self._output = output
-        self.name = name
+        self.name = name.removeprefix("llamacpp_mqtt_deploy.")
 
-    def __getattr__(self, method: str) -> Callable[[str], None]:
-        if method not in _METHODS:
-            raise AttributeError(method)
-        return lambda line: self._output.write(method, line)
+    def debug(self, line: str) -> None:
+        self._output.write("debug", line)
+
+    def info(self, line: str) -> None:
+        self._output.write("info", line)
+
+    def warning(self, line: str) -> None:
+        self._output.write("warning", line)
+
+    def error(self, line: str) -> None:
+        self._output.write("error", line)
+
+    def critical(self, line: str) -> None:
+        self._output.write("critical", line)
 
 
 class _Logger(structlog.make_filtering_bound_logger(logging.DEBUG)):  # type: ignore[misc]
@@ -210,23 +227,26 @@ class _Logger(structlog.make_filtering_bound_logger(logging.DEBUG)):  # type: ig
         if _METHODS.get(method_name, 50) < _State.threshold:
             return None
         try:
-            return super()._proxy_to_logger(method_name, event, *args, **fields)
+            # As the inherited one does, without handing all fields on once more.
+            (line,), _ = self._process_event(method_name, event, fields)
+            return getattr(self._logger, method_name)(line)
         except Exception as error:  # noqa: BLE001 - a line that cannot be rendered must not end the thread that wrote it
-            line = orjson.dumps(
+            failed = orjson.dumps(
                 {"level": "error", "event": "log.failed", "line": repr(event)[:100], "error": type(error).__name__}
             )
-            self._logger.warning(line.decode())
+            self._logger.warning(failed.decode())
             return None
 
 
 def _name(logger: Any, _: str, event: Event) -> Event:
-    name = getattr(logger, "name", "")
-    if name:
-        event["logger"] = name.removeprefix("llamacpp_mqtt_deploy.")
+    if logger.name:
+        event["logger"] = logger.name
     return event
 
 
 def _drop_content(_: Any, __: str, event: Event) -> Event:
+    if CONTENT_KEYS.isdisjoint(event):
+        return event
     for key in CONTENT_KEYS & event.keys():
         value = event[key]
         size = f"{len(value)} long, " if isinstance(value, str | bytes | list | tuple) else ""
@@ -236,12 +256,14 @@ def _drop_content(_: Any, __: str, event: Event) -> Event:
 
 def _mask(_: Any, __: str, event: Event) -> Event:
     for key, value in event.items():
-        event[key] = _masked(key, value)
+        masked = _masked(key, value)
+        if masked is not value:
+            event[key] = masked
     return event
 
 
 def _masked(key: object, value: Any, depth: int = 0) -> Any:
-    if isinstance(key, str) and value is not None and _SECRET_KEY.search(key):
+    if isinstance(key, str) and value is not None and _is_secret(key):
         return MASK
     if isinstance(value, str):
         return _BEARER.sub(rf"\1{MASK}", value) if "earer" in value.lower() else value
@@ -254,10 +276,22 @@ def _masked(key: object, value: Any, depth: int = 0) -> Any:
     return value
 
 
+@lru_cache(maxsize=1024)
+def _is_known_secret(key: str) -> bool:
+    return _SECRET_KEY.search(key) is not None
+
+
+def _is_secret(key: str) -> bool:
+    """The verdict on names that we use is remembered; long ones come from outside, and would fill the memory."""
+    return _is_known_secret(key) if len(key) <= 64 else _SECRET_KEY.search(key) is not None
+
+
 def _remember(_: Any, __: str, event: Event) -> Event:
     """Keep warnings and errors for whoever asks the worker for them."""
+    if event.get("level") not in _URGENT:
+        return event
     name = str(event.get("event", ""))[:100]
-    if LEVELS.get(str(event.get("level")), 0) < LEVELS["warning"] or name in _NO_PROBLEM:
+    if name in _NO_PROBLEM:
         return event
     not_told = _NOT_TOLD | _MAY_QUOTE if _State.with_content and name.startswith("request.") else _NOT_TOLD
     words = [f"{key}={_text(value)[:_LONGEST_PROBLEM]}" for key, value in event.items() if key not in not_told]
@@ -280,12 +314,15 @@ def _remember(_: Any, __: str, event: Event) -> Event:
 
 
 def _to_json(_: Any, __: str, event: Event) -> str:
-    first = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
+    ordered = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
+    ordered.update(event)
     try:
-        line = orjson.dumps(first | dict(event), default=_text, option=orjson.OPT_NON_STR_KEYS).decode()
+        line = orjson.dumps(ordered, default=_text, option=orjson.OPT_NON_STR_KEYS).decode()
     except TypeError:  # half a surrogate pair, an integer over 64 bits, a cycle
-        texts = {str(k): v if isinstance(v, str) else repr(v)[:2000] for k, v in (first | dict(event)).items()}
+        texts = {str(k): v if isinstance(v, str) else repr(v)[:2000] for k, v in ordered.items()}
         line = orjson.dumps({_escape_text(k): _escape_text(v) for k, v in texts.items()}).decode()
+    if line.isascii() and "\x7f" not in line:  # the only one of these in ASCII that JSON leaves as it is
+        return line
     # Only strings can hold these, and inside a JSON string an escape means the same.
     return _UNSAFE.sub(_escape, line)
 

@@ -83,6 +83,7 @@ RANKS: Mapping[str, int] = {
     "schema": 15,
     "io_loop": 10,
     "leaving_out": 10,
+    "log_output": 10,
     "stopping": 10,
     "core": 10,
     "demo_model": 10,

@@ -7,11 +7,9 @@ import json
 import logging
 import os
 import re
-import sys
 import threading
 import tty
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +26,7 @@ HOSTILE = 'a\nlevel=error event=forged\r\x1b[31m\x9b31m\x07\x7f\x00\u2028\u2029\
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
-@pytest.fixture(autouse=True)
-def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
-    hooks = sys.excepthook, threading.excepthook
-    monkeypatch.setattr(logs._State, "threshold", logs._State.threshold)
-    monkeypatch.setattr(logs._State, "hidden", ())
-    monkeypatch.setattr(logs._State, "with_content", False)
-    logs.forget_problems()
-    yield
-    structlog.reset_defaults()
-    logging.captureWarnings(capture=False)
-    warnings.showwarning = show
-    root.handlers[:], root.level = handlers, level
-    sys.excepthook, threading.excepthook = hooks
-
+pytestmark = pytest.mark.usefixtures("log_as_it_was")
 
 Say = Callable[..., str]
 
