@@ -19,8 +19,11 @@ from typing import IO, Protocol
 MOST_LINES = 8192
 MOST_BYTES = 4 * 1024 * 1024
 """So much waits while nobody reads: minutes of a busy worker."""
-_ONE_WRITE_BYTES = 65_536
-"""As much as a pipe of Linux holds."""
+_MUCH_BYTES = 65_536
+"""As much as a pipe of Linux holds: no reason to gather more."""
+_ONE_WRITE_BYTES = 1024 * 1024
+"""Far more than that: among many threads that log, the one that writes gets its turn at the interpreter perhaps every 50 ms,
+and has to write then what they have logged meanwhile."""
 _QUICK_S = 0.005
 """A line that comes sooner after the last write is gathered with those that follow it."""
 _GATHER_S = 0.01
@@ -83,7 +86,8 @@ class QueuedOutput:
 
     def __init__(self, stream: IO[str], *, send: Callable[[int, bytes], int], lost_line: Callable[[int], str]) -> None:
         self._stream = stream
-        self._encoding, self._errors = stream.encoding or "utf-8", stream.errors or "strict"
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._errors = getattr(stream, "errors", None) or "strict"
         self._send = send
         self._lost_line = lost_line
         self._lock = threading.Lock()  # held for arithmetic only
@@ -113,7 +117,7 @@ class QueuedOutput:
             self._urgent |= urgent
             if self._writing:
                 return
-            if not (alone or urgent or self._closed or self._waiting_bytes >= _ONE_WRITE_BYTES):
+            if not (alone or urgent or self._closed or self._waiting_bytes >= _MUCH_BYTES):
                 thread = self._call_thread()
                 batch = None
             else:
@@ -169,7 +173,7 @@ class QueuedOutput:
         return not self._writing and bool(self._waiting or self._begun)
 
     def _pressing(self) -> bool:
-        return self._urgent or bool(self._begun) or self._waiting_bytes >= _ONE_WRITE_BYTES
+        return self._urgent or bool(self._begun) or self._waiting_bytes >= _MUCH_BYTES
 
     def _call_thread(self) -> threading.Thread | None:
         """Wake the thread that writes; gives one that has to be started."""
@@ -234,7 +238,7 @@ class QueuedOutput:
                     self._thread = None
 
     def _next(self) -> tuple[bytes, int] | None:
-        """What to write, as soon as enough of it has gathered; None when there was nothing for long."""
+        """What to write, as soon as enough of it has gathered; None when there was nothing for long, or the end has come."""
         with self._lock:
             while True:
                 # Before it looks: under a steady flow it wakes up once for each write, and nobody has to call it.
@@ -242,9 +246,9 @@ class QueuedOutput:
                 if self._ready():
                     return self._take()
                 self._idle = True
-                found = self._changed.wait_for(self._ready, _IDLE_S)
+                self._changed.wait_for(lambda: self._closed or self._ready(), _IDLE_S)
                 self._idle = False
-                if not found:
+                if not self._ready():
                     self._thread = None
                     return None
 
@@ -285,7 +289,7 @@ def _to_pipe(descriptor: int, data: bytes) -> int:
         return os.pwritev(descriptor, (data,), -1, _RWF_NOWAIT)
     except BlockingIOError:
         return 0
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, NotImplementedError) as error:
         if getattr(error, "errno", None) == errno.EPIPE:
             raise
     # Linux before 6.5, another system, or a filter of system calls. A pipe that poll calls writable takes PIPE_BUF bytes, unless

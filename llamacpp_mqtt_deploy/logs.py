@@ -42,6 +42,7 @@ MASK = "********"
 _SECRET_KEY = re.compile(
     r"(?:^|[_.-])(?:password|passwd|passphrase|secret|api[_-]?key|token|authorization|credentials?)$", re.IGNORECASE
 )
+_WITHOUT_TEXT = (int, float, bool, type(None))
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"'\\]+")
 # What people typed and what the model answered. Private, and of any size.
 CONTENT_KEYS = frozenset(
@@ -256,14 +257,25 @@ def _drop_content(_: Any, __: str, event: Event) -> Event:
 
 def _mask(_: Any, __: str, event: Event) -> Event:
     for key, value in event.items():
-        masked = _masked(key, value)
-        if masked is not value:
-            event[key] = masked
+        kind = type(value)
+        if value is not None and _names_a_secret(key):
+            event[key] = MASK
+        elif kind is str:
+            if "earer" in value.lower():
+                event[key] = _masked("", value)
+        elif kind not in _WITHOUT_TEXT:
+            event[key] = _masked("", value)
     return event
 
 
+@lru_cache(maxsize=512)
+def _names_a_secret(key: str) -> bool:
+    """For the names of fields, which are few and stand in the code; what is nested in them may come from outside."""
+    return _SECRET_KEY.search(key) is not None
+
+
 def _masked(key: object, value: Any, depth: int = 0) -> Any:
-    if isinstance(key, str) and value is not None and _is_secret(key):
+    if isinstance(key, str) and value is not None and _SECRET_KEY.search(key):
         return MASK
     if isinstance(value, str):
         return _BEARER.sub(rf"\1{MASK}", value) if "earer" in value.lower() else value
@@ -274,16 +286,6 @@ def _masked(key: object, value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_masked("", item, depth + 1) for item in value]
     return value
-
-
-@lru_cache(maxsize=1024)
-def _is_known_secret(key: str) -> bool:
-    return _SECRET_KEY.search(key) is not None
-
-
-def _is_secret(key: str) -> bool:
-    """The verdict on names that we use is remembered; long ones come from outside, and would fill the memory."""
-    return _is_known_secret(key) if len(key) <= 64 else _SECRET_KEY.search(key) is not None
 
 
 def _remember(_: Any, __: str, event: Event) -> Event:

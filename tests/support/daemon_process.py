@@ -79,11 +79,17 @@ class NotifySocket:
 class DaemonProcess:
     """One life of a worker: `lmd run` with these settings (`limits__queue_size=3`, later ones win) in a folder of its own.
 
-    The same folder again is the next life: state and worker id stay. `environment` adds variables.
+    The same folder again is the next life: state and worker id stay. `environment` adds variables. `stderr` is where its log goes
+    instead of a file.
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any] | None = None, *, environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
+        stderr: int | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -98,6 +104,7 @@ class DaemonProcess:
         self.config_path = folder / "config.toml"
         self.log_path = folder / f"log-{len(list(folder.glob('log-*')))}"
         self._environment = dict(environment or {})
+        self._stderr = stderr
         self._notify: NotifySocket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
@@ -121,7 +128,7 @@ class DaemonProcess:
                 [sys.executable, "-m", "llamacpp_mqtt_deploy", "run", "--config", str(self.config_path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=log,
+                stderr=log if self._stderr is None else self._stderr,
                 env=environment | {"NOTIFY_SOCKET": self._notify.path} | self._environment,
                 cwd=Path(__file__).parents[2],
             )
