@@ -175,7 +175,8 @@ def test_lines_of_a_burst_arrive_together_in_order_and_soon(unread: Stream) -> N
     assert [line["number"] for line in unread.lines()] == list(range(100))
 
 
-def test_a_warning_is_written_at_once_behind_what_waits(unread: Stream) -> None:
+def test_a_warning_is_written_at_once_behind_what_waits(unread: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_output, "_GATHER_S", 60.0)
     log = structlog.get_logger("x")
     for number in range(5):
         log.info("x.happened", number=number)

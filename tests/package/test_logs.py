@@ -76,6 +76,10 @@ def test_no_text_can_forge_a_line_or_steer_a_terminal(say: Say, form: str) -> No
     assert not RAW.search(out)
 
 
+def test_the_one_control_character_that_json_leaves_in_ascii_is_escaped(say: Say) -> None:
+    assert '"session":"a\\u007fb"' in say("json", session="a\x7fb")
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(form=st.sampled_from(["json", "console"]), text=st.text(st.characters()), number=st.integers())
 def test_any_text_stays_one_printable_line(say: Say, form: str, text: str, number: int) -> None:
