@@ -26,15 +26,26 @@ def last_place(db: sqlite3.Connection) -> int:
 
 def insert(db: sqlite3.Connection, entry: Entry, place: int) -> None:
     """Journal a request under this place; nothing when it is there and unfinished."""
-    row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(entry.key)).fetchone()
-    if row is not None:
-        if row[1] != "ended":
+    # Nearly every request is new: it is looked for only when it turns out not to be.
+    if not _insert_new(db, entry, place):
+        entry_id, state = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(entry.key)).fetchone()
+        if state != "ended":
             return
-        drop(db, [(row[0],)])
+        drop(db, [(entry_id,)])
+        _insert_new(db, entry, place)
+    db.execute("INSERT INTO payloads (id, payload) VALUES (?, ?)", (place, entry.payload))
     db.execute(
+        "UPDATE sessions SET last_used = max(last_used, ?) WHERE route = ? AND session = ?",
+        (entry.accepted_at, entry.key.route, entry.key.session),
+    )
+
+
+def _insert_new(db: sqlite3.Connection, entry: Entry, place: int) -> bool:
+    """The row of a request; False when the key has one."""
+    inserted = db.execute(
         "INSERT INTO entries (id, route, session, request_id, topic, digest, correlation, accepted_at, expires_at, "
         "state, starts, terminal, reply_topic, delivered, ended_at, ended_order, first_level, bytes) "
-        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (route, session, request_id) DO NOTHING",
         (
             place,
             *_named(entry.key),
@@ -54,11 +65,7 @@ def insert(db: sqlite3.Connection, entry: Entry, place: int) -> None:
             len(entry.terminal or b""),
         ),
     )
-    db.execute("INSERT INTO payloads (id, payload) VALUES (?, ?)", (place, entry.payload))
-    db.execute(
-        "UPDATE sessions SET last_used = max(last_used, ?) WHERE route = ? AND session = ?",
-        (entry.accepted_at, entry.key.route, entry.key.session),
-    )
+    return inserted.rowcount > 0
 
 
 def find(db: sqlite3.Connection, key: EntryKey) -> Entry | None:
@@ -108,19 +115,18 @@ def end(
     db: sqlite3.Connection, key: EntryKey, terminal: bytes, *, now: float, place: int, chunks: bytes | None
 ) -> Found:
     """Store the terminal event and drop the payload of a request that was found unfinished."""
-    row = db.execute(f"SELECT id, state FROM entries WHERE {_BY_KEY}", _named(key)).fetchone()
-    if row is None:
-        return "unknown"
-    if row[1] == "ended":
-        return "ended"
-    db.execute(
+    named = _named(key)
+    changed = db.execute(
         "UPDATE entries SET state = 'ended', terminal = ?, bytes = ?, delivered = 0, ended_at = ?, ended_order = ? "
-        "WHERE id = ?",
-        (terminal, len(terminal) + len(chunks or b""), now, place, row[0]),
+        f"WHERE {_BY_KEY} AND state <> 'ended'",
+        (terminal, len(terminal) + len(chunks or b""), now, place, *named),
     )
+    if changed.rowcount == 0:
+        known = db.execute(f"SELECT 1 FROM entries WHERE {_BY_KEY}", named).fetchone()
+        return "unknown" if known is None else "ended"
     if chunks is not None:
-        db.execute("INSERT INTO chunks (id, record) VALUES (?, ?)", (row[0], chunks))
-    db.execute("DELETE FROM payloads WHERE id = ?", (row[0],))
+        db.execute(f"INSERT INTO chunks (id, record) SELECT id, ? FROM entries WHERE {_BY_KEY}", (chunks, *named))
+    db.execute(f"DELETE FROM payloads WHERE id = (SELECT id FROM entries WHERE {_BY_KEY})", named)
     return "unfinished"
 
 

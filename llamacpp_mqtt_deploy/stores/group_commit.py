@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.latch import Latch
 from llamacpp_mqtt_deploy.ports import StoreError
 
 Step = Callable[[sqlite3.Connection], object]
+"""What a write does inside a transaction. It may be rolled back and run once more."""
 
 MAX_QUEUED = 4096
 """Most writes that wait for the disk; beyond it a new one is refused at once."""
@@ -251,11 +252,7 @@ class GroupCommit:
             began = time.monotonic()
             db.execute("BEGIN IMMEDIATE")
             try:
-                if len(batch) == 1:  # undone with its transaction, if anything is wrong with it
-                    batch[0].result = batch[0].step(db)
-                else:
-                    for write in batch:
-                        self._step(db, write)
+                self._steps(db, batch)
                 db.execute("COMMIT")
             except BaseException:
                 # A full disk has rolled back by itself.
@@ -265,6 +262,19 @@ class GroupCommit:
             self.commit_times.observe(time.monotonic() - began)
             if db.total_changes > changes:
                 self._well_again()
+
+    def _steps(self, db: sqlite3.Connection, batch: Sequence[Write]) -> None:
+        """All writes of a transaction, each with a savepoint only when one of them turns out to need it: two statements more."""
+        try:
+            for write in batch:
+                write.result = write.step(db)
+        except Exception as error:
+            if len(batch) == 1 or not db.in_transaction or _code(error) in _DISK:
+                raise
+            db.execute("ROLLBACK")
+            db.execute("BEGIN IMMEDIATE")
+            for write in batch:
+                self._step(db, write)
 
     def _step(self, db: sqlite3.Connection, write: Write) -> None:
         """One write of several in a transaction; what is wrong with it alone costs the others nothing."""

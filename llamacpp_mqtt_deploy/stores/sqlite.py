@@ -268,14 +268,19 @@ class SqliteStore:
         max_bytes: int = MAX_JOURNAL_BYTES,
     ) -> Purged:
         writer = self._opened().writer
+
         entries, sessions = purging.Dropped(), purging.Dropped()
 
         def drop_entries(db: sqlite3.Connection) -> None:
+            nonlocal entries
+            entries = purging.Dropped()
             purging.mend_times(db, now)
             purging.old_entries(db, entries, now=now, remember_s=remember_s)
             purging.excess_entries(db, entries, max_bytes=max_bytes)
 
         def drop_sessions(db: sqlite3.Connection) -> None:
+            nonlocal sessions
+            sessions = purging.Dropped()
             purging.old_sessions(db, sessions, now=now, ttl_s=ttl_s, max_sessions=max_sessions)
 
         # One after the other, so that what others write has its turn in between.

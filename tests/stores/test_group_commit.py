@@ -13,6 +13,7 @@ import pytest
 from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.stores import group_commit
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit, Write
+from tests.support.waiting import eventually
 
 
 class Journal:
@@ -111,6 +112,44 @@ def test_what_is_wrong_with_one_write_costs_the_others_of_its_transaction_nothin
         broken.wait(10)
     assert journal.values() == ["first", "last"]
     assert journal.commits() == 1
+
+
+def test_writes_that_come_together_need_no_savepoint_each_unless_one_of_them_is_wrong(journal: Journal) -> None:
+    go_on = journal.hold()
+    writes = [journal.add(str(n)) for n in range(3)]
+    go_on()
+    writes[-1].wait(10)
+    assert journal.statements.count("SAVEPOINT one_write") == 0
+    go_on = journal.hold()
+    writes = [journal.add("3"), journal.add("0"), journal.add("4")]
+    go_on()
+    writes[-1].wait(10)
+    assert journal.statements.count("SAVEPOINT one_write") == 3
+    assert journal.values() == ["0", "1", "2", "3", "4"]
+
+
+def test_a_program_that_locks_the_file_before_a_transaction_begins_once_more_fails_all_of_it(
+    journal: Journal, tmp_path: Path
+) -> None:
+    go_on = journal.hold()
+    other = sqlite3.connect(tmp_path / "journal.db", isolation_level=None, check_same_thread=False)
+    with closing(other) as shell:
+
+        def lets_another_program_in(db: sqlite3.Connection) -> None:
+            db.execute("ROLLBACK")
+            shell.execute("BEGIN IMMEDIATE")
+            db.execute("BEGIN")
+            raise ZeroDivisionError("a defect")
+
+        writes = [journal.add("first"), journal.writer.submit(lets_another_program_in), journal.add("last")]
+        go_on()
+        for write in writes:
+            with pytest.raises(StoreError, match="locked"):
+                write.wait(10)
+        shell.execute("ROLLBACK")
+    eventually(lambda: not isinstance(journal.writer._locked_out, StoreError))
+    journal.add("afterwards").wait(10)
+    assert journal.values() == ["afterwards"]
 
 
 def test_a_queue_that_is_full_refuses_at_once_and_keeps_places_for_what_is_urgent(

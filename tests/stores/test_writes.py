@@ -10,13 +10,14 @@ from typing import Any
 import orjson
 import pytest
 
-from llamacpp_mqtt_deploy.ports import StoreError
+from llamacpp_mqtt_deploy.ports import Purged, StoreError
 from llamacpp_mqtt_deploy.stores import group_commit
 from llamacpp_mqtt_deploy.stores import sqlite as sqlite_store
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit, Write
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.stores.statefile import StateFile
-from tests.support.store_cases import NOW, SESSION, change, entry, key
+from tests.support.store_cases import NOW, SESSION, change, entry, key, talk
+from tests.support.waiting import eventually
 
 FULL, NORMAL = 2, 1
 """Values of SQLite's `synchronous`."""
@@ -222,3 +223,62 @@ def test_what_may_be_kept_back_shares_the_commit_of_what_comes_next(opened: Open
     found = opened.store.find(key("r1"))
     assert found is not None
     assert found.state == "streaming"
+
+
+def test_a_purge_that_shares_its_transaction_with_a_write_that_fails_counts_what_it_drops_once(opened: Opened) -> None:
+    store = opened.store
+    for n in range(3):
+        talk(store, ("default", f"s{n}"), at=NOW + n)
+    go_on = opened.hold()
+    purged: list[Purged] = []
+
+    def drop() -> None:
+        purged.append(store.purge(now=NOW + 1000, remember_s=600.0, ttl_s=1e9, max_sessions=10))
+
+    thread = threading.Thread(target=drop, name="purge")
+    thread.start()
+    eventually(lambda: len(opened.writer._queue) == 1)
+    bad = store.accept_soon([entry("bad", topic="llm/request/\ud800")])
+    go_on()
+    thread.join(20)
+    with pytest.raises(StoreError, match="UnicodeEncodeError"):
+        bad.wait(10)
+    assert purged == [Purged(entries=3, sessions=0, more=False)]
+
+
+def test_requests_keep_their_order_when_they_are_written_once_more_beside_one_that_fails(opened: Opened) -> None:
+    store = opened.store
+    store.accept([entry("e1"), entry("e2")])
+    go_on = opened.hold()
+    writes = [
+        store.accept_soon([entry("a1")]),
+        store.finish_soon(key("e2"), b"end 2", now=NOW, history=change("q2", "a2")),
+        store.accept_soon([entry("half"), entry("bad", topic="llm/request/\ud800")]),
+        store.accept_soon([entry("a2")]),
+        store.finish_soon(key("e1"), b"end 1", now=NOW, history=change("q1", "a1")),
+    ]
+    go_on()
+    writes[-1].wait(10)
+    assert [each.key.request_id for each in store.unfinished()] == ["a1", "a2"]
+    assert [each.terminal for each in store.undelivered()] == [b"end 2", b"end 1"]
+    assert [message["content"] for message in store.history(SESSION)] == ["q2", "a2", "q1", "a1"]
+
+
+def test_a_key_that_is_accepted_twice_in_one_transaction_is_there_once(opened: Opened) -> None:
+    store = opened.store
+    store.accept([entry("ended", payload=b"old")])
+    store.finish(key("ended"), b"end", now=NOW, chunks=b"record")
+    go_on = opened.hold()
+    writes = [
+        store.accept_soon([entry("new"), entry("new", payload=b"other")]),
+        store.accept_soon([entry("ended", payload=b"again"), entry("new", payload=b"third")]),
+        store.accept_soon([entry("ended", payload=b"and again")]),
+        store.finish_soon(key("new"), b"end", now=NOW),
+        store.accept_soon([entry("new", payload=b"anew")]),
+    ]
+    go_on()
+    for write in writes:
+        write.wait(10)
+    assert store.unfinished() == [entry("ended", payload=b"again"), entry("new", payload=b"anew")]
+    assert store.undelivered() == []
+    assert store.chunks(key("ended")) is None
