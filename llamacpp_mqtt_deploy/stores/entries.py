@@ -34,10 +34,6 @@ def insert(db: sqlite3.Connection, entry: Entry, place: int) -> None:
         drop(db, [(entry_id,)])
         _insert_new(db, entry, place)
     db.execute("INSERT INTO payloads (id, payload) VALUES (?, ?)", (place, entry.payload))
-    db.execute(
-        "UPDATE sessions SET last_used = max(last_used, ?) WHERE route = ? AND session = ?",
-        (entry.accepted_at, entry.key.route, entry.key.session),
-    )
 
 
 def _insert_new(db: sqlite3.Connection, entry: Entry, place: int) -> bool:

@@ -7,11 +7,11 @@ What a crash may not take (`accept`, `mark_streaming`, `finish`, and what a pers
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -27,6 +27,7 @@ from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
 from llamacpp_mqtt_deploy.stores.histories import SessionKey
 from llamacpp_mqtt_deploy.stores.known_keys import KnownKeys
 from llamacpp_mqtt_deploy.stores.memory import MemoryFile
+from llamacpp_mqtt_deploy.stores.session_uses import SessionUses
 from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
 
 WRITE_TIMEOUT_S = 30.0
@@ -84,6 +85,8 @@ class SqliteStore:
         """Commit what waits, fold the log into the file and let go of the lock; idempotent, never raises."""
         with self._lock:
             if self._open is not None:
+                with contextlib.suppress(StoreError):
+                    self._open.writer.submit(self._open.uses.note, urgent=True)
                 self._open.close()
                 self._open = None
 
@@ -267,8 +270,8 @@ class SqliteStore:
         max_sessions: int,
         max_bytes: int = MAX_JOURNAL_BYTES,
     ) -> Purged:
+        self._note_uses()
         writer = self._opened().writer
-
         entries, sessions = purging.Dropped(), purging.Dropped()
 
         def drop_entries(db: sqlite3.Connection) -> None:
@@ -291,11 +294,21 @@ class SqliteStore:
             opened.known.renew(_all_keys(self._some_keys))
         return Purged(entries=entries.rows, sessions=sessions.rows, more=entries.full or sessions.full)
 
+    def _note_uses(self) -> None:
+        """Some at a time, so that what others write has its turn in between."""
+        opened, all_noted = self._opened(), False
+        while not all_noted:
+            write = opened.writer.submit(opened.uses.note, urgent=True)
+            write.wait(PURGE_TIMEOUT_S)
+            assert isinstance(write.result, int)
+            all_noted = opened.uses.noted(write.result)
+
     def _some_keys(self, after: EntryKey | None) -> list[EntryKey]:
         with self._read() as db:
             return rows.keys(db, after=after, most=_KEYS_AT_ONCE)
 
     def clock_was_set(self, forward_s: float, *, now: float) -> None:
+        self._note_uses()
         write = self._opened().writer.submit(lambda db: purging.shift_times(db, forward_s, now), urgent=True)
         write.wait(PURGE_TIMEOUT_S)
 
@@ -308,12 +321,12 @@ class SqliteStore:
             raise StoreError(message)
         return opened
 
-    @contextmanager
+    @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
         with self._opened().reading() as db, self._translating():
             yield db
 
-    @contextmanager
+    @contextlib.contextmanager
     def _translating(self) -> Iterator[None]:
         try:
             yield
@@ -352,9 +365,10 @@ class _Open:
 
     def _look(self, connection: sqlite3.Connection) -> None:
         self.places = itertools.count(rows.last_place(connection) + 1)
+        self.uses = SessionUses(connection)
         self.known = KnownKeys(_all_keys(lambda after: rows.keys(connection, after=after, most=_KEYS_AT_ONCE)))
 
-    @contextmanager
+    @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         if self._reader is None:
             with self.writer.exclusive() as db:
