@@ -74,6 +74,9 @@ class BufferedSocket:
         Where the broker leaves Nagle's algorithm on (mosquitto's default) it holds back a PUBACK, and with it the next chunk, until
         the packet before it is acknowledged: 40 ms, a tenth of the tokens of an engine with 200 a second. The kernel falls back to
         delayed acknowledgements by itself, so it is told at each read.
+
+        For the same reason no PUBACK is left unread until somebody needs it (SO_RCVLOWAT would let it wake nobody, and a chunk cost a
+        sixth less): requests and cancels would come 12 ms later during a stream, 45 ms at worst, where half a millisecond is usual.
         """
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
