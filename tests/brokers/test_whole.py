@@ -16,6 +16,7 @@ from tests.support.daemon_process import DaemonProcess
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
 from tests.support.other_brokers import CHOSEN, CHOSEN_MEMBERS
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -78,6 +79,7 @@ def test_an_answer_streams_in_order_without_a_hole(place: Place) -> None:
 
 def test_a_worker_with_default_settings_finds_the_version_that_the_broker_speaks(place: Place) -> None:
     worker = place.worker(mqtt__protocol="auto")
+    eventually(lambda: worker.log("link.online"))
     spoken = worker.log("link.online")[0]["protocol"]
     assert spoken == ("5" if place.member.startswith("mosquitto") else "3.1.1")
 
@@ -139,6 +141,7 @@ def test_an_accepted_request_ends_once_over_a_restart_of_the_broker(place: Place
             break
     ends = {seen.payload for seen in watcher.seen() if seen.event.get("request_id") == "r" and seen.event.get("final")}
     assert len(ends) == 1
+    eventually(lambda: worker.log("request.finished"))
     assert len(worker.log("request.finished")) == 1
 
 
@@ -150,6 +153,7 @@ def test_a_request_that_is_sent_again_runs_once(place: Place) -> None:
     since = watcher.count()
     watcher.publish(f"{place.root}/request/s", payload)
     assert watcher.first(since=since, request_id="r", final=True).event == first
+    eventually(lambda: worker.log("request.finished"))
     assert len(worker.log("request.finished")) == 1
 
 

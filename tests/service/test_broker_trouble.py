@@ -16,6 +16,7 @@ from tests.support.cable import SUBACK, Cable
 from tests.support.daemon_process import DaemonProcess
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
@@ -86,6 +87,7 @@ def test_a_broker_that_is_killed_under_load_costs_no_accepted_request(
         assert reader.content == reader.terminal["full_content"]
         assert reader.terminal["usage"]["completion_tokens"] == 1500
     # Chunks may come again (worker and broker both send again what was not acknowledged), but nothing was run again.
+    eventually(lambda: len(worker.log("request.finished")) >= len(payloads))
     finished = worker.log("request.finished")
     assert sorted((line["request_id"], line["starts"]) for line in finished) == sorted((name, 1) for name in payloads)
     late = watch(broker.port, version=protocol)
@@ -124,6 +126,7 @@ def test_an_end_that_the_broker_did_not_take_before_sigterm_is_delivered_by_the_
     broker.start()
     watcher.wait_back()
     second = start_worker(broker.port, llama_server.url)
+    eventually(lambda: second.log("journal.recovered"))
     assert second.log("journal.recovered")[0]["delivered_again"] == 3
     for number in range(3):
         assert watcher.terminal(f"r{number}")["type"] == "done"

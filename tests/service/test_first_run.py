@@ -66,6 +66,7 @@ def test_64_requests_over_8_sessions_stream_without_a_hole(
         broker.port, llama_server.url, mqtt__protocol=protocol, limits__queue_size=100, limits__session_queue=100
     )
     watcher.first(_topic="llm/status/w1", state="online", slots=4)
+    eventually(lambda: worker.log("link.online"))
     assert worker.log("link.online")[0]["protocol"] == protocol
     names = [f"r{number}" for number in range(64)]
     for number, name in enumerate(names):

@@ -65,6 +65,7 @@ def test_a_kill_after_an_end_that_met_a_locked_database_brings_no_other_end(
     first.kill()
     lock.close()
     second = start_worker(broker.port, llama_server.url)
+    eventually(lambda: second.log("store.told_ends_taken_in"))
     assert second.log("store.told_ends_taken_in")[0]["missing"] == 1
     assert told.event["type"] == "done"
     eventually(lambda: any(s.event.get("final") for s in watcher.seen() if s.event.get("request_id") == "r1"), 20)
