@@ -308,3 +308,17 @@ def test_a_worker_that_noted_no_pid_is_unknown(path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StoreInUse, match="Another worker, pid unknown, uses"):
             SqliteStore(path).open()
+
+
+def test_neither_connection_keeps_more_than_half_a_mebibyte_of_a_large_file(path: Path) -> None:
+    store = SqliteStore(path)
+    store.open()
+    for number in range(40):
+        talk(store, ("default", f"s{number}"), text="x" * 50_000)
+        assert store.history(("default", f"s{number}"))
+    opened = store._opened()
+    assert path.stat().st_size + path.with_name(path.name + "-wal").stat().st_size > 2_000_000
+    with opened.writer.exclusive() as writer, opened.reading() as reader:
+        assert writer is not reader
+        assert [db.execute("PRAGMA cache_size").fetchone() for db in (writer, reader)] == [(-500,), (-500,)]
+    store.close()
