@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from llamacpp_mqtt_deploy.core.completion_stream import CompletionStream
 from llamacpp_mqtt_deploy.core.deltas import Delta
 from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk
-from llamacpp_mqtt_deploy.engines.server.failures import Broken, Silent, reason_of
+from llamacpp_mqtt_deploy.engines.server.failures import Broken, NoAnswer, Silent, reason_of
 from llamacpp_mqtt_deploy.engines.server.http import READ_BYTES
-from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
+from llamacpp_mqtt_deploy.engines.server.streaming import PROMPT_S, StreamingExchange
 from llamacpp_mqtt_deploy.io_loop import HANG_UP, READ, IoLoop, Timer
 from llamacpp_mqtt_deploy.latch import Latch
 
@@ -30,6 +30,9 @@ Feed = Callable[[Sequence[Delta]], float]
 class Pump:
     """One answer on its way from the engine's socket to `feed`, in the loop's thread; `run` waits for its end in another.
 
+    `opened` is called when the headers have come, and says whether the body is to be read here; `on_slow` when they do not come
+    within some milliseconds.
+
     While it rests, what the engine says collects in the socket, where it costs nothing, and one read then takes all of it.
     The end of the answer ends a rest at once.
 
@@ -38,18 +41,31 @@ class Pump:
     (SO_RCVLOWAT) acknowledges at once up to there, and the selector tells of nothing before.
     """
 
-    def __init__(self, loop: IoLoop, exchange: StreamingExchange, stream: CompletionStream, feed: Feed) -> None:
+    def __init__(
+        self,
+        loop: IoLoop,
+        exchange: StreamingExchange,
+        stream: CompletionStream,
+        *,
+        opened: Callable[[], bool],
+        feed: Feed,
+        on_slow: Callable[[], None],
+    ) -> None:
         self._loop = loop
         self._exchange = exchange
         self._stream = stream
+        self._opened = opened
         self._feed = feed
+        self._on_slow = on_slow
+        self._has_head = False
+        self._late: Timer | None = None
         self._ended = False
         self._over = Latch()
         self._problem: BaseException | None = None
         self._rest: Timer | None = None
         self._hung_up = False
         self._heard_at = time.monotonic()
-        self._socket, self._first = exchange.unbuffered()
+        self._socket = exchange.unbuffered()
         self._fd = self._socket.fileno()
         self._pending = getattr(self._socket, "pending", None)
         is_tcp = self._socket.family in (socket.AF_INET, socket.AF_INET6)
@@ -58,9 +74,10 @@ class Pump:
         """Whether the first byte is to be told."""
 
     def run(self, silence_s: float) -> None:
-        """Pump until the end of the body, or of the stream in it.
+        """Pump until the end of the body, or of the stream in it, or until `opened` says no.
 
-        Raises `Silent` when the engine says nothing of use for `silence_s`, `Broken`, or what reading and feeding raised.
+        Raises `Silent` when the engine says nothing of use for `silence_s`, its headers or an event, `NoAnswer`, `Broken`, or what
+        reading and feeding raised.
         """
         self._heard_at = time.monotonic()
         self._loop.call_soon(self._begin)
@@ -79,15 +96,11 @@ class Pump:
     # --- in the loop's thread ------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        first, self._first = self._first, b""
-        if first:
-            self._safely(lambda: self._take(first))
-        if self._ended:
-            return
         self._loop.watch(self._fd, READ | HANG_UP, self._ready)
-        if self._pending is not None and self._pending():
+        self._late = self._loop.after(PROMPT_S, self._on_slow)
+        if self._pending is not None:  # the handshake may have read ahead
             self._safely(self._read)
-        self._await()
+            self._await()
 
     def _ready(self, events: int) -> None:
         if events & ~READ:
@@ -109,15 +122,31 @@ class Pump:
             except (BlockingIOError, ssl.SSLWantReadError):
                 return
             except (OSError, ValueError) as error:
-                raise Broken(reason_of(error)) from error
-            if not raw:
+                raise (Broken if self._has_head else NoAnswer)(reason_of(error)) from error
+            if not self._has_head:
+                self._take_head(raw)
+            elif raw:
+                self._take(raw)
+            else:
                 complete = self._exchange.body.ended or self._exchange.body.ends_with_connection
                 self._end(None if complete else Broken("the answer ended before it was complete"))
                 return
-            self._take(raw)
             # What has arrived was read whole; a TLS socket, and one whose other side is done, may hold more.
             if len(raw) < READ_BYTES and self._pending is None and not self._hung_up:
                 return
+
+    def _take_head(self, raw: bytes) -> None:
+        if not self._exchange.take_head(raw):
+            return
+        self._has_head = True
+        self._heard_at = time.monotonic()
+        self._forget_late()
+        if not self._opened():
+            self._end(None)
+            return
+        ahead = self._exchange.take_ahead()
+        if ahead:
+            self._take(ahead)
 
     def _take(self, raw: bytes) -> None:
         try:
@@ -159,11 +188,17 @@ class Pump:
             self._rest.cancel()
             self._rest = None
 
+    def _forget_late(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
     def _end(self, problem: BaseException | None) -> None:
         if self._ended:
             return
         self._loop.unwatch(self._fd)
         self._end_rest()
+        self._forget_late()
         self._problem = problem
         self._ended = True
         self._over.set()

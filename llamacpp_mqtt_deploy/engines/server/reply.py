@@ -20,11 +20,12 @@ from llamacpp_mqtt_deploy.stopping import Stopped, StopSignal
 
 
 class Reply:
-    """The answer behind the headers of one exchange, read once: `pump`ed by the I/O loop, or by the caller's thread as
+    """The answer to one request that was sent, read once: `pump`ed by the I/O loop, or by the caller's thread, `open`ed first, as
     `deltas`; as a stream or as one document, as its content type says.
 
-    Both raise `Stopped` or a leaf of `RequestError`. `refuse_when_closed` raises when the engine is being closed, which cuts
-    the connection as a fault of the server would.
+    All raise `Stopped` or a leaf of `RequestError`. Before the body they raise `NoAnswer`, or what `refusal` makes of an answer
+    other than 200; `welcomed` is called for a 200. `refuse_when_closed` raises when the engine is being closed, which cuts the
+    connection as a fault of the server would.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class Reply:
         model: str | None,
         dialect: Dialect | None,
         warnings: tuple[str, ...],
+        welcomed: Callable[[], None],
+        refusal: Callable[[StreamingExchange], Exception],
         refuse_when_closed: Callable[[], None],
     ) -> None:
         self._exchange = exchange
@@ -44,26 +47,48 @@ class Reply:
         self._model = model
         self._dialect = dialect
         self._warnings = warnings
+        self._welcomed = welcomed
+        self._refusal = refusal
         self._refuse_when_closed = refuse_when_closed
         self._stream = CompletionStream(thinking=self._splitter())
 
-    def pump(self, loop: IoLoop, feed: Feed) -> Finished:
-        """Have the loop read the answer and give it to `feed`; returns when it is complete."""
-        if not self._streams():
-            return self._feed_document(feed)
-        feed([Opened(self._model, warnings=self._warnings)])
+    def pump(self, loop: IoLoop, feed: Feed, on_slow: Callable[[], None]) -> Finished:
+        """Have the loop read the answer and give it to `feed`; returns when it is complete. `on_slow` as in
+        `StreamingExchange.read_head`."""
+
+        def opened() -> bool:
+            if self._exchange.status != 200 or not self._streams():
+                return False
+            self._welcomed()
+            feed([Opened(self._model, warnings=self._warnings)])
+            return True
+
         try:
-            Pump(loop, self._exchange, self._stream, feed).run(self._call.chunk_timeout_s)
+            pump = Pump(loop, self._exchange, self._stream, opened=opened, feed=feed, on_slow=on_slow)
+            pump.run(self._call.chunk_timeout_s)
         except (Silent, Broken, EventTooLong) as error:
             self._ended_badly(error)
+        self._check_status()
+        if not self._streams():
+            return self._feed_document(feed)
         self._stop.raise_if_set()
         rest = self._stream.end()
         if rest:
             feed(rest)
         return self._finished()
 
+    def open(self, on_slow: Callable[[], None]) -> None:
+        """Wait for the headers here."""
+        self._exchange.read_head(timeout_s=self._call.chunk_timeout_s, on_slow=on_slow)
+        self._check_status()
+        self._welcomed()
+
+    def _check_status(self) -> None:
+        if self._exchange.status != 200:
+            raise self._refusal(self._exchange)
+
     def deltas(self) -> Iterator[Delta]:
-        """Read the answer here, delta by delta."""
+        """Read the body here, delta by delta."""
         if not self._streams():
             yield from self._document()
             return

@@ -168,8 +168,10 @@ class ServerEngine:
     # --- generation --------------------------------------------------------------------------------------------------
 
     def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
-        with self._translating(stop), self._replying(call, stop, on_wait, lambda: None) as reply:
-            yield from reply.deltas()
+        with self._translating(stop), self._slot(call, stop, on_wait, lambda: None) as wait:
+            exchange, reply = until_ready(lambda: self._open(call, stop, lambda: None), wait, stop, on_wait)
+            with exchange:
+                yield from reply.deltas()
 
     def pump(
         self,
@@ -180,10 +182,13 @@ class ServerEngine:
         feed: Callable[[Sequence[Delta]], float],
         on_slow: Callable[[], None] = lambda: None,
     ) -> Finished:
-        with self._translating(stop), self._replying(call, stop, on_wait, on_slow) as reply:
-            if self._loop is not None:
-                return reply.pump(self._loop, feed)
-            return drain(reply.deltas(), feed)
+        loop = self._loop
+        with self._translating(stop), self._slot(call, stop, on_wait, on_slow) as wait:
+            if loop is not None:
+                return until_ready(lambda: self._pump(loop, call, stop, feed, on_slow), wait, stop, on_wait)
+            exchange, reply = until_ready(lambda: self._open(call, stop, on_slow), wait, stop, on_wait)
+            with exchange:
+                return drain(reply.deltas(), feed)
 
     @contextmanager
     def _translating(self, stop: StopSignal) -> Iterator[None]:
@@ -204,10 +209,10 @@ class ServerEngine:
         return dialects.unsupported(call, self._dialect or "llamacpp")
 
     @contextmanager
-    def _replying(
+    def _slot(
         self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None], on_slow: Callable[[], None]
-    ) -> Iterator[Reply]:
-        """A slot of ours, and in it the answer to this call, from its headers on."""
+    ) -> Iterator[ReadyWait]:
+        """A slot of ours, once the server is known; with how long to try."""
         stop.raise_if_set()
         wait = ReadyWait(self._settings.unavailable_after_s, once=call.once)
         if not self._described:
@@ -217,17 +222,7 @@ class ServerEngine:
             on_slow()
             self._slots.acquire(stop)
         try:
-            exchange, warnings = until_ready(lambda: self._begin(call, stop, on_slow), wait, stop, on_wait)
-            with exchange:
-                yield Reply(
-                    exchange,
-                    call,
-                    stop,
-                    model=self._model_of(call),
-                    dialect=self._dialect,
-                    warnings=warnings,
-                    refuse_when_closed=self._refuse_when_closed,
-                )
+            yield wait
         finally:
             self._slots.release()
 
@@ -251,26 +246,71 @@ class ServerEngine:
             case _:
                 raise NotReady("engine_restarting", "The engine cannot be reached.")
 
-    def _begin(
-        self, call: EngineCall, stop: StopSignal, on_slow: Callable[[], None]
-    ) -> tuple[StreamingExchange, tuple[str, ...]]:
-        """Send the request and wait for the headers, which come when the server gives it a slot; with warnings for the client."""
+    def _open(self, call: EngineCall, stop: StopSignal, on_slow: Callable[[], None]) -> tuple[StreamingExchange, Reply]:
+        """Send the request and wait for the headers, which come when the server gives it a slot."""
+        call, content, warnings = self._prepared(call, stop)
+        exchange = self._streaming_exchange(stop)
+        try:
+            with self._as_not_ready(call, stop):
+                exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
+                reply = self._reply(exchange, call, stop, warnings)
+                reply.open(on_slow)
+        except BaseException:
+            exchange.close()
+            raise
+        return exchange, reply
+
+    def _pump(
+        self,
+        loop: IoLoop,
+        call: EngineCall,
+        stop: StopSignal,
+        feed: Callable[[Sequence[Delta]], float],
+        on_slow: Callable[[], None],
+    ) -> Finished:
+        """Send the request and have the loop read all of the answer."""
+        call, content, warnings = self._prepared(call, stop)
+        with self._streaming_exchange(stop) as exchange, self._as_not_ready(call, stop):
+            exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
+            return self._reply(exchange, call, stop, warnings).pump(loop, feed, on_slow)
+
+    def _prepared(self, call: EngineCall, stop: StopSignal) -> tuple[EngineCall, bytes, tuple[str, ...]]:
+        """The call without what only the model may say, its body, and warnings for the client."""
         call, cleaned = self._clean(call, stop)
         content = self._content(call)
         self._refuse_when_closed()
-        exchange = StreamingExchange(
+        return call, content, (WARNING,) if cleaned else ()
+
+    def _streaming_exchange(self, stop: StopSignal) -> StreamingExchange:
+        return StreamingExchange(
             self._address,
             api_key=self._key.current(),
             connect_timeout_s=self._settings.connect_timeout_s,
             ca_file=self._settings.ca_file,
             stops=(stop, self._closing),
         )
+
+    def _reply(
+        self, exchange: StreamingExchange, call: EngineCall, stop: StopSignal, warnings: tuple[str, ...]
+    ) -> Reply:
+        return Reply(
+            exchange,
+            call,
+            stop,
+            model=self._model_of(call),
+            dialect=self._dialect,
+            warnings=warnings,
+            welcomed=self._is_ready,
+            refusal=self._refusal,
+            refuse_when_closed=self._refuse_when_closed,
+        )
+
+    @contextmanager
+    def _as_not_ready(self, call: EngineCall, stop: StopSignal) -> Iterator[None]:
+        """What a server without an answer means, which is nothing when we ended the connection ourselves."""
         try:
-            exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s, on_slow=on_slow)
-            if exchange.status != 200:
-                raise self._refusal(exchange)
-        except BaseException as error:
-            exchange.close()
+            yield
+        except (ConnectFailed, NoAnswer, Broken, Silent, NotReady) as error:
             stop.raise_if_set()
             self._refuse_when_closed()
             match error:
@@ -284,9 +324,10 @@ class ServerEngine:
                     raise idle(call) from error
                 case _:
                     raise
+
+    def _is_ready(self) -> None:
         if self._info.state != "ready":
             self._saw(replace(self._info, state="ready", detail=""))
-        return exchange, (WARNING,) if cleaned else ()
 
     def _clean(self, call: EngineCall, stop: StopSignal) -> tuple[EngineCall, bool]:
         """The call without control strings of the model; a server that is not llama.cpp's cannot be asked for them."""

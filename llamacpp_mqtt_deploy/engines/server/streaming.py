@@ -1,4 +1,4 @@
-"""One completion request over a plain socket: sent and its headers read here, its body read here or in the I/O loop."""
+"""One completion request over a plain socket: sent here, its answer read here or in the I/O loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
 from llamacpp_mqtt_deploy.engines.server.polling import readable_within, recv_within, send_within
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
-_PROMPT_S = 0.005
+PROMPT_S = 0.005
 """How quickly a server sends its headers where it has a slot free: llama.cpp's in 1 to 3 ms."""
 
 _NODELAY = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
@@ -52,6 +52,7 @@ class StreamingExchange:
         self._socket: socket.socket | None = None
         self._silence_s = connect_timeout_s
         """How long the next read may wait."""
+        self._head_reader = HeadReader()
         self._head = ResponseHead(0, {})
         self._ahead = b""
         self.body: ChunkedDecoder | PlainBody = PlainBody(0)
@@ -77,42 +78,54 @@ class StreamingExchange:
 
     # --- the request and the headers -----------------------------------------------------------------------------------
 
-    def send(self, path: str, content: bytes, *, timeout_s: float, on_slow: Callable[[], None] = lambda: None) -> None:
-        """Send the request and wait for the headers, at most `timeout_s` altogether; `on_slow` is called once when they do not come
-        within some milliseconds.
-
-        Raises `ConnectFailed`, `NoAnswer`, `Silent`.
-        """
+    def send(self, path: str, content: bytes, *, timeout_s: float) -> None:
+        """Send the request. Raises `ConnectFailed`, `NoAnswer`, `Silent`."""
         try:
             self._socket = self._connect()
         except (OSError, ValueError) as error:
             raise (NoAnswer if self._line.connected else ConnectFailed)(reason_of(error)) from error
-        ends_at = time.monotonic() + timeout_s
         self._silence_s = timeout_s
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: the answer says why
-                send_within(self._socket, self._request_head(path, len(content)) + content, ends_at)
-            if not readable_within(self._socket, _PROMPT_S):
-                on_slow()
-            self._head, self._ahead = self._read_head(self._socket, ends_at)
-            self.body = self._head.body()
+                head = self._request_head(path, len(content))
+                send_within(self._socket, head + content, time.monotonic() + timeout_s)
         except TimeoutError as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (OSError, ValueError) as error:
             raise NoAnswer(reason_of(error)) from error
 
-    def _read_head(self, sock: socket.socket, ends_at: float) -> tuple[ResponseHead, bytes]:
-        """At most until `ends_at`: a server that sends its headers byte by byte is never silent, and never done."""
-        reader = HeadReader()
-        while True:
-            raw = recv_within(sock, READ_BYTES, ends_at)
-            if not raw:
-                raise ConnectionResetError("the connection ended before the headers did")
-            found = reader.feed(raw)
-            if found is not None:
-                return found
-            if time.monotonic() >= ends_at:
-                raise TimeoutError("timed out")
+    def read_head(self, *, timeout_s: float, on_slow: Callable[[], None]) -> None:
+        """Wait for the headers, at most so long; `on_slow` is called once when they do not come within some milliseconds.
+
+        Raises `NoAnswer`, `Silent`.
+        """
+        assert self._socket is not None
+        ends_at = time.monotonic() + timeout_s
+        try:
+            if not readable_within(self._socket, PROMPT_S):
+                on_slow()
+            while not self.take_head(recv_within(self._socket, READ_BYTES, ends_at)):
+                # A server that sends its headers byte by byte is never silent, and never done.
+                if time.monotonic() >= ends_at:
+                    raise TimeoutError("timed out")
+        except TimeoutError as error:
+            raise Silent(f"no answer within {timeout_s:g} s") from error
+        except OSError as error:
+            raise NoAnswer(reason_of(error)) from error
+
+    def take_head(self, raw: bytes) -> bool:
+        """More of the answer's beginning, nothing at the end of the connection; whether the headers are whole. Raises `NoAnswer`."""
+        if not raw:
+            raise NoAnswer("the connection ended before the headers did")
+        try:
+            found = self._head_reader.feed(raw)
+            if found is None:
+                return False
+            self._head, self._ahead = found
+            self.body = self._head.body()
+        except ValueError as error:
+            raise NoAnswer(reason_of(error)) from error
+        return True
 
     def _connect(self) -> socket.socket:
         parts = urlsplit(self._address.base)
@@ -200,9 +213,14 @@ class StreamingExchange:
         """Let the next reads wait at most this long."""
         self._silence_s = timeout_s
 
-    # --- the body, read by the I/O loop --------------------------------------------------------------------------------
+    # --- what the I/O loop reads itself --------------------------------------------------------------------------------
 
-    def unbuffered(self) -> tuple[socket.socket, bytes]:
-        """The socket, which does not wait, and the raw bytes that came together with the headers."""
+    def unbuffered(self) -> socket.socket:
+        """The socket, which does not wait."""
         assert self._socket is not None
-        return self._socket, self._ahead
+        return self._socket
+
+    def take_ahead(self) -> bytes:
+        """The raw bytes of the body that came together with the headers, once."""
+        ahead, self._ahead = self._ahead, b""
+        return ahead
