@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -35,7 +35,9 @@ from llamacpp_mqtt_deploy.core.errors import (
 )
 from llamacpp_mqtt_deploy.engines.server.http import READ_BYTES
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
+from tests.engines.members import io_loop
 from tests.support.llama_server import LlamaServer
 from tests.support.sham_server import DONE, END, STREAM, Answer, ShamServer, chunk, delta, event, reply, reset, stream
 from tests.support.waiting import eventually
@@ -52,8 +54,19 @@ def sham() -> Iterator[ShamServer]:
         yield server
 
 
+class Reader:
+    """Who reads the answers of a test's engine: the thread that asks, or the I/O loop."""
+
+    loop: IoLoop | None = None
+
+
+@pytest.fixture(autouse=True, params=["thread", "loop"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reader, "loop", io_loop() if request.param == "loop" else None)
+
+
 def engine_for(sham: ShamServer, **settings: Any) -> ServerEngine:
-    engine = ServerEngine(EngineSettings(**{"url": sham.url, "unavailable_after_s": 5, **settings}))
+    engine = ServerEngine(EngineSettings(**{"url": sham.url, "unavailable_after_s": 5, **settings}), loop=Reader.loop)
     engine.open()
     return engine
 
@@ -61,7 +74,17 @@ def engine_for(sham: ShamServer, **settings: Any) -> ServerEngine:
 def play(
     engine: ServerEngine, call: EngineCall = CALL, *, stop: StopSignal | None = None, waits: list[str] | None = None
 ) -> list[Delta]:
-    return list(engine.stream(call, stop=stop or StopSignal(), on_wait=([] if waits is None else waits).append))
+    stop, on_wait = stop or StopSignal(), ([] if waits is None else waits).append
+    if Reader.loop is None:
+        return list(engine.stream(call, stop=stop, on_wait=on_wait))
+    deltas: list[Delta] = []
+
+    def feed(new: Sequence[Delta]) -> float:
+        deltas.extend(new)
+        return 0.0
+
+    deltas.append(engine.pump(call, stop=stop, on_wait=on_wait, feed=feed))
+    return deltas
 
 
 def said(deltas: list[Delta]) -> str:

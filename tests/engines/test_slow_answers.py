@@ -15,7 +15,9 @@ from llamacpp_mqtt_deploy.core.deltas import EngineCall
 from llamacpp_mqtt_deploy.core.errors import EngineUnavailable, IdleTimeout
 from llamacpp_mqtt_deploy.engines.server import describing, questions, server_engine
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
+from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.stopping import StopSignal
+from tests.engines.members import io_loop
 from tests.support.sham_server import ShamServer
 from tests.support.waiting import eventually
 
@@ -78,27 +80,39 @@ def test_tokens_that_are_counted_byte_by_byte_are_not_counted(
     assert time.monotonic() - began < 5 * LIMIT_S
 
 
+@pytest.fixture(params=["read by a thread", "read by the loop"])
+def loop(request: pytest.FixtureRequest) -> IoLoop | None:
+    return io_loop() if request.param == "read by the loop" else None
+
+
+def _ask(sham: ShamServer, loop: IoLoop | None) -> None:
+    engine = ServerEngine(EngineSettings(connect_timeout_s=0.2, url=sham.url, dialect="llamacpp"), loop=loop)
+    engine.pump(CALL, stop=StopSignal(), on_wait=lambda _: None, feed=lambda _: 0.0)
+
+
 @pytest.mark.parametrize("what", ["headers", "a header"])
-def test_an_answer_whose_headers_never_end_is_given_up(sham: ShamServer, what: str) -> None:
-    engine = ServerEngine(EngineSettings(connect_timeout_s=0.2, url=sham.url, dialect="llamacpp"))
+def test_an_answer_whose_headers_never_end_is_given_up(sham: ShamServer, what: str, loop: IoLoop | None) -> None:
     sham.on("/v1/chat/completions", DRIPS[what])
     began = time.monotonic()
     with pytest.raises(IdleTimeout):
-        list(engine.stream(CALL, stop=StopSignal(), on_wait=lambda _: None))
+        _ask(sham, loop)
     assert time.monotonic() - began < 5 * LIMIT_S
 
 
-def test_a_refusal_whose_text_never_ends_is_given_up(sham: ShamServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_whose_text_never_ends_is_given_up(
+    sham: ShamServer, monkeypatch: pytest.MonkeyPatch, loop: IoLoop | None
+) -> None:
     monkeypatch.setattr(server_engine, "COUNT_WITHIN_S", LIMIT_S)
     sham.on("/v1/chat/completions", _Drip(b"HTTP/1.1 401 X\r\nContent-Length: 100000\r\n\r\n", b"y"))
-    engine = ServerEngine(EngineSettings(connect_timeout_s=0.2, url=sham.url, dialect="llamacpp"))
     began = time.monotonic()
     with pytest.raises(EngineUnavailable):
-        list(engine.stream(CALL, stop=StopSignal(), on_wait=lambda _: None))
+        _ask(sham, loop)
     assert time.monotonic() - began < 5 * LIMIT_S
 
 
-def test_whoever_waits_is_told_when_a_server_does_not_answer_within_some_milliseconds(sham: ShamServer) -> None:
+def test_whoever_waits_is_told_when_a_server_does_not_answer_within_some_milliseconds(
+    sham: ShamServer, loop: IoLoop | None
+) -> None:
     told = threading.Event()
 
     def answer(connection: socket.socket) -> None:
@@ -109,7 +123,7 @@ def test_whoever_waits_is_told_when_a_server_does_not_answer_within_some_millise
         )
 
     sham.on("/v1/chat/completions", answer)
-    engine = ServerEngine(EngineSettings(connect_timeout_s=5, url=sham.url, dialect="openai"))
+    engine = ServerEngine(EngineSettings(connect_timeout_s=5, url=sham.url, dialect="openai"), loop=loop)
     call = replace(CALL, chunk_timeout_s=10)
     finished = engine.pump(
         call, stop=StopSignal(), on_wait=lambda reason: None, feed=lambda deltas: 0.0, on_slow=told.set
