@@ -96,11 +96,13 @@ class Pump:
     # --- in the loop's thread ------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
+        self._safely(self._read)  # a quick engine has answered by now; and TLS may have read ahead
+        if self._ended:
+            return
         self._loop.watch(self._fd, READ | HANG_UP, self._ready)
-        self._late = self._loop.after(PROMPT_S, self._on_slow)
-        if self._pending is not None:  # the handshake may have read ahead
-            self._safely(self._read)
-            self._await()
+        if not self._has_head:
+            self._late = self._loop.after(PROMPT_S, self._on_slow)
+        self._await()
 
     def _ready(self, events: int) -> None:
         if events & ~READ:
