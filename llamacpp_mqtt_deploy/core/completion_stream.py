@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llamacpp_mqtt_deploy.core.completions import CompletionReader
 from llamacpp_mqtt_deploy.core.deltas import Delta
 from llamacpp_mqtt_deploy.core.sse import SseDecoder
@@ -39,6 +41,22 @@ class CompletionStream:
             return deltas + self._read(self._events.feed(body[start:]))
         self.reader.count(tokens.pieces)
         return [*deltas, tokens, *self._read(self._events.feed(body[end:]))]
+
+    def feed_parts(self, parts: Sequence[bytes]) -> list[Delta]:
+        """As `feed` of all of them; quicker where each part is an event."""
+        if len(parts) < 2 or not self._is_plain():
+            return self.feed(b"".join(parts))
+        start, end = self._tokens.among(parts)
+        if start == end:
+            return self.feed(b"".join(parts))
+        deltas = self._read(self._events.feed(b"".join(parts[:start]))) if start else []
+        ready = self._events.between_events and self._is_plain()
+        tokens = self._tokens.read_parts(parts[start:end]) if ready else None
+        if tokens is None:
+            return deltas + self.feed(b"".join(parts[start:]))
+        self.reader.count(tokens.pieces)
+        deltas.append(tokens)
+        return deltas + self._read(self._events.feed(b"".join(parts[end:]))) if end < len(parts) else deltas
 
     def _is_plain(self) -> bool:
         """Whether tokens mean what they say."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import orjson
 
@@ -27,7 +28,8 @@ _TAIL_START = b'"}}],"created":'
 class TokenLines:
     """Reads bodies that consist of whole token events of one kind; leaves everything else to the general readers.
 
-    One split and one JSON string for all tokens of a read: 16 tokens cost 14.5 us instead of 52.6.
+    One split and one JSON string for all tokens of a read: 16 tokens cost 14.5 us instead of 52.6. Where the server sends each in an HTTP
+    chunk of its own, as llama.cpp's does, the parts are known and nothing has to be looked for: 200 tokens cost 25 us instead of 110.
     """
 
     __slots__ = ("_tail",)
@@ -66,17 +68,32 @@ class TokenLines:
                 return None
         # Where another event stands between them, its quotes and line feeds stay in a text and make it no JSON string.
         texts = body[len(head) : -len(tail)].split(tail + head)
-        if not all(texts):
-            return None  # an event without text is no token, and would be counted as one
-        text = b"".join(texts)
-        # An escaped surrogate half belongs to its own event; joined with a neighbour's it would read as something else.
-        if b"\\u" in text:
+        return _joined(kind, texts)
+
+    def among(self, parts: Sequence[bytes]) -> tuple[int, int]:
+        """From which of these parts to which (exclusive) all may be events like these, each whole; the same number twice where there
+        are none. Whether they are `read_parts` says."""
+        start = next((at for at, part in enumerate(parts) if part.startswith(_STARTS)), None)
+        if start is None or not (self._ends(parts[start]) or self._learn(parts[start])):
+            return 0, 0
+        end = len(parts)
+        while not self._ends(parts[end - 1]):
+            end -= 1
+        return start, end
+
+    def _ends(self, part: bytes) -> bool:
+        """Whether it ends as the last event that was learned from."""
+        return bool(self._tail) and part.endswith(self._tail)
+
+    def read_parts(self, parts: Sequence[bytes]) -> Text | Reasoning | None:
+        """As `read`, where each part is one event."""
+        head, kind = next(known for known in _HEADS if parts[0].startswith(known[0]))
+        tail, begin, end = self._tail, len(head), -len(self._tail)
+        texts = [part[begin:end] for part in parts]
+        # One comparison for all of them, in place of two for each.
+        if head + (tail + head).join(texts) + tail != b"".join(parts):
             return None
-        try:
-            decoded: str = orjson.loads(b'"' + text + b'"')
-        except orjson.JSONDecodeError:
-            return None
-        return kind(decoded, len(texts))
+        return _joined(kind, texts)
 
     def _learn(self, body: bytes) -> bytes:
         """The tail of this stream's events, from the last one of the body; empty when it is none that we know."""
@@ -85,3 +102,18 @@ class TokenLines:
             return b""
         self._tail = body[start:]
         return self._tail
+
+
+def _joined(kind: type[Text | Reasoning], texts: Sequence[bytes]) -> Text | Reasoning | None:
+    """One text of what stands between the quotes of each event."""
+    if not all(texts):
+        return None  # an event without text is no token, and would be counted as one
+    text = b"".join(texts)
+    # An escaped surrogate half belongs to its own event; joined with a neighbour's it would read as something else.
+    if b"\\u" in text:
+        return None
+    try:
+        decoded: str = orjson.loads(b'"' + text + b'"')
+    except orjson.JSONDecodeError:
+        return None
+    return kind(decoded, len(texts))

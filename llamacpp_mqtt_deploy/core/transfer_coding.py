@@ -34,6 +34,11 @@ class PlainBody:
         self.ended = not self._left
         return body
 
+    def parts(self, raw: bytes) -> list[bytes]:
+        """The same in one part, or none."""
+        body = self.feed(raw)
+        return [body] if body else []
+
 
 class ChunkedDecoder:
     """Takes the framing off. llama.cpp sends each token as a chunk of its own; many in a read are taken together."""
@@ -49,6 +54,10 @@ class ChunkedDecoder:
 
     def feed(self, raw: bytes) -> bytes:
         """The body bytes in these raw bytes. Raises BadChunk."""
+        return b"".join(self.parts(raw))
+
+    def parts(self, raw: bytes) -> list[bytes]:
+        """The same in the chunks, or ends of chunks, in which they came."""
         if not (self._line or self._left or self._closing or self.ended):
             ends = raw.endswith(_LAST_CHUNK)
             whole = _whole_chunks(raw[: -len(_LAST_CHUNK)] if ends else raw)
@@ -82,23 +91,21 @@ class ChunkedDecoder:
                 continue
             self._left = _size(line)
             self.ended = not self._left
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
 
 
-def _whole_chunks(raw: bytes) -> bytes | None:
+_SIZES: dict[bytes, int] = {b"%x" % size: size for size in range(1, 1024)}
+"""What a size means as nearly everybody writes it; an empty chunk is the last, which has its own way."""
+
+
+def _whole_chunks(raw: bytes) -> list[bytes] | None:
     """The bodies of `raw` where it is nothing but whole chunks in their plainest form; None where it is not so plain."""
     pieces = raw.split(b"\r\n")
     if len(pieces) % 2 == 0 or pieces.pop():
         return None
-    sizes, bodies = pieces[::2], pieces[1::2]
-    if b"".join(sizes).translate(None, _HEX_DIGITS):
-        return None  # with an extension; or a body holds a line feed, and what it was taken for is no size
-    try:
-        # An empty one is the last, which has its own way.
-        plain = all(bodies) and [int(size, 16) for size in sizes] == list(map(len, bodies))
-    except ValueError:
-        return None
-    return b"".join(bodies) if plain else None
+    bodies = pieces[1::2]
+    # Where a body holds a line feed, what follows it is taken for a size and is none, or not that of what follows then.
+    return bodies if list(map(_SIZES.get, pieces[::2])) == list(map(len, bodies)) else None
 
 
 def _size(line: bytes) -> int:

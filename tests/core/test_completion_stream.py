@@ -91,6 +91,37 @@ def test_the_short_way_says_what_the_general_one_says(events: list[bytes], data:
     assert short == general
 
 
+@given(st.lists(EVENTS, max_size=16), st.data())
+def test_parts_that_may_be_events_say_what_their_bytes_say(events: list[bytes], data: st.DataObject) -> None:
+    """A part may be an event, several, or the half of one; a read brings some of them."""
+    body = b"".join(events)
+    places = [sum(map(len, events[:number])) for number in range(len(events) + 1)]
+    kept = data.draw(st.lists(st.sampled_from(places), max_size=16) | st.just(places))
+    cuts = sorted({*kept, *data.draw(st.lists(st.integers(0, len(body)), max_size=2)), 0, len(body)})
+    parts = [body[start:end] for start, end in itertools.pairwise(cuts)]
+    reads = sorted({*data.draw(st.lists(st.integers(0, len(parts)), max_size=4)), 0, len(parts)})
+    stream = CompletionStream()
+    deltas: list[Delta] = []
+    for start, end in itertools.pairwise(reads):
+        deltas += stream.feed_parts(parts[start:end])
+    deltas += stream.end()
+    assert (joined(deltas), stream.reader.finished()) == read_all([body])
+
+
+def test_events_of_one_token_each_are_read_together_where_they_come_in_parts() -> None:
+    first, last = (
+        event({"role": "assistant", "content": None}),
+        event({}, usage={"prompt_tokens": 3}) + b"data: [DONE]\n\n",
+    )
+    tokens = [event({"content": text}) for text in (" fo", 'o "bar"\n', "é")]
+    stream = CompletionStream()
+    assert stream.feed_parts([first, *tokens, last]) == [Text(' foo "bar"\né', 3)]
+    assert stream.reader.done
+    assert stream.reader.finished().usage.completion_tokens == 3
+    mixed = CompletionStream()
+    assert mixed.feed_parts([*tokens, event({"reasoning_content": "c"}), *tokens[:2]])[0] == Text(" fo")
+
+
 def test_an_event_without_text_is_not_counted_as_a_token() -> None:
     _, finished = read_all([event({"content": ""}) + event({"content": "0"})])
     assert finished.usage.completion_tokens == 1

@@ -24,6 +24,13 @@ def test_any_cut_gives_the_same_body(bodies: list[bytes], data: st.DataObject, e
     assert decoder.ended
 
 
+@given(st.lists(st.binary(min_size=1, max_size=40) | st.just(b"x" * 2000) | st.just(b"\r\n3\r\n"), max_size=20))
+def test_chunks_that_come_together_are_told_one_by_one(bodies: list[bytes]) -> None:
+    decoder = ChunkedDecoder()
+    assert decoder.parts(_framed(bodies)) == bodies
+    assert decoder.ended
+
+
 @pytest.mark.parametrize("raw", [b"xyz\r\n", b"-5\r\nhello\r\n", b"5\r\nhello!\r\n", b"\r\n", b"1_0\r\n", b"f" * 9000])
 def test_what_is_no_chunk_is_refused(raw: bytes) -> None:
     with pytest.raises(BadChunk):

@@ -152,10 +152,10 @@ class Pump:
 
     def _take(self, raw: bytes) -> None:
         try:
-            body = self._exchange.body.feed(raw)
+            parts = self._exchange.body.parts(raw)
         except BadChunk as error:
             raise Broken(reason_of(error)) from error
-        deltas = self._stream.feed(body) if body else []
+        deltas = self._stream.feed_parts(parts) if parts else []
         if deltas:
             self._heard_at = time.monotonic()
             pause_s = self._feed(deltas)
