@@ -57,9 +57,11 @@ class Reply:
         `StreamingExchange.read_head`."""
 
         def opened() -> bool:
-            if self._exchange.status != 200 or not self._streams():
+            if self._exchange.status != 200:
                 return False
             self._welcomed()
+            if not self._streams():
+                return False
             feed([Opened(self._model, warnings=self._warnings)])
             return True
 
