@@ -103,7 +103,7 @@ def test_an_answer_in_one_piece_shows_as_well_that_a_server_is_there_again(sham:
     sham.on(CHAT, GOOD, reply(200, whole))
     engine = engine_for(sham, dialect="openai", model="m")
     play(engine)
-    engine._saw(replace(engine.info(), state="unreachable"))  # noqa: SLF001 - as a connection that failed meanwhile leaves it
+    engine._saw(replace(engine.info(), state="unreachable"))  # as a connection that failed meanwhile leaves it
     assert said(play(engine)) == "all of it"
     assert engine.info().state == "ready"
 
