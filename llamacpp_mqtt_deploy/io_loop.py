@@ -74,6 +74,7 @@ class IoLoop:
         weakref.finalize(self, _close_pipe, self._wake_read, self._wake_write).atexit = False
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
+        self._ident: int | None = None
         self.beat_at = time.monotonic()
         """When the loop last came round, for the watchdog (monotonic seconds)."""
 
@@ -91,7 +92,7 @@ class IoLoop:
 
     def is_here(self) -> bool:
         """Whether the caller is the loop's own thread."""
-        return threading.current_thread() is self._thread
+        return threading.get_ident() == self._ident
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()
@@ -158,8 +159,12 @@ class IoLoop:
                 os.write(self._wake_write, b"\0")
 
     def _run(self) -> None:
-        while not self._closed:
-            self._turn()
+        self._ident = threading.get_ident()
+        try:
+            while not self._closed:
+                self._turn()
+        finally:
+            self._ident = None  # which another thread may get
         self._poll.close()
 
     def _turn(self) -> None:
@@ -180,11 +185,16 @@ class IoLoop:
                     os.read(self._wake_read, 4096)
                 continue
             watched = self._watched.get(fd)
-            if watched is not None:  # unwatched by a call before it in this turn
-                self._guarded(watched[1], events)
+            if watched is None:  # unwatched by a call before it in this turn
+                continue
+            try:  # as `_guarded` does; it runs for each read
+                watched[1](events)
+            except Exception:
+                log.exception("io.call_failed")
         for _ in range(len(self._calls)):
             self._guarded(self._calls.popleft())
-        self._run_due()
+        if self._heap:
+            self._run_due()
         while self._ends:
             ends, self._ends = self._ends, []
             for call in ends:
@@ -205,9 +215,9 @@ class IoLoop:
                 _, _, timer = heapq.heappop(self._heap)
             self._guarded(timer.run)
 
-    def _guarded(self, call: Callable[..., None], *arguments: int) -> None:
+    def _guarded(self, call: Call) -> None:
         try:
-            call(*arguments)
+            call()
         except Exception:
             log.exception("io.call_failed")
 

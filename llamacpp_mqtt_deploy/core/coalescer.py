@@ -19,31 +19,31 @@ class Coalescer:
     Text of another kind (reasoning, then content) is kept apart, in order.
     """
 
-    __slots__ = ("_parts",)
+    __slots__ = ("waiting",)
 
     def __init__(self) -> None:
-        self._parts: list[tuple[ChunkKind, list[Any]]] = []
+        self.waiting: list[tuple[ChunkKind, list[Any]]] = []
+        """What waits, in order; to be read only."""
 
     def __bool__(self) -> bool:
-        """True while text waits."""
-        return bool(self._parts)
+        return bool(self.waiting)
 
     def feed(self, kind: TextKind, text: str) -> None:
-        if self._parts and self._parts[-1][0] == kind:
-            self._parts[-1][1].append(text)
+        if self.waiting and self.waiting[-1][0] == kind:
+            self.waiting[-1][1].append(text)
         else:
-            self._parts.append((kind, [text]))
+            self.waiting.append((kind, [text]))
 
     def feed_apart(self, kind: TextKind, text: str) -> None:
         """Text that is not joined to what was fed before it: a sentence."""
-        self._parts.append((kind, [text]))
+        self.waiting.append((kind, [text]))
 
     def feed_call(self, delta: dict[str, Any]) -> None:
         """A piece of a tool call, as its chunk tells it; arguments of the same call are joined."""
-        if not self._parts or self._parts[-1][0] != "tool_calls":
-            self._parts.append(("tool_calls", [delta]))
+        if not self.waiting or self.waiting[-1][0] != "tool_calls":
+            self.waiting.append(("tool_calls", [delta]))
             return
-        deltas = self._parts[-1][1]
+        deltas = self.waiting[-1][1]
         if deltas[-1]["index"] == delta["index"] and not ("id" in delta or "name" in delta):
             deltas[-1] = deltas[-1] | {"arguments": deltas[-1]["arguments"] + delta["arguments"]}
         else:
@@ -53,9 +53,9 @@ class Coalescer:
         """What waits, in order, up to so much of it: the rest stays, and a text is cut only when it is too long by itself."""
         pieces: list[Piece] = []
         left = most_chars
-        for place, (kind, items) in enumerate(self._parts):
+        for place, (kind, items) in enumerate(self.waiting):
             if len(pieces) >= most_pieces:
-                del self._parts[:place]
+                del self.waiting[:place]
                 return pieces
             if kind == "tool_calls":
                 pieces.append((kind, items))
@@ -65,9 +65,9 @@ class Coalescer:
                 if not pieces:
                     pieces.append((kind, text[:left]))
                     text = text[left:]
-                self._parts[: place + 1] = [(kind, [text])]
+                self.waiting[: place + 1] = [(kind, [text])]
                 return pieces
             left -= len(text)
             pieces.append((kind, text))
-        self._parts.clear()
+        self.waiting.clear()
         return pieces

@@ -24,7 +24,7 @@ class CompletionStream:
 
     def feed(self, body: bytes) -> list[Delta]:
         """The deltas that these bytes bring."""
-        if not self._is_plain():
+        if not self.reader.is_plain:
             return self._read(self._events.feed(body))
         tokens = self._tokens.read(body) if self._events.between_events else None
         if tokens is not None:
@@ -36,7 +36,7 @@ class CompletionStream:
         # The first read of an answer, and the last: tokens with other events around them, or with the half of one.
         start, end = found
         deltas = self._read(self._events.feed(body[:start]))
-        tokens = self._tokens.read(body[start:end]) if self._events.between_events and self._is_plain() else None
+        tokens = self._tokens.read(body[start:end]) if self._events.between_events and self.reader.is_plain else None
         if tokens is None:
             return deltas + self._read(self._events.feed(body[start:]))
         self.reader.count(tokens.pieces)
@@ -44,23 +44,19 @@ class CompletionStream:
 
     def feed_parts(self, parts: Sequence[bytes]) -> list[Delta]:
         """As `feed` of all of them; quicker where each part is an event."""
-        if len(parts) < 2 or not self._is_plain():
+        if len(parts) < 2 or not self.reader.is_plain:
             return self.feed(b"".join(parts))
         start, end = self._tokens.among(parts)
         if start == end:
             return self.feed(b"".join(parts))
         deltas = self._read(self._events.feed(b"".join(parts[:start]))) if start else []
-        ready = self._events.between_events and self._is_plain()
+        ready = self._events.between_events and self.reader.is_plain
         tokens = self._tokens.read_parts(parts[start:end]) if ready else None
         if tokens is None:
             return deltas + self.feed(b"".join(parts[start:]))
         self.reader.count(tokens.pieces)
         deltas.append(tokens)
         return deltas + self._read(self._events.feed(b"".join(parts[end:]))) if end < len(parts) else deltas
-
-    def _is_plain(self) -> bool:
-        """Whether tokens mean what they say."""
-        return not (self.reader.holds_half or self.reader.splits)
 
     def end(self) -> list[Delta]:
         """The deltas of what a server left without the blank line that ends an event, and of what was held back."""

@@ -109,6 +109,11 @@ class CompletionReader:
         """Half of a surrogate pair waits for the other one."""
         return bool(self._halves)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether text means what it says: neither of these."""
+        return self._thinking is None and not self._halves
+
     def count(self, deltas: int) -> None:
         """Count deltas of text that were read elsewhere."""
         self._deltas += deltas

@@ -143,9 +143,15 @@ class EventWriter:
         return chunks
 
     def _chunk(self, kind: str, value: Any) -> bytes:
-        event = self._step("chunk")
-        event["seq"] = self.next_seq
-        event[kind] = value
+        if self.phase != "streaming":
+            self._step("chunk")
+        event = {
+            "type": "chunk",
+            "request_id": self.request_id,
+            "session_id": self.session_id,
+            "seq": self.next_seq,
+            kind: value,
+        }
         self.next_seq += 1
         return encode(event)
 

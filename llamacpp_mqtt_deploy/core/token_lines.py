@@ -9,10 +9,15 @@ import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text
 
-_HEADS: tuple[tuple[bytes, type[Text | Reasoning]], ...] = (
-    (b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":"', Text),
-    (b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"reasoning_content":"', Reasoning),
+_CONTENT: tuple[bytes, type[Text | Reasoning]] = (
+    b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":"',
+    Text,
 )
+_REASONING: tuple[bytes, type[Text | Reasoning]] = (
+    b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"reasoning_content":"',
+    Reasoning,
+)
+_HEADS = (_CONTENT, _REASONING)
 
 _STARTS = tuple(head for head, _ in _HEADS)
 
@@ -57,10 +62,9 @@ class TokenLines:
 
     def read(self, body: bytes) -> Text | Reasoning | None:
         """The text of all events in `body`, None when the general way has to be taken. Keeps no part of the body."""
-        found = next(((head, kind) for head, kind in _HEADS if body.startswith(head)), None)
-        if found is None:
+        head, kind = _CONTENT if body.startswith(_CONTENT[0]) else _REASONING
+        if not body.startswith(head):
             return None
-        head, kind = found
         tail = self._tail
         if not tail or not body.endswith(tail):
             tail = self._learn(body)

@@ -59,6 +59,9 @@ class ChunkedDecoder:
     def parts(self, raw: bytes) -> list[bytes]:
         """The same in the chunks, or ends of chunks, in which they came."""
         if not (self._line or self._left or self._closing or self.ended):
+            start = raw.find(b"\r\n") + 2
+            if _SIZES.get(raw[: start - 2]) == len(raw) - start - 2 and raw.endswith(b"\r\n"):
+                return [raw[start:-2]]  # one whole chunk: a token as soon as it was made
             ends = raw.endswith(_LAST_CHUNK)
             whole = _whole_chunks(raw[: -len(_LAST_CHUNK)] if ends else raw)
             if whole is not None:

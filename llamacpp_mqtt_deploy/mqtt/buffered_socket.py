@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import sys
@@ -22,14 +21,19 @@ class BufferedSocket:
     reads each packet's first bytes one by one.
 
     `send` only collects and `flush` writes. `recv` gives from what one read of the socket brought; when that is used up it raises
-    BlockingIOError without asking the socket, which had no more, until `readable` says otherwise.
+    BlockingIOError without asking the socket, which had no more (`is_dry`), until its owner says otherwise.
     """
+
+    __slots__ = ("_failure", "_is_tcp", "_socket", "_tls", "ahead", "is_dry", "unsent")
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._unsent = bytearray()
-        self._ahead = memoryview(b"")
-        self._dry = False
+        self.unsent = bytearray()
+        """What is to be written."""
+        self.ahead = memoryview(b"")
+        """What was read and not taken yet."""
+        self.is_dry = False
+        """Whether the socket had no more when it was last read."""
         self._failure: OSError | None = None
         self._is_tcp = sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6)
         self._tls: ssl.SSLSocket | None = sock if isinstance(sock, ssl.SSLSocket) else None
@@ -40,24 +44,24 @@ class BufferedSocket:
         """Take all of it, or raise BlockingIOError. Raises OSError when the connection has ended."""
         if self._failure is not None:
             raise self._failure
-        if len(self._unsent) > MOST_UNSENT_BYTES:
+        if len(self.unsent) > MOST_UNSENT_BYTES:
             self.flush()
-            if len(self._unsent) > MOST_UNSENT_BYTES:
+            if len(self.unsent) > MOST_UNSENT_BYTES:
                 raise BlockingIOError
-        self._unsent += data
+        self.unsent += data
         return len(data)
 
     def recv(self, size: int) -> bytes:
         """At most `size` bytes; none at the end of the connection. Raises BlockingIOError, ssl.SSLWantReadError, OSError."""
-        if not self._ahead:
+        if not self.ahead:
             self._read()
-        ahead = self._ahead
-        self._ahead = ahead[size:]
+        ahead = self.ahead
+        self.ahead = ahead[size:]
         return bytes(ahead[:size])
 
     def _read(self) -> None:
         """Read the socket once; nothing is there afterwards at the end of the connection."""
-        if self._dry:
+        if self.is_dry:
             raise BlockingIOError
         if self._failure is not None:
             raise self._failure
@@ -65,8 +69,8 @@ class BufferedSocket:
         if self._is_tcp:
             self._acknowledge_now()
         # TLS gives a record at a time and may hold another; the end of a connection is there for whoever asks again.
-        self._dry = 0 < len(read) < READ_BYTES and self._tls is None
-        self._ahead = memoryview(read)
+        self.is_dry = 0 < len(read) < READ_BYTES and self._tls is None
+        self.ahead = memoryview(read)
 
     def _acknowledge_now(self) -> None:
         """Let TCP acknowledge what was read without delay.
@@ -78,16 +82,14 @@ class BufferedSocket:
         For the same reason no PUBACK is left unread until somebody needs it (SO_RCVLOWAT would let it wake nobody, and a chunk cost a
         sixth less): requests and cancels would come 12 ms later during a stream, 45 ms at worst, where half a millisecond is usual.
         """
-        with contextlib.suppress(OSError):
+        try:  # noqa: SIM105 - three calls less for each PUBACK
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        except OSError:
+            pass  # the connection has ended, as the next read says
 
     def pending(self) -> int:
         """Bytes that can be read although the socket does not show it."""
-        return len(self._ahead) + (0 if self._tls is None else self._tls.pending())
-
-    def readable(self) -> None:
-        """The socket says that it has more: ask it again."""
-        self._dry = False
+        return len(self.ahead) + (0 if self._tls is None else self._tls.pending())
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -104,22 +106,22 @@ class BufferedSocket:
 
     def flush(self) -> bool:
         """Write what was collected, as far as the socket takes it; False when the connection has ended, as `recv` then says."""
-        while self._unsent and self._failure is None:
+        while self.unsent and self._failure is None:
             try:
-                sent = self._socket.send(self._unsent)
+                sent = self._socket.send(self.unsent)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             except OSError as error:
                 self._failure = error
-                self._unsent.clear()
+                self.unsent.clear()
             else:
-                del self._unsent[:sent]
+                del self.unsent[:sent]
         return self._failure is None
 
     def take_pubacks(self) -> list[int]:
         """Take out the plain PUBACKs that come next, where a packet begins: their packet ids. What the socket says of its end is left
         to `recv`."""
-        if not self._ahead:
+        if not self.ahead:
             try:
                 self._read()
             except (BlockingIOError, ssl.SSLWantReadError):
@@ -127,22 +129,15 @@ class BufferedSocket:
             except OSError as error:
                 self._failure = error
                 return []
-        mids, size = leading_pubacks(self._ahead)
-        self._ahead = self._ahead[size:]
+        mids, size = leading_pubacks(self.ahead)
+        self.ahead = self.ahead[size:]
         return mids
 
     def take_publish(self, version: Version, now: float) -> Delivery | None:
         """Take out the PUBLISH that comes next in what was read, where a packet begins; None when paho is to read it."""
-        found = leading_publish(self._ahead, version, now)
+        found = leading_publish(self.ahead, version, now)
         if found is None:
             return None
         delivery, size = found
-        self._ahead = self._ahead[size:]
+        self.ahead = self.ahead[size:]
         return delivery
-
-    def is_dry(self) -> bool:
-        """Whether there was no more when the socket was last read."""
-        return self._dry and not self._ahead
-
-    def has_unsent(self) -> bool:
-        return bool(self._unsent)

@@ -84,16 +84,18 @@ class ConnectionThread:
         )
 
         # Shared with other threads.
-        self._changed = threading.Condition()
+        # Each chunk and each PUBACK takes the lock alone: a condition's own way to it is two calls longer.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         budget = OutboxBudget(most_messages=settings.outbox_messages, most_bytes=settings.outbox_mib * MIB)
-        self._sending = Sending(self._changed, budget)
+        self._sending = Sending(self._lock, self._changed, budget)
         self.room_for_answers = self._sending.room_for_answers
         self._outgoing = self._sending.outgoing
         self.puback = self._sending.puback  # straight from the wire: one comes for each event
         self._receipts = Receipts()
         self._subscriptions = Subscriptions()
         self._closing: Closing | None = None
-        self._wire_loop = WireLoop(loop, work=self._work, due_in_s=self._due_in_s, over=self._life_over)
+        self._wire_loop = WireLoop(loop, work=self._work, on_time=self._on_time, due_in_s=self._due_in_s)
         self._thread: threading.Thread | None = None
         self._state: LinkState = "connecting"
         self._detail = ""
@@ -141,7 +143,7 @@ class ConnectionThread:
 
     def enqueue(self, publish: Publish) -> bool:
         """Queue a publish; False when there is no place for it."""
-        with self._changed:
+        with self._lock:
             if self._closing is not None or self._state in ("closed", "taken_over"):
                 return False
             if (publish.qos == 0 and self._state != "online") or not self._outgoing.take(publish):
@@ -282,33 +284,51 @@ class ConnectionThread:
 
     # --- while a wire lives, in the loop's thread ---
 
-    def _life_over(self) -> bool:
-        wire, now = self._wire, time.monotonic()
-        if wire is None or wire.closed() is not None or self._finished():
-            return True
+    def _work(self) -> bool:
+        """Send what other threads have queued; False when this connection's life is over."""
+        wire = self._wire
+        if wire is None or self._life_over(wire):
+            return False
         if self._state != "online":
-            return now >= self._connack_by
-        if self._deliveries.stalled_until is not None and now >= self._deliveries.stalled_until:
+            return True
+        queued = False
+        if self._receipts.given:
+            self._receipts.send(self._generation, wire.acknowledge)
+            queued = True
+        if self._subscriptions.asked:
+            self._subscriptions.send(
+                lambda asked: (
+                    wire.unsubscribe([name for name, _ in asked.filters])
+                    if asked.ends
+                    else wire.subscribe(asked.filters, retained=asked.retained)
+                )
+            )
+            queued = True
+        if self._sending.pump(wire):
+            queued = True
+        if queued:
+            wire.on_writable()
+            return not self._life_over(wire)
+        return True
+
+    def _life_over(self, wire: PahoWire) -> bool:
+        if wire.closed() is not None or self._own_end is not None:
+            return True
+        if self._closing is not None and self._finished():
+            return True
+        return self._state != "online" and time.monotonic() >= self._connack_by
+
+    def _on_time(self, now: float) -> None:
+        """Look at what only time brings about."""
+        if self._wire is not None:
+            self._wire.on_time(now)
+        if self._state != "online":
+            return
+        stalled_until = self._deliveries.stalled_until
+        if stalled_until is not None and now >= stalled_until:
             self._own_end = explain.INBOX_FULL
         elif self._sending.overdue(now, timeout_s=PUBACK_TIMEOUT_S):
             self._own_end = explain.of_no_pubacks(self.where, PUBACK_TIMEOUT_S)
-        return self._own_end is not None
-
-    def _work(self) -> None:
-        """Send what other threads have queued."""
-        wire = self._wire
-        if self._state != "online" or wire is None:
-            return
-        self._receipts.send(self._generation, wire.acknowledge)
-        self._subscriptions.send(
-            lambda asked: (
-                wire.unsubscribe([name for name, _ in asked.filters])
-                if asked.ends
-                else wire.subscribe(asked.filters, retained=asked.retained)
-            )
-        )
-        self._sending.pump(wire)
-        wire.on_writable()
 
     def _due_in_s(self, now: float) -> float:
         due = 0.5

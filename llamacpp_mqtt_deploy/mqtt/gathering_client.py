@@ -37,6 +37,9 @@ class GatheringClient(paho.Client):
     on_delivery: Callable[[Delivery], None] | None = None
     """Called with a message whose receipt is its packet id, for `ack`."""
 
+    new_mid = paho.Client._mid_generate  # noqa: SLF001
+    """Gives a packet id, 1 to 65535, from the row that paho takes its own from."""
+
     last_socket: socket.socket | None = None
     buffered: BufferedSocket | None = None
     """The current socket, where packets are gathered; paho's websocket has its own buffers."""
@@ -69,47 +72,48 @@ class GatheringClient(paho.Client):
     # What a loop asks.
 
     def holds_unread(self) -> bool:
-        """Whether bytes are there that the socket no longer shows: TLS and the reading ahead keep some."""
+        """Whether the open socket's bytes are there that it no longer shows: TLS and the reading ahead keep some."""
+        if self.buffered is not None:
+            return self.buffered.pending() > 0
         pending = getattr(self.socket(), "pending", None)
         return pending is not None and pending() > 0
 
     def holds_unsent(self) -> bool:
         """Whether something waits to be written."""
-        return self.want_write() or (self.buffered is not None and self.buffered.has_unsent())
+        return bool(self.buffered is not None and self.buffered.unsent) or self.want_write()
 
     def read_some(self) -> None:
         """Read what is there, of messages one; callbacks run in here."""
         buffered = self.buffered
         if buffered is not None:
-            buffered.readable()
+            buffered.is_dry = False  # ask the socket again: it says that it has more
             if self._read_common(buffered):
                 return
         self.loop_read()
 
     def _read_common(self, buffered: BufferedSocket) -> bool:
         """Read PUBACKs and a message without paho; False when the next bytes are for paho."""
-        in_packet, on_puback = self._in_packet, self.on_puback
-        in_the_middle = in_packet["command"] or in_packet["remaining_count"]
-        if on_puback is None or in_the_middle:
-            return False
+        in_packet, on_puback, on_delivery = self._in_packet, self.on_puback, self.on_delivery
+        if on_puback is None or in_packet["command"] or in_packet["remaining_count"]:
+            return False  # in the middle of a packet, or of a client that lets paho publish
         mids = buffered.take_pubacks()
         now = paho.time_func()
-        delivery = None if self.on_delivery is None else buffered.take_publish(self.version, now)
-        if mids or delivery is not None:
+        if mids:
             self._last_bytes_received = now  # as paho notes of what it reads itself, for its keepalive
-        for mid in mids:
-            on_puback(mid, 0)
-        if delivery is not None and self.on_delivery is not None:
-            self.on_delivery(delivery)
+            for mid in mids:
+                on_puback(mid, 0)
+        if not buffered.ahead:
+            return buffered.is_dry
+        delivery = None if on_delivery is None else buffered.take_publish(self.version, now)
+        if delivery is None or on_delivery is None:
+            return False
+        self._last_bytes_received = now
+        on_delivery(delivery)
+        if buffered.ahead:
             # PUBACKs that came in the same packet of the network cost no further turn.
             for mid in buffered.take_pubacks():
                 on_puback(mid, 0)
-            return True
-        return buffered.is_dry()
-
-    def new_mid(self) -> int:
-        """A packet id, 1 to 65535, from the row that paho takes its own from."""
-        return self._mid_generate()
+        return True
 
     def send_packet(self, packet: bytes) -> bool:
         """Queue a whole packet; False when it cannot be taken now."""
@@ -138,9 +142,11 @@ class GatheringClient(paho.Client):
 
     def write_some(self) -> None:
         """Write what is queued, as far as the socket takes it."""
-        self.loop_write()
-        if self.buffered is not None and not self.buffered.flush():
-            self.buffered.readable()
+        buffered = self.buffered
+        if buffered is None or self.want_write():
+            self.loop_write()
+        if buffered is not None and not buffered.flush():
+            buffered.is_dry = False
             self.loop_read()  # paho learns the same way that the connection has ended
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.session import Publish
@@ -54,6 +55,9 @@ def publish_packet(
     if length > MOST_REMAINING_LENGTH:
         raise ValueError(f"a packet of {length} bytes")
     first = 0x30 | dup << 3 | qos << 1 | retain
+    if length < 0x4000:  # spelled out: nearly every event is so small
+        size = (length,) if length < 0x80 else (length & 0x7F | 0x80, length >> 7)
+        return bytes((first, *size)) + head + payload
     return bytes((first, *_varint(length))) + head + payload
 
 
@@ -78,3 +82,11 @@ def puback(body: bytes | bytearray, version: Version) -> tuple[int, int] | None:
     if len(body) < 2 or (version == "3.1.1" and len(body) > 2):
         return None
     return body[0] << 8 | body[1], body[2] if len(body) > 2 else 0
+
+
+def puback_name(code: int) -> str:
+    """What the standard calls the reason code of a PUBACK."""
+    try:
+        return str(ReasonCode(PacketTypes.PUBACK, identifier=code))
+    except (KeyError, AssertionError, ValueError):
+        return f"code {code:#04x}"

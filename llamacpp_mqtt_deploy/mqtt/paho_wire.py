@@ -71,7 +71,7 @@ class WireEvents(Protocol):
     """What a wire tells its owner, in the owner's thread."""
 
     def connack(self, answer: Connack) -> None: ...
-    def puback(self, mid: int, code: int, name: str) -> None: ...
+    def puback(self, mid: int, code: int) -> None: ...
     def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None: ...
     def message(self, delivery: Delivery) -> None:
         """`receipt` is the packet id, for `PahoWire.acknowledge`."""
@@ -121,7 +121,7 @@ class PahoWire:
             client.tls_set_context(tls)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
-        client.on_puback = self._on_puback
+        client.on_puback = events.puback
         client.on_subscribe = self._on_subscribe
         client.on_unsubscribe = lambda _client, _userdata, mid, *_: self._events.suback(mid, [])
         client.on_delivery = events.message
@@ -167,20 +167,20 @@ class PahoWire:
         return self._fd
 
     def wants_read(self) -> bool:
-        return self._client.holds_unread()
+        return self._closed is None and self._client.holds_unread()
 
     def wants_write(self) -> bool:
         return self._closed is None and self._client.holds_unsent()
 
     def on_readable(self) -> None:
         """Read what is there; callbacks run in here."""
-        if self.closed() is None:
+        if self._closed is None:
             self._client.read_some()
             self._notice_end()
 
     def on_writable(self) -> None:
         """Write what is queued, as far as the socket takes it."""
-        if self.wants_write():
+        if self._closed is None:
             self._client.write_some()
             self._notice_end()
 
@@ -192,7 +192,8 @@ class PahoWire:
             self._notice_end()
 
     def _notice_end(self) -> None:
-        if self._closed is None and self._client.socket() is None:
+        # paho closes its socket with each end, also where it tells nobody.
+        if self._fd < 0 and self._closed is None:
             self._closed = Closed(error=self._last_log)
 
     def publish(
@@ -203,10 +204,12 @@ class PahoWire:
 
         Raises ValueError when no packet can hold it.
         """
-        qos = min(publish.qos, 1)
+        qos = 1 if publish.qos else 0
         again = mid is not None
         if mid is None:
-            mid = self._free_mid(flying) if qos else 0
+            mid = self._client.new_mid() if qos else 0
+            while mid in flying:
+                mid = self._client.new_mid()
         packet = publish_packet(
             publish.topic.encode(),
             publish.payload,
@@ -219,12 +222,6 @@ class PahoWire:
             else b"",
         )
         return mid if self._client.send_packet(packet) else None
-
-    def _free_mid(self, flying: Container[int]) -> int:
-        mid = self._client.new_mid()
-        while mid in flying:
-            mid = self._client.new_mid()
-        return mid
 
     def acknowledge(self, mid: int) -> None:
         self._client.ack(mid, 1)
@@ -329,9 +326,6 @@ class PahoWire:
                 error=self._last_log,
             )
 
-    def _on_puback(self, mid: int, code: int) -> None:
-        self._events.puback(mid, code, _name_of(code) if code else "")
-
     def _on_subscribe(
         self, client: paho.Client, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
@@ -362,11 +356,3 @@ class PahoWire:
                 receipt=message.mid,
             ),
         )
-
-
-def _name_of(code: int) -> str:
-    """Of a PUBACK's reason code."""
-    try:
-        return str(ReasonCode(PacketTypes.PUBACK, identifier=code))
-    except (KeyError, AssertionError, ValueError):
-        return f"code {code:#04x}"

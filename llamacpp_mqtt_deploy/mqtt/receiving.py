@@ -38,20 +38,17 @@ class Subscriptions:
     """`ask` is for any thread; the rest belongs to the link's."""
 
     def __init__(self) -> None:
-        self._asked: deque[Subscription] = deque()
+        self.asked: deque[Subscription] = deque()
+        """What is still to be sent."""
         self._sent: dict[int, Subscription] = {}
 
     def ask(self, subscription: Subscription) -> None:
-        self._asked.append(subscription)
-
-    def waiting(self) -> bool:
-        """Whether there is one to send."""
-        return bool(self._asked)
+        self.asked.append(subscription)
 
     def send(self, write: Callable[[Subscription], int | None]) -> None:
         """Send those that were asked for; `write` gives the packet id."""
-        while self._asked:
-            subscription = self._asked.popleft()
+        while self.asked:
+            subscription = self.asked.popleft()
             mid = write(subscription)
             if mid is None:
                 subscription.done.set()
@@ -78,8 +75,8 @@ class Subscriptions:
         """The connection is gone: whoever waits learns it now."""
         left = [*self._sent.values()]
         self._sent.clear()
-        while self._asked:
-            left.append(self._asked.popleft())
+        while self.asked:
+            left.append(self.asked.popleft())
         for subscription in left:
             subscription.done.set()
 
@@ -88,26 +85,24 @@ class Receipts:
     """Acknowledgements on their way back, each tagged with its connection."""
 
     def __init__(self) -> None:
-        self._given: deque[tuple[int, int]] = deque()
+        self.given: deque[tuple[int, int]] = deque()
+        """What is still to be sent: numbers of connections with packet ids."""
 
     def give(self, delivery: Delivery) -> bool:
         """Queue the acknowledgement of a delivery, from any thread; False when there is nothing to acknowledge."""
         match delivery.receipt:
             case (int() as generation, int() as mid):
-                self._given.append((generation, mid))
+                self.given.append((generation, mid))
                 return True
         return False
-
-    def waiting(self) -> bool:
-        return bool(self._given)
 
     def send(self, generation: int, write: Callable[[int], None]) -> None:
         """Send those of this connection, in order, and forget those of earlier ones.
 
         After a restart of the broker packet ids begin at 1 again: an old receipt would acknowledge a new message.
         """
-        while self._given:
-            of_generation, mid = self._given.popleft()
+        while self.given:
+            of_generation, mid = self.given.popleft()
             if of_generation == generation:
                 write(mid)
 

@@ -12,7 +12,7 @@ import structlog
 from llamacpp_mqtt_deploy.core.outbox_budget import OutboxBudget
 from llamacpp_mqtt_deploy.core.reminding import Reminder
 from llamacpp_mqtt_deploy.mqtt import explain
-from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes
+from llamacpp_mqtt_deploy.mqtt.packets import packet_bytes, puback_name
 from llamacpp_mqtt_deploy.mqtt.paho_wire import PahoWire
 from llamacpp_mqtt_deploy.mqtt.session import FAULTS, Outgoing, Publish
 from llamacpp_mqtt_deploy.stopping import Deadline
@@ -26,9 +26,9 @@ _PASSED_OVER = 10
 
 
 class Sending:
-    """The outgoing half of a link, over whichever wire it has; `changed` is notified when the last publish is done."""
+    """The outgoing half of a link, over whichever wire it has; `changed`, whose lock is `lock`, is notified when the last publish is done."""
 
-    def __init__(self, changed: threading.Condition, budget: OutboxBudget) -> None:
+    def __init__(self, lock: threading.RLock, changed: threading.Condition, budget: OutboxBudget) -> None:
         self._budget = budget
         self.outgoing = Outgoing(self._budget)
         self.max_packet_bytes: int | None = None
@@ -38,6 +38,7 @@ class Sending:
         self.last_puback_at: float | None = None
         self.connected_at = 0.0
         self.poisoned = 0
+        self._lock = lock
         self._changed = changed
         self._refused: dict[str, Reminder] = {}
 
@@ -79,28 +80,31 @@ class Sending:
         since = max(oldest.sent_at, self.connected_at)
         return now - max(since, self.last_puback_at or 0.0) > timeout_s or now - since > _PASSED_OVER * timeout_s
 
-    def pump(self, wire: PahoWire) -> None:
-        """Give the wire what may be sent now; the link's thread alone, as all that follows.
+    def pump(self, wire: PahoWire) -> bool:
+        """Give the wire what may be sent now, and say whether there was anything; the link's thread alone, as all that follows.
 
         Whatever the wire raises but ValueError passes through, with the publish back in its place: the wire is in doubt then, the
         caller drops it and connects anew. A publish that brings this about each time is given up.
         """
-        if not (self.outgoing.waiting or self.outgoing.again):
-            return
+        outgoing = self.outgoing
+        if not (outgoing.waiting or outgoing.again):
+            return False
         now = time.monotonic()
-        if not self._resend(wire, now):
-            return
-        while (publish := self._take(now)) is not None:
+        if outgoing.again and not self._resend(wire, now):
+            return True
+        # What comes after this look wakes us again.
+        while outgoing.waiting and (publish := self._take(now)) is not None:
             try:
                 went = self._send(wire, publish, now)
             except Exception as error:
-                with self._changed:
-                    given_up = self.outgoing.failed()
+                with self._lock:
+                    given_up = outgoing.failed()
                 if given_up is not None:
                     self.give_up(given_up, f"the MQTT client failed on it {FAULTS} times in a row: {error!r}")
                 raise
             if not went:
-                return
+                break
+        return True
 
     def _resend(self, wire: PahoWire, now: float) -> bool:
         """Send again what an earlier connection of this session left in flight; False when the wire takes nothing more for now."""
@@ -145,7 +149,7 @@ class Sending:
             self.give_up(publish, str(error))
             return True
         if mid is None:
-            with self._changed:
+            with self._lock:
                 outgoing.put_back()
             return False
         if publish.qos == 0:
@@ -153,24 +157,24 @@ class Sending:
             self.done(publish, well=True)
         else:
             publish.sent_at = now
-            with self._changed:
+            with self._lock:
                 outgoing.sent(mid, publish)
         return True
 
     def _take(self, now: float) -> Publish | None:
         # Under the lock of those who count: a publish between queue and flight would be in neither, the outbox would take one
         # too many, and a flush would find nothing left while the last one is still on its way.
-        with self._changed:
+        with self._lock:
             return self.outgoing.next(now)
 
-    def puback(self, mid: int, code: int, name: str) -> None:
+    def puback(self, mid: int, code: int) -> None:
         """The broker has it, or refuses it."""
         publish = self.outgoing.acknowledged(mid)
         if publish is None:
             return
         self.last_puback_at = time.monotonic()
         if code >= 0x80:
-            why = explain.of_puback(code, name)
+            why = explain.of_puback(code, puback_name(code))
             reminder = self._refused.setdefault(publish.topic, Reminder())
             if len(self._refused) > 256:
                 self._refused.clear()
@@ -190,7 +194,10 @@ class Sending:
         on_done = publish.on_done
         if on_done is not None:
             publish.on_done = None
-            guard(on_done, well)
+            try:  # as `guard` does; it runs for each event
+                on_done(well)
+            except Exception:
+                log.exception("link.callback_failed", callback="on_done")
         if self._waiters or (self._flushers and len(self.outgoing) == 0):
             with self._changed:
                 self._changed.notify_all()

@@ -25,24 +25,28 @@ class Wire(Protocol):
     def wants_write(self) -> bool: ...
     def on_readable(self) -> None: ...
     def on_writable(self) -> None: ...
-    def on_time(self, now: float) -> None:
-        """Do what is due; to be called at least every half second."""
 
 
 class WireLoop:
-    """Runs one wire after the other in the loop. `work` is called after each of its turns and after each `wake`.
+    """Runs one wire after the other in the loop. `work` is called after each of its turns and after each `wake`, and gives False
+    when the wire's life is over. It runs for each PUBACK and for each turn of the loop that publishes.
 
-    `due_in_s(now)` says when `work` is wanted although nothing happens. `wake` is for any thread; `run` for the one that owns
+    `on_time(now)` is called before it at the times that `due_in_s(now)` gives. `wake` is for any thread; `run` for the one that owns
     the wires, which waits meanwhile: so a wire belongs to one thread at a time.
     """
 
     def __init__(
-        self, loop: IoLoop, *, work: Callable[[], None], due_in_s: Callable[[float], float], over: Callable[[], bool]
+        self,
+        loop: IoLoop,
+        *,
+        work: Callable[[], bool],
+        on_time: Callable[[float], None],
+        due_in_s: Callable[[float], float],
     ) -> None:
         self._loop = loop
         self._work = work
+        self._on_time = on_time
         self._due_in_s = due_in_s
-        self._over = over
         self._wire: Wire | None = None
         self._fd = -1
         self._interest = 0
@@ -62,7 +66,7 @@ class WireLoop:
                 self._loop.call_soon(self._woken)
 
     def run(self, wire: Wire) -> None:
-        """Let the wire live in the loop until `over` says so; raises what it, its callbacks or `work` raised."""
+        """Let the wire live in the loop until `work` says that it is over; raises what it, its callbacks or `work` raised."""
         self._ended.clear()
         self._problem = None
         self._loop.call_soon(lambda: self._begin(wire))
@@ -78,51 +82,38 @@ class WireLoop:
     def _begin(self, wire: Wire) -> None:
         self._wire = wire
         self._awake = False
-        self._step(lambda: None)
+        self._step(0)
         self._ticked()
 
     def _ready(self, events: int) -> None:
-        wire = self._wire
-        if wire is None:
-            return
-        self._step(lambda: self._serve(wire, events))
-
-    def _serve(self, wire: Wire, events: int) -> None:
-        # Read first, also after an error: the PUBACKs that came before the end still count.
-        if events & ~WRITE:
-            wire.on_readable()
-            for _ in range(_MOST_READS):
-                if not wire.wants_read():
-                    break
-                wire.on_readable()
-        if events & WRITE:
-            wire.on_writable()
+        if self._wire is not None:
+            self._step(events)
 
     def _woken(self) -> None:
         self._awake = False
         if self._wire is not None:
-            self._step(lambda: None)
+            self._step(0)
 
     def _ticked(self) -> None:
         wire = self._wire
         if wire is None:
             return
         now = time.monotonic()
-        self._step(lambda: wire.on_time(now))
+        self._step(0, due_at=now)
         if self._wire is wire:
             self._tick = self._loop.after(self._due_in_s(now), self._ticked)
 
-    def _step(self, act: Callable[[], None]) -> None:
-        """Do something with the wire, then what is to do after anything, and see whether that was its end."""
+    def _step(self, events: int, *, due_at: float | None = None) -> None:
+        """Serve the wire, then do what is to do after anything, and see whether that was its end."""
         wire = self._wire
         assert wire is not None
         try:
-            act()
-            if not self._over():
-                self._work()
-            if not self._over():
+            holds_more = events != 0 and self._serve(wire, events)
+            if due_at is not None:
+                self._on_time(due_at)
+            if self._work():
                 self._watch(wire)
-                if wire.wants_read():  # held back by TLS, beyond our share of this turn
+                if holds_more:
                     self._loop.call_soon(lambda: self._ready(READ))
                 return
         except BaseException as error:  # noqa: BLE001  it is raised in the thread that owns the wire
@@ -133,11 +124,29 @@ class WireLoop:
             self._tick.cancel()
         self._ended.set()
 
+    def _serve(self, wire: Wire, events: int) -> bool:
+        """Read and write; whether TLS holds back more than our share of this turn."""
+        holds_more = False
+        # Read first, also after an error: the PUBACKs that came before the end still count.
+        if events & ~WRITE:
+            wire.on_readable()
+            for _ in range(_MOST_READS):
+                holds_more = wire.wants_read()
+                if not holds_more:
+                    break
+                wire.on_readable()
+        if events & WRITE:
+            wire.on_writable()
+        return holds_more
+
     def _watch(self, wire: Wire) -> None:
-        fd, interest = wire.fileno(), READ | WRITE if wire.wants_write() else READ
+        fd = wire.fileno()
+        interest = READ | WRITE if wire.wants_write() else READ
+        if fd == self._fd and interest == self._interest:
+            return
         if fd != self._fd:
             self._forget()
-        if fd >= 0 and (fd, interest) != (self._fd, self._interest):
+        if fd >= 0:
             self._loop.watch(fd, interest, self._ready)
             self._fd, self._interest = fd, interest
 

@@ -48,7 +48,10 @@ class AnswerAccumulator:
     def add_text(self, text: str, now: float, pieces: int = 1) -> None:
         self.content.append(text)
         self.size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-        self._count(now, pieces)
+        self.pieces += pieces
+        self.last_at = now
+        if self.first_at is None:
+            self.first_at = now
 
     def add_reasoning(self, text: str, now: float, pieces: int = 1) -> None:
         self.reasoning.append(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llamacpp_mqtt_deploy.core.counts import checked_end
@@ -69,18 +69,24 @@ class Forwarder:
         for delta in deltas:
             # A token's way is the first branch.
             if type(delta) is Text:
-                self._begin()
+                if not self._begun:
+                    self._begin()
                 job.answer.add_text(delta.text, now, delta.pieces)
                 if self._live:
-                    self._tell_text(delta.text)
+                    if self._sentences is None:
+                        job.responder.text("content", delta.text)
+                    else:
+                        self._tell_sentences(self._sentences.feed(delta.text))
             elif type(delta) is Reasoning:
-                self._begin()
+                if not self._begun:
+                    self._begin()
                 job.answer.add_reasoning(delta.text, now, delta.pieces)
                 if self._live:
                     self._end_sentence()
                     job.responder.text("reasoning", delta.text)
             elif type(delta) is ToolCall:
-                self._begin()
+                if not self._begun:
+                    self._begin()
                 event = job.answer.add_call(delta, now)
                 if self._live:
                     self._end_sentence()
@@ -111,11 +117,10 @@ class Forwarder:
         self._job.answer.finished = checked_end(finished)
 
     def _begin(self) -> None:
-        if not self._begun:
-            self._begun = True
-            self._job.prompt_done = True
-            if self._live:
-                self._await_marking()
+        self._begun = True
+        self._job.prompt_done = True
+        if self._live:
+            self._await_marking()
 
     def _begin_marking(self) -> None:
         if self._live and not self._marked:
@@ -140,16 +145,13 @@ class Forwarder:
 
         self._marking.on_done(over)
 
-    def _tell_text(self, text: str) -> None:
-        if self._sentences is None:
-            self._job.responder.text("content", text)
-            return
-        for sentence in self._sentences.feed(text):
-            self._job.responder.piece("content", sentence)
-
     def _end_sentence(self) -> None:
         """Text goes out before what was generated after it, be its sentence whole or not."""
-        for sentence in self._sentences.flush() if self._sentences is not None else ():
+        if self._sentences is not None:
+            self._tell_sentences(self._sentences.flush())
+
+    def _tell_sentences(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
             self._job.responder.piece("content", sentence)
 
     def _progress(self, progress: PromptProgress, now: float) -> None:

@@ -260,11 +260,12 @@ class Responder:
 
     def _send_waiting(self, now: float) -> bool:
         """Publish what waits, if it may go; True when nothing is left."""
+        coalescer = self._coalescer
+        if not coalescer.waiting:
+            return True
         if self._flow.may_send(now):
             self._flush(now, self._most_chars, MOST_CHUNKS_AT_ONCE)
-            return not self._coalescer
-        if not self._coalescer:
-            return True
+            return not coalescer.waiting
         due_in_s = self._flow.due_in_s(now)
         if due_in_s is not None and self._alarm is None:
             self._alarm = self._wake(due_in_s + _AFTER_READER_S, self._send_later)
@@ -291,13 +292,17 @@ class Responder:
                 self._tell(kind, text[start : start + self._max_chars])
 
     def _tell(self, kind: TextKind, text: str) -> None:
-        if text and self._tells() and not self.withheld:
-            if len(text) > _SURELY_FITS_CHARS:
-                self._look_at_limit()
-            payloads = self._writer.chunks(kind, text)
-            self._published[kind].append(text)
+        if not text or self.silent or self._closed or self.overflowed or self.withheld:
+            return
+        if len(text) > _SURELY_FITS_CHARS:
+            self._look_at_limit()
+        payloads = self._writer.chunks(kind, text)
+        self._published[kind].append(text)
+        if len(payloads) == 1:
+            self._chunks.append((kind, text))
+        else:
             self._chunks += recorded(kind, text, payloads)
-            self._publish_chunks(payloads)
+        self._publish_chunks(payloads)
 
     def _tell_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
         if self._tells() and not self.withheld:
@@ -341,7 +346,7 @@ class Responder:
     def _chunk_done(self, _delivered: bool) -> None:
         # The link's thread: count, and leave the work to another one.
         self._flow.acknowledge(time.monotonic())
-        if self._coalescer:
+        if self._coalescer.waiting:
             self._wake(0.0, self._send_later)
 
     def close(self) -> None:

@@ -29,9 +29,9 @@ def test_packets_wait_for_the_flush_and_go_out_in_order(ends: Ends) -> None:
     there.setblocking(False)
     with pytest.raises(BlockingIOError):
         there.recv(10)
-    assert buffered.has_unsent()
+    assert buffered.unsent
     assert buffered.flush()
-    assert (there.recv(100), buffered.has_unsent()) == (b"one two", False)
+    assert (there.recv(100), bytes(buffered.unsent)) == (b"one two", b"")
 
 
 def test_what_a_full_socket_does_not_take_is_kept_and_bounded(ends: Ends) -> None:
@@ -42,14 +42,14 @@ def test_what_a_full_socket_does_not_take_is_kept_and_bounded(ends: Ends) -> Non
         while True:
             sent += buffered.send(data)
             buffered.flush()
-    assert buffered.has_unsent()
-    assert len(buffered._unsent) <= MOST_UNSENT_BYTES + len(data)
+    assert buffered.unsent
+    assert len(buffered.unsent) <= MOST_UNSENT_BYTES + len(data)
     received = b""
     while len(received) < sent:
         received += there.recv(1 << 20)
         buffered.flush()
     assert received == data * (sent // len(data))
-    assert not buffered.has_unsent()
+    assert not buffered.unsent
 
 
 def test_one_read_serves_many_small_ones_and_says_when_there_is_no_more(ends: Ends) -> None:
@@ -59,7 +59,7 @@ def test_one_read_serves_many_small_ones_and_says_when_there_is_no_more(ends: En
     there.sendall(b"later")
     with pytest.raises(BlockingIOError):  # the socket was dry when it was read; the loop says when it is not
         buffered.recv(1)
-    buffered.readable()
+    buffered.is_dry = False
     assert buffered.recv(10) == b"later"
 
 
@@ -70,7 +70,7 @@ def test_the_end_of_the_connection_is_told(ends: Ends) -> None:
     assert buffered.recv(1) == b"x"
     with pytest.raises(BlockingIOError):
         buffered.recv(1)
-    buffered.readable()
+    buffered.is_dry = False
     assert buffered.recv(1) == b""
 
 
@@ -83,7 +83,7 @@ def test_a_write_that_fails_is_told_to_whoever_reads_or_writes_next(ends: Ends) 
         buffered.recv(1)
     with pytest.raises(OSError, match="Broken pipe"):
         buffered.send(b"more")
-    assert not buffered.has_unsent()
+    assert not buffered.unsent
 
 
 def test_closing_writes_what_is_left(ends: Ends) -> None:

@@ -36,8 +36,8 @@ class Told:
     def connack(self, answer: Connack) -> None:
         self.events.append(answer)
 
-    def puback(self, mid: int, code: int, name: str) -> None:
-        self.events.append(("puback", mid, code, name))
+    def puback(self, mid: int, code: int) -> None:
+        self.events.append(("puback", mid, code))
 
     def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None:
         self.events.append(("suback", mid, list(codes)))
@@ -297,7 +297,7 @@ def test_a_common_message_does_without_paho_and_is_acknowledged_when_we_say_so(l
         connection.wire._client.on_message = None
         assert connection.feed(b"\x40\x02\x00\x01" + REQUEST + b"\x40\x02\x00\x02")
         first, delivery, last = connection.told.events[1:]
-        assert (first, last) == (("puback", 1, 0, ""), ("puback", 2, 0, ""))
+        assert (first, last) == (("puback", 1, 0), ("puback", 2, 0))
         assert (delivery.topic, delivery.payload, delivery.receipt) == ("t", b"hi", 7)
         assert connection.sent() == b""
         connection.wire.acknowledge(delivery.receipt)

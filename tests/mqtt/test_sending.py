@@ -33,8 +33,13 @@ def _publish(topic: str, done: dict[str, bool]) -> Publish:
     return Publish(topic, b"x", 1, False, None, None, lambda well: done.__setitem__(topic, well))
 
 
+def _empty() -> Sending:
+    lock = threading.RLock()
+    return Sending(lock, threading.Condition(lock), OutboxBudget(most_messages=5000, most_bytes=64 * MIB))
+
+
 def _sending(done: dict[str, bool]) -> Sending:
-    sending = Sending(threading.Condition(), OutboxBudget(most_messages=5000, most_bytes=64 * MIB))
+    sending = _empty()
     for topic in ("first", "bad", "last"):
         sending.outgoing.waiting.append(_publish(topic, done))
     sending.outgoing.connected(window=10, now=0.0)
@@ -82,7 +87,7 @@ def test_a_publish_that_is_unfit_for_the_client_ends_at_once_and_costs_no_connec
 
 
 def test_pubacks_are_overdue_when_none_comes_and_not_while_a_slow_line_goes_on_acknowledging() -> None:
-    sending = Sending(threading.Condition(), OutboxBudget(most_messages=5000, most_bytes=64 * MIB))
+    sending = _empty()
     assert not sending.overdue(1000.0, timeout_s=1.0), "nothing is in flight"
     for mid in range(20):
         publish = Publish("events/a", b"x", 1, False, None, None, None, sent_at=100.0)

@@ -96,7 +96,7 @@ class Pump:
     # --- in the loop's thread ------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._safely(self._read)  # a quick engine has answered by now; and TLS may have read ahead
+        self._try_to_read()  # a quick engine has answered by now; and TLS may have read ahead
         if self._ended:
             return
         self._loop.watch(self._fd, READ | HANG_UP, self._ready)
@@ -107,18 +107,26 @@ class Pump:
     def _ready(self, events: int) -> None:
         if events & ~READ:
             self._hung_up = True
-        self._end_rest()
-        self._safely(self._read)
-        self._await()
+        if self._rest is not None:
+            self._end_rest()
+        self._try_to_read()
+        if self._is_awaited is not (self._rest is None):
+            self._await()
 
-    def _safely(self, step: Callable[[], None]) -> None:
+    def _rested(self) -> None:
+        self._rest = None
+        self._try_to_read()  # something has collected, most likely
+        if self._is_awaited is not (self._rest is None):
+            self._await()
+
+    def _try_to_read(self) -> None:
         try:
-            step()
+            self._read()
         except Exception as error:  # noqa: BLE001  it is raised in the thread that waits for the end
             self._end(error)
 
     def _read(self) -> None:
-        while not (self._ended or self._is_resting()):
+        while not self._ended and self._rest is None:
             try:
                 raw = self._socket.recv(READ_BYTES)
             except (BlockingIOError, ssl.SSLWantReadError):
@@ -164,13 +172,8 @@ class Pump:
         if self._stream.reader.done or self._exchange.body.ended:
             self._end(None)
 
-    def _rested(self) -> None:
-        self._rest = None
-        self._safely(self._read)  # something has collected, most likely
-        self._await()
-
     def _await(self) -> None:
-        """Have the system tell what is awaited now: the next byte, or in a rest the end; it is told only what it does not know."""
+        """Have the system tell what is awaited now: the next byte, or in a rest the end."""
         awaited = self._rest is None
         if self._ended or awaited == self._is_awaited:
             return
@@ -181,9 +184,6 @@ class Pump:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
         else:
             self._loop.watch(self._fd, READ | HANG_UP if awaited else HANG_UP, self._ready)
-
-    def _is_resting(self) -> bool:
-        return self._rest is not None
 
     def _end_rest(self) -> None:
         if self._rest is not None:
