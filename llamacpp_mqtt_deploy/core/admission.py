@@ -55,8 +55,9 @@ class AdmissionQueue:
                 in_session = sum(other.session == ticket.session for other in self._waiting.values())
                 busy = ticket.session in self._busy_sessions
                 check_session(in_session, self.limits, busy=busy, retry_after_s=retry_after_s)
-            waiting = _InMemory(list(self._waiting.values()), paced)
-            leaving = make_room(ticket, waiting, self.limits, retry_after_s=retry_after_s, paced=paced)
+            if self._waiting or paced:  # nobody has to make room for a first one, whatever its size
+                waiting = _InMemory(list(self._waiting.values()), paced)
+                leaving = make_room(ticket, waiting, self.limits, retry_after_s=retry_after_s, paced=paced)
             for other in leaving:
                 self.remove(other.key)
         self.turns.arrive(ticket)
@@ -102,6 +103,10 @@ class AdmissionQueue:
 
     def _in_order(self, now: float, *, at_once: bool = False, held_too: bool = True) -> Iterator[Ticket]:
         """The order in which `next` would take them. `at_once`: with no session's prompt ending meanwhile."""
+        if at_once and len(self._waiting) == 1:  # as on most workers at most times: nothing has to be put in order
+            ticket = next(iter(self._waiting.values()))
+            goes = ticket.session not in self._busy_sessions and (held_too or not ticket.held)
+            return iter((ticket,) if goes else ())
         chains: dict[Hashable, list[Ticket]] = {}
         for ticket in self._waiting.values():
             # A stateless request is a chain of its own, and the prompts of a session go one after the other.

@@ -127,7 +127,7 @@ def fit(
     def prompt(cut: int) -> tuple[Message, ...]:
         return (*system, *(message for exchange in kept[cut:] for message in exchange), *after)
 
-    if budget_tokens is None:
+    if budget_tokens is None or not kept:
         return Fitted(messages=prompt(0))
     # Bytes in front of each exchange, and of all of them: a cut at i leaves before[-1] - before[i].
     before = list(accumulate((_size(exchange) for exchange in kept), initial=0))

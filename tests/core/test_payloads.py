@@ -6,11 +6,11 @@ import json
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
-from llamacpp_mqtt_deploy.core.payloads import decode_payload, nesting, shown
+from llamacpp_mqtt_deploy.core.payloads import _checked, _flat, decode_payload, nesting, shown
 
 MIB = 1024 * 1024
 SCALARS = st.one_of(
@@ -178,3 +178,61 @@ def test_a_refusal_repeats_the_beginning_of_a_number_and_of_a_name_only() -> Non
 def test_a_half_pair_is_named_by_its_field_and_a_key_that_stands_twice_by_itself() -> None:
     assert list(refusal(b'{"a":1,"b":"\\ud83d"}').details["fields"]) == ["b"]
     assert list(refusal(b'{"a":{"c":1,"b":1,"b":2}}').details["fields"]) == ["b"]
+
+
+SIMPLE_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+SIMPLE = st.dictionaries(SIMPLE_TEXT, SCALARS, max_size=4)
+NUMBERS = [
+    "0",
+    "-0",
+    "-0.0",
+    "0.0",
+    "1e3",
+    "1E400",
+    "1e-400",
+    "1.5",
+    "007",
+    "+1",
+    "1.",
+    "NaN",
+    "Infinity",
+    "true",
+    "null",
+]
+BORDERS = [str(number) for number in (2**53, 2**64, 2**64 - 1, -(2**63), -(2**63) - 1, 10**400)]
+
+
+@st.composite
+def nearly_simple(draw: st.DrawFn) -> bytes:
+    """An object as clients write them, with a key twice, odd numbers, odd blanks and broken bytes among them."""
+    body, doubled = draw(SIMPLE), draw(st.booleans())
+    text = json.dumps(body, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
+    if body and doubled:
+        name = json.dumps(draw(st.sampled_from(sorted(body))), ensure_ascii=False)
+        text = f"{text[:-1]}, {name}: {draw(st.sampled_from(NUMBERS + BORDERS))}}}"
+    raw = bytearray(text.encode())
+    for _ in range(draw(st.integers(0, 2))):
+        place = draw(st.integers(0, len(raw)))
+        raw[place : place + draw(st.integers(0, 1))] = draw(
+            st.binary(max_size=1) | st.sampled_from([b'"', b",", b"\\", b"{", b"\x7f"])
+        )
+    return bytes(raw)
+
+
+@settings(max_examples=2000)
+@given(nearly_simple())
+def test_a_simple_object_is_read_as_all_others_are(payload: bytes) -> None:
+    found = _flat(payload) if payload.lstrip().startswith(b"{") else None
+    if found is not None:
+        in_general = _checked(payload, payload.decode())
+        assert found == in_general
+        assert [*map(type, found.values())] == [*map(type, in_general.values())]
+        assert [*found] == [*in_general]
+
+
+def test_requests_of_everyday_take_the_short_way() -> None:
+    assert _flat(b'{"prompt": "Hello, world", "max_tokens": 200, "temperature": 0.7, "new": true, "model": null}')
+    assert _flat('{ "request_id" : "r1",\n "prompt": "Grüße {" }'.encode()) is None, (
+        "a brace in a text: the general way"
+    )
+    assert _flat(b'{"prompt": "a", "prompt": "b"}') is None, "the general way refuses it"

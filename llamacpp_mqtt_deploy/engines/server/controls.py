@@ -63,7 +63,8 @@ class LearnedControls:
         written = "" if marks is None else marks.templates
         named = frozenset[str]() if marks is None else marks.strings
         found = special_looking(text)
-        for special in (WELL_KNOWN, named):
+        # Nearly every one that is well known has a bracket, and most prompts have none.
+        for special in (WELL_KNOWN if "<" in text or "[" in text else _UNBRACKETED, named):
             found.update(string for string in special if string in text)
         controls = {string for string in found if string in named or (string in WELL_KNOWN and string in written)}
         unknown = sorted(found - controls - known.controls - known.plain)
@@ -126,6 +127,8 @@ class LearnedControls:
 
 
 _NONE = ControlStrings(())
+_UNBRACKETED = frozenset(each for each in WELL_KNOWN if "<" not in each and "[" not in each)
+"""Those that may stand in a text without either."""
 
 
 class _Known:

@@ -20,17 +20,25 @@ class ServerAddress:
         parts = urlsplit(url)
         if parts.scheme == "unix":
             self.unix_path: str | None = (parts.netloc + parts.path) or None
-            self.base = "http://localhost"
+            base = "http://localhost"
             if self.unix_path is None:
                 raise ValueError("engine.url: unix:// needs the path of a socket, as in unix:///run/llama/llama.sock")
         elif parts.scheme in ("http", "https") and parts.hostname:
             self.unix_path = None
             prefix = parts.path.rstrip("/").removesuffix("/v1")
-            self.base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{prefix}"
+            base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{prefix}"
         else:
             raise ValueError("engine.url must be http://host:port, https://host or unix:///path/to/the.sock")
-        self.shown = self.unix_path or self.base
+        self.base = base
+        self.shown = self.unix_path or base
         """The address for logs and operators."""
+        # Taken apart once: it takes longer than the request's first bytes.
+        split = urlsplit(base)
+        self.is_https = split.scheme == "https"
+        self.host = split.hostname or ""
+        self.port = split.port or (443 if self.is_https else 80)
+        self.netloc = split.netloc
+        self.path = split.path
 
 
 class Line:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 from llamacpp_mqtt_deploy.core.response_head import HeadReader, ResponseHead
 from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder, PlainBody
@@ -128,16 +127,15 @@ class StreamingExchange:
         return True
 
     def _connect(self) -> socket.socket:
-        parts = urlsplit(self._address.base)
-        secure = parts.scheme == "https"
-        host = parts.hostname or ""
-        port = parts.port or (443 if secure else 80)
-        made = self._line.connect(host, port, self._connect_timeout_s, _NODELAY, stays_bare=not secure)
-        if not secure:
+        address = self._address
+        made = self._line.connect(
+            address.host, address.port, self._connect_timeout_s, _NODELAY, stays_bare=not address.is_https
+        )
+        if not address.is_https:
             return made
         try:
             context = ssl.create_default_context(cafile=str(self._ca_file or CA_BUNDLE))
-            wrapped = context.wrap_socket(made, server_hostname=host)
+            wrapped = context.wrap_socket(made, server_hostname=address.host)
             wrapped.setblocking(False)
             return wrapped
         except BaseException:
@@ -145,10 +143,9 @@ class StreamingExchange:
             raise
 
     def _request_head(self, path: str, length: int) -> bytes:
-        parts = urlsplit(self._address.base)
         lines = [
-            f"POST {parts.path}{path} HTTP/1.1",
-            f"Host: {parts.netloc}",
+            f"POST {self._address.path}{path} HTTP/1.1",
+            f"Host: {self._address.netloc}",
             "Accept-Encoding: identity",
             "Connection: close",
             "Content-Type: application/json",
