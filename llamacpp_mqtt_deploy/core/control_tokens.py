@@ -103,10 +103,18 @@ def texts_of(call: EngineCall) -> str:
     """All text of the call that reaches the prompt, to look for special-looking strings in it."""
     gathering = _Gathering()
     for message in call.messages:
-        _message(message, gathering)
+        if len(message) == 2 and message.get("role") in _SPEAKERS and isinstance(message.get("content"), str):
+            gathering.texts.append(message["content"])  # as nearly all are
+        else:
+            _message(message, gathering)
     for part in (call.tools, call.tool_choice, call.response_format):
-        gathering.value(part)
+        if part is not None:
+            gathering.value(part)
     return "\n".join(gathering.texts)
+
+
+_SPEAKERS = ("user", "assistant", "system")
+"""Roles whose content is text and nothing else."""
 
 
 class _Cleaning:
@@ -157,11 +165,14 @@ class _Cleaning:
         return self.text(text)
 
 
+_NO_STRINGS = ControlStrings(())
+
+
 class _Gathering(_Cleaning):
     """Walks like `_Cleaning` and keeps every text that it meets."""
 
     def __init__(self) -> None:
-        super().__init__(ControlStrings(()))
+        super().__init__(_NO_STRINGS)
         self.texts: list[str] = []
 
     def joined(self, texts: Sequence[str]) -> list[str]:

@@ -87,12 +87,12 @@ def _object(payload: bytes, text: str) -> dict[str, Any]:
 
 
 def _flat(payload: bytes) -> dict[str, Any] | None:
-    """The object where it is as simple as most are: no list or object in it, no escape. None when that is not sure.
+    """The object where it is as simple as most are: nothing but texts and numbers in it. None when that is not sure.
 
     Four parsers and expressions less than the general way, which makes 0.1 ms of a request that comes to a worker at rest.
     """
-    if payload.count(b"{") != 1 or b"[" in payload or b"\\" in payload:
-        return None
+    if b"\\\\" in payload:
+        return None  # a quote behind two backslashes ends its text
     try:
         body: dict[str, Any] = orjson.loads(payload)
     except orjson.JSONDecodeError:
@@ -101,10 +101,13 @@ def _flat(payload: bytes) -> dict[str, Any] | None:
     for value in body.values():
         if type(value) is str:
             quotes += 2
-        elif type(value) is float and not 0.0 < abs(value) < _SURE_FLOAT:
+        elif type(value) is float:
+            if not 0.0 < abs(value) < _SURE_FLOAT:
+                return None
+        elif isinstance(value, dict | list):
             return None
     # A key that stands twice would have brought quotes that no entry accounts for.
-    return body if payload.count(b'"') == quotes else None
+    return body if payload.count(b'"') - payload.count(b'\\"') == quotes else None
 
 
 _SURE_FLOAT = 2.0**53

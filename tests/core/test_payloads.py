@@ -232,7 +232,6 @@ def test_a_simple_object_is_read_as_all_others_are(payload: bytes) -> None:
 
 def test_requests_of_everyday_take_the_short_way() -> None:
     assert _flat(b'{"prompt": "Hello, world", "max_tokens": 200, "temperature": 0.7, "new": true, "model": null}')
-    assert _flat('{ "request_id" : "r1",\n "prompt": "Grüße {" }'.encode()) is None, (
-        "a brace in a text: the general way"
-    )
+    assert _flat('{ "request_id" : "r1",\n "prompt": "Grüße {[\\" \\n \\u00e4 \\ud83d\\ude00" }'.encode())
+    assert _flat(b'{"prompt": "a", "metadata": {"a": 1}}') is None, "not flat: the general way"
     assert _flat(b'{"prompt": "a", "prompt": "b"}') is None, "the general way refuses it"
