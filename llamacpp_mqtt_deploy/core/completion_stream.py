@@ -44,8 +44,14 @@ class CompletionStream:
 
     def feed_parts(self, parts: Sequence[bytes]) -> list[Delta]:
         """As `feed` of all of them; quicker where each part is an event."""
-        if len(parts) < 2 or not self.reader.is_plain:
+        if not self.reader.is_plain:
             return self.feed(b"".join(parts))
+        if len(parts) == 1:
+            token = self._tokens.read_one(parts[0]) if self._events.between_events else None
+            if token is None:
+                return self.feed(parts[0])
+            self.reader.count(1)
+            return [token]
         start, end = self._tokens.among(parts)
         if start == end:
             return self.feed(b"".join(parts))

@@ -74,6 +74,22 @@ class TokenLines:
         texts = body[len(head) : -len(tail)].split(tail + head)
         return _joined(kind, texts)
 
+    def read_one(self, part: bytes) -> Text | Reasoning | None:
+        """As `read` of an event that is like the last one that was learned from: each of an engine that nobody has to wait for."""
+        tail = self._tail
+        if not tail or not part.endswith(tail):
+            return None
+        head, kind = _CONTENT if part.startswith(_CONTENT[0]) else _REASONING
+        if not part.startswith(head):
+            return None
+        text = part[len(head) - 1 : 1 - len(tail)]  # with its quotes
+        if len(text) < 3 or b"\\u" in text:
+            return None  # as `_joined` has it
+        try:
+            return kind(orjson.loads(text))
+        except orjson.JSONDecodeError:
+            return None
+
     def among(self, parts: Sequence[bytes]) -> tuple[int, int]:
         """From which of these parts to which (exclusive) all may be events like these, each whole; the same number twice where there
         are none. Whether they are `read_parts` says."""
