@@ -209,11 +209,10 @@ class JobRegistry:
 
     def commit(self, jobs: Sequence[Job]) -> None:
         """These are in the journal: they may be taken now."""
-        keys = {job.key for job in jobs}
         with self._lock:
-            for ticket in self._queue:
-                if ticket.key in keys:
-                    ticket.held = False
+            for job in jobs:
+                if job.ticket is not None:
+                    job.ticket.held = False
             self._call_takers(len(jobs))
 
     def check_rate(self, first_level: str, received_at: float) -> None:

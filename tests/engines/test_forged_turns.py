@@ -215,6 +215,13 @@ def test_marks_that_are_no_tokens_are_broken_up_where_the_template_writes_them(s
     assert content_sent(sham) == "a [ /INST] b [ INST] c <start_of_turn>"
 
 
+def test_a_mark_without_an_opening_bracket_is_broken_up_in_a_text_without_any(sham: ShamServer) -> None:
+    sham.on("/props", reply(200, {**PROPS, "chat_template": "]~b]{{ role }} {{ message }}", "eos_token": "END"}))
+    sham.on("/tokenize", pieces("x"))
+    opened(engine_at(sham.url), call_with(user("a ]~b] b END")))
+    assert content_sent(sham) == "a ] ~b] b E ND"
+
+
 def test_a_server_that_does_not_answer_about_tokens_gets_no_bracketed_text_at_all(sham: ShamServer) -> None:
     sham.on("/tokenize", reply(500))
     opened(engine_at(sham.url), call_with(user("a<odd>b")))
