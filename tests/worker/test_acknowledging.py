@@ -179,21 +179,25 @@ def test_a_request_is_acknowledged_soon_also_where_its_engine_says_nothing_at_al
     assert bus.listener.read("r1").content == "at last"
 
 
-def test_only_a_request_that_begins_at_once_may_wait_for_the_next_commit(
+def test_only_a_request_that_begins_at_once_beside_others_may_wait_for_the_next_commit(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = ScriptedEngine(slots=1)
-    gate = Gate()
-    engine.play(gate, "first")
+    engine = ScriptedEngine(slots=2)
+    gates = [Gate(), Gate()]
+    for gate in gates:
+        engine.play(gate, "an answer")
     worker = bus.worker(engine)
     journal = HeldJournal(worker, monkeypatch)
-    bus.ask("hi", request_id="r1")
-    assert gate.reached.wait(10)
-    bus.ask("hi", request_id="r2")  # has to wait, and is told so
-    eventually(lambda: journal.unhurried == [True, False])
-    for number in range(2):
+    bus.ask("hi", session="a", request_id="r1")  # the worker is at rest, and so are its processors
+    assert gates[0].reached.wait(10)
+    bus.ask("hi", session="b", request_id="r2")
+    assert gates[1].reached.wait(10)
+    bus.ask("hi", session="c", request_id="r3")  # has to wait, and is told so
+    eventually(lambda: journal.unhurried == [False, True, False])
+    for number in range(3):
         journal.let_through(number)
-    gate.open()
-    for request_id in ("r1", "r2"):
+    for gate in gates:
+        gate.open()
+    for request_id in ("r1", "r2", "r3"):
         assert bus.listener.terminal(request_id)["type"] == "done"
-    assert _replies(bus, "r2")[0] == "queued"
+    assert _replies(bus, "r3")[0] == "queued"
