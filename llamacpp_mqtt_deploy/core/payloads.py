@@ -89,7 +89,8 @@ def _object(payload: bytes, text: str) -> dict[str, Any]:
 def _flat(payload: bytes) -> dict[str, Any] | None:
     """The object where it is as simple as most are: nothing but texts and numbers in it. None when that is not sure.
 
-    Four parsers and expressions less than the general way, which makes 0.1 ms of a request that comes to a worker at rest.
+    The general way takes two regular expressions and Python's own parser, which calls back for each object and number: 0.1 ms
+    more of a request that comes to a worker at rest.
     """
     if b"\\\\" in payload:
         return None  # a quote behind two backslashes ends its text

@@ -72,7 +72,7 @@ class GatheringClient(paho.Client):
     # What a loop asks.
 
     def holds_unread(self) -> bool:
-        """Whether the open socket's bytes are there that it no longer shows: TLS and the reading ahead keep some."""
+        """Whether bytes are there that the socket, which is open, no longer shows: TLS and the reading ahead keep some."""
         if self.buffered is not None:
             return self.buffered.pending() > 0
         pending = getattr(self.socket(), "pending", None)
@@ -95,7 +95,7 @@ class GatheringClient(paho.Client):
         """Read PUBACKs and a message without paho; False when the next bytes are for paho."""
         in_packet, on_puback, on_delivery = self._in_packet, self.on_puback, self.on_delivery
         if on_puback is None or in_packet["command"] or in_packet["remaining_count"]:
-            return False  # in the middle of a packet, or of a client that lets paho publish
+            return False  # in the middle of a packet; or paho publishes, and wants to see the PUBACKs
         mids = buffered.take_pubacks()
         now = paho.time_func()
         if mids:

@@ -8,7 +8,7 @@ import threading
 import time
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from llamacpp_mqtt_deploy.engines.server.polling import NON_BLOCKING, connect_within
 
@@ -23,7 +23,7 @@ class ServerAddress:
             base = "http://localhost"
             if self.unix_path is None:
                 raise ValueError("engine.url: unix:// needs the path of a socket, as in unix:///run/llama/llama.sock")
-        elif parts.scheme in ("http", "https") and parts.hostname:
+        elif parts.scheme in ("http", "https") and parts.hostname and _has_port_or_none(parts):
             self.unix_path = None
             prefix = parts.path.rstrip("/").removesuffix("/v1")
             base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{prefix}"
@@ -39,6 +39,13 @@ class ServerAddress:
         self.port = split.port or (443 if self.is_https else 80)
         self.netloc = split.netloc
         self.path = split.path
+
+
+def _has_port_or_none(parts: SplitResult) -> bool:
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
 
 
 class Line:
