@@ -9,7 +9,7 @@ from dataclasses import replace
 import structlog
 
 from llamacpp_mqtt_deploy.core.deltas import EngineCall, Finished
-from llamacpp_mqtt_deploy.core.errors import EngineLost, RequestError
+from llamacpp_mqtt_deploy.core.errors import ContextOverflow, EngineLost, RequestError
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine
 from llamacpp_mqtt_deploy.stopping import Stopped
@@ -63,8 +63,7 @@ class Generation:
             schema = digest_of(job.request)
             if schema is not None:
                 self._poison.refuse(schema, now=time.monotonic())
-            call = self._prompts.build(job)
-            finished = self._generate(job, replace(call, once=schema is not None), schema)
+            finished = self._answered(job, schema)
             if not (job.live or job.responder.silent) and job.answer.begun:
                 self._pace(job, finished)
             else:
@@ -78,6 +77,20 @@ class Generation:
             self._completion.broken(job, cause)
         finally:
             self._registry.release_slot(job)
+
+    def _answered(self, job: Job, schema: str | None) -> Finished:
+        """The prompt, and the engine's answer to it."""
+        call = self._prompts.build(job)
+        try:
+            return self._generate(job, replace(call, once=schema is not None), schema)
+        except ContextOverflow:
+            # While the engine could not be asked how long the history is, its length was guessed.
+            shorter = self._prompts.shorter(job, call)
+            if shorter is None:
+                raise
+            log.info("history.fitted_again", request_id=job.key.request_id, dropped=job.answer.dropped_messages)
+            job.starts -= 1  # the engine refused it: nothing was lost
+            return self._generate(job, replace(shorter, once=schema is not None), schema)
 
     def _generate(self, job: Job, call: EngineCall, schema: str | None) -> Finished:
         """Start the engine, again when it is lost before the first chunk (protocol, section 5), unless a schema may be why."""

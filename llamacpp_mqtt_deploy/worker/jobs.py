@@ -56,6 +56,8 @@ class Job:
     """When it got a slot, and when it gave it back."""
     released_at: float | None = None
     prompt_done: bool = False
+    guessed_fit: bool = False
+    """Its history was fitted without a count by the engine: it may be too long."""
     opened: bool = False
     """The engine has taken it up; before that it only waits for the engine."""
     live: bool = False

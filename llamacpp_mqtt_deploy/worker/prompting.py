@@ -43,6 +43,14 @@ class PromptBuilder:
             return _with_own_system_prompt(call, policy)
         return self._with_history(job, call, policy)
 
+    def shorter(self, job: Job, refused: EngineCall) -> EngineCall | None:
+        """The call with as much history as really fits, after the engine has refused it as too long; None where the first fit was
+        no guess, or this one is no shorter. Raises a RequestError."""
+        if not job.guessed_fit or job.answer.begun:
+            return None
+        call = self.build(job)
+        return call if len(call.messages) < len(refused.messages) else None
+
     def for_counting(self, request: Generate, route: str) -> EngineCall:
         """The same for a prompt that is counted and not answered: the history of its session is no part of it. Raises a
         RequestError."""
@@ -82,14 +90,16 @@ class PromptBuilder:
         newest = job.request.new_messages()
         if job.request.mode == "tool_results":
             _check_results(history, newest)
+        budget_tokens = self._budget_tokens(call)
         fitted = fit(
             history,
             system_prompt=self._system_prompt(job, policy),
             newest=newest,
-            budget_tokens=self._budget_tokens(call),
+            budget_tokens=budget_tokens,
             count=lambda messages: self._count(job, replace(call, messages=messages)),
             extra_bytes=len(orjson.dumps(call.tools)) if call.tools else 0,
         )
+        job.guessed_fit = fitted.estimated or budget_tokens is None
         job.answer.dropped_messages = fitted.dropped_messages
         return replace(call, messages=fitted.messages)
 

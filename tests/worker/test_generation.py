@@ -175,3 +175,44 @@ def test_an_answer_that_the_engine_gave_without_a_word_is_not_paced(bus: Bus, mo
     done = bus.listener.terminal("r1")
     assert (done["full_content"], done["seq"]) == ("", 0)
     assert not held.reached.is_set()
+
+
+@pytest.mark.parametrize("blind_for, messages, kind", [(1, [3, 1], "done"), (2, [3], "error"), (0, [1], "done")])
+def test_a_history_whose_length_was_guessed_is_fitted_again_when_the_engine_refuses_it(
+    bus: Bus, blind_for: int, messages: list[int], kind: str
+) -> None:
+    """An engine that cannot be asked at that moment must not cost a request: it is told of a context that is too small for good."""
+    blind = 0
+    given: list[int] = []
+
+    def count(call: EngineCall) -> int | None:
+        nonlocal blind
+        if blind > 0 and call.sampling.get("max_tokens") == 10:
+            blind -= 1
+            return None
+        return sum(len(message["content"]) for message in call.messages)
+
+    class Counting(ScriptedEngine):
+        @override
+        def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
+            given.append(len(call.messages))
+            nonlocal blind
+            kept, blind = blind, 0
+            try:
+                yield from super().stream(call, stop=stop, on_wait=on_wait)
+            finally:
+                blind = kept
+
+    engine = Counting(n_ctx=3000, count=count)
+    for answer in ("b" * 1000, "c", "d"):
+        engine.play(answer)
+    bus.worker(engine)
+    bus.ask("a" * 1000, request_id="r0")
+    bus.listener.terminal("r0")
+    given.clear()
+    blind = blind_for
+    bus.ask("z" * 1200, request_id="r1", max_tokens=10)
+    end = bus.listener.terminal("r1")
+    assert (end["type"], given) == (kind, messages)
+    if kind == "error":
+        assert end["code"] == "context_overflow"
