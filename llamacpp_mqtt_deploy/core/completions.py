@@ -111,7 +111,7 @@ class CompletionReader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether text means what it says: neither of these."""
+        """Whether text means what it says: no thinking is split off here, and no half of a surrogate pair waits."""
         return self._thinking is None and not self._halves
 
     def count(self, deltas: int) -> None:
