@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, Finished, Message
 from llamacpp_mqtt_deploy.core.histogram import Histogram
@@ -70,6 +70,9 @@ class Engine(Protocol):
 
     def probe(self) -> EngineInfo:
         """Ask the engine now (bounded by a few seconds) and remember the answer; never raises."""
+
+    def expect(self) -> None:
+        """A request may be coming: get ready for it, as far as that costs next to nothing. For the I/O loop's thread; never waits."""
 
     def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
         """One generation, read by the caller: `Opened`, then deltas, then one `Finished`.
@@ -256,8 +259,7 @@ class Link(Outbox, Protocol):
 EntryState = Literal["accepted", "streaming", "ended"]
 
 
-@dataclass(frozen=True, slots=True)
-class EntryKey:
+class EntryKey(NamedTuple):
     """Names a request on this worker: the same request id under another session is another request."""
 
     route: str

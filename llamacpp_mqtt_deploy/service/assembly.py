@@ -245,6 +245,7 @@ class Parts:
             policies=in_force.policies,
             message_log=self.message_log,
             inbox_messages=settings.mqtt.inbox_messages,
+            expect=engine.expect,
         )
         if self.pool is not None:
             self.pool.admission.beat = self.intake.beat
@@ -413,5 +414,6 @@ def make_metrics(settings: MetricsSettings, read: Callable[[], Readings]) -> Met
 
 def _hidden(secret: str | None) -> str | None:
     """A secret that may have been renewed on disk since the log was told what to hide."""
-    logs.hide(secret)
+    if secret is not None:
+        logs.hide(secret)
     return secret

@@ -141,6 +141,8 @@ class ScriptedEngine:
     ) -> None:
         self.calls: deque[EngineCall] = deque(maxlen=REMEMBERED_CALLS)
         self.restarts = 0
+        self.expected = 0
+        """How often a request was announced (`expect`)."""
         self.wakes = 0
         """How often a call or `keep_awake` has ended its sleep."""
         self.kept_awake: float | None = 0.0
@@ -260,6 +262,10 @@ class ScriptedEngine:
     ) -> Finished:
         on_slow()
         return drain(self.stream(call, stop=stop, on_wait=on_wait), feed)
+
+    def expect(self) -> None:
+        with self._changed:
+            self.expected += 1
 
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
         return ()

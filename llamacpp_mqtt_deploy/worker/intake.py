@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import structlog
 
@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 
 # One commit for a burst: as many messages as are there, at most this many, so that the first need not wait for the last.
 _BURST = 64
-# Whose message it is is asked for each one in the link's thread; a topic can be 64 KiB long.
+# What a topic says is asked twice for each message, once in the link's thread; a topic can be 64 KiB long.
 _REMEMBERED_TOPICS, _REMEMBERED_TOPIC_CHARS = 256, 256
 
 
@@ -52,6 +52,7 @@ class Intake:
         policies: Callable[[], Policies],
         message_log: MessageLog,
         inbox_messages: int,
+        expect: Callable[[], None] = lambda: None,
     ) -> None:
         self._topics = topics
         self._answers = answers
@@ -63,17 +64,29 @@ class Intake:
         self._counters = counters
         self._policies = policies
         self._log = message_log
-        self._known_level = lru_cache(_REMEMBERED_TOPICS)(partial(first_level_of, topics))
+        self._known_address = lru_cache(_REMEMBERED_TOPICS)(topics.address)
         self._inbox = Inbox(max_messages=inbox_messages, level_of=self._level_of)
-        self.offer = self._inbox.offer
+        self._expect = expect
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
         self._may_read = threading.Event()
         self._shut = False
         self.beat_at = time.monotonic()
 
+    def offer(self, delivery: Delivery) -> bool:
+        """The link's thread: take the message, or say that there is no place for it (`Inbox.offer`)."""
+        if not self._inbox.offer(delivery):
+            return False
+        address = self._address(delivery.topic)
+        if address is not None and address.kind == "request":
+            self._expect()  # while our thread wakes up and reads the message
+        return True
+
     def _level_of(self, topic: str) -> str:
+        return first_level_of(self._address(topic), topic)
+
+    def _address(self, topic: str) -> Address | None:
         short = len(topic) <= _REMEMBERED_TOPIC_CHARS
-        return self._known_level(topic) if short else first_level_of(self._topics, topic)
+        return self._known_address(topic) if short else self._topics.address(topic)
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 
@@ -108,12 +121,10 @@ class Intake:
         self.beat_at = time.monotonic()
 
     def _loop(self) -> None:
-        while True:
+        while not self._may_read.wait(1.0):
             self.beat()
-            if not self._may_read.wait(1.0):
-                continue
-            if self._shut:
-                return
+        while not self._shut:
+            self.beat()
             room = self._answers.room(timeout_s=1.0)
             if not room:
                 if self._inbox.closed:
@@ -154,7 +165,7 @@ class Intake:
     def _received(self, delivery: Delivery) -> Received:
         data = delivery.correlation
         mirrored = data if data is not None and len(data) <= MAX_CORRELATION_BYTES else None
-        return Received(delivery, self._topics.address(delivery.topic), mirrored)
+        return Received(delivery, self._address(delivery.topic), mirrored)
 
     # --- one message ---------------------------------------------------------------------------------------------------
 

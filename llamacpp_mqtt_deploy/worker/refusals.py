@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llamacpp_mqtt_deploy.core import events
-from llamacpp_mqtt_deploy.core.addresses import Address, TopicMap
+from llamacpp_mqtt_deploy.core.addresses import Address
 from llamacpp_mqtt_deploy.core.errors import RequestError
 from llamacpp_mqtt_deploy.core.events import EventWriter
 from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
@@ -32,19 +32,15 @@ class Received:
     @property
     def first_level(self) -> str:
         """Whose message it is: by its address, else by where a session path would begin."""
-        return _level(self.address, self.delivery.topic)
+        return first_level_of(self.address, self.delivery.topic)
 
     def shown_topic(self) -> str:
         """The topic for the log; a client may have put anything into it."""
         return self.delivery.topic[:200]
 
 
-def first_level_of(topics: TopicMap, topic: str) -> str:
-    """Whose message one on this topic is."""
-    return _level(topics.address(topic), topic)
-
-
-def _level(address: Address | None, topic: str) -> str:
+def first_level_of(address: Address | None, topic: str) -> str:
+    """Whose message one on this topic is, of which this is the address."""
     return "".join(topic.split("/")[2:3])[:64] if address is None else address.first_level
 
 

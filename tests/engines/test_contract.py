@@ -411,3 +411,15 @@ def test_a_model_that_was_let_go_comes_back_with_the_next_call_or_never_goes(mem
     assert engine.keep_awake(60)
     eventually(lambda: engine.info().state == "ready", 20)
     assert engine.info().kept_awake
+
+
+def test_an_announced_call_is_answered_like_any_other(member: Member) -> None:
+    for _ in range(3):
+        member.engine.expect()
+    assert text_of(play(member.engine, member.short))
+    member.unreachable.expect()
+    assert member.unreachable.info().state != "ready"
+    member.engine.close(Deadline(5))
+    member.engine.expect()
+    with pytest.raises(ShuttingDown):
+        play(member.engine, member.short)

@@ -28,6 +28,26 @@ def _all_acknowledged(bus: Bus, worker: WholeWorker) -> None:
     eventually(lambda: bus.broker.unacknowledged(worker.client_id) == 0)
 
 
+# --- before they are read ----------------------------------------------------------------------------------------------
+
+
+def test_only_requests_are_announced_to_the_engine(bus: Bus) -> None:
+    engine = ScriptedEngine()
+    worker = bus.worker(engine)
+    bus.control("ping", transaction="1")
+    bus.admin("ping")
+    for topic in ("llm/request/a/too/deep", "llm/other/demo", "llm/request/" + "x" * 300):
+        bus.sender.publish(topic, b"{}")
+    bus.listener.until(type="ack", transaction="1")
+    _all_acknowledged(bus, worker)
+    assert engine.expected == 0
+    bus.ask("one", request_id="r1")
+    bus.ask(temperature="hot", request_id="r2")  # nobody knows yet that it is no good one
+    assert bus.listener.terminal("r1")["type"] == "done"
+    assert bus.listener.terminal("r2")["type"] == "error"
+    assert engine.expected == 2
+
+
 # --- bursts ------------------------------------------------------------------------------------------------------------
 
 

@@ -153,9 +153,8 @@ def test_a_refusal_and_a_rejection_leave_a_line_each_for_the_operator() -> None:
 
 def test_whose_message_it_is_can_be_told_from_its_topic_alone() -> None:
     topics = TopicMap(root="llm", worker_id="w1")
-    assert first_level_of(topics, "llm/request/ada/1") == "ada"
-    assert first_level_of(topics, "llm/request/ada/too/deep") == "ada"
-    assert first_level_of(topics, "llm") == ""
+    for topic, whose in (("llm/request/ada/1", "ada"), ("llm/request/ada/too/deep", "ada"), ("llm", "")):
+        assert first_level_of(topics.address(topic), topic) == whose
 
 
 def test_the_log_shows_no_more_of_a_topic_than_a_line_can_hold() -> None:

@@ -213,6 +213,9 @@ class InprocessEngine:
                 raise EngineLost("The engine was restarted in the middle of the answer.") from error
             raise
 
+    def expect(self) -> None:
+        """Nothing to get ready."""
+
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
         planner = self._planner
         return () if planner is None else planner.left_out(call)

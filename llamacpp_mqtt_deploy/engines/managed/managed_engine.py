@@ -202,6 +202,11 @@ class ManagedEngine:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
+    def expect(self) -> None:
+        inner = self._inner if self._phase == "ready" else None
+        if inner is not None:
+            inner.expect()
+
     def stream(
         self,
         call: EngineCall,

@@ -6,7 +6,6 @@ import contextlib
 import socket
 import threading
 import time
-from functools import lru_cache
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -39,6 +38,17 @@ class ServerAddress:
         self.port = split.port or (443 if self.is_https else 80)
         self.netloc = split.netloc
         self.path = split.path
+        self.target = self._target()
+        """Family and address of the socket, where no name has to be looked up, which costs as much as connecting."""
+
+    def _target(self) -> tuple[int, Any] | None:
+        if self.unix_path is not None:
+            return socket.AF_UNIX, self.unix_path
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError, ValueError):
+                socket.inet_pton(family, self.host)
+                return family, (self.host, self.port)
+        return None
 
 
 def _has_port_or_none(parts: SplitResult) -> bool:
@@ -77,18 +87,26 @@ class Line:
             held.close()
 
     def connect(
-        self, host: str, port: int | None, timeout_s: float, options: Any, *, stays_bare: bool = False
+        self,
+        host: str,
+        port: int | None,
+        timeout_s: float,
+        options: Any,
+        *,
+        stays_bare: bool = False,
+        begun: socket.socket | None = None,
     ) -> socket.socket:
         """A connected socket, with this timeout for each of its calls; `stays_bare` when nothing wraps it and nobody else keeps it:
-        then its calls do not wait (`polling`). Raises OSError."""
+        then its calls do not wait (`polling`), and it may be one that was `begun` before. Raises OSError."""
         # A duplicate of the descriptor stays valid while TLS wraps the socket and while the pool puts it away, and shutting it down
         # ends the connection itself.
         self._is_duplicate = not stays_bare
         ends_at = time.monotonic() + timeout_s
-        if self._address.unix_path is not None:
-            return self._try(socket.AF_UNIX, 0, self._address.unix_path, timeout_s, ())
-        if _is_ipv4(host):  # nothing to look up, which costs as much as connecting
-            return self._try(socket.AF_INET, 0, (host, port), timeout_s, options or ())
+        if self._address.target is not None:
+            family, target = self._address.target
+            if family == socket.AF_UNIX:
+                options = ()
+            return self._try(family, 0, target, timeout_s, options or (), begun)
         failure: OSError = OSError("the name has no address")
         for family, _, protocol, _, target in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
             try:
@@ -97,15 +115,24 @@ class Line:
                 failure = error
         raise failure
 
-    def _try(self, family: int, protocol: int, target: Any, timeout_s: float, options: Any) -> socket.socket:
+    def _try(
+        self,
+        family: int,
+        protocol: int,
+        target: Any,
+        timeout_s: float,
+        options: Any,
+        begun: socket.socket | None = None,
+    ) -> socket.socket:
         bare = not self._is_duplicate
-        made = socket.socket(family, socket.SOCK_STREAM | (NON_BLOCKING if bare else 0), protocol)
+        made = begun or socket.socket(family, socket.SOCK_STREAM | (NON_BLOCKING if bare else 0), protocol)
         try:
             self._hold(made)
             if not bare:
                 made.settimeout(timeout_s)
-            for option in options:  # urllib3's own: TCP_NODELAY
-                made.setsockopt(*option)
+            if begun is None:
+                for option in options:  # urllib3's own: TCP_NODELAY
+                    made.setsockopt(*option)
             if bare:
                 connect_within(made, target, timeout_s)
             else:
@@ -125,12 +152,3 @@ class Line:
             if self._cut:
                 raise ConnectionAbortedError("cut")
             self._held = made.dup() if self._is_duplicate else made
-
-
-@lru_cache(maxsize=8)
-def _is_ipv4(host: str) -> bool:
-    try:
-        socket.inet_pton(socket.AF_INET, host)
-    except (OSError, ValueError):
-        return False
-    return True

@@ -19,11 +19,13 @@ NON_BLOCKING = getattr(socket, "SOCK_NONBLOCK", 0)
 
 
 def connect_within(sock: socket.socket, target: Any, timeout_s: float) -> None:
-    """Connect. Raises OSError, TimeoutError included."""
+    """Connect, or wait for what was begun before. Raises OSError, TimeoutError included."""
     if sock.gettimeout() != 0.0:
         sock.setblocking(False)
     code = sock.connect_ex(target)
-    if code == errno.EINPROGRESS:
+    if code == errno.EISCONN:
+        return
+    if code in (errno.EINPROGRESS, errno.EALREADY):
         _wait(sock, select.POLLOUT, time.monotonic() + timeout_s)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:

@@ -29,6 +29,7 @@ from llamacpp_mqtt_deploy.engines.server.describing import Description, NotDescr
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent
 from llamacpp_mqtt_deploy.engines.server.http import HttpExchange
 from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
+from llamacpp_mqtt_deploy.engines.server.preconnect import Preconnection
 from llamacpp_mqtt_deploy.engines.server.questions import COMPLETIONS, COUNT_WITHIN_S, Questions, SlotProgress
 from llamacpp_mqtt_deploy.engines.server.reply import Reply, idle
 from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
@@ -76,6 +77,7 @@ class ServerEngine:
         self._describing = threading.Lock()  # whoever holds it asks; the others take what is known
         self._closing = StopSignal()
         self._slots = Slots(settings.slots or 1)
+        self._preconnection = None if loop is None else Preconnection(self._address, loop)
         self._questions = Questions(lambda *stops: self._exchange(*stops, connect_timeout_s=ASKING_CONNECT_S))
         self._controls = LearnedControls(self._questions.ask)
 
@@ -126,6 +128,8 @@ class ServerEngine:
         with self._lock:
             self._info = replace(self._info, state="closed", detail="")
         self._closing.set("shutting_down")
+        if self._preconnection is not None:
+            self._preconnection.close()
 
     def _ask(self, *stops: StopSignal) -> EngineInfo:
         if not self._describing.acquire(blocking=False):
@@ -166,6 +170,11 @@ class ServerEngine:
         return info
 
     # --- generation --------------------------------------------------------------------------------------------------
+
+    def expect(self) -> None:
+        # Beside other requests it would only move the work to the thread that all their tokens go through.
+        if self._preconnection is not None and not self._slots.busy and self._info.state == "ready":
+            self._preconnection.begin()
 
     def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
         with self._translating(stop), self._slot(call, stop, on_wait, lambda: None) as wait:
@@ -225,6 +234,8 @@ class ServerEngine:
             yield wait
         finally:
             self._slots.release()
+            if self._preconnection is not None:
+                self._preconnection.prepare()
 
     # --- before the first byte ---------------------------------------------------------------------------------------
 
@@ -288,6 +299,7 @@ class ServerEngine:
             connect_timeout_s=self._settings.connect_timeout_s,
             ca_file=self._settings.ca_file,
             stops=(stop, self._closing),
+            preconnection=self._preconnection,
         )
 
     def _reply(
@@ -377,6 +389,8 @@ class ServerEngine:
             raise BadRequest(f"The request cannot be written as JSON: {error}.") from error
 
     def _exchange(self, *stops: StopSignal, connect_timeout_s: float | None = None) -> HttpExchange:
+        if self._preconnection is not None:
+            self._preconnection.give_up()
         limit_s = self._settings.connect_timeout_s
         return HttpExchange(
             self._address,

@@ -7,6 +7,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,12 +18,31 @@ from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, 
 from llamacpp_mqtt_deploy.engines.server.http import CA_BUNDLE, MAX_DOCUMENT_BYTES, READ_BYTES
 from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
 from llamacpp_mqtt_deploy.engines.server.polling import readable_within, recv_within, send_within
+from llamacpp_mqtt_deploy.engines.server.preconnect import Preconnection
 from llamacpp_mqtt_deploy.stopping import StopSignal
 
 PROMPT_S = 0.005
 """How quickly a server sends its headers where it has a slot free: llama.cpp's in 1 to 3 ms."""
 
 _NODELAY = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
+
+
+@lru_cache(maxsize=8)
+def _head(path: str, host: str, api_key: str | None) -> bytes:
+    """The lines of a request that are the same for each of them. Raises ValueError."""
+    lines = [
+        f"POST {path} HTTP/1.1",
+        f"Host: {host}",
+        "Accept-Encoding: identity",
+        "Connection: close",
+        "Content-Type: application/json",
+        "User-Agent: llamacpp-mqtt-deploy",
+    ]
+    if api_key:
+        lines.append(f"Authorization: Bearer {api_key}")
+    if any("\r" in line or "\n" in line for line in lines):
+        raise ValueError("a line break in the URL or key of the engine")
+    return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
 
 class StreamingExchange:
@@ -42,7 +62,9 @@ class StreamingExchange:
         connect_timeout_s: float,
         ca_file: Path | None = None,
         stops: Iterable[StopSignal] = (),
+        preconnection: Preconnection | None = None,
     ) -> None:
+        self._preconnection = preconnection
         self._address = address
         self._api_key = api_key
         self._connect_timeout_s = connect_timeout_s
@@ -129,7 +151,12 @@ class StreamingExchange:
     def _connect(self) -> socket.socket:
         address = self._address
         made = self._line.connect(
-            address.host, address.port, self._connect_timeout_s, _NODELAY, stays_bare=not address.is_https
+            address.host,
+            address.port,
+            self._connect_timeout_s,
+            _NODELAY,
+            stays_bare=not address.is_https,
+            begun=None if self._preconnection is None else self._preconnection.take(),
         )
         if not address.is_https:
             return made
@@ -143,20 +170,8 @@ class StreamingExchange:
             raise
 
     def _request_head(self, path: str, length: int) -> bytes:
-        lines = [
-            f"POST {self._address.path}{path} HTTP/1.1",
-            f"Host: {self._address.netloc}",
-            "Accept-Encoding: identity",
-            "Connection: close",
-            "Content-Type: application/json",
-            f"Content-Length: {length}",
-            "User-Agent: llamacpp-mqtt-deploy",
-        ]
-        if self._api_key:
-            lines.append(f"Authorization: Bearer {self._api_key}")
-        if any("\r" in line or "\n" in line for line in lines):
-            raise ValueError("a line break in the URL or key of the engine")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        head = _head(self._address.path + path, self._address.netloc, self._api_key)
+        return b"%bContent-Length: %d\r\n\r\n" % (head, length)
 
     @property
     def status(self) -> int:
