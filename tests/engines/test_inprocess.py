@@ -106,9 +106,10 @@ def calls_of(deltas: list[Delta]) -> list[tuple[str, Any]]:
     ids=["greedy", "defaults", "open", "hot", "penalties", "bias"],
 )
 def test_it_says_what_the_server_says(
-    engine: InprocessEngine, llama_server: LlamaServer, sampling: dict[str, Any]
+    engine: InprocessEngine, start_llama_server: Callable[..., LlamaServer], sampling: dict[str, Any]
 ) -> None:
-    server = ServerEngine(EngineSettings(url=llama_server.url))
+    # One of its own: what others have left in a server's slots is not evaluated again, and then the last digits differ.
+    server = ServerEngine(EngineSettings(url=start_llama_server().url))
     server.open()
     for prompt in ("hello", "the water für 水 😀 is good", "a\n\nb  c"):
         turns = [("system", "be good"), ("user", prompt), ("assistant", "x y"), ("user", prompt)]
