@@ -112,6 +112,10 @@ class TopicMap:
     def health_topic(self) -> str:
         return f"{self.root}/health/{self.worker_id}"
 
+    def is_status(self, topic: str) -> bool:
+        """Whether `status_filter` matches this topic."""
+        return topic.rpartition("/")[0] == f"{self.root}/status"
+
     def request_filters(self) -> list[str]:
         """What to subscribe to for requests; no two of them match the same topic."""
         return [

@@ -133,9 +133,9 @@ class BufferedSocket:
         self.ahead = self.ahead[size:]
         return mids
 
-    def take_publish(self, version: Version, now: float) -> Delivery | None:
+    def take_publish(self, version: Version, now: float, connection: int) -> Delivery | None:
         """Take out the PUBLISH that comes next in what was read, where a packet begins; None when paho is to read it."""
-        found = leading_publish(self.ahead, version, now)
+        found = leading_publish(self.ahead, version, now, connection)
         if found is None:
             return None
         delivery, size = found

@@ -253,7 +253,7 @@ class ConnectionThread:
         self._generation += 1
         try:
             wire = self._make_wire()
-            wire.connect(self._port)
+            wire.connect(self._port, self._generation)
         except TlsFilesUnfitError as error:
             self._failed(Refusal(f"{error}."))
             return
@@ -399,7 +399,7 @@ class ConnectionThread:
         self._subscriptions.answered(mid, codes)
 
     def message(self, delivery: Delivery) -> None:
-        self._deliveries.arrived(self._generation, delivery)
+        self._deliveries.arrived(delivery)
 
     # --- ends ---
 

@@ -31,11 +31,14 @@ class GatheringClient(paho.Client):
     """
 
     version: Version = "5"
+    connection = 0
+    """The number of the current connection, for the receipts of its messages."""
+
     on_puback: Callable[[int, int], None] | None = None
     """Called with packet id and reason code."""
 
     on_delivery: Callable[[Delivery], None] | None = None
-    """Called with a message whose receipt is its packet id, for `ack`."""
+    """Called with a message and its receipt (`incoming.receipt_of`)."""
 
     new_mid = paho.Client._mid_generate  # noqa: SLF001
     """Gives a packet id, 1 to 65535, from the row that paho takes its own from."""
@@ -104,7 +107,7 @@ class GatheringClient(paho.Client):
                 on_puback(mid, 0)
         if not buffered.ahead:
             return buffered.is_dry
-        delivery = None if on_delivery is None else buffered.take_publish(self.version, now)
+        delivery = None if on_delivery is None else buffered.take_publish(self.version, now, self.connection)
         if delivery is None or on_delivery is None:
             return False
         self._last_bytes_received = now

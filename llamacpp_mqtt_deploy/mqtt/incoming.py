@@ -24,8 +24,8 @@ class _UncommonError(Exception):
     """These bytes are for paho."""
 
 
-def leading_publish(raw: memoryview, version: Version, now: float) -> tuple[Delivery, int] | None:
-    """The message that these bytes begin with, its packet id as receipt (0 at QoS 0), and how many bytes it takes.
+def leading_publish(raw: memoryview, version: Version, now: float, connection: int) -> tuple[Delivery, int] | None:
+    """The message that these bytes begin with, `receipt_of` its packet id with it, and how many bytes it takes.
 
     None when they begin with anything but a whole PUBLISH of QoS 0 or 1 without topic alias, and when it is malformed.
     """
@@ -36,12 +36,17 @@ def leading_publish(raw: memoryview, version: Version, now: float) -> tuple[Deli
         end = start + length
         if end > len(raw):
             return None
-        return _delivery(raw[0], bytes(raw[start:end]), version, now), end
+        return _delivery(raw[0], bytes(raw[start:end]), version, now, connection), end
     except (_UncommonError, IndexError, UnicodeDecodeError):
         return None
 
 
-def _delivery(first: int, packet: bytes, version: Version, now: float) -> Delivery:
+def receipt_of(connection: int, qos: int, mid: int) -> tuple[int, int] | None:
+    """What the acknowledgement of a message takes: the number of the connection that it came on, and its packet id."""
+    return (connection, mid) if qos else None
+
+
+def _delivery(first: int, packet: bytes, version: Version, now: float, connection: int) -> Delivery:
     """From the packet's first byte and what follows its length."""
     qos = first >> 1 & 1
     topic, at = _block(packet, 0, len(packet))
@@ -68,7 +73,7 @@ def _delivery(first: int, packet: bytes, version: Version, now: float) -> Delive
         response_topic=response_topic,
         correlation=correlation,
         expiry_s=expiry_s,
-        receipt=mid,
+        receipt=receipt_of(connection, qos, mid),
     )
 
 

@@ -25,6 +25,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket, whole_frames
+from llamacpp_mqtt_deploy.mqtt.incoming import receipt_of
 from llamacpp_mqtt_deploy.mqtt.packets import publish_packet, publish_properties
 from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery, Retained
@@ -74,7 +75,7 @@ class WireEvents(Protocol):
     def puback(self, mid: int, code: int) -> None: ...
     def suback(self, mid: int, codes: Sequence[tuple[int, str]]) -> None: ...
     def message(self, delivery: Delivery) -> None:
-        """`receipt` is the packet id, for `PahoWire.acknowledge`."""
+        """Its receipt has the packet id for `PahoWire.acknowledge` (`incoming.receipt_of`)."""
 
 
 class PahoWire:
@@ -137,10 +138,11 @@ class PahoWire:
         """Why the connection ended; None while it lives."""
         return self._closed
 
-    def connect(self, port: int) -> None:
-        """Connect and queue the CONNECT packet. Raises OSError and its kin (ssl.SSLError, socket.gaierror, TimeoutError)."""
+    def connect(self, port: int, number: int) -> None:
+        """Connect, for the `number`th time, and queue the CONNECT packet. Raises OSError and its kin (ssl.SSLError, socket.gaierror, TimeoutError)."""
         settings = self._settings
         self._closed = None
+        self._client.connection = number
         self._last_log = ""
         # Only until CONNACK: it is the one place where paho tells what a socket error was, and it costs a line per packet.
         self._client.on_log = self._on_log
@@ -353,6 +355,6 @@ class PahoWire:
                 response_topic=properties.get("ResponseTopic"),
                 correlation=None if correlation is None else bytes(correlation),
                 expiry_s=None if expiry is None else float(expiry),
-                receipt=message.mid,
+                receipt=receipt_of(self._client.connection, message.qos, message.mid),
             ),
         )

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -127,15 +127,15 @@ class Deliveries:
         """A new connection: all is well, and nothing was taken."""
         self.stalled_until, self.taken = None, False
 
-    def arrived(self, generation: int, delivery: Delivery) -> None:
-        """A message came on the connection of this number; its receipt is still its packet id."""
+    def arrived(self, delivery: Delivery) -> None:
+        """A message came; its receipt is what `Receipts.give` takes."""
         if delivery.qos == 0:
-            self._hand_over(replace(delivery, receipt=None))
+            self._hand_over(delivery)
             return
         if self.stalled_until is not None:
             # Once one was refused the following ones wait too: PUBACKs and requests keep their order (MQTT-4.6.0-2).
             return
-        if not self._hand_over(replace(delivery, receipt=(generation, delivery.receipt))):
+        if not self._hand_over(delivery):
             self.stalled_until = time.monotonic() + STALL_S
 
     def _hand_over(self, delivery: Delivery) -> bool:

@@ -15,7 +15,6 @@ import structlog
 
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
-from llamacpp_mqtt_deploy.core.topics import topic_matches
 from llamacpp_mqtt_deploy.ports import (
     SERVING,
     Delivery,
@@ -298,7 +297,7 @@ class Daemon:
 
     def _on_delivery(self, delivery: Delivery) -> bool:
         """The link's thread: sort the statuses of other workers out, put everything else into the inbox."""
-        if topic_matches(self.parts.topics.status_filter, delivery.topic):
+        if self.parts.topics.is_status(delivery.topic):
             self.parts.presence.note(delivery)
             return True
         if self.parts.discovery.is_birth(delivery.topic):

@@ -23,8 +23,9 @@ class Answers:
 
     def room(self, *, timeout_s: float) -> int:
         """How many messages may be read; 0 when there was no room for an answer all this time."""
-        if not self._link.room_for_answers(self._max_event_bytes(), timeout_s=timeout_s):
-            return 0
+        room = self._link.room_for_answers(self._max_event_bytes(), timeout_s=timeout_s)
+        if not room or not self._waiting:
+            return room
         while self._waiting:
             if not self._publish(*self._waiting[0]):
                 return 0

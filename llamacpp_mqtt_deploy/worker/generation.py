@@ -82,7 +82,7 @@ class Generation:
         """The prompt, and the engine's answer to it."""
         call = self._prompts.build(job)
         try:
-            return self._generate(job, replace(call, once=schema is not None), schema)
+            return self._generate(job, call, schema)
         except ContextOverflow:
             # While the engine could not be asked how long the history is, its length was guessed.
             shorter = self._prompts.shorter(job, call)
@@ -90,10 +90,12 @@ class Generation:
                 raise
             log.info("history.fitted_again", request_id=job.key.request_id, dropped=job.answer.dropped_messages)
             job.starts -= 1  # the engine refused it: nothing was lost
-            return self._generate(job, replace(shorter, once=schema is not None), schema)
+            return self._generate(job, shorter, schema)
 
     def _generate(self, job: Job, call: EngineCall, schema: str | None) -> Finished:
         """Start the engine, again when it is lost before the first chunk (protocol, section 5), unless a schema may be why."""
+        if schema is not None:
+            call = replace(call, once=True)
         max_starts = self._policies().settings.limits.max_starts
         while True:
             if job.starts >= max_starts:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -41,15 +41,15 @@ class Inbox:
         self._waiting: deque[_Waiting] = deque()
         self._qos0: dict[str, deque[_Waiting]] = {}
         """Of each level those at QoS 0, oldest first."""
-        self._places: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
+        self._places: dict[str, int] = {}
+        self._bytes: dict[str, int] = {}
         self._refused = 0
         self._lost = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
-        return self._places.total()
+        return sum(self._places.values())
 
     def offer(self, delivery: Delivery) -> bool:
         """Take the message, or say that there is no place for it. One message of any size has a place in an empty inbox."""
@@ -96,8 +96,8 @@ class Inbox:
         self._waiting.append(new)
         if delivery.qos == 0:
             self._qos0.setdefault(new.level, deque()).append(new)
-        self._places[new.level] += 1
-        self._bytes[new.level] += new.size
+        self._places[new.level] = self._places.get(new.level, 0) + 1
+        self._bytes[new.level] = self._bytes.get(new.level, 0) + new.size
 
     def _leave(self, gone: _Waiting) -> None:
         """Nothing stays of a level that has no message here: clients can make up as many as they like."""
@@ -122,21 +122,21 @@ class Inbox:
 
     def _make_room(self, new: _Waiting) -> bool:
         """Whether there is a place for it, be it one that another level gives up."""
-        while self._places and self._places.total() >= self._max_messages:
+        while self._places and len(self) >= self._max_messages:
             if not self._give_up(new, self._places, lambda _: 1):
                 return False
-        while self._places and self._bytes.total() + new.size > _MAX_BYTES:
+        while self._places and sum(self._bytes.values()) + new.size > _MAX_BYTES:
             if not self._give_up(new, self._bytes, lambda each: each.size):
                 return False
         return True
 
-    def _give_up(self, new: _Waiting, held: Counter[str], measure: Callable[[_Waiting], int]) -> bool:
+    def _give_up(self, new: _Waiting, held: Mapping[str, int], measure: Callable[[_Waiting], int]) -> bool:
         """Drop the newest message at QoS 0 of whoever holds most, if he then still holds no less than the newcomer."""
         largest = max(self._qos0.keys() - {new.level}, key=lambda level: held[level], default=None)
         if largest is None:
             return False
         last = self._qos0[largest][-1]
-        if held[largest] - measure(last) < held[new.level] + measure(new):
+        if held[largest] - measure(last) < held.get(new.level, 0) + measure(new):
             return False
         self._qos0[largest].pop()
         last.delivery = None

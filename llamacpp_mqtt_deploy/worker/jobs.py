@@ -193,15 +193,16 @@ class JobRegistry:
         Raises ShuttingDown, RateLimited, SessionBusy, Busy. A recovered job was accepted before a restart: no limit applies.
         """
         with self._lock:
+            retry_after_s = self._retry_after_s()
             if not recovered:
                 if self._draining or self._closed:
                     raise ShuttingDown("the worker takes no new requests at the moment; try again later")
                 self._rates.check(job.address.first_level, job.received_at)
-                self._quotas.check(job.address.first_level, job.entry.accepted_at, retry_after_s=self._retry_after_s())
+                self._quotas.check(job.address.first_level, job.entry.accepted_at, retry_after_s=retry_after_s)
             job.wait_reason = self.wait_reason
             job.ticket = _ticket(job)
             paced = [other.ticket for other in self._jobs.values() if other.phase == "pacing" and other.ticket]
-            leaving = self._queue.admit(job.ticket, retry_after_s=self._retry_after_s(), paced=paced, force=recovered)
+            leaving = self._queue.admit(job.ticket, retry_after_s=retry_after_s, paced=paced, force=recovered)
             if not recovered:
                 # Counted once it has its place: whoever is told to come back later has spent nothing.
                 self._rates.take(job.address.first_level, job.received_at)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -60,7 +59,7 @@ class PromptBuilder:
             return _with_own_system_prompt(call, policy)
         system = policy.system_prompt if request.system_prompt is None else request.system_prompt
         first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-        return replace(call, messages=(*first, *request.new_messages()))
+        return call.with_messages((*first, *request.new_messages()))
 
     def _laid_out(self, request: Generate, policy: RoutePolicy) -> EngineCall:
         """The defaults of worker and route under what the request says."""
@@ -96,12 +95,12 @@ class PromptBuilder:
             system_prompt=self._system_prompt(job, policy),
             newest=newest,
             budget_tokens=budget_tokens,
-            count=lambda messages: self._count(job, replace(call, messages=messages)),
+            count=lambda messages: self._count(job, call.with_messages(messages)),
             extra_bytes=len(orjson.dumps(call.tools)) if call.tools else 0,
         )
         job.guessed_fit = fitted.estimated or budget_tokens is None
         job.answer.dropped_messages = fitted.dropped_messages
-        return replace(call, messages=fitted.messages)
+        return call.with_messages(fitted.messages)
 
     def _count(self, job: Job, call: EngineCall) -> int | None:
         job.hurry()  # the engine may take its time
@@ -145,7 +144,7 @@ def _with_own_system_prompt(call: EngineCall, policy: RoutePolicy) -> EngineCall
     """A route that allows no other system prompt means its own one to stand before everything."""
     if policy.parse.allow_system_prompt or not policy.system_prompt:
         return call
-    return replace(call, messages=({"role": "system", "content": policy.system_prompt}, *call.messages))
+    return call.with_messages(({"role": "system", "content": policy.system_prompt}, *call.messages))
 
 
 def _check_results(history: Sequence[Message], results: Sequence[Message]) -> None:

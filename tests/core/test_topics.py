@@ -165,6 +165,16 @@ def test_only_the_own_admin_topic_is_an_address() -> None:
     for topic in (WORLD.admin_reply_topic, WORLD.status_topic, WORLD.health_topic):
         assert WORLD.address(topic) is None
     assert topic_matches(WORLD.status_filter, WORLD.status_topic)
+    for topic in (
+        WORLD.status_topic,
+        "llm/status/",
+        "llm/status",
+        "llm/status/a/b",
+        "other/status/a",
+        "status/a",
+        "x/llm/status/a",
+    ):
+        assert WORLD.is_status(topic) == topic_matches(WORLD.status_filter, topic)
 
 
 def test_a_route_without_topics_lives_below_the_root_under_its_name() -> None:

@@ -67,7 +67,7 @@ class Connection:
         )
         if not own_way:
             self.wire._client.on_delivery = None
-        self.wire.connect(1)
+        self.wire.connect(1, 3)
         self.broker, _ = listener.accept()
         self.broker.setblocking(False)
         self.sent()
@@ -231,8 +231,8 @@ def common(properties: bytes, *, topic: bytes = b"t") -> Delivery | None:
     raw = publish_packet(
         topic, b"hi", qos=1, retain=True, dup=True, mid=7, properties=varint(len(properties)) + properties
     )
-    assert all(leading_publish(memoryview(raw[:size]), "5", 1.0) is None for size in range(len(raw))), "not whole"
-    found = leading_publish(memoryview(raw + REQUEST), "5", 1.0)
+    assert all(leading_publish(memoryview(raw[:size]), "5", 1.0, 3) is None for size in range(len(raw))), "not whole"
+    found = leading_publish(memoryview(raw + REQUEST), "5", 1.0, 3)
     assert found is None or found[1] == len(raw)
     return found and found[0]
 
@@ -247,7 +247,7 @@ def test_the_properties_of_a_request_are_read_in_any_order() -> None:
         response_topic="answers/to",
         correlation=b"\x00\x01",
         expiry_s=30.0,
-        receipt=7,
+        receipt=(3, 7),
     )
     asked = [b"\x08" + block(b"answers/to"), b"\x09" + block(b"\x00\x01"), b"\x02\x00\x00\x00\x1e"]
     beside = [b"\x01\x01", b"\x03" + block(b"application/json"), b"\x26" + block(b"a") + block(b"b"), b"\x0b\x80\x01"]
@@ -298,9 +298,9 @@ def test_a_common_message_does_without_paho_and_is_acknowledged_when_we_say_so(l
         assert connection.feed(b"\x40\x02\x00\x01" + REQUEST + b"\x40\x02\x00\x02")
         first, delivery, last = connection.told.events[1:]
         assert (first, last) == (("puback", 1, 0), ("puback", 2, 0))
-        assert (delivery.topic, delivery.payload, delivery.receipt) == ("t", b"hi", 7)
+        assert (delivery.topic, delivery.payload, delivery.receipt) == ("t", b"hi", (3, 7))
         assert connection.sent() == b""
-        connection.wire.acknowledge(delivery.receipt)
+        connection.wire.acknowledge(7)
         assert connection.sent() == b"\x40\x02\x00\x07"
 
 
