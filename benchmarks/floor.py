@@ -21,6 +21,7 @@ def floor(bench: Bench) -> None:
     with (
         bench.world.daemon(llama.url) as daemon,
         bench.world.relay(llama.port, pause_s=_PAUSE_S) as relay,
+        bench.world.relay(llama.port, pause_s=_PAUSE_S, checked=True) as checked,
         bench.world.relay(llama.port, pause_s=0.0) as uncoalesced,
     ):
         for streams in (1, 8):
@@ -29,6 +30,7 @@ def floor(bench: Bench) -> None:
             ways: dict[str, Callable[[], Load]] = {
                 "direct": partial(run_direct, llama.port, **load),
                 "relay": partial(relay.run, **load),
+                "relay with the checks": partial(checked.run, **load),
                 "daemon": partial(daemon.run, **load),
             }
             loads: dict[str, list[Load]] = {way: [] for way in ways}
@@ -44,7 +46,7 @@ def floor(bench: Bench) -> None:
                     f"tokens/s, {way} / direct, {name}",
                     [one.tokens_per_s / bare.tokens_per_s for one, bare in pairs],
                 )
-            for way in ("relay", "daemon"):
+            for way in ("relay", "relay with the checks", "daemon"):
                 for share, label in ((0.5, "p50"), (0.99, "p99")):
                     later = _first_ms(loads[way], share) - _first_ms(loads["direct"], share)
                     bench.median("k", f"first token later, {label}, {way}, {name}", [later], unit="ms")

@@ -1,9 +1,10 @@
 """A bare relay, to know what this machine and Python allow: one thread, one selector, a journal of two commits a request.
 
-`python -m benchmarks.relay BROKER_PORT ENGINE_PORT ROOT FOLDER PAUSE_S` prints `ready` first and serves until it is killed. It takes a
+`python -m benchmarks.relay BROKER_PORT ENGINE_PORT ROOT FOLDER PAUSE_S [checked]` prints `ready` first and serves until it is killed. It takes a
 request as the worker does (subscription with QoS 1, journal before the acknowledgement and the first event), asks the same
 server, and publishes `start`, joined chunks and `done`. It has none of what makes a worker: no checks, no history, no limits,
-no cancel, no recovery, no flow control, no errors; two clients' answers are told apart, and that is all.
+no cancel, no recovery, no flow control, no errors; two clients' answers are told apart, and that is all. `checked` adds the worker's own
+checks (`benchmarks/checks.py`), in the same thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import sqlite3
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +40,26 @@ class _Answer:
     sent_at: float = 0.0
 
 
+Read = Callable[[str, bytes], tuple[str, str, bytes]]
+"""From a request's topic and payload: its session, its id and the body for the engine."""
+
+
+def _unchecked(topic: str, payload: bytes) -> tuple[str, str, bytes]:
+    asked: dict[str, Any] = json.loads(payload)
+    wanted = {
+        "messages": [{"role": "user", "content": asked["prompt"]}],
+        "max_tokens": asked["max_tokens"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return topic.rsplit("/", 1)[1], asked["request_id"], json.dumps(wanted).encode()
+
+
 class Relay:
-    def __init__(self, broker: int, engine: int, root: str, folder: str, pause_s: float) -> None:
+    def __init__(
+        self, broker: int, engine: int, root: str, folder: str, pause_s: float, read: Read = _unchecked
+    ) -> None:
+        self._read_request = read
         self._engine, self._root, self._pause_s = engine, root, pause_s
         self._client = LeanClient(broker, protocol="5", client_id=f"relay-{root}")
         self._client.subscribe(f"{root}/request/#", qos=1)
@@ -69,25 +89,19 @@ class Relay:
     def _hear(self) -> None:
         self._client.step(1.0, ack=False)
         for _, topic, payload in self._client.received:
-            self._accept(topic.decode().rsplit("/", 1)[1], payload)
+            self._accept(topic.decode(), payload)
         self._client.received.clear()
         self._client.acknowledge()
 
-    def _accept(self, session: str, payload: bytes) -> None:
-        asked: dict[str, Any] = json.loads(payload)
+    def _accept(self, topic: str, payload: bytes) -> None:
+        session, request_id, content = self._read_request(topic, payload)
         connection = socket.create_connection(("127.0.0.1", self._engine))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wanted = {
-            "messages": [{"role": "user", "content": asked["prompt"]}],
-            "max_tokens": asked["max_tokens"],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        connection.sendall(request(json.dumps(wanted).encode()))
+        connection.sendall(request(content))
         # The engine reads its prompt while the disk writes.
-        self._journal.execute("INSERT INTO requests VALUES (?, ?, ?, NULL)", (asked["request_id"], session, payload))
+        self._journal.execute("INSERT INTO requests VALUES (?, ?, ?, NULL)", (request_id, session, payload))
         connection.setblocking(False)
-        answer = _Answer(session, asked["request_id"], connection)
+        answer = _Answer(session, request_id, connection)
         self._answers[connection.fileno()] = answer
         self._poll.register(connection, select.EPOLLIN | select.EPOLLRDHUP)
         self._tell(answer, {"type": "start"})
@@ -141,6 +155,11 @@ class Relay:
 
 
 if __name__ == "__main__":
-    relay = Relay(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], float(sys.argv[5]))
+    read = _unchecked
+    if sys.argv[6:] == ["checked"]:
+        from benchmarks.checks import Checks
+
+        read = Checks(sys.argv[3]).read
+    relay = Relay(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], float(sys.argv[5]), read)
     print("ready", flush=True)
     relay.serve()

@@ -163,11 +163,12 @@ class World:
                 process.kill()
 
     @contextlib.contextmanager
-    def relay(self, engine_port: int, *, pause_s: float) -> Iterator[RelayProcess]:
-        """The bare relay in front of this engine; `pause_s` is its shortest pause between two chunks."""
+    def relay(self, engine_port: int, *, pause_s: float, checked: bool = False) -> Iterator[RelayProcess]:
+        """The bare relay in front of this engine; `pause_s` is its shortest pause between two chunks, `checked` adds the worker's
+        checks."""
         folder = Path(tempfile.mkdtemp(prefix="relay", dir=self.folder))
         numbers = [str(self.broker.port), str(engine_port), folder.name, str(folder), str(pause_s)]
-        command = [sys.executable, "-m", "benchmarks.relay", *numbers]
+        command = [sys.executable, "-m", "benchmarks.relay", *numbers, *(["checked"] if checked else [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
             try:
                 assert process.stdout is not None

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.checks import Checks
 from benchmarks.figures import Figure, aligned, median_of, percentile, rows
 from benchmarks.page import BEGIN, END, PageWithoutMarks, write
+from llamacpp_mqtt_deploy.core.errors import BadRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,3 +133,16 @@ def test_the_page_gets_tables_and_plots_between_its_marks_and_keeps_the_rest(tmp
 def test_docs_performance_has_its_marks() -> None:
     text = (ROOT / "docs" / "performance.md").read_text()
     assert text.count(BEGIN) == text.count(END) == 1
+
+
+def test_the_relay_with_the_checks_refuses_what_a_worker_refuses_and_asks_as_it_does() -> None:
+    checks = Checks("llm")
+    session, request_id, body = checks.read(
+        "llm/request/ada/1", b'{"prompt": "hi", "request_id": "r1", "max_tokens": 5}'
+    )
+    assert (session, request_id) == ("ada/1", "r1")
+    asked = json.loads(body)
+    assert (asked["messages"], asked["max_tokens"], asked["stream"]) == ([{"role": "user", "content": "hi"}], 5, True)
+    assert checks.read("llm/request/ada/1", b'{"prompt": "more", "request_id": "r2"}')[1] == "r2", "its session is free"
+    with pytest.raises(BadRequest, match="temperature"):
+        checks.read("llm/request/ada/1", b'{"prompt": "hi", "request_id": "r3", "temperature": "hot"}')
