@@ -25,7 +25,7 @@ class _UncommonError(Exception):
 
 
 def leading_publish(raw: memoryview, version: Version, now: float, connection: int) -> tuple[Delivery, int] | None:
-    """The message that these bytes begin with, `receipt_of` its packet id with it, and how many bytes it takes.
+    """The message that these bytes begin with, its receipt naming this connection, and how many bytes it takes.
 
     None when they begin with anything but a whole PUBLISH of QoS 0 or 1 without topic alias, and when it is malformed.
     """

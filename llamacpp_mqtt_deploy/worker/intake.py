@@ -36,7 +36,10 @@ _REMEMBERED_TOPICS, _REMEMBERED_TOPIC_CHARS = 256, 256
 
 
 class Intake:
-    """Reads the inbox. Address first, then the payload, then admission; journal, acknowledgement, first event, in that order."""
+    """Reads the inbox. Address first, then the payload, then admission; journal, acknowledgement, first event, in that order.
+
+    `expect` is called in the link's thread for each message that may be a request, before it is read.
+    """
 
     def __init__(
         self,
