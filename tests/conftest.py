@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 pytest_plugins = [
     "tests.support.broker_fixtures",
     "tests.support.engine_fixtures",
+    "tests.support.loop_fixtures",
     "tests.support.postgres_fixtures",
 ]
 

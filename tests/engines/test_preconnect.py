@@ -29,14 +29,6 @@ ANSWER = stream(delta(content="yes"), delta("stop"), DONE)
 LONG_S = 60.0
 
 
-@pytest.fixture
-def loop() -> Iterator[IoLoop]:
-    made = IoLoop()
-    made.start()
-    yield made
-    made.close()
-
-
 class CountingSham(ShamServer):
     """Knows how many connections it was asked for."""
 
@@ -141,7 +133,9 @@ def test_one_that_the_server_has_ended_is_not_used(engine: Engine, sham: Countin
     engine.expect()
     eventually(lambda: sham.connections == before + 1)
     sham._connections[-1].shutdown(socket.SHUT_RDWR)
-    time.sleep(0.05)
+    kept = engine.engine._preconnection._made  # type: ignore[union-attr]
+    assert kept is not None
+    eventually(lambda: not preconnect._lives(kept))
     call = EngineCall(messages=CALL.messages, chunk_timeout_s=10, once=True)  # which has one attempt only
     assert engine.ask(call) == "yes"
     assert sham.connections == before + 2

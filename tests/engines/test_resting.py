@@ -28,14 +28,6 @@ _SIOCOUTQNSD = 0x894B
 
 
 @pytest.fixture
-def loop() -> Iterator[IoLoop]:
-    made = IoLoop()
-    made.start()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def sham() -> Iterator[ShamServer]:
     with ShamServer() as server:
         yield server

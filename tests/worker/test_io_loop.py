@@ -5,21 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from llamacpp_mqtt_deploy.io_loop import HANG_UP, READ, IoLoop
 from tests.support.waiting import eventually
-
-
-@pytest.fixture
-def loop() -> Iterator[IoLoop]:
-    made = IoLoop()
-    made.start()
-    yield made
-    made.close()
 
 
 def test_calls_run_in_the_loops_thread_in_the_order_in_which_they_were_given(loop: IoLoop) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -38,14 +38,6 @@ class Bench:
             received_at=7.0,
             deadline=9.0,
         )
-
-
-@pytest.fixture
-def loop() -> Iterator[IoLoop]:
-    loop = IoLoop()
-    loop.start()
-    yield loop
-    loop.close()
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,41 @@ class Preconnection:
             elif made is not None:
                 made.close()
 
-    def _wants_spare(self) -> bool:
-        return self._spare is None and self._is_asked_for and not self._closed
-
     def begin(self) -> None:
         """In the loop's thread: begin to connect at the end of its turn, unless one waits already."""
         if self._target is not None and self._made is None and time.monotonic() >= self._not_before:
             self._loop.at_end_of_turn(self._connect)
+
+    def take(self) -> socket.socket | None:
+        """The connection, which may still be on its way, for the caller to own; None when there is none that lives."""
+        with self._lock:
+            made, self._made = self._made, None
+            if self._timer is not None:
+                self._timer.cancel()
+        if made is None:
+            return None
+        if _lives(made):
+            return made
+        made.close()
+        return None
+
+    def give_up(self) -> None:
+        """End it: something else is asked first, which a server with one thread would answer only after it."""
+        made = self.take()
+        if made is not None:
+            made.close()
+
+    def close(self) -> None:
+        """End it, and begin no other one; idempotent."""
+        with self._lock:
+            self._closed = True
+            spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
+        self.give_up()
+
+    def _wants_spare(self) -> bool:
+        return self._spare is None and self._is_asked_for and not self._closed
 
     def _connect(self) -> None:
         with self._lock:
@@ -89,34 +117,6 @@ class Preconnection:
                 made.setsockopt(*_NODELAY)
             return made
         return None
-
-    def take(self) -> socket.socket | None:
-        """The connection, which may still be on its way, for the caller to own; None when there is none that lives."""
-        with self._lock:
-            made, self._made = self._made, None
-            if self._timer is not None:
-                self._timer.cancel()
-        if made is None:
-            return None
-        if _lives(made):
-            return made
-        made.close()
-        return None
-
-    def give_up(self) -> None:
-        """End it: something else is asked first, which a server with one thread would answer only after it."""
-        made = self.take()
-        if made is not None:
-            made.close()
-
-    def close(self) -> None:
-        """End it, and begin no other one; idempotent."""
-        with self._lock:
-            self._closed = True
-            spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.close()
-        self.give_up()
 
     def _drop(self, made: socket.socket) -> None:
         """Nobody wanted it."""
