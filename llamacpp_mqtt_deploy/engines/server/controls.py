@@ -59,13 +59,13 @@ class LearnedControls:
         text = texts_of(call)
         with self._lock:
             marks = self._marks
+        named = frozenset[str]() if marks is None else marks.strings
+        found = _special_in(text, named)
+        if not found:
+            return _NONE
+        with self._lock:
             known = self._known(model)
         written = "" if marks is None else marks.templates
-        named = frozenset[str]() if marks is None else marks.strings
-        found = special_looking(text)
-        # Nearly every one that is well known has a bracket, and most prompts have none.
-        for special in (WELL_KNOWN if "<" in text or "[" in text else _UNBRACKETED, named):
-            found.update(string for string in special if string in text)
         controls = {string for string in found if string in named or (string in WELL_KNOWN and string in written)}
         unknown = sorted(found - controls - known.controls - known.plain)
         for start in range(0, len(unknown), ASKED_AT_ONCE):
@@ -129,6 +129,17 @@ class LearnedControls:
 _NONE = ControlStrings(())
 _UNBRACKETED = frozenset(each for each in WELL_KNOWN if "<" not in each and "[" not in each)
 """Those that may stand in a text without either."""
+
+
+def _special_in(text: str, named: frozenset[str]) -> set[str]:
+    """What may be a control string: looks like one, is well known, or is `named` by the server."""
+    if "<" in text or "[" in text:
+        found = special_looking(text)
+        found.update([string for string in WELL_KNOWN if string in text])
+    else:  # as nearly every prompt
+        found = {string for string in _UNBRACKETED if string in text}
+    found.update([string for string in named if string in text])
+    return found
 
 
 class _Known:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from typing import NoReturn
 
 import orjson
 import structlog
@@ -42,6 +42,8 @@ from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 log = structlog.get_logger(__name__)
 
 ASKING_CONNECT_S = 3.0
+
+_WITHOUT_ANSWER = (ConnectFailed, NoAnswer, Broken, Silent, NotReady)
 
 __all__ = ["ServerEngine", "SlotProgress"]
 
@@ -177,10 +179,16 @@ class ServerEngine:
             self._preconnection.begin()
 
     def stream(self, call: EngineCall, *, stop: StopSignal, on_wait: Callable[[str], None]) -> Iterator[Delta]:
-        with self._translating(stop), self._slot(call, stop, on_wait, lambda: None) as wait:
-            exchange, reply = until_ready(lambda: self._open(call, stop, lambda: None), wait, stop, on_wait)
-            with exchange:
-                yield from reply.deltas()
+        try:
+            wait = self._enter(call, stop, on_wait, lambda: None)
+            try:
+                exchange, reply = until_ready(lambda: self._open(call, stop, lambda: None), wait, stop, on_wait)
+                with exchange:
+                    yield from reply.deltas()
+            finally:
+                self._leave()
+        except RequestError as error:
+            self._raise(error, stop)
 
     def pump(
         self,
@@ -192,36 +200,37 @@ class ServerEngine:
         on_slow: Callable[[], None] = lambda: None,
     ) -> Finished:
         loop = self._loop
-        with self._translating(stop), self._slot(call, stop, on_wait, on_slow) as wait:
-            if loop is not None:
-                return until_ready(lambda: self._pump(loop, call, stop, feed, on_slow), wait, stop, on_wait)
-            exchange, reply = until_ready(lambda: self._open(call, stop, on_slow), wait, stop, on_wait)
-            with exchange:
-                return drain(reply.deltas(), feed)
-
-    @contextmanager
-    def _translating(self, stop: StopSignal) -> Iterator[None]:
-        """A fault behind a stop is the stop's; a key in a server's words goes to nobody."""
         try:
-            yield
+            wait = self._enter(call, stop, on_wait, on_slow)
+            try:
+                if loop is not None:
+                    return until_ready(lambda: self._pump(loop, call, stop, feed, on_slow), wait, stop, on_wait)
+                exchange, reply = until_ready(lambda: self._open(call, stop, on_slow), wait, stop, on_wait)
+                with exchange:
+                    return drain(reply.deltas(), feed)
+            finally:
+                self._leave()
         except RequestError as error:
-            if stop.is_set():
-                raise Stopped(stop.reason) from error
-            if (message := self._key.hidden(error.message)) != error.message:
-                without = type(error)(message, **error.details)
-                without.quoted = self._key.hidden(error.quoted)
-                raise without from None
-            raise
+            self._raise(error, stop)
+
+    def _raise(self, error: RequestError, stop: StopSignal) -> NoReturn:
+        """A fault behind a stop is the stop's; a key in a server's words goes to nobody."""
+        if stop.is_set():
+            raise Stopped(stop.reason) from error
+        if (message := self._key.hidden(error.message)) != error.message:
+            without = type(error)(message, **error.details)
+            without.quoted = self._key.hidden(error.quoted)
+            raise without from None
+        raise error
 
     def unsupported_fields(self, call: EngineCall) -> tuple[str, ...]:
         """Names of the request fields that this server cannot be given; they are left out, and a `start` can warn."""
         return dialects.unsupported(call, self._dialect or "llamacpp")
 
-    @contextmanager
-    def _slot(
+    def _enter(
         self, call: EngineCall, stop: StopSignal, on_wait: Callable[[str], None], on_slow: Callable[[], None]
-    ) -> Iterator[ReadyWait]:
-        """A slot of ours, once the server is known; with how long to try."""
+    ) -> ReadyWait:
+        """Take a slot of ours, once the server is known, until `_leave`; says how long to try."""
         stop.raise_if_set()
         wait = ReadyWait(self._settings.unavailable_after_s, once=call.once)
         if not self._described:
@@ -230,12 +239,12 @@ class ServerEngine:
         if not self._slots.acquire(stop, timeout_s=0.0):
             on_slow()
             self._slots.acquire(stop)
-        try:
-            yield wait
-        finally:
-            self._slots.release()
-            if self._preconnection is not None:
-                self._preconnection.prepare()
+        return wait
+
+    def _leave(self) -> None:
+        self._slots.release()
+        if self._preconnection is not None:
+            self._preconnection.prepare()
 
     # --- before the first byte ---------------------------------------------------------------------------------------
 
@@ -262,10 +271,12 @@ class ServerEngine:
         call, content, warnings = self._prepared(call, stop)
         exchange = self._streaming_exchange(stop)
         try:
-            with self._as_not_ready(call, stop):
-                exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
-                reply = self._reply(exchange, call, stop, warnings)
-                reply.open(on_slow)
+            exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
+            reply = self._reply(exchange, call, stop, warnings)
+            reply.open(on_slow)
+        except _WITHOUT_ANSWER as error:
+            exchange.close()
+            self._raise_not_ready(error, call, stop)
         except BaseException:
             exchange.close()
             raise
@@ -281,9 +292,12 @@ class ServerEngine:
     ) -> Finished:
         """Send the request and have the loop read all of the answer."""
         call, content, warnings = self._prepared(call, stop)
-        with self._streaming_exchange(stop) as exchange, self._as_not_ready(call, stop):
-            exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
-            return self._reply(exchange, call, stop, warnings).pump(loop, feed, on_slow)
+        with self._streaming_exchange(stop) as exchange:
+            try:
+                exchange.send(COMPLETIONS, content, timeout_s=call.chunk_timeout_s)
+                return self._reply(exchange, call, stop, warnings).pump(loop, feed, on_slow)
+            except _WITHOUT_ANSWER as error:
+                self._raise_not_ready(error, call, stop)
 
     def _prepared(self, call: EngineCall, stop: StopSignal) -> tuple[EngineCall, bytes, tuple[str, ...]]:
         """The call without what only the model may say, its body, and warnings for the client."""
@@ -317,25 +331,21 @@ class ServerEngine:
             refuse_when_closed=self._refuse_when_closed,
         )
 
-    @contextmanager
-    def _as_not_ready(self, call: EngineCall, stop: StopSignal) -> Iterator[None]:
+    def _raise_not_ready(self, error: Exception, call: EngineCall, stop: StopSignal) -> NoReturn:
         """What a server without an answer means, which is nothing when we ended the connection ourselves."""
-        try:
-            yield
-        except (ConnectFailed, NoAnswer, Broken, Silent, NotReady) as error:
-            stop.raise_if_set()
-            self._refuse_when_closed()
-            match error:
-                case ConnectFailed():
-                    text = f"No connection to {self._address.shown}: {error}. Start the server, or set engine.url."
-                    self._saw(replace(self._info, state="unreachable", detail=text))
-                    raise NotReady("engine_restarting", "The engine cannot be reached.") from error
-                case NoAnswer() | Broken():
-                    raise NotReady("engine_restarting", "The engine ended without an answer.", asked=True) from error
-                case Silent():
-                    raise idle(call) from error
-                case _:
-                    raise
+        stop.raise_if_set()
+        self._refuse_when_closed()
+        match error:
+            case ConnectFailed():
+                text = f"No connection to {self._address.shown}: {error}. Start the server, or set engine.url."
+                self._saw(replace(self._info, state="unreachable", detail=text))
+                raise NotReady("engine_restarting", "The engine cannot be reached.") from error
+            case NoAnswer() | Broken():
+                raise NotReady("engine_restarting", "The engine ended without an answer.", asked=True) from error
+            case Silent():
+                raise idle(call) from error
+            case _:
+                raise error
 
     def _is_ready(self) -> None:
         if self._info.state != "ready":
