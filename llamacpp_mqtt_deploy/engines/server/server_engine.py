@@ -188,7 +188,7 @@ class ServerEngine:
             finally:
                 self._leave()
         except RequestError as error:
-            self._raise(error, stop)
+            self._raise_translated(error, stop)
 
     def pump(
         self,
@@ -211,9 +211,9 @@ class ServerEngine:
             finally:
                 self._leave()
         except RequestError as error:
-            self._raise(error, stop)
+            self._raise_translated(error, stop)
 
-    def _raise(self, error: RequestError, stop: StopSignal) -> NoReturn:
+    def _raise_translated(self, error: RequestError, stop: StopSignal) -> NoReturn:
         """A fault behind a stop is the stop's; a key in a server's words goes to nobody."""
         if stop.is_set():
             raise Stopped(stop.reason) from error
@@ -242,6 +242,7 @@ class ServerEngine:
         return wait
 
     def _leave(self) -> None:
+        """Give the slot back."""
         self._slots.release()
         if self._preconnection is not None:
             self._preconnection.prepare()

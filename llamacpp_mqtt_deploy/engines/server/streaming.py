@@ -50,8 +50,8 @@ class StreamingExchange:
 
     requests and urllib3 take 0.65 ms before they connect and give a chunked body one chunk a call; what is read and written
     here is one request head, and a body whose framing `core.transfer_coding` takes off. A connection is not kept for the next
-    request: llama.cpp closes idle ones after 5 s and busy ones after 100 requests, and a cancel ends it anyway. One that
-    `preconnection` has begun is taken where there is one.
+    request: llama.cpp ends it after each streamed answer, whatever its `Keep-Alive` header says. One that `preconnection` has
+    begun is taken where there is one.
     """
 
     def __init__(
