@@ -7,7 +7,6 @@ held while somebody waits.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import os
@@ -34,20 +33,17 @@ Call = Callable[[], None]
 class Timer:
     """A call that is still to come; `cancel` takes it back."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("call",)
 
     def __init__(self, call: Call) -> None:
-        self._call: Call | None = call
+        self.call: Call | None = call
+        """None once it was cancelled, or has run."""
 
     def cancel(self) -> None:
-        self._call = None
-
-    def is_cancelled(self) -> bool:
-        """Whether it was cancelled, or has run."""
-        return self._call is None
+        self.call = None
 
     def run(self) -> None:
-        call, self._call = self._call, None
+        call, self.call = self.call, None
         if call is not None:
             call()
 
@@ -147,16 +143,20 @@ class IoLoop:
     def unwatch(self, fd: int) -> None:
         """Forget the descriptor; to be called before it is closed."""
         if self._watched.pop(fd, None) is not None:
-            with contextlib.suppress(OSError):
+            try:  # noqa: SIM105
                 self._poll.unregister(fd)
+            except OSError:
+                pass
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
         # While the thread is at work it looks for calls before it waits again: nobody needs to pay for the write.
         if self._waiting_until:
-            with contextlib.suppress(OSError):
+            try:  # noqa: SIM105 - three calls less on a request's way, as below
                 os.write(self._wake_write, b"\0")
+            except OSError:
+                pass  # the pipe is full, and wakes it all the same
 
     def _run(self) -> None:
         self._ident = threading.get_ident()
@@ -181,8 +181,10 @@ class IoLoop:
             self._waiting_until = 0.0
         for fd, events in ready:
             if fd == self._wake_read:
-                with contextlib.suppress(BlockingIOError):
+                try:  # noqa: SIM105
                     os.read(self._wake_read, 4096)
+                except BlockingIOError:
+                    pass
                 continue
             watched = self._watched.get(fd)
             if watched is None:  # unwatched by a call before it in this turn
@@ -202,7 +204,7 @@ class IoLoop:
 
     def _until_next(self, now: float) -> float:
         with self._lock:
-            while self._heap and self._heap[0][2].is_cancelled():  # nobody needs to be woken for it
+            while self._heap and self._heap[0][2].call is None:  # nobody needs to be woken for it
                 heapq.heappop(self._heap)
             return min(_LONGEST_WAIT_S, max(0.0, self._heap[0][0] - now)) if self._heap else _LONGEST_WAIT_S
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -34,6 +34,15 @@ def engine_api_key(settings: Settings, *, environ: Mapping[str, str] = os.enviro
     None when there is none; an empty credential counts as none. Raises CredentialError.
     """
     return server_key(settings.engine, environ=environ)
+
+
+def engine_key_reader(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> Callable[[], str | None]:
+    """Gives `engine_api_key` each time that it is called; where nothing can renew the key it is looked up only once."""
+    engine = settings.engine
+    if engine.api_key is None and (engine.api_key_file is not None or "CREDENTIALS_DIRECTORY" in environ):
+        return lambda: engine_api_key(settings, environ=environ)
+    key = engine_api_key(settings, environ=environ)
+    return lambda: key
 
 
 def database_password(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> str | None:

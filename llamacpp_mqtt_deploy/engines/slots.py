@@ -23,7 +23,9 @@ class Slots:
         self._busy = 0
         self._next_ticket = 0
         self._waiting: list[int] = []
-        self._changed = threading.Condition()
+        # Taken alone where nobody waits: a condition's own way to it is two calls longer.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def size(self) -> int:
@@ -34,25 +36,25 @@ class Slots:
         return self._busy
 
     def resize(self, size: int) -> None:
-        with self._changed:
+        with self._lock:
             self._size = max(1, size)
             self._changed.notify_all()
 
     def acquire(self, stop: StopSignal, timeout_s: float | None = None) -> bool:
         """Take a slot; False when the time passed first. Raises `Stopped` when the signal is set first."""
-        with self._changed:
+        with self._lock:
             if self._busy < self._size and not self._waiting:
                 stop.raise_if_set()
                 self._busy += 1
                 return True
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._changed:
+        with self._lock:
             ticket = self._next_ticket
             self._next_ticket += 1
             self._waiting.append(ticket)
         forget = stop.on_stop(self._wake)
         try:
-            with self._changed:
+            with self._lock:
                 while self._busy >= self._size or self._waiting[0] != ticket:
                     stop.raise_if_set()
                     left = None if ends_at is None else ends_at - time.monotonic()
@@ -64,16 +66,16 @@ class Slots:
                 return True
         finally:
             forget()
-            with self._changed:
+            with self._lock:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
 
     def release(self) -> None:
-        with self._changed:
+        with self._lock:
             self._busy -= 1
             if self._waiting:
                 self._changed.notify_all()
 
     def _wake(self) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()

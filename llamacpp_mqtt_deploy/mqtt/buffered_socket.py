@@ -24,7 +24,7 @@ class BufferedSocket:
     BlockingIOError without asking the socket, which had no more (`is_dry`), until its owner says otherwise.
     """
 
-    __slots__ = ("_failure", "_is_tcp", "_socket", "_tls", "ahead", "is_dry", "unsent")
+    __slots__ = ("_failure", "_is_tcp", "_socket", "_tls", "ahead", "is_dry", "is_tls", "unsent")
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -37,6 +37,7 @@ class BufferedSocket:
         self._failure: OSError | None = None
         self._is_tcp = sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6)
         self._tls: ssl.SSLSocket | None = sock if isinstance(sock, ssl.SSLSocket) else None
+        self.is_tls = self._tls is not None
 
     # --- what paho calls -----------------------------------------------------------------------------------------------
 

@@ -267,20 +267,20 @@ class ConnectionThread:
         timeout_s = DOUBTFUL_CONNACK_TIMEOUT_S if self._attempts.versions.in_doubt else CONNACK_TIMEOUT_S
         self._connack_by = time.monotonic() + timeout_s
         self._wire_loop.run(wire)
-        if wire.closed() is None and self._finished():
+        if wire.closed is None and self._finished():
             self._leave(wire)
             return
-        if wire.closed() is None and self._state != "online":
+        if wire.closed is None and self._state != "online":
             wire.abort()
             refusal = explain.of_no_connack(self.where, timeout_s)
             self._attempts.unanswered(refusal)
             self._failed(refusal)
             return
-        if wire.closed() is None:
+        if wire.closed is None:
             if self._own_end is explain.INBOX_FULL and self._full_reminder.due("", time.monotonic()):
                 log.warning("inbox.full", broker=self.where, why="connecting again so that the broker delivers again")
             wire.disconnect(with_will=False, timeout_s=GOODBYE_S)
-        self._ended(wire, wire.closed() or Closed())
+        self._ended(wire, wire.closed or Closed())
 
     # --- while a wire lives, in the loop's thread ---
 
@@ -312,7 +312,7 @@ class ConnectionThread:
         return True
 
     def _life_over(self, wire: PahoWire) -> bool:
-        if wire.closed() is not None or self._own_end is not None:
+        if wire.closed is not None or self._own_end is not None:
             return True
         if self._closing is not None and self._finished():
             return True

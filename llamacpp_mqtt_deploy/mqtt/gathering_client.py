@@ -15,7 +15,7 @@ import paho.mqtt.client as paho
 from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
-from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback
+from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback, puback_packet
 from llamacpp_mqtt_deploy.ports import Delivery
 
 
@@ -26,8 +26,8 @@ class GatheringClient(paho.Client):
     them: each PUBACK is told there, and paho's own publishes (`publish`, `on_publish`) are not to be used. Without it they work as ever.
     With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`.
 
-    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate` and `_packet_queue` are paho's own business: the
-    tests of this folder run against every new paho.
+    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate`, `_out_packet` and `_packet_queue` are paho's own
+    business: the tests of this folder run against every new paho.
     """
 
     version: Version = "5"
@@ -76,14 +76,15 @@ class GatheringClient(paho.Client):
 
     def holds_unread(self) -> bool:
         """Whether bytes are there that the socket, which is open, no longer shows: TLS and the reading ahead keep some."""
-        if self.buffered is not None:
-            return self.buffered.pending() > 0
+        buffered = self.buffered
+        if buffered is not None:
+            return bool(buffered.ahead) or (buffered.is_tls and buffered.pending() > 0)
         pending = getattr(self.socket(), "pending", None)
         return pending is not None and pending() > 0
 
     def holds_unsent(self) -> bool:
         """Whether something waits to be written."""
-        return bool(self.buffered is not None and self.buffered.unsent) or self.want_write()
+        return bool(self._out_packet) or (self.buffered is not None and bool(self.buffered.unsent))
 
     def read_some(self) -> None:
         """Read what is there, of messages one; callbacks run in here."""
@@ -134,6 +135,11 @@ class GatheringClient(paho.Client):
             return False  # as its next read will tell
         return True
 
+    def acknowledge(self, mid: int) -> None:
+        """Queue the PUBACK of a message at QoS 1, behind what paho has queued: acknowledgements keep their order."""
+        if self._out_packet or self.buffered is None or not self.send_packet(puback_packet(mid)):
+            self.ack(mid, 1)
+
     def _packet_handle(self) -> Any:
         """Every PUBACK that says more than its id, and all of a websocket's."""
         if self._in_packet["command"] == PUBACK and self.on_puback is not None:
@@ -146,7 +152,7 @@ class GatheringClient(paho.Client):
     def write_some(self) -> None:
         """Write what is queued, as far as the socket takes it."""
         buffered = self.buffered
-        if buffered is None or self.want_write():
+        if buffered is None or self._out_packet:
             self.loop_write()
         if buffered is not None and not buffered.flush():
             buffered.is_dry = False

@@ -77,6 +77,11 @@ def leading_pubacks(raw: bytes | memoryview) -> tuple[list[int], int]:
     return mids, at
 
 
+def puback_packet(mid: int) -> bytes:
+    """The PUBACK of a message, without a reason code: success."""
+    return bytes((PUBACK, 2, mid >> 8, mid & 0xFF))
+
+
 def puback(body: bytes | bytearray, version: Version) -> tuple[int, int] | None:
     """Packet id and reason code of a PUBACK behind its first two bytes; None when it is none. What its properties say is not used."""
     if len(body) < 2 or (version == "3.1.1" and len(body) > 2):

@@ -94,7 +94,8 @@ class PahoWire:
         max_incoming_bytes: int | None,
     ) -> None:
         self.version = version
-        self._closed: Closed | None = Closed()
+        self.closed: Closed | None = Closed()
+        """Why the connection ended; None while it lives. To be read only."""
         self._settings = settings
         self._events = events
         self._max_incoming_bytes = max_incoming_bytes
@@ -134,14 +135,10 @@ class PahoWire:
 
     # --- the owner's side ---
 
-    def closed(self) -> Closed | None:
-        """Why the connection ended; None while it lives."""
-        return self._closed
-
     def connect(self, port: int, number: int) -> None:
         """Connect, for the `number`th time, and queue the CONNECT packet. Raises OSError and its kin (ssl.SSLError, socket.gaierror, TimeoutError)."""
         settings = self._settings
-        self._closed = None
+        self.closed = None
         self._client.connection = number
         self._last_log = ""
         # Only until CONNACK: it is the one place where paho tells what a socket error was, and it costs a line per packet.
@@ -157,7 +154,7 @@ class PahoWire:
         try:
             self._client.connect(settings.host, port, settings.keepalive_s, **arguments)
         except BaseException:
-            self._closed = Closed()
+            self.closed = Closed()
             if self._client.last_socket is not None:
                 self._client.last_socket.close()
             raise
@@ -169,34 +166,36 @@ class PahoWire:
         return self._fd
 
     def wants_read(self) -> bool:
-        return self._closed is None and self._client.holds_unread()
+        return self.closed is None and self._client.holds_unread()
 
     def wants_write(self) -> bool:
-        return self._closed is None and self._client.holds_unsent()
+        return self.closed is None and self._client.holds_unsent()
 
     def on_readable(self) -> None:
         """Read what is there; callbacks run in here."""
-        if self._closed is None:
+        if self.closed is None:
             self._client.read_some()
-            self._notice_end()
+            if self._fd < 0:
+                self._notice_end()
 
     def on_writable(self) -> None:
         """Write what is queued, as far as the socket takes it."""
-        if self._closed is None:
+        if self.closed is None:
             self._client.write_some()
-            self._notice_end()
+            if self._fd < 0:
+                self._notice_end()
 
     def on_time(self, now: float) -> None:
         """Let paho look at its keepalive when that is due."""
-        if self.closed() is None and now >= self._misc_at:
+        if self.closed is None and now >= self._misc_at:
             self._misc_at = now + MISC_EVERY_S
             self._client.loop_misc()
             self._notice_end()
 
     def _notice_end(self) -> None:
         # paho closes its socket with each end, also where it tells nobody.
-        if self._fd < 0 and self._closed is None:
-            self._closed = Closed(error=self._last_log)
+        if self._fd < 0 and self.closed is None:
+            self.closed = Closed(error=self._last_log)
 
     def publish(
         self, publish: Publish, *, retain: bool, expiry_s: int | None, flying: Container[int], mid: int | None = None
@@ -226,7 +225,7 @@ class PahoWire:
         return mid if self._client.send_packet(packet) else None
 
     def acknowledge(self, mid: int) -> None:
-        self._client.ack(mid, 1)
+        self._client.acknowledge(mid)
 
     def subscribe(self, filters: Sequence[tuple[str, int]], *, retained: bool) -> int | None:
         """Queue a SUBSCRIBE; its packet id."""
@@ -246,7 +245,7 @@ class PahoWire:
 
     def disconnect(self, *, with_will: bool, timeout_s: float) -> None:
         """Say goodbye and close; the one call that waits, until the last bytes are written. `with_will` has the broker publish the will: on 3.1.1 by hanging up without DISCONNECT."""
-        if self.closed() is not None:
+        if self.closed is not None:
             return
         deadline = time.monotonic() + timeout_s
         if not with_will or self.version == "5":
@@ -266,8 +265,8 @@ class PahoWire:
         if self._fd >= 0:
             # connect_async closes the socket and only stores the address: paho's one public way to hang up without DISCONNECT.
             self._client.connect_async(self._settings.host, 1)
-        if self.closed() is None:
-            self._closed = Closed()
+        if self.closed is None:
+            self.closed = Closed()
 
     # --- paho's side ---
 
@@ -318,8 +317,8 @@ class PahoWire:
         properties: Properties | None,
     ) -> None:
         from_broker = flags.is_disconnect_packet_from_server
-        if self.closed() is None:
-            self._closed = Closed(
+        if self.closed is None:
+            self.closed = Closed(
                 code=reason.value,
                 name=str(reason),
                 from_broker=from_broker,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from llamacpp_mqtt_deploy import __version__, logs
-from llamacpp_mqtt_deploy.config.credentials import database_password, engine_api_key, mqtt_password
+from llamacpp_mqtt_deploy.config.credentials import database_password, engine_key_reader, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings, Settings
 from llamacpp_mqtt_deploy.io_loop import IoLoop
@@ -352,7 +352,8 @@ def make_engine(settings: Settings, loop: IoLoop) -> Engine:
         case "server":
             from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 
-            return ServerEngine(engine, loop=loop, read_key=lambda: _hidden(engine_api_key(settings)))
+            read_key = engine_key_reader(settings)
+            return ServerEngine(engine, loop=loop, read_key=lambda: _hidden(read_key()))
         case "managed":
             from llamacpp_mqtt_deploy.engines.managed.managed_engine import ManagedEngine
 

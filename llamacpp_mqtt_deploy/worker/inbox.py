@@ -29,15 +29,13 @@ class _Waiting:
 class Inbox:
     """`offer` is for the link's thread and never waits: all other traffic passes through that thread. `take` is the reader's.
 
-    Places and bytes are shared between first topic levels, which `level_of` tells of a topic: one that is alone may fill it, and when
-    it is full a newcomer takes the place of the newest message of whoever holds most, as long as his own then holds no more.
+    Places and bytes are shared between first topic levels: one that is alone may fill it, and when it is full a newcomer takes the place of the newest message of whoever holds most, as long as his own then holds no more.
     Only messages at QoS 0 are given up so: every other is the broker's until it is acknowledged, in order of receipt, and the
     broker has few of these under way at a time.
     """
 
-    def __init__(self, *, max_messages: int, level_of: Callable[[str], str]) -> None:
+    def __init__(self, *, max_messages: int) -> None:
         self._max_messages = max_messages
-        self._level_of = level_of
         self._waiting: deque[_Waiting] = deque()
         self._qos0: dict[str, deque[_Waiting]] = {}
         """Of each level those at QoS 0, oldest first."""
@@ -46,15 +44,18 @@ class Inbox:
         self._refused = 0
         self._lost = 0
         self._closed = False
-        self._changed = threading.Condition()
+        # Taken alone where nobody waits: a condition's own way to it is two calls longer.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     def __len__(self) -> int:
         return sum(self._places.values())
 
-    def offer(self, delivery: Delivery) -> bool:
-        """Take the message, or say that there is no place for it. One message of any size has a place in an empty inbox."""
-        new = _Waiting(delivery, self._level_of(delivery.topic), _size(delivery))
-        with self._changed:
+    def offer(self, delivery: Delivery, level: str) -> bool:
+        """Take the message of this first topic level, or say that there is no place for it. One of any size has a place in an empty
+        inbox."""
+        new = _Waiting(delivery, level, _size(delivery))
+        with self._lock:
             if self._closed:
                 return True  # unread and unacknowledged: it stays with the broker for the worker's next start
             if not self._make_room(new):
@@ -67,9 +68,11 @@ class Inbox:
 
     def take(self, most: int, *, timeout_s: float) -> list[Delivery] | None:
         """Wait for messages and take up to `most` of them; an empty list when none came, None when it is closed and read."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._places or self._closed, timeout_s):
-                return []
+        with self._lock:
+            if not self._places and not self._closed:
+                self._changed.wait(timeout_s)
+                if not self._places and not self._closed:
+                    return []
             taken = self._oldest(most)
             refused, lost = self._refused, self._lost
             tell = refused > 0 and not self._places
@@ -86,7 +89,7 @@ class Inbox:
 
     def close(self) -> None:
         """Take no more messages; what is there can still be read."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 

@@ -68,7 +68,7 @@ class Intake:
         self._policies = policies
         self._log = message_log
         self._known_address = lru_cache(_REMEMBERED_TOPICS)(topics.address)
-        self._inbox = Inbox(max_messages=inbox_messages, level_of=self._level_of)
+        self._inbox = Inbox(max_messages=inbox_messages)
         self._expect = expect
         self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
         self._may_read = threading.Event()
@@ -77,15 +77,12 @@ class Intake:
 
     def offer(self, delivery: Delivery) -> bool:
         """The link's thread: take the message, or say that there is no place for it (`Inbox.offer`)."""
-        if not self._inbox.offer(delivery):
-            return False
         address = self._address(delivery.topic)
+        if not self._inbox.offer(delivery, first_level_of(address, delivery.topic)):
+            return False
         if address is not None and address.kind == "request":
             self._expect()  # while our thread wakes up and reads the message
         return True
-
-    def _level_of(self, topic: str) -> str:
-        return first_level_of(self._address(topic), topic)
 
     def _address(self, topic: str) -> Address | None:
         short = len(topic) <= _REMEMBERED_TOPIC_CHARS

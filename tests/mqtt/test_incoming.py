@@ -91,7 +91,7 @@ class Connection:
                 self.wire.on_readable()
         except Exception as error:  # noqa: BLE001 - whatever paho raises
             self.problem = repr(error)
-        return not self.problem and self.wire.closed() is None
+        return not self.problem and self.wire.closed is None
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +117,7 @@ def told_of(listener: socket.socket, version: Version, pieces: Sequence[bytes], 
             if not connection.feed(piece):
                 break
         answers = b"" if connection.problem else connection.sent()
-        return connection.told.events, connection.problem, connection.wire.closed(), answers
+        return connection.told.events, connection.problem, connection.wire.closed, answers
 
 
 # --- packets, most of them sound ---
@@ -329,8 +329,8 @@ def test_a_broker_that_sends_is_alive_while_its_answer_to_a_ping_is_late(
             clock[0] += 4.0
             connection.feed(coming)
             connection.wire.on_time(clock[0])
-            assert connection.wire.closed() is None
+            assert connection.wire.closed is None
         assert b"\xc0\x00" in connection.sent()
         clock[0] += 30.0
         connection.wire.on_time(clock[0])
-        assert connection.wire.closed() is not None, "a broker that is silent for so long is gone"
+        assert connection.wire.closed is not None, "a broker that is silent for so long is gone"

@@ -39,7 +39,11 @@ def _delivery(payload: bytes = b"hi", qos: int = 0, level: str = "flood") -> Del
 
 
 def _inbox(max_messages: int = 20) -> Inbox:
-    return Inbox(max_messages=max_messages, level_of=lambda topic: topic.rpartition("/")[2])
+    return Inbox(max_messages=max_messages)
+
+
+def _offer(inbox: Inbox, delivery: Delivery) -> bool:
+    return inbox.offer(delivery, delivery.topic.rpartition("/")[2])
 
 
 def _held(inbox: Inbox) -> Counter[str]:
@@ -84,9 +88,9 @@ def test_the_inbox_is_bounded_in_bytes_and_takes_one_message_of_any_size(
 
 def test_what_comes_while_the_inbox_closes_is_left_to_the_broker() -> None:
     inbox = _inbox(1)
-    assert inbox.offer(_delivery(b"before"))
+    assert _offer(inbox, _delivery(b"before"))
     inbox.close()
-    assert inbox.offer(_delivery(b"after", qos=1)), "refused, it would make the link connect again while it closes"
+    assert _offer(inbox, _delivery(b"after", qos=1)), "refused, it would make the link connect again while it closes"
     taken = inbox.take(10, timeout_s=0.0)
     assert taken is not None
     assert [delivery.payload for delivery in taken] == [b"before"]
@@ -98,8 +102,8 @@ def test_a_message_counts_with_all_that_a_client_can_put_into_it(monkeypatch: py
     first = Delivery(topic="t" * 10, payload=b"p" * 20, qos=1, response_topic="r" * 30, correlation=b"c" * 15)
     for size, taken in ((25, True), (26, False)):
         inbox = _inbox(10)
-        assert inbox.offer(first)
-        assert inbox.offer(Delivery(topic="t" * size, payload=b"", qos=1)) is taken
+        assert _offer(inbox, first)
+        assert _offer(inbox, Delivery(topic="t" * size, payload=b"", qos=1)) is taken
 
 
 def test_the_place_of_what_was_read_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +111,8 @@ def test_the_place_of_what_was_read_is_free_again(monkeypatch: pytest.MonkeyPatc
     inbox = _inbox(3)
     for _ in range(5):
         for number in range(3):
-            assert inbox.offer(Delivery(topic="t", payload=bytes([number]) * 30, qos=1))
-        assert not inbox.offer(Delivery(topic="t", payload=b"", qos=1)), "three are as many as may wait"
+            assert _offer(inbox, Delivery(topic="t", payload=bytes([number]) * 30, qos=1))
+        assert not _offer(inbox, Delivery(topic="t", payload=b"", qos=1)), "three are as many as may wait"
         first = inbox.take(2, timeout_s=0.0)
         last = inbox.take(2, timeout_s=0.0)
         assert [delivery.payload[0] for delivery in [*(first or ()), *(last or ())]] == [0, 1, 2]
@@ -118,14 +122,14 @@ def test_the_place_of_what_was_read_is_free_again(monkeypatch: pytest.MonkeyPatc
 def test_a_flood_is_told_once_when_all_of_it_was_read_and_names_what_is_lost_for_good() -> None:
     inbox = _inbox(2)
     with capture_logs() as lines:
-        taken = [inbox.offer(_delivery(qos=qos)) for qos in (1, 0, 1, 0, 0)]
+        taken = [_offer(inbox, _delivery(qos=qos)) for qos in (1, 0, 1, 0, 0)]
         assert taken == [True, True, False, False, False]
         inbox.take(1, timeout_s=0.0)
         assert lines == [], "not over yet"
         inbox.take(1, timeout_s=0.0)
         assert [(line["messages"], line["lost"]) for line in lines] == [(3, 2)]
         for _ in range(2):
-            inbox.offer(_delivery())
+            _offer(inbox, _delivery())
             inbox.take(9, timeout_s=0.0)
     assert len(lines) == 1
 
@@ -134,7 +138,7 @@ def test_a_reader_waits_for_messages_and_is_woken_by_them_and_by_the_end() -> No
     inbox = _inbox(2)
     assert inbox.take(9, timeout_s=0.01) == []
     read: list[object] = []
-    for wake in (lambda: inbox.offer(_delivery()), inbox.close):
+    for wake in (lambda: _offer(inbox, _delivery()), inbox.close):
         reader = threading.Thread(target=lambda: read.append(inbox.take(9, timeout_s=60.0)), daemon=True)
         reader.start()
         eventually(lambda: inbox._changed._waiters)  # type: ignore[attr-defined]
@@ -147,9 +151,9 @@ def test_a_reader_waits_for_messages_and_is_woken_by_them_and_by_the_end() -> No
 
 def test_one_that_floods_at_qos_0_leaves_others_a_place() -> None:
     inbox = _inbox(20)
-    assert [inbox.offer(_delivery()) for _ in range(30)].count(True) == 20
-    assert [inbox.offer(_delivery(qos=1, level="chat")) for _ in range(10)] == [True] * 10
-    assert not inbox.offer(_delivery(qos=1, level="chat")), "it holds as much as the other one"
+    assert [_offer(inbox, _delivery()) for _ in range(30)].count(True) == 20
+    assert [_offer(inbox, _delivery(qos=1, level="chat")) for _ in range(10)] == [True] * 10
+    assert not _offer(inbox, _delivery(qos=1, level="chat")), "it holds as much as the other one"
     assert len(inbox) == 20
     with capture_logs() as lines:
         assert _held(inbox) == {"flood": 10, "chat": 10}
@@ -159,9 +163,9 @@ def test_one_that_floods_at_qos_0_leaves_others_a_place() -> None:
 def test_the_places_that_a_flood_gives_up_are_those_of_its_newest_messages() -> None:
     inbox = _inbox(20)
     for number in range(20):
-        inbox.offer(_delivery(b"%d" % number))
+        _offer(inbox, _delivery(b"%d" % number))
     for _ in range(3):
-        inbox.offer(_delivery(b"chat", level="chat"))
+        _offer(inbox, _delivery(b"chat", level="chat"))
     taken = inbox.take(100, timeout_s=0.0) or []
     assert [delivery.payload for delivery in taken] == [b"%d" % number for number in range(17)] + [b"chat"] * 3
 
@@ -169,25 +173,25 @@ def test_the_places_that_a_flood_gives_up_are_those_of_its_newest_messages() -> 
 def test_large_messages_of_one_leave_others_a_place() -> None:
     inbox = _inbox(1000)
     megabyte = b"x" * 1024 * 1024
-    assert [inbox.offer(_delivery(megabyte)) for _ in range(40)].count(True) == 31
-    assert [inbox.offer(_delivery(megabyte, qos=1, level="chat")) for _ in range(20)].count(True) == 15
+    assert [_offer(inbox, _delivery(megabyte)) for _ in range(40)].count(True) == 31
+    assert [_offer(inbox, _delivery(megabyte, qos=1, level="chat")) for _ in range(20)].count(True) == 15
     assert _held(inbox) == {"flood": 16, "chat": 15}
-    assert inbox.offer(_delivery(megabyte)), "what was taken and what was given up no longer counts"
+    assert _offer(inbox, _delivery(megabyte)), "what was taken and what was given up no longer counts"
 
 
 def test_what_waits_for_its_acknowledgement_is_never_given_up() -> None:
     inbox = _inbox(20)
     for _ in range(20):
-        assert inbox.offer(_delivery(qos=1))
-    assert not inbox.offer(_delivery(qos=1, level="chat")), "it stays with the broker, which delivers it again"
+        assert _offer(inbox, _delivery(qos=1))
+    assert not _offer(inbox, _delivery(qos=1, level="chat")), "it stays with the broker, which delivers it again"
     assert _held(inbox) == {"flood": 20}
 
 
 def test_two_floods_do_not_put_each_other_out_in_turn() -> None:
     inbox = _inbox(20)
     for _ in range(1000):
-        inbox.offer(_delivery(level="a"))
-        inbox.offer(_delivery(level="b"))
+        _offer(inbox, _delivery(level="a"))
+        _offer(inbox, _delivery(level="b"))
     assert _held(inbox) == {"a": 10, "b": 10}
 
 
@@ -199,7 +203,7 @@ def test_the_inbox_keeps_its_bounds_and_its_order_whatever_comes(arrivals: list[
     for number, (level, qos) in enumerate(arrivals):
         if level == "-":
             taken += inbox.take(3, timeout_s=0.0) or []
-        elif inbox.offer(_delivery(b"%d" % number, qos=qos, level=level)) and qos:
+        elif _offer(inbox, _delivery(b"%d" % number, qos=qos, level=level)) and qos:
             acknowledgeable.append(b"%d" % number)
         assert len(inbox) <= 20
     taken += inbox.take(1000, timeout_s=0.0) or []

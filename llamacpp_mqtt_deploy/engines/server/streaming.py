@@ -107,9 +107,10 @@ class StreamingExchange:
             raise (NoAnswer if self._line.connected else ConnectFailed)(reason_of(error)) from error
         self._silence_s = timeout_s
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: the answer says why
-                head = self._request_head(path, len(content))
-                send_within(self._socket, head + content, time.monotonic() + timeout_s)
+            head = self._request_head(path, len(content))
+            send_within(self._socket, head + content, time.monotonic() + timeout_s)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # refused early: the answer says why
         except TimeoutError as error:
             raise Silent(f"no answer within {timeout_s:g} s") from error
         except (OSError, ValueError) as error:
