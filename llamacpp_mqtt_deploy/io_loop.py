@@ -195,7 +195,8 @@ class IoLoop:
                 log.exception("io.call_failed")
         for _ in range(len(self._calls)):
             self._guarded(self._calls.popleft())
-        if self._heap:
+        # Without the lock: others only add to the heap.
+        if self._heap and self._heap[0][0] <= time.monotonic():
             self._run_due()
         while self._ends:
             ends, self._ends = self._ends, []

@@ -308,7 +308,7 @@ class ConnectionThread:
             queued = True
         if queued:
             wire.on_writable()
-            return not self._life_over(wire)
+            return wire.closed is None
         return True
 
     def _life_over(self, wire: PahoWire) -> bool:

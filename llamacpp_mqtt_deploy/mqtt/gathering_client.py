@@ -26,8 +26,8 @@ class GatheringClient(paho.Client):
     them: each PUBACK is told there, and paho's own publishes (`publish`, `on_publish`) are not to be used. Without it they work as ever.
     With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`.
 
-    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate`, `_out_packet` and `_packet_queue` are paho's own
-    business: the tests of this folder run against every new paho.
+    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate`, `_out_packet`, `_packet_queue` and `_sock` are
+    paho's own business: the tests of this folder run against every new paho.
     """
 
     version: Version = "5"
@@ -121,7 +121,7 @@ class GatheringClient(paho.Client):
 
     def send_packet(self, packet: bytes) -> bool:
         """Queue a whole packet; False when it cannot be taken now."""
-        if self.socket() is None:
+        if self._sock is None:
             return False
         if self.buffered is None:
             # To a websocket: paho's queue keeps whole frames together. Under another packet's name: paho looks after publishes.

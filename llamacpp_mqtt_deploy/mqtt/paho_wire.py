@@ -99,7 +99,8 @@ class PahoWire:
         self._settings = settings
         self._events = events
         self._max_incoming_bytes = max_incoming_bytes
-        self._fd = -1
+        self.fd = -1
+        """The socket, -1 without one. To be read only."""
         self._misc_at = 0.0
         self._last_log = ""
         five = version == "5"
@@ -162,9 +163,6 @@ class PahoWire:
 
     # What a loop needs (`wire_loop.Wire`).
 
-    def fileno(self) -> int:
-        return self._fd
-
     def wants_read(self) -> bool:
         return self.closed is None and self._client.holds_unread()
 
@@ -175,14 +173,14 @@ class PahoWire:
         """Read what is there; callbacks run in here."""
         if self.closed is None:
             self._client.read_some()
-            if self._fd < 0:
+            if self.fd < 0:
                 self._notice_end()
 
     def on_writable(self) -> None:
         """Write what is queued, as far as the socket takes it."""
         if self.closed is None:
             self._client.write_some()
-            if self._fd < 0:
+            if self.fd < 0:
                 self._notice_end()
 
     def on_time(self, now: float) -> None:
@@ -194,7 +192,7 @@ class PahoWire:
 
     def _notice_end(self) -> None:
         # paho closes its socket with each end, also where it tells nobody.
-        if self._fd < 0 and self.closed is None:
+        if self.fd < 0 and self.closed is None:
             self.closed = Closed(error=self._last_log)
 
     def publish(
@@ -251,8 +249,8 @@ class PahoWire:
         if not with_will or self.version == "5":
             reason = ReasonCode(PacketTypes.DISCONNECT, DISCONNECT_WITH_WILL) if with_will else None
             poll = select.poll()
-            while self.wants_write() and self._fd >= 0 and (left_s := deadline - time.monotonic()) > 0:
-                poll.register(self._fd, select.POLLOUT)
+            while self.wants_write() and self.fd >= 0 and (left_s := deadline - time.monotonic()) > 0:
+                poll.register(self.fd, select.POLLOUT)
                 poll.poll(left_s * 1000.0)
                 self.on_writable()
             # Last, since paho closes the socket together with it.
@@ -262,7 +260,7 @@ class PahoWire:
 
     def abort(self) -> None:
         """Close the socket at once."""
-        if self._fd >= 0:
+        if self.fd >= 0:
             # connect_async closes the socket and only stores the address: paho's one public way to hang up without DISCONNECT.
             self._client.connect_async(self._settings.host, 1)
         if self.closed is None:
@@ -271,14 +269,14 @@ class PahoWire:
     # --- paho's side ---
 
     def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
-        self._fd = sock.fileno()
+        self.fd = sock.fileno()
         if self._settings.transport != "unix":
-            tune_socket(self._fd, keepalive_s=self._settings.keepalive_s)
+            tune_socket(self.fd, keepalive_s=self._settings.keepalive_s)
         if self._settings.transport == "websockets":
             sock.send = whole_frames(sock.send)
 
     def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
-        self._fd = -1
+        self.fd = -1
 
     def _on_log(self, client: paho.Client, userdata: Any, level: int, text: str) -> None:
         if level == paho.MQTT_LOG_ERR or "malformed" in text:

@@ -93,7 +93,13 @@ class Sending:
         if outgoing.again and not self._resend(wire, now):
             return True
         # What comes after this look wakes us again.
-        while outgoing.waiting and (publish := self._take(now)) is not None:
+        while outgoing.waiting:
+            # Under the lock of those who count: a publish between queue and flight would be in neither, the outbox would take one
+            # too many, and a flush would find nothing left while the last one is still on its way.
+            with self._lock:
+                publish = outgoing.next(now)
+            if publish is None:
+                break
             try:
                 went = self._send(wire, publish, now)
             except Exception as error:
@@ -161,12 +167,6 @@ class Sending:
                 outgoing.sent(mid, publish)
         return True
 
-    def _take(self, now: float) -> Publish | None:
-        # Under the lock of those who count: a publish between queue and flight would be in neither, the outbox would take one
-        # too many, and a flush would find nothing left while the last one is still on its way.
-        with self._lock:
-            return self.outgoing.next(now)
-
     def puback(self, mid: int, code: int) -> None:
         """The broker has it, or refuses it."""
         publish = self.outgoing.acknowledged(mid)
@@ -190,7 +190,7 @@ class Sending:
 
     def done(self, publish: Publish, *, well: bool) -> None:
         """Tell whoever published it, once, and whoever waits for the last one."""
-        self.outgoing.finished(publish)
+        self._budget.give_back(publish.size, answer=publish.answer)
         on_done = publish.on_done
         if on_done is not None:
             publish.on_done = None

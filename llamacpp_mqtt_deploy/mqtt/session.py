@@ -68,7 +68,7 @@ class Outgoing:
         return len(self.waiting) + (self._taken is not None) + len(self.flying)
 
     def take(self, publish: Publish) -> bool:
-        """Queue a publish; False when the budget has no place for it."""
+        """Queue a publish; False when the budget has no place for it. `Sending.done` gives its place back."""
         publish.size = size = len(publish.payload) + len(publish.topic)
         if not self._budget.take(size, answer=publish.answer):
             return False
@@ -79,10 +79,6 @@ class Outgoing:
         """Queue the last message of a connection, for which there is always a place."""
         self._budget.force(publish.size)
         self.waiting.append(publish)
-
-    def finished(self, publish: Publish) -> None:
-        """A publish that was taken is over, however it ended; once for each."""
-        self._budget.give_back(publish.size, answer=publish.answer)
 
     @property
     def on_probation(self) -> bool:

@@ -16,8 +16,8 @@ _MOST_READS = 64
 class Wire(Protocol):
     """A connection that says what it waits for and works when it is told to; it never waits by itself."""
 
-    def fileno(self) -> int:
-        """The socket, -1 without one."""
+    fd: int
+    """The socket, -1 without one."""
 
     def wants_read(self) -> bool:
         """Whether bytes are there that the socket no longer shows."""
@@ -140,7 +140,7 @@ class WireLoop:
         return holds_more
 
     def _watch(self, wire: Wire) -> None:
-        fd = wire.fileno()
+        fd = wire.fd
         interest = READ | WRITE if wire.wants_write() else READ
         if fd == self._fd and interest == self._interest:
             return

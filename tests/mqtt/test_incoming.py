@@ -19,6 +19,7 @@ from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.incoming import leading_publish
 from llamacpp_mqtt_deploy.mqtt.packets import publish_packet
 from llamacpp_mqtt_deploy.mqtt.paho_wire import Connack, PahoWire
+from llamacpp_mqtt_deploy.mqtt.session import Publish
 from llamacpp_mqtt_deploy.ports import Delivery, Retained
 
 CONNACKS: dict[Version, bytes] = {"5": b"\x20\x03\x00\x00\x00", "3.1.1": b"\x20\x02\x00\x00"}
@@ -302,6 +303,39 @@ def test_a_common_message_does_without_paho_and_is_acknowledged_when_we_say_so(l
         assert connection.sent() == b""
         connection.wire.acknowledge(7)
         assert connection.sent() == b"\x40\x02\x00\x07"
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@given(mid=st.integers(1, 65535))
+@settings(max_examples=20)
+def test_an_acknowledgement_has_the_bytes_that_paho_would_send(
+    listener: socket.socket, version: Version, mid: int
+) -> None:
+    with Connection(listener, version) as connection:
+        connection.wire.acknowledge(mid)
+        ours = connection.sent()
+        connection.wire._client.ack(mid, 1)
+        assert ours == connection.sent() != b""
+
+
+def test_acknowledgements_keep_their_order_where_the_socket_takes_no_more(listener: socket.socket) -> None:
+    """MQTT-4.6.0-2. What does not go to the socket at once waits with paho; what follows must not overtake it."""
+    with Connection(listener, "5") as connection:
+        wire, read = connection.wire, b""
+        publish = Publish("t", b"x" * 70_000, 1, False, None, None, None)
+        while wire.publish(publish, retain=False, expiry_s=None, flying=()) is not None:
+            wire.on_writable()
+        for mid in (1, 2, 3):
+            wire.acknowledge(mid)
+        while more := connection.sent():
+            read += more
+            if b"\x40\x02\x00\x01" not in read:
+                wire.acknowledge(4)
+        order = [read.find(b"\x40\x02\x00" + bytes([mid])) for mid in (1, 2, 3)]
+        assert -1 not in order
+        assert order == sorted(order)
+        first_of_the_later_ones = read.find(b"\x40\x02\x00\x04")
+        assert first_of_the_later_ones < 0 or first_of_the_later_ones > order[-1]
 
 
 def test_messages_leave_nothing_to_the_garbage_collector(listener: socket.socket) -> None:

@@ -249,7 +249,7 @@ def test_a_unix_socket_connects_and_a_missing_one_is_named(start_mosquitto: Star
 def test_the_socket_does_not_wait_for_full_packets(mosquitto: Mosquitto, new_case: NewCase) -> None:
     case = new_case(port=mosquitto.port)
     wire = case.link._connection._wire  # type: ignore[attr-defined]
-    with socket.socket(fileno=os.dup(wire.fileno())) as plain:
+    with socket.socket(fileno=os.dup(wire.fd)) as plain:
         assert plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
