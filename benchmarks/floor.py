@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,11 @@ from benchmarks.direct import run_direct
 from benchmarks.figures import percentile
 from benchmarks.samples import Load
 
-_PAUSE_S = 0.005
-"""The daemon's own shortest pause between two chunks."""
+_PAUSE_S = 0.02
+"""What the daemon pauses between two chunks of an engine as quick as this one: a relay with more chunks would cost more for them."""
+
+_FEW = 20
+"""Tokens of a short answer, where a request costs more than its chunks."""
 
 
 def floor(bench: Bench) -> None:
@@ -22,7 +25,8 @@ def floor(bench: Bench) -> None:
         bench.world.daemon(llama.url) as daemon,
         bench.world.relay(llama.port, pause_s=_PAUSE_S) as relay,
         bench.world.relay(llama.port, pause_s=_PAUSE_S, checked=True) as checked,
-        bench.world.relay(llama.port, pause_s=0.0) as uncoalesced,
+        bench.world.daemon(llama.url, streaming__coalesce_min_s=0) as uncoalesced,
+        bench.world.relay(llama.port, pause_s=0.0) as uncoalesced_relay,
     ):
         for streams in (1, 8):
             name = plural(streams)
@@ -53,10 +57,21 @@ def floor(bench: Bench) -> None:
             for way in ("relay", "daemon"):
                 each = [1e6 * one.daemon_cpu_s / one.tokens for one in loads[way]]
                 bench.median("k", f"processor time per token, {way}, {name}", each, unit="us")
-            load["requests"] = 2
-            chunks = [uncoalesced.run(**load) for _ in bench.rounds(f"uncoalesced, {name}", 8)]
-            each = [1e6 * one.daemon_cpu_s / one.chunks for one in chunks]
-            bench.median("k", f"processor time per uncoalesced chunk, relay, {name}", each, unit="us")
+            _uncoalesced(bench, name, {"relay": uncoalesced_relay.run, "daemon": uncoalesced.run}, streams)
+
+
+def _uncoalesced(bench: Bench, name: str, ways: Mapping[str, Callable[..., Load]], streams: int) -> None:
+    """The processor time of a chunk that carries one token, and how much of it is the request's: what short answers cost."""
+    loads: dict[tuple[str, int], list[Load]] = {(way, tokens): [] for way in ways for tokens in (_FEW, TOKENS)}
+    for _ in bench.rounds(f"uncoalesced, {name}", 16):
+        for (way, tokens), done in loads.items():
+            done.append(ways[way](streams=streams, requests=2 * TOKENS // tokens, max_tokens=tokens))
+    for way in ways:
+        each = [1e6 * one.daemon_cpu_s / one.chunks for one in loads[way, TOKENS]]
+        bench.median("k", f"processor time per uncoalesced chunk, {way}, {name}", each, unit="us")
+    for way in ways:
+        each = [1e6 * one.daemon_cpu_s / len(one.samples) for one in loads[way, _FEW]]
+        bench.median("k", f"processor time per answer of {_FEW} tokens, {way}, {name}", each, unit="us")
 
 
 def _first_ms(loads: Sequence[Load], share: float) -> float:
