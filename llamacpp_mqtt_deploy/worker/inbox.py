@@ -29,7 +29,8 @@ class _Waiting:
 class Inbox:
     """`offer` is for the link's thread and never waits: all other traffic passes through that thread. `take` is the reader's.
 
-    Places and bytes are shared between first topic levels: one that is alone may fill it, and when it is full a newcomer takes the place of the newest message of whoever holds most, as long as his own then holds no more.
+    Places and bytes are shared between first topic levels: one that is alone may fill it, and when it is full a newcomer takes the
+    place of the newest message of whoever holds most, as long as his own then holds no more.
     Only messages at QoS 0 are given up so: every other is the broker's until it is acknowledged, in order of receipt, and the
     broker has few of these under way at a time.
     """
