@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from llamacpp_mqtt_deploy.config import foreign_variables, keys
+from llamacpp_mqtt_deploy.config.credentials import engine_key_reader
 from llamacpp_mqtt_deploy.config.loading import (
     ConfigurationError,
     Loaded,
@@ -20,7 +22,7 @@ from llamacpp_mqtt_deploy.config.loading import (
     load,
     mqtt_password,
 )
-from llamacpp_mqtt_deploy.config.settings import MqttSettings, Settings
+from llamacpp_mqtt_deploy.config.settings import EngineSettings, MqttSettings, Settings
 
 NOTHING: Mapping[str, str] = {}
 
@@ -251,6 +253,24 @@ def test_a_credential_of_systemd_is_stripped_and_an_empty_one_counts_as_none(tmp
     (tmp_path / "engine-api-key").write_text(" key \n")
     assert mqtt_password(Settings(), environ=environ) is None
     assert engine_api_key(Settings(), environ=environ) == "key"
+
+
+@pytest.mark.parametrize("by_systemd", [False, True])
+def test_the_engines_key_is_read_anew_wherever_it_may_be_renewed(tmp_path: Path, by_systemd: bool) -> None:
+    file = tmp_path / "engine-api-key"
+    engine = EngineSettings() if by_systemd else EngineSettings(api_key_file=file)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)} if by_systemd else {}
+    read = engine_key_reader(Settings(engine=engine), environ=environ)
+    for key in ("first", "second"):
+        file.write_text(f"{key}\n")
+        assert read() == key
+
+
+@pytest.mark.parametrize("key", ["key", None])
+def test_an_engines_key_that_nothing_renews_is_what_the_settings_say(key: str | None) -> None:
+    engine = EngineSettings(api_key=None if key is None else SecretStr(key))
+    read = engine_key_reader(Settings(engine=engine), environ={})
+    assert [read(), read()] == [key, key]
 
 
 def test_a_readable_secret_file_is_warned_about_and_a_missing_one_is_a_problem(tmp_path: Path) -> None:
