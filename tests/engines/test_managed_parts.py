@@ -101,7 +101,14 @@ def test_a_server_that_shouts_is_cut_short_and_the_loss_is_told() -> None:
 def test_complaints_go_before_chatter_in_an_error_text() -> None:
     log = ServerLog(now=0.0, serving=lambda: False)
     log.feed(b"I a\nE no such tensor\nI b\nE no such tensor\nI cleaning up\n", 0.0)
-    assert log.last() == "no such tensor"
+    assert log.last() == log.last(from_cause=True) == "no such tensor"
+
+
+def test_a_failed_load_is_told_from_its_cause_on() -> None:
+    log = ServerLog(now=0.0, serving=lambda: False)
+    log.feed(b"I a\nE bad magic\nE cannot load m.gguf\nE cannot fit\nE bad magic\nE no slots\nE no server\nI b\n", 0.0)
+    assert log.last(from_cause=True) == "bad magic | cannot load m.gguf | [...] | no server"
+    assert log.last() == "cannot fit | no slots | no server"
 
 
 def test_stage_and_backend_are_read_from_the_log() -> None:

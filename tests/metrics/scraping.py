@@ -88,6 +88,19 @@ def scrape(url: str) -> Scrape:
     return parsed(reply.body)
 
 
+def scrape_after(url: str, ended: int) -> Scrape:
+    """The metrics once so many requests have ended in them, which is a moment after a client has the terminal event."""
+    told: list[Scrape] = []
+
+    def counted() -> bool:
+        told[:] = [scrape(url)]
+        samples = told[0].families["lmd_requests_ended"].samples
+        return sum(sample.value for sample in samples if sample.name.endswith("_total")) >= ended
+
+    eventually(counted)
+    return told[0]
+
+
 @contextmanager
 def raw(url: str, timeout_s: float = 20.0) -> Iterator[socket.socket]:
     """A connection to say whatever one likes over."""

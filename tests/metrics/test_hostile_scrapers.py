@@ -15,7 +15,7 @@ import pytest
 
 from llamacpp_mqtt_deploy.service.measuring import open_descriptors
 from tests.metrics import flooder
-from tests.metrics.scraping import address_of, get, scrape
+from tests.metrics.scraping import address_of, get, scrape_after
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
@@ -60,7 +60,7 @@ def test_a_hostile_crowd_gets_little_of_the_processor_and_nothing_else(bus: Bus)
     assert _cpu_s(serving) - cpu_before < MOST_CPU_SHARE * SECONDS
     eventually(lambda: (open_descriptors() or 0) <= before + 2, 30.0, every_s=0.1)
     eventually(lambda: get(url).status == 200, 30.0, every_s=0.1)
-    assert scrape(url).value("lmd_requests_ended_total", lane="normal", outcome="stop") == asked
+    assert scrape_after(url, asked).value("lmd_requests_ended_total", lane="normal", outcome="stop") == asked
 
 
 def test_a_request_of_many_tokens_is_one_observation(bus: Bus) -> None:
@@ -68,7 +68,7 @@ def test_a_request_of_many_tokens_is_one_observation(bus: Bus) -> None:
     url = address_of(daemon)
     bus.ask("word " * 499 + "word", request_id="r1")
     bus.listener.terminal("r1")
-    told = scrape(url)
+    told = scrape_after(url, 1)
     assert told.value("lmd_completion_tokens_total") == 500
     assert told.value("lmd_first_token_seconds_count", lane="normal") == 1
     assert told.value("lmd_request_duration_seconds_count", lane="normal") == 1

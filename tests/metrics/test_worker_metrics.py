@@ -19,7 +19,7 @@ from llamacpp_mqtt_deploy.ports import EngineState
 from llamacpp_mqtt_deploy.service.daemon import run
 from llamacpp_mqtt_deploy.service.enginewatch import EngineWatch
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
-from tests.metrics.scraping import OPENMETRICS, address_of, get, scrape
+from tests.metrics.scraping import OPENMETRICS, address_of, get, scrape, scrape_after
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
@@ -36,7 +36,7 @@ def test_a_finished_request_is_in_every_metric_that_tells_of_it(bus: Bus) -> Non
     url = address_of(bus.worker(**LISTEN).daemon)
     bus.ask("one two three", request_id="r1", priority="batch")
     bus.listener.terminal("r1")
-    told = scrape(url)
+    told = scrape_after(url, 1)
     assert told.value("lmd_requests_accepted_total") == 1
     assert told.value("lmd_requests_ended_total", lane="batch", outcome="stop") == 1
     assert told.value("lmd_requests_ended_total", lane="normal", outcome="stop") == 0
@@ -82,7 +82,7 @@ def test_refusals_and_failures_are_counted_apart_by_their_codes(bus: Bus) -> Non
     bus.listener.until(type="error", code="bad_request")
     bus.ask("a question", request_id="r1")
     bus.listener.terminal("r1")
-    told = scrape(url)
+    told = scrape_after(url, 1)
     assert told.value("lmd_requests_refused_total", code="bad_request") == 1
     assert told.value("lmd_requests_failed_total", code="bad_request") == 0
     assert told.value("lmd_requests_failed_total", code=EngineFailed.code) == 1

@@ -389,7 +389,7 @@ class ManagedEngine:
             wish=life.wish,
             why=life.why,
             ready_s=None if life.ready_at is None else time.monotonic() - life.ready_at,
-            last=life.log.last(),
+            last=life.log.last(from_cause=life.ready_at is None),
             out_of_memory=life.oom_kills is not None and (oom_kills() or 0) > life.oom_kills,
         )
         ours = life.wish in ("close", "restart", "sleep")

@@ -11,6 +11,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 KEPT_LINES = 50
+TOLD_LINES = 3
 MAX_LINE_CHARS = 500
 MAX_LINE_BYTES = 4 * MAX_LINE_CHARS
 LINES_PER_S = 20.0
@@ -75,12 +76,14 @@ class ServerLog:
             self._skipping = True
             self._rest = b""
 
-    def last(self, count: int = 3) -> str:
-        """The last complaints, or the last lines when there was no complaint, as one text."""
+    def last(self, *, from_cause: bool = False) -> str:
+        """The last complaints, or the last lines when there was no complaint, as one text. `from_cause`: the first two
+        complaints and the last, for a load that failed: there llama.cpp tells the cause first, then who gave up for it."""
         kept = [line.partition("\t") for line in tuple(self._kept)]
-        complaints = [text for level, _, text in kept if level == "error"]
-        lines = list(dict.fromkeys(complaints)) or [text for _, _, text in kept]
-        return " | ".join(lines[-count:])
+        complaints = list(dict.fromkeys(text for level, _, text in kept if level == "error"))
+        if from_cause and len(complaints) > TOLD_LINES:
+            return " | ".join((*complaints[: TOLD_LINES - 1], "[...]", complaints[-1]))
+        return " | ".join((complaints or [text for _, _, text in kept])[-TOLD_LINES:])
 
     def _take(self, raw: bytes, now: float) -> None:
         text = _COLOUR.sub("", raw.decode("utf-8", "replace"))

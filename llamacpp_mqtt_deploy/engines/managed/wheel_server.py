@@ -11,6 +11,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,6 +19,8 @@ from typing_extensions import override
 
 USAGE_ERROR = 2
 LOAD_ERROR = 1
+LOG_LAG_S = 0.1
+"""llama.cpp writes its log in a thread of its own: what it said of a model that does not load is out by then."""
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -212,6 +215,7 @@ def main() -> None:
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
+        time.sleep(LOG_LAG_S)
         _say("E", f"exiting due to model loading error: {error}")
         os._exit(LOAD_ERROR)  # the wheel may hang in the interpreter's own ending
     _say("I", f"xllamacpp {xllamacpp.__version__} listens on {server.listening_address}")
