@@ -50,7 +50,8 @@ class AsyncAck:
     async def wait(self, timeout_s: float) -> Mapping[str, Any] | None:
         """The ack, None when it does not come in time; raises what `refuse` was told."""
         try:
-            return await asyncio.wait_for(self._arrived, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._arrived
         except TimeoutError:
             return None
 
@@ -144,8 +145,7 @@ class AsyncBusClient:
         await self._cancel_all(self._traffic.close())
         if self._watch is not None:
             self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+            await asyncio.wait((self._watch,))
         await self._connection.close()
 
     async def _cancel_all(self, live: Sequence[AsyncAnswer]) -> None:
@@ -164,7 +164,8 @@ class AsyncBusClient:
             answer.fail(AnswerLost("The bus client was closed before the answer was complete."))
         if live:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(taken.wait(), 1.0)
+                async with asyncio.timeout(1.0):
+                    await taken.wait()
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -368,6 +369,9 @@ class AsyncBusClient:
                 log.exception("bus.watch_failed")
                 pause_s = 1.0
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), pause_s)
+                async with asyncio.timeout(
+                    pause_s
+                ):  # Python 3.11's wait_for loses a cancellation that comes with the event
+                    await self._changed.wait()
             self._changed.clear()
             await asyncio.sleep(LOOK_EVERY_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import secrets
@@ -110,8 +109,7 @@ class AsyncConnection:
         self._ready = False
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.wait((self._keeper,))
             self._keeper = None
         client = self._paho
         if client is None:
@@ -135,7 +133,8 @@ class AsyncConnection:
         )
         try:
             # TCP, TLS and a websocket's handshake each have a limit of their own; a resolver has none.
-            await asyncio.wait_for(asyncio.shield(opening), 4 * self.address.connect_timeout_s)
+            async with asyncio.timeout(4 * self.address.connect_timeout_s):
+                await asyncio.shield(opening)
         except (TimeoutError, asyncio.CancelledError) as error:
             opening.add_done_callback(lambda done: _discard(client, done))
             if isinstance(error, asyncio.CancelledError):
@@ -149,7 +148,8 @@ class AsyncConnection:
         self._connack = asyncio.get_running_loop().create_future()
         self._attach(client)
         try:
-            connack = await asyncio.wait_for(asyncio.shield(self._connack), self.address.connect_timeout_s)
+            async with asyncio.timeout(self.address.connect_timeout_s):
+                connack = await asyncio.shield(self._connack)
             in_time = True
         except TimeoutError:
             connack, in_time = None, False
@@ -230,11 +230,13 @@ class AsyncConnection:
         code, mid = self._paho.subscribe([(name, 1) for name in filters])
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
             return None
-        self._suback = answered = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Sequence[ReasonCode] | None] = asyncio.get_running_loop().create_future()
+        self._suback = answered
         self._acknowledgements.expect(mid, lambda reasons: _settle(answered, reasons))
         self._flush_soon()
         try:
-            return await asyncio.wait_for(answered, SUBSCRIBED_WITHIN_S)
+            async with asyncio.timeout(SUBSCRIBED_WITHIN_S):
+                return await answered
         except TimeoutError:
             return None
         finally:
@@ -264,7 +266,8 @@ class AsyncConnection:
             self._ask_for(topic_filter, granted)
         if self._ready and not granted.is_set():
             try:
-                await asyncio.wait_for(granted.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await granted.wait()
             except TimeoutError:
                 if self._ready:
                     self._forget(topic_filter)

@@ -32,10 +32,10 @@ from llamacpp_mqtt_deploy.client.paho_client import (
     configure,
     connect_arguments,
     guarded,
-    no_delay,
     publish_properties,
     versions,
 )
+from llamacpp_mqtt_deploy.mqtt.gathering_client import tune_socket, whole_frames
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
@@ -145,13 +145,19 @@ class Connection:
         configure(client, self.address)
         client.max_inflight_messages_set(IN_FLIGHT)
         client.reconnect_delay_set(1, LONGEST_PAUSE_S)
-        client.on_socket_open = no_delay
+        client.on_socket_open = self._socket_opened
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_message = self._received
         client.on_publish = lambda _c, _u, mid, reason, _p: self._acknowledgements.came(mid, [reason])
         client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._acknowledgements.came(mid, reasons)
         return client
+
+    def _socket_opened(self, _client: paho.Client, _data: Any, sock: Any) -> None:
+        if self.address.transport != "unix":
+            tune_socket(sock.fileno(), keepalive_s=self.address.keepalive_s)
+        if self.address.transport == "websockets":
+            sock.send = whole_frames(sock.send)
 
     # --- subscribe and publish ---------------------------------------------------------------------------------------
 

@@ -158,12 +158,6 @@ def guarded(call: Callable[..., None], *arguments: Any) -> None:
         log.exception("bus.callback_failed")
 
 
-def no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
-    """Switch Nagle's algorithm off."""
-    with contextlib.suppress(OSError, AttributeError):  # a unix socket has no Nagle
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 def acknowledge_now(sock: Any) -> None:
     """Let TCP acknowledge a message at once: a broker with Nagle's algorithm on holds back the next one until then, for 40 ms."""
     if sys.platform == "linux":

@@ -13,7 +13,8 @@ import pytest
 
 from tests.client.terminal import Terminal, lmd
 from tests.client.worker import PlayedWorker
-from tests.support.mosquitto import Mosquitto, free_port
+from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.broker

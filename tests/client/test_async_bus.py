@@ -20,8 +20,9 @@ pytestmark = pytest.mark.broker
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30) as limit:
             await work()
+        assert not limit.expired(), "it went on after it had been cancelled"
 
     asyncio.run(bounded())
 

@@ -26,7 +26,8 @@ from tests.client.looped import LoopedBusClient, LoopThread
 from tests.client.worker import PlayedWorker
 from tests.support.amqtt_broker import AmqttBroker
 from tests.support.certificates import Authority
-from tests.support.mosquitto import Mosquitto, free_port
+from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 Start = Callable[..., Mosquitto]
@@ -46,6 +47,24 @@ def kind_of_client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(globals(), "Client", partial(LoopedBusClient, thread))
     yield
     thread.close()
+
+
+def test_a_prompt_larger_than_every_buffer_goes_over_a_websocket_at_once(start_mosquitto: Start) -> None:
+    broker = start_mosquitto(websockets=True)
+    came: list[int] = []
+
+    def count(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        came.append(len(request["prompt"]))
+        worker.say(session, request, type="chunk", seq=0, content="ok")
+        worker.done(session, request, "ok", seq=1)
+
+    with (
+        PlayedWorker(broker.port, play=count),
+        Client("127.0.0.1", broker.websocket_port, transport="websockets") as bus,
+    ):
+        # The request is sent again when nobody takes it up for 10 s, which would hide that the rest of the first was left behind.
+        assert bus.ask("x" * 8_000_000).result(9).content == "ok"
+    assert came == [8_000_000]
 
 
 VERSIONS = pytest.mark.parametrize("protocol", ["5", "3.1.1"])

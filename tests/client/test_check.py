@@ -17,8 +17,9 @@ from tests.client.terminal import lmd
 from tests.client.worker import ACCESS_LIST, PASSWORDS, PlayedWorker
 from tests.support.amqtt_broker import AmqttBroker
 from tests.support.certificates import Authority
-from tests.support.llama_server import LlamaServer, free_port
+from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.broker

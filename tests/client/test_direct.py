@@ -12,7 +12,8 @@ from llamacpp_mqtt_deploy.core.deltas import Finished, Reasoning, TokenUsage, To
 from llamacpp_mqtt_deploy.core.errors import EngineLost, EngineUnavailable, IdleTimeout, RequestError, TimedOut
 from llamacpp_mqtt_deploy.direct import DeploymentConfig, LlamaCppClient
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
-from tests.support.llama_server import LlamaServer, free_port
+from tests.support.llama_server import LlamaServer
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 HELLO = [{"role": "user", "content": "Count from 1 to 10"}]

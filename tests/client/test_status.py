@@ -14,7 +14,8 @@ from llamacpp_mqtt_deploy.commands.status import describe
 from llamacpp_mqtt_deploy.commands.terminal import one_line
 from tests.client.terminal import Terminal, lmd
 from tests.client.worker import PlayedWorker
-from tests.support.mosquitto import Mosquitto, free_port
+from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 
 ENGINE = {"state": "ready", "kind": "server", "backend": "cuda"}
 

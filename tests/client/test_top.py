@@ -25,7 +25,8 @@ from tests.client.terminal import Terminal, lmd
 from tests.client.test_fleet import HEALTH, NOW, STATUS
 from tests.client.worker import PlayedWorker
 from tests.support.live_worker import LiveWorker
-from tests.support.mosquitto import Mosquitto, free_port
+from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 Drive = Callable[[Pilot[None], TopApp], Awaitable[None]]

@@ -22,8 +22,9 @@ from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Engine
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.support.inside import frozen_computation, make_engine
-from tests.support.llama_server import LlamaServer, free_port
+from tests.support.llama_server import LlamaServer
 from tests.support.openai_server import MODEL, OpenAiServer
+from tests.support.ports import free_port
 
 WEATHER = {
     "type": "function",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.daemon_process import NotifySocket
-from tests.support.mosquitto import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 

@@ -19,7 +19,7 @@ from llamacpp_mqtt_deploy.client import AsyncBusClient
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.gateway.world import RunningGateway, World
-from tests.support.mosquitto import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.broker

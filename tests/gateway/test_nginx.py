@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.gateway.world import World
-from tests.support.mosquitto import free_port
+from tests.support.ports import free_port
 from tests.support.services import require_program
 from tests.support.waiting import eventually
 

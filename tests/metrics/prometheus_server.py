@@ -14,7 +14,7 @@ from urllib.error import URLError
 
 import pytest
 
-from tests.support.llama_server import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 

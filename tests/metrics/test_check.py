@@ -11,7 +11,7 @@ import pytest
 from llamacpp_mqtt_deploy.checking.metrics_endpoint import check_metrics
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings
 from tests.metrics.scraping import address_of
-from tests.support.llama_server import free_port
+from tests.support.ports import free_port
 from tests.support.whole_worker import Bus
 
 

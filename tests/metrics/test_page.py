@@ -10,7 +10,7 @@ from pathlib import Path
 from llamacpp_mqtt_deploy.config.loading import load
 from tests.docs.pages import ROOT, blocks
 from tests.metrics.scraping import address_of, get
-from tests.support.llama_server import free_port
+from tests.support.ports import free_port
 from tests.support.services import require_program
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus

@@ -16,8 +16,9 @@ from tests.metrics.prometheus_server import PrometheusServer, program
 from tests.metrics.scraping import get
 from tests.service.watcher import Watcher
 from tests.support.daemon_process import DaemonProcess
-from tests.support.llama_server import LlamaServer, free_port
+from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.prometheus, pytest.mark.broker, pytest.mark.engine]

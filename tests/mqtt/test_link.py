@@ -34,7 +34,8 @@ from tests.support.bus_client import BusClient
 from tests.support.cable import PUBACK, Cable
 from tests.support.certificates import Authority
 from tests.support.link_case import LinkCase
-from tests.support.mosquitto import Mosquitto, free_port
+from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 StartMosquitto = Callable[..., Mosquitto]

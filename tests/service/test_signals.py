@@ -9,8 +9,9 @@ import pytest
 
 from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import check_stream
-from tests.support.llama_server import LlamaServer, free_port
+from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]

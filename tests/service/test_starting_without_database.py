@@ -11,9 +11,9 @@ import pytest
 
 from tests.service.conftest import StartWorker, Watch
 from tests.support.daemon_process import DaemonProcess
-from tests.support.llama_server import free_port
 from tests.support.mosquitto import Mosquitto
 from tests.support.paced_server import PacedServer
+from tests.support.ports import free_port
 from tests.support.postgres_server import PostgresServer
 
 pytestmark = [pytest.mark.broker]

@@ -16,7 +16,7 @@ from psycopg import errors
 from llamacpp_mqtt_deploy.ports import StoreAway, StoreError, StoreFull
 from llamacpp_mqtt_deploy.stores.postgres.database import Database
 from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
-from tests.support.llama_server import free_port
+from tests.support.ports import free_port
 from tests.support.postgres_server import PostgresServer
 from tests.support.store_cases import database_in
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.mosquitto import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import pytest
 from typing_extensions import override
 
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 _CHILD = r"""
@@ -46,12 +47,6 @@ server = xlc.Server(p)
 print(server.listening_address, flush=True)
 sys.stdin.read()  # until the parent closes the pipe or dies
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any, Self
 
-from tests.support.llama_server import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 MODEL = "gpt-4o-mini"

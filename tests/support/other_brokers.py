@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.mosquitto import free_port
+from tests.support.ports import free_port
 from tests.support.services import missing
 from tests.support.waiting import eventually
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.mosquitto import free_port
+from tests.support.ports import free_port
 from tests.support.services import missing, require_program
 from tests.support.waiting import eventually
 

@@ -21,7 +21,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from tests.support.mosquitto import free_port
+from tests.support.ports import free_port
 from tests.support.services import require_program
 from tests.support.waiting import eventually
 

@@ -11,7 +11,7 @@ import pytest
 from llamacpp_mqtt_deploy.config.settings import EngineSettings
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
-from tests.support.llama_server import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
