@@ -14,19 +14,23 @@ from benchmarks.samples import Load
 _PAUSE_S = 0.02
 """What the daemon pauses between two chunks of an engine as quick as this one: a relay with more chunks would cost more for them."""
 
+_JOURNALED = "relay with checks and journal"
+
 _FEW = 20
 """Tokens of a short answer, where a request costs more than its chunks."""
 
 
 def floor(bench: Bench) -> None:
-    """(k) a bare relay in Python, which is what a worker could cost at the least."""
+    """(k) a bare relay in Python, the least that a worker could cost, and one that checks and journals as the protocol asks."""
     llama = bench.world.llama
     with (
         bench.world.daemon(llama.url) as daemon,
         bench.world.relay(llama.port, pause_s=_PAUSE_S) as relay,
-        bench.world.relay(llama.port, pause_s=_PAUSE_S, checked=True) as checked,
+        bench.world.relay(llama.port, pause_s=_PAUSE_S, doing="checks") as checked,
+        bench.world.relay(llama.port, pause_s=_PAUSE_S, doing="journal") as journaled,
         bench.world.daemon(llama.url, streaming__coalesce_min_s=0) as uncoalesced,
         bench.world.relay(llama.port, pause_s=0.0) as uncoalesced_relay,
+        bench.world.relay(llama.port, pause_s=0.0, doing="journal") as uncoalesced_journaled,
     ):
         for streams in (1, 8):
             name = plural(streams)
@@ -35,12 +39,13 @@ def floor(bench: Bench) -> None:
                 "direct": partial(run_direct, llama.port, **load),
                 "relay": partial(relay.run, **load),
                 "relay with the checks": partial(checked.run, **load),
+                _JOURNALED: partial(journaled.run, **load),
                 "daemon": partial(daemon.run, **load),
             }
             loads: dict[str, list[Load]] = {way: [] for way in ways}
             for run in ways.values():
                 run()
-            for _ in bench.rounds(name, 40):
+            for _ in bench.rounds(name, 32):
                 for way, run in ways.items():
                     loads[way].append(run())
             for way in ("relay", "daemon"):
@@ -50,14 +55,19 @@ def floor(bench: Bench) -> None:
                     f"tokens/s, {way} / direct, {name}",
                     [one.tokens_per_s / bare.tokens_per_s for one, bare in pairs],
                 )
-            for way in ("relay", "relay with the checks", "daemon"):
+            for way in ("relay", "relay with the checks", _JOURNALED, "daemon"):
                 for share, label in ((0.5, "p50"), (0.99, "p99")):
                     later = _first_ms(loads[way], share) - _first_ms(loads["direct"], share)
                     bench.median("k", f"first token later, {label}, {way}, {name}", [later], unit="ms")
-            for way in ("relay", "daemon"):
+            for way in ("relay", _JOURNALED, "daemon"):
                 each = [1e6 * one.daemon_cpu_s / one.tokens for one in loads[way]]
                 bench.median("k", f"processor time per token, {way}, {name}", each, unit="us")
-            _uncoalesced(bench, name, {"relay": uncoalesced_relay.run, "daemon": uncoalesced.run}, streams)
+            of_chunks = {
+                "relay": uncoalesced_relay.run,
+                _JOURNALED: uncoalesced_journaled.run,
+                "daemon": uncoalesced.run,
+            }
+            _uncoalesced(bench, name, of_chunks, streams)
 
 
 def _uncoalesced(bench: Bench, name: str, ways: Mapping[str, Callable[..., Load]], streams: int) -> None:

@@ -29,7 +29,7 @@ _LAST = b"\r\n0\r\n\r\n"
 
 
 @dataclass(slots=True)
-class _Answer:
+class Answer:
     session: str
     request_id: str
     socket: socket.socket
@@ -61,25 +61,27 @@ class Relay:
     ) -> None:
         self._read_request = read
         self._engine, self._root, self._pause_s = engine, root, pause_s
-        self._client = LeanClient(broker, protocol="5", client_id=f"relay-{root}")
-        self._client.subscribe(f"{root}/request/#", qos=1)
+        self.client = LeanClient(broker, protocol="5", client_id=f"relay-{root}")
+        self.client.subscribe(f"{root}/request/#", qos=1)
         self._journal = sqlite3.connect(f"{folder}/relay.db", isolation_level=None)
         self._journal.executescript(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE IF NOT EXISTS requests"
             " (id TEXT PRIMARY KEY, session TEXT, payload BLOB, ended BLOB) WITHOUT ROWID"
         )
         self._poll = select.epoll()
-        self._poll.register(self._client.fileno(), select.EPOLLIN)
-        self._answers: dict[int, _Answer] = {}
-        self._paused: dict[int, _Answer] = {}
+        self._poll.register(self.client.fileno(), select.EPOLLIN)
+        self._answers: dict[int, Answer] = {}
+        self._paused: dict[int, Answer] = {}
 
     def serve(self) -> None:
         while True:
             due = min((answer.sent_at + self._pause_s for answer in self._paused.values()), default=None)
             timeout = None if due is None else max(0.0, due - time.monotonic())
             for fd, events in self._poll.poll(timeout):
-                if fd == self._client.fileno():
+                if fd == self.client.fileno():
                     self._hear()
+                elif fd not in self._answers:
+                    self.other(fd)
                 elif events & ~select.EPOLLIN or fd not in self._paused:
                     self._read(self._answers[fd])
             now = time.monotonic()
@@ -87,11 +89,14 @@ class Relay:
                 self._read(answer)
 
     def _hear(self) -> None:
-        self._client.step(1.0, ack=False)
-        for _, topic, payload in self._client.received:
+        self.client.step(1.0, ack=False)
+        for _, topic, payload in self.client.received:
             self._accept(topic.decode(), payload)
-        self._client.received.clear()
-        self._client.acknowledge()
+        self.client.received.clear()
+        self.acknowledge()
+
+    def acknowledge(self) -> None:
+        self.client.acknowledge()
 
     def _accept(self, topic: str, payload: bytes) -> None:
         session, request_id, content = self._read_request(topic, payload)
@@ -99,25 +104,51 @@ class Relay:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(request(content))
         # The engine reads its prompt while the disk writes.
-        self._journal.execute("INSERT INTO requests VALUES (?, ?, ?, NULL)", (request_id, session, payload))
         connection.setblocking(False)
-        answer = _Answer(session, request_id, connection)
+        answer = Answer(session, request_id, connection)
         self._answers[connection.fileno()] = answer
         self._poll.register(connection, select.EPOLLIN | select.EPOLLRDHUP)
-        self._tell(answer, {"type": "start"})
+        self.accepted(answer, topic, payload)
 
-    def _read(self, answer: _Answer) -> None:
+    def other(self, fd: int) -> None:
+        """Another descriptor that `watch` was told of is ready."""
+
+    def watch(self, fd: int) -> None:
+        self._poll.register(fd, select.EPOLLIN)
+
+    # --- the journal ---------------------------------------------------------------------------------------------------
+
+    def accepted(self, answer: Answer, topic: str, payload: bytes) -> None:
+        """Journal the request, then tell its start."""
+        self._journal.execute(
+            "INSERT INTO requests VALUES (?, ?, ?, NULL)", (answer.request_id, answer.session, payload)
+        )
+        self.tell(answer, {"type": "start"})
+
+    def opened(self, answer: Answer) -> None:
+        """The first bytes of an engine's answer are here."""
+
+    def finished(self, answer: Answer, event: bytes) -> None:
+        """Journal the end, then tell it."""
+        self._journal.execute("UPDATE requests SET ended = ? WHERE id = ?", (event, answer.request_id))
+        self.send(answer, event)
+
+    # --- an answer -----------------------------------------------------------------------------------------------------
+
+    def _read(self, answer: Answer) -> None:
         fd = answer.socket.fileno()
         try:
             data = answer.socket.recv(262144)
         except BlockingIOError:
             data = b""
+        if data and not answer.tail:
+            self.opened(answer)
         found = [json.loads(text) for text in _TOKEN.findall(data)]
         answer.tail = (answer.tail + data)[-2048:]
         if found:
             text = "".join(found)
             answer.text.append(text)
-            self._tell(answer, {"type": "chunk", "seq": answer.seq, "content": text})
+            self.tell(answer, {"type": "chunk", "seq": answer.seq, "content": text})
             answer.seq += 1
             answer.sent_at = time.monotonic()
             if len(answer.text) > 1 or len(found) > 1:
@@ -128,28 +159,29 @@ class Relay:
         if answer.tail.endswith(_LAST):
             self._end(fd, answer)
 
-    def _rest(self, fd: int, answer: _Answer) -> None:
+    def _rest(self, fd: int, answer: Answer) -> None:
         if fd not in self._paused:
             self._paused[fd] = answer
             self._poll.modify(fd, select.EPOLLRDHUP)
 
-    def _end(self, fd: int, answer: _Answer) -> None:
+    def _end(self, fd: int, answer: Answer) -> None:
         usage = _USAGE.search(answer.tail)
         done = {"type": "done", "seq": answer.seq, "final": True, "full_content": "".join(answer.text)}
         done["usage"] = json.loads(usage[1]) if usage else {}
-        event = self._event(answer, done)
-        self._journal.execute("UPDATE requests SET ended = ? WHERE id = ?", (event, answer.request_id))
-        self._client.publish(f"{self._root}/reply/{answer.session}", event, qos=1)
+        self.finished(answer, self._event(answer, done))
         self._poll.unregister(fd)
         self._paused.pop(fd, None)
         del self._answers[fd]
         answer.socket.close()
 
-    def _tell(self, answer: _Answer, fields: dict[str, Any]) -> None:
-        self._client.publish(f"{self._root}/reply/{answer.session}", self._event(answer, fields), qos=1)
+    def tell(self, answer: Answer, fields: dict[str, Any]) -> None:
+        self.send(answer, self._event(answer, fields))
+
+    def send(self, answer: Answer, event: bytes) -> None:
+        self.client.publish(f"{self._root}/reply/{answer.session}", event, qos=1)
 
     @staticmethod
-    def _event(answer: _Answer, fields: dict[str, Any]) -> bytes:
+    def _event(answer: Answer, fields: dict[str, Any]) -> bytes:
         fields = {"type": fields.pop("type"), "request_id": answer.request_id, "session_id": answer.session, **fields}
         return json.dumps(fields, separators=(",", ":")).encode()
 

@@ -163,12 +163,15 @@ class World:
                 process.kill()
 
     @contextlib.contextmanager
-    def relay(self, engine_port: int, *, pause_s: float, checked: bool = False) -> Iterator[RelayProcess]:
-        """The bare relay in front of this engine; `pause_s` is its shortest pause between two chunks, `checked` adds the worker's
-        checks."""
+    def relay(
+        self, engine_port: int, *, pause_s: float, doing: Literal["least", "checks", "journal"] = "least"
+    ) -> Iterator[RelayProcess]:
+        """A relay in front of this engine; `pause_s` is its shortest pause between two chunks. `checks` adds the worker's checks, and
+        `journal` its journal to them."""
         folder = Path(tempfile.mkdtemp(prefix="relay", dir=self.folder))
         numbers = [str(self.broker.port), str(engine_port), folder.name, str(folder), str(pause_s)]
-        command = [sys.executable, "-m", "benchmarks.relay", *numbers, *(["checked"] if checked else [])]
+        module = "benchmarks.journaled_relay" if doing == "journal" else "benchmarks.relay"
+        command = [sys.executable, "-m", module, *numbers, *(["checked"] if doing == "checks" else [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
             try:
                 assert process.stdout is not None

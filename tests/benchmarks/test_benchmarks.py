@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from benchmarks.checks import Checks
 from benchmarks.figures import Figure, aligned, median_of, percentile, rows
 from benchmarks.page import BEGIN, END, PageWithoutMarks, write
+from benchmarks.world import World
 from llamacpp_mqtt_deploy.core.errors import BadRequest
 
 ROOT = Path(__file__).parents[2]
@@ -146,3 +149,16 @@ def test_the_relay_with_the_checks_refuses_what_a_worker_refuses_and_asks_as_it_
     assert checks.read("llm/request/ada/1", b'{"prompt": "more", "request_id": "r2"}')[1] == "r2", "its session is free"
     with pytest.raises(BadRequest, match="temperature"):
         checks.read("llm/request/ada/1", b'{"prompt": "hi", "request_id": "r3", "temperature": "hot"}')
+
+
+@pytest.mark.broker
+@pytest.mark.engine
+def test_the_relay_with_the_journal_writes_what_a_worker_writes_and_answers_as_it_does() -> None:
+    with World() as world, world.relay(world.llama.port, pause_s=0.0, doing="journal") as relay:
+        load = relay.run(streams=2, requests=3, max_tokens=5)
+        (state,) = world.folder.glob("relay*/state.db")
+        with closing(sqlite3.connect(f"file:{state}?mode=ro", uri=True)) as journal:
+            ends = journal.execute("SELECT state, terminal FROM entries").fetchall()
+    assert len(load.samples) == 6
+    assert load.tokens == 30
+    assert [(state, json.loads(event)["type"]) for state, event in ends] == [("ended", "done")] * 6
