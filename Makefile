@@ -8,8 +8,10 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# One process per CPU; whole files go to one process, so that a server or broker of a module is started once.
-PYTEST_WORKERS ?= auto
+# One process more than CPUs, since tests wait a lot. Whole files go to one process, so that a server or broker of a module is started once,
+# and in their order: pytest-xdist would leave the files with few tests, which are the slow ones, to the end.
+PYTEST_WORKERS ?= $(shell expr $$(nproc) + 1)
+XDIST := -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -134,7 +136,7 @@ top-picture: install ## the picture of `lmd top` in docs/
 	$(BIN)/python docs/top_picture.py
 
 test: install inprocess broker tools node-packages ## the whole suite, with everything that it needs
-	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest $(XDIST) $(PYTEST_ARGS)
 
 # Some 100 MB of Prometheus, and so not a part of `test`: there these tests are skipped where it is missing. Its service is not started.
 prometheus:
@@ -153,7 +155,7 @@ test-metrics: install broker prometheus ## try metrics, dashboard and alerts wit
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -q tests/metrics $(PYTEST_ARGS)
 
 test-fast: install broker ## the suite without the in-process engine, until the first failure
-	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not inprocess" -x $(PYTEST_ARGS)
+	PATH="$$PATH:/usr/sbin:/usr/local/sbin" $(BIN)/python -m pytest $(XDIST) -m "not inprocess" -x $(PYTEST_ARGS)
 
 # Takes 5 to 20 minutes. SEED chooses the changes, ONLY the files (ONLY=core/history.py).
 SEED ?= 1

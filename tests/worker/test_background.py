@@ -39,7 +39,7 @@ class HeldStore:
 
 def _keeps_its_pace(bus: Bus, request_id: str) -> None:
     """A stream of some seconds whose chunks must come while the store is held."""
-    bus.ask("a word " * 400, request_id=request_id, session="other")
+    bus.ask("a word " * 120, request_id=request_id, session="other")
     for _ in range(10):
         bus.listener.until(type="chunk", request_id=request_id, timeout_s=5.0)
         seq = max(event["seq"] for event in bus.listener.of(request_id) if event["type"] == "chunk")
