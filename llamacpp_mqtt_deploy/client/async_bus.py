@@ -138,15 +138,19 @@ class AsyncBusClient:
         return self
 
     async def close(self) -> None:
-        """Cancel what still runs and disconnect; takes about two seconds at most and is idempotent."""
+        """Cancel what still runs and disconnect; takes about two seconds at most and is idempotent. When this is cancelled it hangs
+        up at once."""
         if self._closed:
             return
         self._closed = True
-        await self._cancel_all(self._traffic.close())
         if self._watch is not None:
             self._watch.cancel()
-            await asyncio.wait((self._watch,))
-        await self._connection.close()
+        graceful_s = 0.0
+        try:
+            await self._cancel_all(self._traffic.close())
+            graceful_s = 2.0
+        finally:
+            await self._connection.close(timeout_s=graceful_s)
 
     async def _cancel_all(self, live: Sequence[AsyncAnswer]) -> None:
         left = len(live)

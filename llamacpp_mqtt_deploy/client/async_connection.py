@@ -107,22 +107,24 @@ class AsyncConnection:
         """Disconnect; returns within about `timeout_s` and idempotent."""
         self._closing = True
         self._ready = False
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait((self._keeper,))
-            self._keeper = None
-        client = self._paho
-        if client is None:
-            return
-        loop = asyncio.get_running_loop()
-        ends_at = loop.time() + timeout_s
-        while client.holds_unsent() and self._fd >= 0 and loop.time() < ends_at:
+        try:
+            if self._keeper is not None:
+                self._keeper.cancel()
+                await asyncio.wait((self._keeper,))
+                self._keeper = None
+            client = self._paho
+            if client is None:
+                return
+            loop = asyncio.get_running_loop()
+            ends_at = loop.time() + timeout_s
+            while client.holds_unsent() and self._fd >= 0 and loop.time() < ends_at:
+                self._flush()
+                if client.holds_unsent():
+                    await asyncio.sleep(0.01)
+            client.disconnect()
             self._flush()
-            if client.holds_unsent():
-                await asyncio.sleep(0.01)
-        client.disconnect()
-        self._flush()
-        self._drop()
+        finally:
+            self._drop()
 
     async def _connect(self, version: Spoken) -> None:
         """One attempt: CONNECT, and the wait for the CONNACK. The name is resolved and the socket opened in a worker thread,

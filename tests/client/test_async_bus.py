@@ -106,6 +106,25 @@ def test_a_cancel_without_waiting_reaches_the_worker(broker: Mosquitto) -> None:
         assert worker.controls[0][1] == {"action": "cancel", "request_id": "mine"}
 
 
+def test_a_close_that_is_cancelled_hangs_up_and_leaves_no_task_behind(broker: Mosquitto) -> None:
+    async def work() -> None:
+        bus = await AsyncBusClient("127.0.0.1", broker.port).open()
+        await bus.ask("hello")
+        closing = asyncio.create_task(bus.close())
+        await asyncio.sleep(0)
+        assert not closing.done(), "it waits for the broker to take the cancel"
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await asyncio.sleep(0)
+        assert not [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("lmd-")]
+        await bus.close()
+
+    with PlayedWorker(broker.port, play=lambda *_: None):
+        run(work)
+        eventually(lambda: re.search(r"lmd-client-\S+ (disconnected|closed its connection)", broker.log()))
+
+
 def test_an_answer_longer_than_the_bound_is_given_up(broker: Mosquitto) -> None:
     def flood(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
         for number in range(30):
