@@ -110,11 +110,12 @@ class Relay:
         self._poll.register(connection, select.EPOLLIN | select.EPOLLRDHUP)
         self.accepted(answer, topic, payload)
 
-    def other(self, fd: int) -> None:
-        """Another descriptor that `watch` was told of is ready."""
-
     def watch(self, fd: int) -> None:
+        """Have `other` called when this descriptor can be read."""
         self._poll.register(fd, select.EPOLLIN)
+
+    def other(self, fd: int) -> None:
+        """A descriptor that `watch` was told of can be read."""
 
     # --- the journal ---------------------------------------------------------------------------------------------------
 

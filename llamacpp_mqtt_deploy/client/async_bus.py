@@ -372,10 +372,9 @@ class AsyncBusClient:
             except Exception:
                 log.exception("bus.watch_failed")
                 pause_s = 1.0
+            # Python 3.11's wait_for loses a cancellation that comes with the event.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(
-                    pause_s
-                ):  # Python 3.11's wait_for loses a cancellation that comes with the event
+                async with asyncio.timeout(pause_s):
                     await self._changed.wait()
             self._changed.clear()
             await asyncio.sleep(LOOK_EVERY_S)
