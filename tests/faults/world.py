@@ -92,6 +92,14 @@ class World:
     # --- life ----------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        try:
+            self._begin()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _begin(self) -> None:
         self.disk.mount()
         self.broker.start()
         self.engine.start()
@@ -102,10 +110,12 @@ class World:
         self.start_daemon()
         assert self.daemon is not None
         self.daemon.wait_ready()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._calm_down()
+        self._close()
+
+    def _close(self) -> None:
         self._end_processes()
         self.network.close()
         self.broker.close()
