@@ -8,7 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psycopg
 from typing_extensions import override
@@ -69,15 +69,7 @@ class PoolWorld(World):
     # --- life ----------------------------------------------------------------------------------------------------------
 
     @override
-    def __enter__(self) -> Self:
-        try:
-            self._start_all()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _start_all(self) -> None:
+    def _begin(self) -> None:
         self.broker.start()
         self.engine.start()
         self.database.start()
@@ -98,8 +90,7 @@ class PoolWorld(World):
         self.wait_ready()
 
     @override
-    def __exit__(self, *_: object) -> None:
-        self._calm_down()
+    def _close(self) -> None:
         self._end_processes()
         self.network.close()
         self.broker.close()

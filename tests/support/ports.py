@@ -6,16 +6,17 @@ import random
 import socket
 from pathlib import Path
 
-_LOWEST = 10_240
+_LOWEST, _HIGHEST = 10_240, 32_768
 _TAKEN: set[int] = set()
 
 
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on, and that no outgoing connection gets: these come from the ports above. A server
-    that is started again later, or a moment from now, finds it free."""
+    that is started again later, or a moment from now, finds it free. Where the system gives outgoing connections nearly all ports, it may not."""
     lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    beyond = lowest_outgoing if lowest_outgoing >= 2 * _LOWEST else _HIGHEST
     while True:
-        port = random.SystemRandom().randrange(_LOWEST, lowest_outgoing)
+        port = random.SystemRandom().randrange(_LOWEST, beyond)
         if port in _TAKEN:
             continue
         with socket.socket() as probe:
