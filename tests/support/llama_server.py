@@ -157,6 +157,11 @@ class LlamaServer:
         client that has gone."""
         return sum(bool(slot["is_processing"]) for slot in self.get("/slots")[1])
 
+    def last_tokens(self) -> int:
+        """Tokens of the request that got its slot last, prompt and answer together."""
+        slots = [slot for slot in self.get("/slots")[1] if "id_task" in slot]
+        return int(max(slots, key=lambda slot: slot["id_task"])["n_prompt_tokens"])
+
     def idle_within(self, timeout_s: float) -> float:
         """Seconds until no slot is at work; fails the test when that takes longer than `timeout_s`."""
         started = time.monotonic()
