@@ -20,7 +20,10 @@ from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import eventually
 
 Event = dict[str, Any]
-LEASE_S = 2.0
+LEASE_S = 10.0
+"""Longer than a busy machine lets a thread wait: whose lease runs out is taken over, and what it had told is told again."""
+SHORT_LEASE_S = 4.0
+"""For tests that wait until a dead worker is taken over."""
 _CHECKS: Mapping[str, Callable[[Event], object]] = {
     "reply": validate_event,
     "status": validate_status,
@@ -58,10 +61,11 @@ class PooledWorker:
 class Fleet:
     """A root of its own: others may use broker and database at the same time."""
 
-    def __init__(self, broker: Mosquitto, url: str) -> None:
+    def __init__(self, broker: Mosquitto, url: str, lease_s: float) -> None:
         self.root = f"pool{uuid.uuid4().hex[:8]}"
         self._broker = broker
         self._url = url
+        self._lease_s = lease_s
         self.workers: list[PooledWorker] = []
         self.client = BusClient(broker.port)
         self.client.subscribe(f"{self.root}/#")
@@ -78,7 +82,7 @@ class Fleet:
             "sessions.store": "postgres",
             "sessions.url": self._url,
             "pool.name": "fleet",
-            "pool.lease_s": str(LEASE_S),
+            "pool.lease_s": str(self._lease_s),
             "limits.drain_timeout_s": "5",
         }
         worker = PooledWorker(name, engine or ScriptedEngine(slots=1), base | given)
@@ -151,8 +155,8 @@ class Fleet:
 
 
 @contextmanager
-def fleet_on(broker: Mosquitto, url: str) -> Iterator[Fleet]:
-    fleet = Fleet(broker, url)
+def fleet_on(broker: Mosquitto, url: str, *, lease_s: float = LEASE_S) -> Iterator[Fleet]:
+    fleet = Fleet(broker, url, lease_s)
     try:
         yield fleet
     finally:

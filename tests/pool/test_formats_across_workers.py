@@ -13,7 +13,7 @@ from llamacpp_mqtt_deploy.core.deltas import EngineCall, Reasoning
 from llamacpp_mqtt_deploy.core.formats.seeds import message_numbers
 from llamacpp_mqtt_deploy.ports import Delivery, Link, StoreError
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Step
-from tests.pool.fleet import Fleet, PooledWorker, fleet_on
+from tests.pool.fleet import SHORT_LEASE_S, Fleet, PooledWorker, fleet_on
 from tests.pool.route_clients import RouteClients
 from tests.support.mosquitto import Mosquitto
 from tests.support.postgres_server import PostgresServer
@@ -71,7 +71,7 @@ GONE: Mapping[str, list[Any]] = {
 
 @pytest.fixture
 def fleet(mosquitto: Mosquitto, postgres: PostgresServer) -> Iterator[Fleet]:
-    with fleet_on(mosquitto, postgres.url) as made:
+    with fleet_on(mosquitto, postgres.url, lease_s=SHORT_LEASE_S) as made:
         yield made
 
 

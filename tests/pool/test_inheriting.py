@@ -13,7 +13,7 @@ from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.stores.postgres.database import Database
 from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
-from tests.pool.fleet import Fleet, PooledWorker, fleet_on
+from tests.pool.fleet import SHORT_LEASE_S, Fleet, PooledWorker, fleet_on
 from tests.support.mosquitto import Mosquitto
 from tests.support.postgres_server import PostgresServer
 from tests.support.store_cases import NOW, entry, key
@@ -22,7 +22,7 @@ from tests.support.waiting import eventually
 
 @pytest.fixture
 def fleet(mosquitto: Mosquitto, postgres: PostgresServer) -> Iterator[Fleet]:
-    with fleet_on(mosquitto, postgres.url) as made:
+    with fleet_on(mosquitto, postgres.url, lease_s=SHORT_LEASE_S) as made:
         yield made
 
 

@@ -318,7 +318,8 @@ def test_what_was_claimed_can_be_given_back(pool: Callable[..., Worker]) -> None
 
 
 def test_another_worker_ends_what_a_dead_one_streamed_and_runs_the_rest(pool: Callable[..., Worker]) -> None:
-    a, b = pool("a", lease_s=0.3), pool("b", lease_s=0.3)
+    # Long enough for what `a` does before, on a busy machine too; b renews its own while it waits.
+    a, b = pool("a", lease_s=3.0), pool("b", lease_s=3.0)
     a.enqueue(*(request(str(n), ("default", f"s{n}")) for n in range(4)))
     assert len(a.claim(3)) == 3
     streamed, started, ended = (e.key for e in a.journal.unfinished())
