@@ -106,7 +106,7 @@ class LocalAdmission:
 
     def _sent_again(self, message: Received, address: Address, key: EntryKey, digest: str) -> bool:
         """Whether this id is known: then its state is told once more (protocol, section 5), and nothing runs twice."""
-        job = self._registry.find(key)
+        job = self._registry.untold(key)
         try:
             entry = job.entry if job is not None else self._store.find(key)
         except StoreError as problem:

@@ -243,6 +243,7 @@ class Completion:
             close()
 
     def _tell(self, job: Job, terminal: bytes) -> None:
+        job.told = True
         try:
             self._redelivery.send(
                 job.key, job.responder.topic, terminal, job.entry.correlation, rendering=job.rendering

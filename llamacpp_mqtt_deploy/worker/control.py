@@ -178,7 +178,7 @@ class Controls:
         if request_id is None:
             return {"cancelled": self.cancel(*self._registry.of_session(asked.session))}
         key = EntryKey(*asked.session, request_id)
-        job = self._registry.find(key)
+        job = self._registry.untold(key)
         if job is not None:
             state = "queued" if job.phase == "queued" else "running"
             self.cancel(job)

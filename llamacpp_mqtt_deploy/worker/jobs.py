@@ -69,6 +69,8 @@ class Job:
     marking: Pending | None = None
     """What writes to the journal that the stream begins; the chunks wait for it."""
     forgotten: bool = False
+    told: bool = False
+    """Its terminal event is on its way; a moment later the job leaves."""
     rendering: RouteRendering | None = None
     """What makes messages of its events, on a route with a format."""
     ticket: Ticket | None = None
@@ -362,6 +364,11 @@ class JobRegistry:
     def find(self, key: EntryKey) -> Job | None:
         with self._lock:
             return self._jobs.get(key)
+
+    def untold(self, key: EntryKey) -> Job | None:
+        """The job of this request as clients know it: None as soon as its end is on its way. Who asks after that has perhaps not heard it."""
+        job = self.find(key)
+        return None if job is None or job.told else job
 
     def all(self) -> list[Job]:
         with self._lock:

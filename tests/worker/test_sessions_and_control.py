@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from llamacpp_mqtt_deploy.core.deltas import PromptProgress
 from llamacpp_mqtt_deploy.core.errors import EngineFailed
 from llamacpp_mqtt_deploy.ports import EntryKey, HistoryChange, StoreError
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
+from llamacpp_mqtt_deploy.worker.jobs import Job
 from tests.support.waiting import eventually
 from tests.support.whole_worker import Bus
 
@@ -297,6 +299,30 @@ def test_a_request_sent_again_is_told_its_state_and_runs_once(bus: Bus, store: s
     bus.ask("something else", request_id="r1")
     assert bus.listener.until(type="rejected", request_id="r1")["code"] == "duplicate_request"
     assert len(engine.calls) == 2
+
+
+def test_a_request_sent_again_while_its_job_is_about_to_leave_is_told_its_end(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = bus.worker()
+    registry = worker.daemon.parts.registry
+    may_leave, leave = threading.Event(), registry.leave
+
+    def leave_late(job: Job) -> None:
+        may_leave.wait(20)
+        leave(job)
+
+    monkeypatch.setattr(registry, "leave", leave_late)
+    try:
+        bus.ask("one", request_id="r1")
+        bus.listener.terminal("r1")
+        assert registry.find(EntryKey("default", "demo", "r1")) is not None
+        bus.control("cancel", request_id="r1", transaction="t")
+        assert bus.listener.until(type="ack", transaction="t")["state"] == "ended"
+        bus.ask("one", request_id="r1")
+        eventually(lambda: len([e for e in bus.listener.of("r1") if e["type"] == "done"]) == 2)
+    finally:
+        may_leave.set()
 
 
 def test_the_same_id_in_another_session_is_another_request(bus: Bus) -> None:

@@ -116,7 +116,7 @@ class PooledAdmission:
         )
 
     def _runs_here(self, message: Received, address: Address, key: EntryKey, digest: str) -> bool:
-        job = self._registry.find(key)
+        job = self._registry.untold(key)
         if job is None:
             return False
         if job.entry.digest != digest:
