@@ -27,6 +27,7 @@ from benchmarks.samples import LoadFailed
 from benchmarks.speed import first_token, throughput
 from benchmarks.through_gateway import through_gateway
 from benchmarks.users import paced
+from benchmarks.waiting import long_queue
 from benchmarks.world import ROOT, World
 
 CASES: Mapping[str, Callable[[Bench], None]] = {
@@ -41,6 +42,7 @@ CASES: Mapping[str, Callable[[Bench], None]] = {
     "i": paced,
     "k": floor,
     "l": through_gateway,
+    "m": long_queue,
 }
 
 

@@ -69,6 +69,17 @@ class Turns:
             if len(self._sessions) > _REMEMBERED:
                 self._sessions.popitem(last=False)
 
+    def first(self, tickets: Sequence[Ticket], now: float) -> Ticket | None:
+        """Of these the first in the order of their turns; None of none."""
+        if len(tickets) < 2:  # as on most workers at most times
+            return tickets[0] if tickets else None
+
+        def rank(ticket: Ticket) -> tuple[int, int, int, float, int]:
+            level_turn = self._levels.get(ticket.first_level, 0)
+            return (self._lane(ticket, now), level_turn, self._since(ticket), ticket.arrived, ticket.number)
+
+        return min(tickets, key=rank)
+
     def order(self, chains: Sequence[Sequence[Ticket]], now: float) -> Iterator[Ticket]:
         """Everybody in the order of their turns, as if nobody else came. Tickets of a chain go one after the other.
 

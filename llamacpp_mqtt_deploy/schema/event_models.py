@@ -136,7 +136,7 @@ class Queued(Event):
     type: Literal["queued"]
     """Always `queued`."""
     position: Count
-    """Its place in the queue, 1 is next; 0 when it has left the queue and waits for the engine."""
+    """Its place in the queue, 1 is next; 0 when it has left the queue and waits for the engine. Where more than 1 000 wait, its place by arrival."""
     reason: Literal["waiting", "loading", "engine_restarting"]
     """What it waits for."""
 

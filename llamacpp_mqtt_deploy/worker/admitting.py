@@ -117,8 +117,9 @@ class LocalAdmission:
         if entry.digest != digest:
             self._refusals.reject(message, address, key.request_id, "duplicate_request")
         elif job is not None:
-            # Twice in one burst: the first one's events answer both.
-            if not any(item.job is job for item in self._accepted) and not job.responder.snapshot():
+            # Twice in one burst, or while its place is not known yet: the first one's events answer both.
+            is_new = any(item.job is job for item in self._accepted) or (job.phase == "queued" and not job.position)
+            if not is_new and not job.responder.snapshot():
                 job.responder.queued(position=job.position, reason=job.wait_reason, share="answer")
         else:
             terminal = entry.terminal or self._redelivery.unstored(key)
@@ -206,7 +207,8 @@ class LocalAdmission:
         for job in jobs:
             if self._registry.was_cancelled(job):
                 self._cancel(job)  # while it is still held: a quick engine would be done first
-        positions = self._registry.positions() if waiting else {}
+        # In a long queue the next look at all jobs tells them.
+        positions = (self._registry.positions_at_once() or {}) if waiting else {}
         self._registry.commit(jobs)
         for job in waiting:
             if job.key in positions:

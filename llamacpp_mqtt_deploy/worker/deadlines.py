@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
+from llamacpp_mqtt_deploy.ports import EntryKey
 from llamacpp_mqtt_deploy.worker.jobs import Job, JobRegistry
 
 log = structlog.get_logger(__name__)
@@ -16,6 +18,9 @@ CHECK_EVERY_S = 0.25
 _FIRST_EVENT_S = 0.5
 # Protocol, section 3: a change of position is told at most once a second.
 _POSITIONS_EVERY_S = 1.0
+# Of a long queue so many hear at one look that their place has changed, and so many where it is: the tokens of others wait meanwhile.
+_CHANGES_TOLD = 100
+_NEWCOMERS_TOLD = 250
 # A running job that was stopped ends in its own thread; when the engine does not return, it is ended from here.
 _RETURN_S = 5.0
 
@@ -39,35 +44,75 @@ class Deadlines:
         self._heartbeat_s = heartbeat_s
         self._unavailable_after_s = unavailable_after_s
         self._positions_at = 0.0
+        self._moved: deque[tuple[Job, int]] = deque()
+        """Those whose place is another than they were told, at the last look at the places; who was told longest ago is first."""
         self._answering_at = 0.0
         self._away_since: float | None = None
 
     def check(self) -> None:
         jobs = self._registry.all()
         if not jobs:
+            self._moved.clear()
             return
         now = time.monotonic()
-        tell_positions = now - self._positions_at >= _POSITIONS_EVERY_S
-        if tell_positions:
-            self._positions_at = now
-        positions = self._registry.positions() if tell_positions else {}
-        self._away_since = self._engine_away_since(jobs, now)
+        away_since = self._away_since = self._engine_away_since(jobs, now)
+        newcomers: list[Job] = []
         for job in jobs:
+            if now < job.quiet_until and job.phase == "queued" and away_since is None and job.stop.at is None:
+                continue  # nearly all of a long queue
             try:
-                self._look_after(job, now, positions.get(job.key))
+                self._look_after(job, now)
             except Exception:
                 # A defect with one job must not cost the others their limits and heartbeats, look after look.
                 log.exception("deadlines.failed", request_id=job.key.request_id)
+            if job.phase == "queued" and _is_owed_an_event(job, now):
+                newcomers.append(job)
+        self._tell_places(jobs, newcomers, now)
 
-    def _look_after(self, job: Job, now: float, position: int | None) -> None:
+    def _look_after(self, job: Job, now: float) -> None:
         job.hurry()
         self._limit(job, now)
         self._speak(job, now)
-        if job.phase == "queued" and position is not None:
-            reason = self._registry.wait_reason
-            if (position, reason) != (job.position, job.wait_reason):
-                job.position, job.wait_reason = position, reason
-                job.responder.queued(position=position, reason=reason)
+        last_at = job.responder.last_event_at
+        if job.responder.silent:
+            job.quiet_until = job.deadline
+        elif last_at is not None:
+            job.quiet_until = min(job.deadline, last_at + self._heartbeat_s())
+
+    def _tell_places(self, jobs: Sequence[Job], newcomers: Sequence[Job], now: float) -> None:
+        """Tell newcomers of a long queue their place, and once a second the others that theirs has changed."""
+        is_time = now - self._positions_at >= _POSITIONS_EVERY_S
+        positions = self._registry.positions() if is_time or newcomers else {}
+        if is_time:
+            self._positions_at = now
+            self._moved = deque(self._now_elsewhere(jobs, positions))
+        for job in newcomers[:_NEWCOMERS_TOLD]:
+            self._tell_place(job, positions.get(job.key, job.position))
+        for _ in range(min(_CHANGES_TOLD, len(self._moved))):
+            job, position = self._moved.popleft()
+            if job.phase == "queued":
+                self._tell_place(job, position)
+
+    def _now_elsewhere(self, jobs: Sequence[Job], positions: Mapping[EntryKey, int]) -> list[tuple[Job, int]]:
+        """Those whose place, or what they wait for, is not what they were told, with their place."""
+        reason = self._registry.wait_reason
+        moved = [
+            (job, position)
+            for job in jobs
+            if (position := positions.get(job.key)) is not None
+            and (position, reason) != (job.position, job.wait_reason)
+            and job.responder.last_event_at is not None
+        ]
+        if len(moved) > _CHANGES_TOLD:
+            moved.sort(key=lambda each: each[0].responder.last_event_at or 0.0)
+        return moved
+
+    def _tell_place(self, job: Job, position: int) -> None:
+        job.position, job.wait_reason = position, self._registry.wait_reason
+        try:
+            job.responder.queued(position=position, reason=job.wait_reason)
+        except Exception:
+            log.exception("deadlines.failed", request_id=job.key.request_id)
 
     def _limit(self, job: Job, now: float) -> None:
         if now >= job.deadline:
@@ -104,8 +149,14 @@ class Deadlines:
     def _speak(self, job: Job, now: float) -> None:
         last_at = job.responder.last_event_at
         if last_at is None:
-            if now - job.received_at >= _FIRST_EVENT_S:
+            if job.phase != "queued" and _is_owed_an_event(job, now):
                 job.responder.queued(position=job.position, reason=job.wait_reason)
         elif now - last_at >= self._heartbeat_s():
             state = "queued" if job.phase == "queued" else "generating" if job.prompt_done else "prompt"
             job.responder.ping(state=state)
+
+
+def _is_owed_an_event(job: Job, now: float) -> bool:
+    """Whether its client has heard nothing for as long as it may."""
+    responder = job.responder
+    return responder.last_event_at is None and now - job.received_at >= _FIRST_EVENT_S and not responder.silent

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llamacpp_mqtt_deploy.core.addresses import Address
-from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
+from llamacpp_mqtt_deploy.core.admission import EXACT_AT_ONCE, AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.early_cancels import EarlyCancels
 from llamacpp_mqtt_deploy.core.errors import RateLimited, ShuttingDown
 from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
@@ -49,6 +49,8 @@ class Job:
     phase: JobPhase = "queued"
     wait_reason: str = "waiting"
     position: int = 0
+    quiet_until: float = 0.0
+    """As long as it waits in the queue there is nothing to be done for it before (monotonic seconds)."""
     starts: int = 0
     estimate: Estimate = field(default_factory=Estimate)
     """What it may come to cost."""
@@ -120,6 +122,10 @@ class JobRegistry:
         self._quotas = Quotas(levels)
         self._rates.own = self._quotas.limits.own_requests_per_minute
         self._jobs: OrderedDict[EntryKey, Job] = OrderedDict()
+        self._of_session: dict[tuple[str, str], dict[EntryKey, Job]] = {}
+        """The same by route and session path, stateless ones included."""
+        self._paced: dict[EntryKey, Ticket] = {}
+        """Those of whom the engine is done, and which go out in small pieces."""
         self._early = EarlyCancels()
         self._changing: Counter[tuple[str, str]] = Counter()
         self._slots = slots
@@ -203,13 +209,14 @@ class JobRegistry:
                 self._quotas.check(job.address.first_level, job.entry.accepted_at, retry_after_s=retry_after_s)
             job.wait_reason = self.wait_reason
             job.ticket = _ticket(job)
-            paced = [other.ticket for other in self._jobs.values() if other.phase == "pacing" and other.ticket]
+            paced = list(self._paced.values())
             leaving = self._queue.admit(job.ticket, retry_after_s=retry_after_s, paced=paced, force=recovered)
             if not recovered:
                 # Counted once it has its place: whoever is told to come back later has spent nothing.
                 self._rates.take(job.address.first_level, job.received_at)
             self._quotas.set_aside(job.key, job.address.first_level, job.estimate, job.entry.accepted_at)
             self._jobs[job.key] = job
+            self._of_session.setdefault((job.key.route, job.key.session), {})[job.key] = job
             return [self._jobs[ticket.key] for ticket in leaving]  # type: ignore[index]  # our own keys
 
     def commit(self, jobs: Sequence[Job]) -> None:
@@ -291,6 +298,8 @@ class JobRegistry:
             self._held.discard(job)
             if job.phase == "running":
                 job.phase = "pacing" if pacing else "ending"
+                if pacing and job.ticket is not None and self._jobs.get(job.key) is job:
+                    self._paced[job.key] = job.ticket
             job.released_at = time.monotonic()
             if job.started_at is not None:
                 self._mean_run_s += 0.2 * (time.monotonic() - job.started_at - self._mean_run_s)
@@ -313,6 +322,7 @@ class JobRegistry:
         with self._lock:
             if job.phase != "ended":
                 job.phase = "ending"
+                self._paced_no_more(job)
 
     def leave(self, job: Job) -> None:
         """The terminal event is stored: the job is gone, and its session's next prompt may go.
@@ -322,13 +332,22 @@ class JobRegistry:
         with self._lock:
             job.phase = "ended"
             self._unqueue(job)
+            self._paced_no_more(job)
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
+                name = (job.key.route, job.key.session)
+                del self._of_session[name][job.key]
+                if not self._of_session[name]:
+                    del self._of_session[name]
                 self._quotas.release(job.key)
             if job.session is not None and not self._session_runs(job.session):
                 self._queue.leave_session(job.session)
             self._call_takers(1)
             self._idle.notify_all()
+
+    def _paced_no_more(self, job: Job) -> None:
+        if job.ticket is not None and self._paced.get(job.key) is job.ticket:
+            del self._paced[job.key]
 
     def withdraw(self, job: Job) -> bool:
         """Take a job that waits out of the queue, to be ended by the caller; False when it does not wait (any more)."""
@@ -356,7 +375,7 @@ class JobRegistry:
 
     def _session_runs(self, session: tuple[str, str]) -> bool:
         return session in self._changing or any(
-            job.session == session and job.phase != "queued" for job in self._jobs.values()
+            job.session == session and job.phase != "queued" for job in self._of_session.get(session, {}).values()
         )
 
     # --- looking -------------------------------------------------------------------------------------------------------
@@ -386,7 +405,11 @@ class JobRegistry:
     def of_session(self, session: tuple[str, str]) -> list[Job]:
         """Jobs whose replies go to this session (route, session path), stateless ones included, oldest first."""
         with self._lock:
-            return [job for job in self._jobs.values() if (job.key.route, job.key.session) == session]
+            return list(self._of_session.get(session, {}).values())
+
+    def positions_at_once(self) -> dict[EntryKey, int] | None:
+        """As `positions`; None where that would take longer than those can wait who are in a hurry."""
+        return self.positions() if len(self._queue) <= EXACT_AT_ONCE else None
 
     def positions(self) -> dict[EntryKey, int]:
         """The places of those that wait, 1 for who is next."""

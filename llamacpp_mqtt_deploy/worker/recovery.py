@@ -115,8 +115,10 @@ class Recovery:
             return False
         try:
             self._registry.enter(job, recovered=True)
-            job.position = self._registry.positions().get(entry.key, 1)
-            job.responder.queued(position=job.position, reason=job.wait_reason)
+            positions = self._registry.positions_at_once()
+            if positions is not None:  # else the next look at all jobs tells it
+                job.position = positions.get(entry.key, 1)
+                job.responder.queued(position=job.position, reason=job.wait_reason)
             self._registry.commit([job])
         except Exception:
             self._registry.claim_end(job)

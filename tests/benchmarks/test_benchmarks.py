@@ -49,6 +49,15 @@ def test_each_token_of_a_paced_engine_is_counted_on_both_ways_and_compared_with_
 
 
 @pytest.mark.broker
+def test_a_long_queue_is_measured_beside_a_stream(tmp_path: Path) -> None:
+    run("--only", "m", "--json", str(tmp_path / "new.json"))
+    figures = figures_of(tmp_path / "new.json")
+    assert figures["processor time of a newcomer, 100 waiting"]["value"] > 0
+    assert figures["pause between two chunks beside, p99, while they come, 100 waiting"]["value"] >= 20
+    assert figures["events of an answer, 100 waiting"]["value"] >= 3
+
+
+@pytest.mark.broker
 @pytest.mark.engine
 def test_the_bus_is_measured_beside_a_real_engine(tmp_path: Path) -> None:
     run("--only", "b", "--json", str(tmp_path / "new.json"))

@@ -246,3 +246,74 @@ def test_a_registry_that_is_closed_gives_out_no_job_and_takes_none(bench: Bench)
     assert bench.registry.take(0.0) is None
     with pytest.raises(ShuttingDown):
         bench.job("late")
+
+
+# --- a long queue ------------------------------------------------------------------------------------------------------
+
+
+def _long_queue(bench: Bench, number: int) -> list[Job]:
+    bench.registry.set_limits(
+        limits=QueueLimits(queue_size=10_000, session_queue=9, share=1.0), aging_s=1e9, max_requests_per_minute=0
+    )
+    bench.running("running")
+    return [bench.job(f"w{n}") for n in range(number)]
+
+
+def test_newcomers_of_a_long_queue_hear_their_place_oldest_first_some_at_each_look(bench: Bench) -> None:
+    _long_queue(bench, 600)
+    assert bench.registry.positions_at_once() is None
+    assert bench.after(0.49) == []
+    told: list[dict[str, Any]] = []
+    for count in (250, 250, 100, 0):
+        news = bench.after(CHECK_EVERY_S)
+        assert len(news) == count
+        told += news
+    assert [(event["type"], event["request_id"], event["position"]) for event in told] == [
+        ("queued", f"w{n}", n + 1) for n in range(600)
+    ]
+
+
+def test_of_a_long_queue_a_few_at_a_time_hear_that_their_place_has_changed_and_nobody_is_passed_over(
+    bench: Bench,
+) -> None:
+    jobs = _long_queue(bench, 300)
+    while any(job.responder.last_event_at is None for job in jobs):
+        bench.after(CHECK_EVERY_S)
+    last: dict[str, list[int]] = {}
+    for n in range(8):  # one of them gets its turn each second: all others move up
+        bench.registry.leave(jobs[n])
+        for _ in range(4):
+            news = bench.after(CHECK_EVERY_S)
+            assert len(news) <= 100
+            for event in news:
+                last.setdefault(event["request_id"], []).append(event["position"])
+    assert set(last) == {f"w{n}" for n in range(1, 300)}
+    assert all(places == sorted(places, reverse=True) for places in last.values())
+    assert last["w299"][-1] in (292, 293), "no place is told that is older than a second"
+
+
+def test_a_request_that_wants_no_events_keeps_no_place_among_the_newcomers(bench: Bench) -> None:
+    jobs = _long_queue(bench, 600)
+    for job in jobs[:500]:
+        job.responder.silent = True
+    news = [event for _ in range(4) for event in bench.after(CHECK_EVERY_S)]
+    assert [event["request_id"] for event in news] == [f"w{n}" for n in range(500, 600)]
+    bench.registry.all()[1].stop.set("timeout")
+    bench.after(CHECK_EVERY_S)
+    assert bench.ended == [jobs[0]], "its limits hold all the same"
+
+
+def test_what_waits_quietly_is_still_ended_and_pinged_in_time(bench: Bench) -> None:
+    bench.running("running")
+    first, second = bench.waiting("first", position=1, limit_s=25.0), bench.waiting("second", position=2)
+    assert bench.after(0.0) == []
+    assert first.quiet_until == bench.now + HEARTBEAT_S
+    assert [event["type"] for event in bench.after(HEARTBEAT_S - 0.1)] == []
+    assert [event["type"] for event in bench.after(0.1)] == ["ping"] * 3
+    bench.after(HEARTBEAT_S)
+    assert first.quiet_until == first.deadline
+    bench.after(5.0)
+    assert bench.ended == [first]
+    second.stop.set("cancelled")
+    bench.after(0.01)
+    assert bench.ended[-1] is second

@@ -381,6 +381,45 @@ def test_places_are_those_of_whoever_has_to_wait() -> None:
     assert jobs.positions() == {second.key: 1}
 
 
+def test_in_a_long_queue_no_place_is_looked_up_at_once() -> None:
+    jobs = registry(queue_size=1000)
+    _running(jobs, "running")
+    for number in range(128):
+        jobs.enter(lone_job(f"r{number}", session=f"u{number}"), recovered=True)
+    places = jobs.positions_at_once()
+    assert places == jobs.positions()
+    assert places is not None
+    assert len(places) == 128
+    jobs.enter(lone_job("one more"), recovered=True)
+    assert jobs.positions_at_once() is None
+    assert len(jobs.positions()) == 129
+
+
+def test_a_job_is_found_by_session_as_long_as_it_is_there_and_its_successor_under_its_key_afterwards() -> None:
+    jobs = registry(slots=3)
+    first = _running(jobs, "a", session="s")
+    again = lone_job("a", session="s")
+    jobs.enter(again, recovered=True)
+    assert jobs.of_session(("default", "s")) == [again]
+    jobs.leave(first)
+    assert jobs.of_session(("default", "s")) == [again]
+    jobs.leave(again)
+    assert jobs.of_session(("default", "s")) == []
+    assert len(jobs) == 0
+
+
+@pytest.mark.parametrize("how", ["leave", "hold_end"])
+def test_a_paced_answer_counts_for_its_level_until_it_ends(how: str) -> None:
+    jobs = registry(slots=1, queue_size=2)
+    paced = _running(jobs, "p1", session="ada/1")
+    jobs.release_slot(paced, pacing=True)
+    _waiting(jobs, "r1", session="ada/2")
+    with pytest.raises(Busy):
+        jobs.enter(lone_job("r2", session="ada/3"))
+    getattr(jobs, how)(paced)
+    jobs.enter(lone_job("r3", session="ada/3"))
+
+
 def test_the_load_tells_slots_queue_and_lanes() -> None:
     jobs = registry(slots=2)
     _running(jobs, "a")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamacpp_mqtt_deploy.core.admission import AdmissionQueue, QueueLimits
+from llamacpp_mqtt_deploy.core.admission import EXACT_AT_ONCE, EXACT_PLACES, AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.errors import Busy, RequestError
 from llamacpp_mqtt_deploy.core.queue_places import check_session, make_room
 from llamacpp_mqtt_deploy.core.turns import Ticket
@@ -17,13 +17,6 @@ from llamacpp_mqtt_deploy.stores.postgres import pg_entries
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 from llamacpp_mqtt_deploy.stores.postgres.pg_members import free_slots, hold_membership
 from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS, CountedQueue, prefer_indexes
-
-EXACT_AT_ONCE = 128
-"""In a longer queue a newcomer's place is not told with its enqueuing: to find it takes reading all that wait, while the lock of the
-queue is held."""
-
-EXACT_PLACES = 1000
-"""In a longer queue a request's place is told by how many came before it."""
 
 _WAITS = "owner IS NULL AND ending IS NULL"
 _NOBODY_IS_ADMITTED = QueueLimits(queue_size=1, session_queue=1)

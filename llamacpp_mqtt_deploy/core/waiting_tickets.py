@@ -1,0 +1,137 @@
+"""What waits in a queue in memory, counted as it comes and goes: a newcomer costs as little before a long queue as before a short one."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llamacpp_mqtt_deploy.core.queue_places import Measure, amount
+from llamacpp_mqtt_deploy.core.turns import Ticket
+
+_Row = tuple[float, int, Ticket]
+"""When it arrived and its number, which is its own: rows can be compared."""
+
+
+@dataclass(slots=True)
+class _Level:
+    """What one first level holds; the tickets of each lane in the order of their arrival."""
+
+    places: int = 0
+    size: int = 0
+    lanes: dict[int, list[_Row]] = field(default_factory=dict)
+
+
+class WaitingTickets:
+    """The tickets of a queue by key, by session and by first level. Pure.
+
+    A chain are the tickets that go one after the other: those of a session, in the order in which they were added; a ticket without
+    a session is a chain of its own.
+    """
+
+    def __init__(self) -> None:
+        self._by_key: dict[Hashable, Ticket] = {}
+        self._chains: dict[Hashable, dict[int, Ticket]] = {}
+        self._levels: dict[str, _Level] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """In the order in which they were added."""
+        return iter(self._by_key.values())
+
+    def add(self, ticket: Ticket) -> None:
+        """Its `number` must be its own."""
+        if ticket.key in self._by_key:
+            self.remove(ticket.key)
+        self._by_key[ticket.key] = ticket
+        self._chains.setdefault(ticket if ticket.session is None else ticket.session, {})[ticket.number] = ticket
+        self._size += ticket.size
+        level = self._levels.setdefault(ticket.first_level, _Level())
+        level.places += 1
+        level.size += ticket.size
+        insort(level.lanes.setdefault(ticket.lane, []), (ticket.arrived, ticket.number, ticket))
+
+    def remove(self, key: Hashable) -> Ticket | None:
+        """Take the ticket out; None when it is not there."""
+        ticket = self._by_key.pop(key, None)
+        if ticket is None:
+            return None
+        name = ticket if ticket.session is None else ticket.session
+        chain = self._chains[name]
+        del chain[ticket.number]
+        if not chain:
+            del self._chains[name]
+        self._size -= ticket.size
+        level = self._levels[ticket.first_level]
+        level.places -= 1
+        level.size -= ticket.size
+        if not level.places:
+            del self._levels[ticket.first_level]
+            return ticket
+        rows = level.lanes[ticket.lane]
+        del rows[bisect_left(rows, (ticket.arrived, ticket.number))]
+        return ticket
+
+    def chains(self) -> Mapping[Hashable, Mapping[int, Ticket]]:
+        """The chains by session, or by the ticket that is one."""
+        return self._chains
+
+    def in_session(self, session: Hashable) -> int:
+        """How many prompts of this session wait."""
+        return len(self._chains.get(session, ()))
+
+    def levels(self) -> Iterator[tuple[str, int, int]]:
+        """The first levels of those that wait, each with its places and bytes."""
+        return ((name, level.places, level.size) for name, level in self._levels.items())
+
+    def held(self, measure: Measure, level: str | None = None) -> int:
+        """As `Waiting.held`."""
+        by_size = measure.name == "bytes"
+        if level is None:
+            return self._size if by_size else len(self._by_key)
+        found = self._levels.get(level)
+        return 0 if found is None else found.size if by_size else found.places
+
+    def last(self, level: str, *, lower_than: int, without: Sequence[Ticket]) -> Ticket | None:
+        """As `Waiting.last`."""
+        found = self._levels.get(level)
+        for lane in sorted(found.lanes, reverse=True) if found is not None else ():
+            if lane <= lower_than:
+                break
+            assert found is not None
+            for _, _, ticket in reversed(found.lanes[lane]):
+                if ticket not in without:
+                    return ticket
+        return None
+
+
+class BesidePaced:
+    """Satisfies `Waiting`: what waits, and what is paced and counts for its own level."""
+
+    def __init__(self, waiting: WaitingTickets, paced: Sequence[Ticket]) -> None:
+        self._waiting = waiting
+        self._paced = paced
+
+    def held(self, measure: Measure, level: str | None = None) -> int:
+        return self._waiting.held(measure, level)
+
+    def largest(self, measure: Measure, *, but: str, without: Sequence[Ticket]) -> tuple[str, int] | None:
+        found: tuple[int, str] | None = None
+        for level, places, size in self._waiting.levels():
+            if level == but or places == amount(without, _PLACES, level):
+                continue
+            held = size if measure.name == "bytes" else places
+            if self._paced or without:
+                held += amount(self._paced, measure, level) - amount(without, measure, level)
+            if found is None or (-held, level) < found:
+                found = (-held, level)
+        return None if found is None else (found[1], -found[0])
+
+    def last(self, level: str, *, lower_than: int = -1, without: Sequence[Ticket]) -> Ticket | None:
+        return self._waiting.last(level, lower_than=lower_than, without=without)
+
+
+_PLACES = Measure("places", 0, lambda _: 1, "")
