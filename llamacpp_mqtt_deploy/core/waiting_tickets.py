@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llamacpp_mqtt_deploy.core.queue_places import Measure, amount
+from llamacpp_mqtt_deploy.core.queue_places import Measure
 from llamacpp_mqtt_deploy.core.turns import Ticket
 
 _Row = tuple[float, int, Ticket]
@@ -97,13 +98,11 @@ class WaitingTickets:
 
     def last(self, level: str, *, lower_than: int, without: Sequence[Ticket]) -> Ticket | None:
         """As `Waiting.last`."""
-        found = self._levels.get(level)
-        for lane in sorted(found.lanes, reverse=True) if found is not None else ():
-            if lane <= lower_than:
-                break
-            assert found is not None
-            for _, _, ticket in reversed(found.lanes[lane]):
-                if ticket not in without:
+        found, gone = self._levels.get(level), set(without)
+        lanes = {} if found is None else found.lanes
+        for lane in sorted((lane for lane in lanes if lane > lower_than), reverse=True):
+            for _, _, ticket in reversed(lanes[lane]):
+                if ticket not in gone:
                     return ticket
         return None
 
@@ -119,19 +118,20 @@ class BesidePaced:
         return self._waiting.held(measure, level)
 
     def largest(self, measure: Measure, *, but: str, without: Sequence[Ticket]) -> tuple[str, int] | None:
-        found: tuple[int, str] | None = None
-        for level, places, size in self._waiting.levels():
-            if level == but or places == amount(without, _PLACES, level):
-                continue
-            held = size if measure.name == "bytes" else places
-            if self._paced or without:
-                held += amount(self._paced, measure, level) - amount(without, measure, level)
-            if found is None or (-held, level) < found:
-                found = (-held, level)
+        gone = Counter(each.first_level for each in without)
+        more: Counter[str] = Counter()
+        for each in self._paced:
+            more[each.first_level] += measure.of(each)
+        for each in without:
+            more[each.first_level] -= measure.of(each)
+        by_size = measure.name == "bytes"
+        left = (
+            (-(size if by_size else places) - more[level], level)
+            for level, places, size in self._waiting.levels()
+            if level != but and places > gone[level]
+        )
+        found = min(left, default=None)
         return None if found is None else (found[1], -found[0])
 
     def last(self, level: str, *, lower_than: int = -1, without: Sequence[Ticket]) -> Ticket | None:
         return self._waiting.last(level, lower_than=lower_than, without=without)
-
-
-_PLACES = Measure("places", 0, lambda _: 1, "")
