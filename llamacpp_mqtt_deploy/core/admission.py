@@ -117,6 +117,11 @@ class AdmissionQueue:
         waiting = (ticket.key for ticket in order if ticket.key not in going)
         return {key: place for place, key in enumerate(waiting, start=1)}
 
+    def last_places(self, count: int) -> dict[Hashable, int]:
+        """The places by arrival of those who came last, so many."""
+        last = islice(reversed(self._waiting), count)
+        return {ticket.key: len(self._waiting) - behind for behind, ticket in enumerate(last)}
+
     def _heads(self) -> Iterator[Ticket]:
         """The first of each chain, but of the sessions that are busy."""
         for session, chain in self._waiting.chains().items():

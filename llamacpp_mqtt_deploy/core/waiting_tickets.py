@@ -43,6 +43,9 @@ class WaitingTickets:
         """In the order in which they were added."""
         return iter(self._by_key.values())
 
+    def __reversed__(self) -> Iterator[Ticket]:
+        return reversed(self._by_key.values())
+
     def add(self, ticket: Ticket) -> None:
         """Its `number` must be its own."""
         if ticket.key in self._by_key:

@@ -207,8 +207,8 @@ class LocalAdmission:
         for job in jobs:
             if self._registry.was_cancelled(job):
                 self._cancel(job)  # while it is still held: a quick engine would be done first
-        # In a long queue the next look at all jobs tells them.
-        positions = (self._registry.positions_at_once() or {}) if waiting else {}
+        # None: the next look at all jobs tells them.
+        positions = (self._registry.positions_at_once(len(jobs)) or {}) if waiting else {}
         self._registry.commit(jobs)
         for job in waiting:
             if job.key in positions:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llamacpp_mqtt_deploy.core.addresses import Address
-from llamacpp_mqtt_deploy.core.admission import EXACT_AT_ONCE, AdmissionQueue, QueueLimits
+from llamacpp_mqtt_deploy.core.admission import EXACT_AT_ONCE, EXACT_PLACES, AdmissionQueue, QueueLimits
 from llamacpp_mqtt_deploy.core.early_cancels import EarlyCancels
 from llamacpp_mqtt_deploy.core.errors import RateLimited, ShuttingDown
 from llamacpp_mqtt_deploy.core.formats.route_rendering import RouteRendering
@@ -407,9 +407,13 @@ class JobRegistry:
         with self._lock:
             return list(self._of_session.get(session, {}).values())
 
-    def positions_at_once(self) -> dict[EntryKey, int] | None:
-        """As `positions`; None where that would take longer than those can wait who are in a hurry."""
-        return self.positions() if len(self._queue) <= EXACT_AT_ONCE else None
+    def positions_at_once(self, newcomers: int) -> dict[EntryKey, int] | None:
+        """As `positions`, at least of so many who came last; None where it would keep those waiting who cannot wait."""
+        with self._lock:
+            waiting = len(self._queue)
+            if waiting > EXACT_PLACES:
+                return dict(self._queue.last_places(newcomers))  # type: ignore[arg-type]  # our own keys
+        return self.positions() if waiting <= EXACT_AT_ONCE else None
 
     def positions(self) -> dict[EntryKey, int]:
         """The places of those that wait, 1 for who is next."""

@@ -115,7 +115,7 @@ class Recovery:
             return False
         try:
             self._registry.enter(job, recovered=True)
-            positions = self._registry.positions_at_once()
+            positions = self._registry.positions_at_once(1)
             if positions is not None:  # else the next look at all jobs tells it
                 job.position = positions.get(entry.key, 1)
                 job.responder.queued(position=job.position, reason=job.wait_reason)

@@ -261,7 +261,7 @@ def _long_queue(bench: Bench, number: int) -> list[Job]:
 
 def test_newcomers_of_a_long_queue_hear_their_place_oldest_first_some_at_each_look(bench: Bench) -> None:
     _long_queue(bench, 600)
-    assert bench.registry.positions_at_once() is None
+    assert bench.registry.positions_at_once(1) is None
     assert bench.after(0.49) == []
     told: list[dict[str, Any]] = []
     for count in (250, 250, 100, 0):

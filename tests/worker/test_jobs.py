@@ -381,18 +381,29 @@ def test_places_are_those_of_whoever_has_to_wait() -> None:
     assert jobs.positions() == {second.key: 1}
 
 
-def test_in_a_long_queue_no_place_is_looked_up_at_once() -> None:
-    jobs = registry(queue_size=1000)
+def test_at_once_a_place_is_exact_in_a_short_queue_by_arrival_in_a_very_long_one_and_unknown_between() -> None:
+    jobs = registry(queue_size=5000)
     _running(jobs, "running")
-    for number in range(128):
-        jobs.enter(lone_job(f"r{number}", session=f"u{number}"), recovered=True)
-    places = jobs.positions_at_once()
+
+    def fill(number: int) -> None:
+        while len(jobs) < number + 1:
+            jobs.enter(lone_job(f"r{len(jobs)}", session=f"u{len(jobs)}"), recovered=True)
+
+    fill(128)
+    places = jobs.positions_at_once(2)
     assert places == jobs.positions()
     assert places is not None
     assert len(places) == 128
-    jobs.enter(lone_job("one more"), recovered=True)
-    assert jobs.positions_at_once() is None
-    assert len(jobs.positions()) == 129
+    fill(129)
+    assert jobs.positions_at_once(1) is None
+    fill(1000)
+    assert jobs.positions_at_once(1) is None
+    assert len(jobs.positions()) == 1000
+    fill(1003)
+    told = jobs.positions_at_once(3)
+    assert told is not None
+    assert {key.request_id: place for key, place in told.items()} == {"r1003": 1003, "r1002": 1002, "r1001": 1001}
+    assert told.items() <= jobs.positions().items()
 
 
 def test_a_job_is_found_by_session_as_long_as_it_is_there_and_its_successor_under_its_key_afterwards() -> None:
