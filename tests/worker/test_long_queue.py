@@ -6,18 +6,27 @@ from typing import Any
 
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.support.waiting import eventually
-from tests.support.whole_worker import Bus
+from tests.support.whole_worker import Bus, WholeWorker
 
 MANY = 200
 SETTINGS: dict[str, Any] = {"limits__queue_size": 1000, "limits__queue_share": 1.0}
 
 
-def _fill(bus: Bus, gate: Gate) -> None:
-    """Let one run and `MANY` wait."""
+def _filled(bus: Bus, **settings: Any) -> tuple[WholeWorker, ScriptedEngine, Gate]:
+    """A worker of one slot before which `MANY` wait until the gate is opened for the one that runs."""
+    gate = Gate()
+    engine = ScriptedEngine(slots=1)
+    engine.play(gate, "done")
+    worker = bus.worker(engine, **SETTINGS, **settings)
     bus.ask("go on", request_id="running", session="running")
     eventually(gate.reached.is_set)
     for number in range(MANY):
-        bus.ask(f"question {number}", request_id=f"r{number}", session=f"u{number % 9}/s{number}")
+        _ask(bus, number)
+    return worker, engine, gate
+
+
+def _ask(bus: Bus, number: int) -> None:
+    bus.ask(f"question {number}", request_id=f"r{number}", session=f"u{number % 9}/s{number}")
 
 
 def _places(bus: Bus) -> dict[str, list[int]]:
@@ -28,14 +37,10 @@ def _places(bus: Bus) -> dict[str, list[int]]:
 
 
 def test_everybody_is_told_a_place_and_each_is_answered_in_the_end(bus: Bus) -> None:
-    gate = Gate()
-    engine = ScriptedEngine(slots=1)
-    engine.play(gate, "done")
-    bus.worker(engine, **SETTINGS)
-    _fill(bus, gate)
+    _, engine, gate = _filled(bus)
     eventually(lambda: all(_places(bus).values()))
     assert sorted(places[0] for places in _places(bus).values()) == list(range(1, MANY + 1))
-    bus.ask("question 7", request_id="r7", session="u7/s7")  # sent again
+    _ask(bus, 7)  # sent again
     eventually(lambda: len(_places(bus)["r7"]) > 1)
     gate.open()
     for number in range(MANY):
@@ -47,12 +52,8 @@ def test_everybody_is_told_a_place_and_each_is_answered_in_the_end(bus: Bus) -> 
 
 
 def test_a_request_sent_again_before_its_place_was_told_is_told_it_once(bus: Bus) -> None:
-    gate = Gate()
-    engine = ScriptedEngine(slots=1)
-    engine.play(gate, "done")
-    bus.worker(engine, **SETTINGS)
-    _fill(bus, gate)
-    bus.ask(f"question {MANY - 1}", request_id=f"r{MANY - 1}", session=f"u{(MANY - 1) % 9}/s{MANY - 1}")
+    *_, gate = _filled(bus)
+    _ask(bus, MANY - 1)
     eventually(lambda: all(_places(bus).values()))
     assert 0 not in _places(bus)[f"r{MANY - 1}"], "which would say that it waits no more"
     gate.open()
@@ -60,11 +61,7 @@ def test_a_request_sent_again_before_its_place_was_told_is_told_it_once(bus: Bus
 
 
 def test_a_restart_takes_a_long_queue_up_again(bus: Bus) -> None:
-    gate = Gate()
-    engine = ScriptedEngine(slots=1)
-    engine.play(gate, "done")
-    first = bus.worker(engine, limits__drain_timeout_s=0.1, **SETTINGS)
-    _fill(bus, gate)
+    first, *_ = _filled(bus, limits__drain_timeout_s=0.1)
     eventually(lambda: all(_places(bus).values()))
     first.stop()
     told = {name: len(places) for name, places in _places(bus).items()}
