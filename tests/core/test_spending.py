@@ -78,6 +78,22 @@ def test_what_is_set_aside_is_given_back_when_the_request_was_cheaper() -> None:
     assert refusal(held) is None
 
 
+def test_a_request_that_is_set_aside_again_is_kept_once_and_given_back_once() -> None:
+    held = quotas(100)
+    for tokens in (90, 30):
+        held.set_aside("r", "alice", Estimate(tokens_out=tokens), NOON)
+    held.set_aside("free", "alice", Estimate(), NOON)
+    assert refusal(held) is None, "30 are kept, not 120"
+    held.set_aside("s", "alice", Estimate(tokens_out=70), NOON)
+    assert refusal(held) is not None
+    for _ in range(2):
+        held.release("s")
+    assert refusal(held) is None
+    held.set_aside("t", "alice", Estimate(tokens_out=69), NOON)
+    assert refusal(held) is None, "99 are kept"
+    assert refusal(held, "bob") is None
+
+
 def test_a_history_is_guessed_at_by_what_the_level_took_before() -> None:
     held = quotas(10_000)
     held.spend(Spent(first_level="alice", tokens_in=3000), NOON)
