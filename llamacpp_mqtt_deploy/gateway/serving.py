@@ -27,6 +27,7 @@ from llamacpp_mqtt_deploy.gateway.closing_watch import ClosingWatch
 from llamacpp_mqtt_deploy.gateway.exchange import Services
 from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES
 from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, Owner
+from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
 from llamacpp_mqtt_deploy.gateway.running_answers import Running
 
 log = structlog.get_logger(__name__)
@@ -234,7 +235,9 @@ class Gateway:
                 (BoundedHttp,),
                 {"head_timeout_s": settings.header_timeout_s, "slow_reader_s": settings.slow_reader_s},
             ),
-            ws=type("_BoundedSocket", (BoundedSocket,), {"slow_reader_s": settings.slow_reader_s}),
+            ws=type(
+                "_BoundedSocket", (BoundedSocket,), {"slow_reader_s": settings.slow_reader_s, "turns": ReadingTurns()}
+            ),
             ws_max_size=settings.max_body_bytes,
             ws_max_queue=16,
             ws_per_message_deflate=False,  # a small frame may unpack to a giant one, and chunks are too small to gain

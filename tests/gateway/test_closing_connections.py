@@ -12,6 +12,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
+from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
 from llamacpp_mqtt_deploy.gateway.serving import BoundedHttp
 from tests.gateway.raw_frames import UPGRADE
 
@@ -33,6 +34,7 @@ async def _speak(scope: Any, receive: Any, send: Any) -> None:
 def _websocket(config: uvicorn.Config) -> asyncio.Protocol:
     protocol = BoundedSocket(config, ServerState(), {})
     protocol.slow_reader_s = 0.2
+    protocol.turns = ReadingTurns()
     protocol.close_timeout = 0.05
     return protocol
 

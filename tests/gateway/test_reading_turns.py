@@ -1,0 +1,196 @@
+"""A flood of frames on some sockets holds up nobody else of the same loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
+from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
+from tests.gateway.raw_frames import BINARY, CONT, PONG, TEXT, UPGRADE, frame
+
+ONE_READ = 256 * 1024
+"""As much as asyncio takes from a socket at once."""
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not true():  # noqa: ASYNC110 - what is waited for is counted at each turn of the loop
+            await asyncio.sleep(0)
+
+
+# --- turns ---------------------------------------------------------------------------------------------------------------
+
+
+def test_one_slice_is_read_at_each_turn_of_the_loop_and_owners_take_turns() -> None:
+    async def work() -> None:
+        turns, read, at, turn = ReadingTurns(), [], [], 0
+
+        def count() -> None:
+            nonlocal turn
+            turn += 1
+            loop.call_soon(count)
+
+        def slices(owner: str, left: int) -> None:
+            read.append(owner)
+            at.append(turn)
+            if left > 1:
+                turns.take(owner, lambda: slices(owner, left - 1))
+
+        loop = asyncio.get_running_loop()
+        loop.call_soon(count)
+        for _ in range(3):
+            turns.take("many", lambda: slices("many", 2))
+        turns.take("other", lambda: slices("other", 1))
+        assert read == ["many"], "the first one waits for nobody"
+        await _until(lambda: len(read) == 7)
+        assert read[:3] == ["many", "many", "other"]
+        assert max(Counter(at).values()) <= 2, "its own turn may begin before `count` and end after it"
+        assert at[-1] - at[0] >= 5
+        await asyncio.sleep(0)
+        turns.take("later", lambda: slices("later", 1))
+        assert read[-1] == "later"
+
+    asyncio.run(work())
+
+
+# --- sockets -------------------------------------------------------------------------------------------------------------
+
+
+class _App:
+    """Accepts, and keeps what it hears of each socket."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+        self.accepted = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["lmd.notes"] = {"owner": "somebody"}
+        await receive()
+        await send({"type": "websocket.accept"})
+        self.accepted += 1
+        while (message := await receive())["type"] == "websocket.receive":
+            self.heard.append(message.get("text") or message.get("bytes"))
+
+
+@asynccontextmanager
+async def _sockets(app: _App, number: int) -> AsyncIterator[list[tuple[BoundedSocket, socket.socket]]]:
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    loop, turns = asyncio.get_running_loop(), ReadingTurns()
+    opened: list[tuple[BoundedSocket, socket.socket]] = []
+    state = ServerState()
+    for _ in range(number):
+        ours, theirs = socket.socketpair()
+        protocol = BoundedSocket(config, state, {})
+        protocol.turns = turns
+        await loop.connect_accepted_socket(lambda protocol=protocol: protocol, ours)  # type: ignore[misc]
+        theirs.setblocking(False)
+        theirs.sendall(UPGRADE + b"\r\n")
+        opened.append((protocol, theirs))
+    try:
+        await _until(lambda: app.accepted == number)
+        yield opened
+    finally:
+        for protocol, theirs in opened:
+            theirs.close()
+            protocol.transport.abort()
+        await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await asyncio.gather(*state.tasks)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        pytest.param(frame(PONG), id="pongs"),
+        pytest.param(frame(TEXT, b"{"), id="messages"),
+        pytest.param(frame(CONT, fin=False), id="fragments"),
+    ],
+)
+def test_others_have_a_turn_after_some_hundred_frames_however_many_came_on_however_many_sockets(frames: bytes) -> None:
+    async def work() -> None:
+        app = _App()
+        async with _sockets(app, 4) as opened:
+            events = counted = most = turns = 0
+            over = asyncio.Event()
+
+            def look() -> None:
+                """Once at each turn of the loop."""
+                nonlocal most, turns, counted
+                most, turns, counted = max(most, events - counted), turns + 1, events
+                if not over.is_set():
+                    asyncio.get_running_loop().call_soon(look)
+
+            for protocol, _ in opened:
+                if frames[0] == CONT:
+                    protocol.data_received(frame(TEXT, b"", fin=False))
+                for name in ("handle_pong", "handle_text", "handle_cont"):
+                    handle = getattr(protocol, name)
+
+                    def counting(event: Any, handle: Any = handle) -> None:
+                        nonlocal events
+                        events += 1
+                        handle(event)
+
+                    setattr(protocol, name, counting)
+            look()
+            number = ONE_READ // len(frames)
+            for protocol, _ in opened:
+                protocol.data_received(frames * number)
+                assert not protocol.transport.is_reading(), "nothing more comes before this is read"
+            await _until(lambda: events == len(opened) * number)
+            over.set()
+            assert most <= 2 * 2048 // len(frames)
+            assert turns >= len(opened) * ONE_READ // 2048 / 2
+            await asyncio.sleep(0.01)
+            if frames[0] & 15 == TEXT:
+                await _until(lambda: len(app.heard) == len(opened) * number)
+            assert all(protocol.transport.is_reading() for protocol, _ in opened)
+
+    asyncio.run(work())
+
+
+def test_messages_are_the_same_wherever_they_are_cut() -> None:
+    async def work() -> None:
+        app = _App()
+        async with _sockets(app, 1) as ((_, wire),):
+            sent = [
+                bytes([number]) * size for number, size in enumerate((1, 2040, 2047, 2048, 2049, 60_000, 3, 500_000))
+            ]
+            stream = b"".join(frame(BINARY, message) for message in sent)
+            rest, step = memoryview(stream), 1
+            while rest:
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[wire.send(rest[:step]) :]
+                    step = step * 3 % 70_001
+                await asyncio.sleep(0)
+            await _until(lambda: len(app.heard) == len(sent))
+            assert app.heard == sent
+
+    asyncio.run(work())
+
+
+def test_a_client_that_leaves_amid_its_flood_is_gone() -> None:
+    async def work() -> None:
+        app = _App()
+        async with _sockets(app, 2) as ((left, wire), (stays, _)):
+            left.data_received(frame(PONG) * 40_000)
+            wire.close()
+            left.transport.abort()
+            await asyncio.sleep(0.05)
+            assert left.disconnected
+            stays.data_received(frame(TEXT, b"still here"))
+            await _until(lambda: bool(app.heard))
+
+    asyncio.run(work())
