@@ -10,11 +10,9 @@ from typing_extensions import override
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from llamacpp_mqtt_deploy.gateway.closing_watch import ClosingWatch
-from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
+from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns, Slices
 
 _REFUSED = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-# An empty frame has 6 bytes and takes some 12 us; one read of the loop brings up to 256 KiB.
-_SLICE = 2048
 CUT = 1006
 """The code for an end without a close frame (RFC 6455, section 7.1.5)."""
 
@@ -26,9 +24,8 @@ class BoundedSocket(WebSocketsSansIOProtocol):
 
     slow_reader_s = 60.0
     turns: ReadingTurns
-    """Those of all sockets of the loop."""
-    _unread = memoryview(b"")
-    """What came and was not read yet. Meanwhile nothing more comes."""
+    """Those of all connections of the loop."""
+    _slices: Slices
     _cutting: asyncio.TimerHandle | None = None
     _ending: ClosingWatch | None = None
 
@@ -36,18 +33,20 @@ class BoundedSocket(WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._ending = ClosingWatch(transport, self.loop, within_s=self.slow_reader_s)
+        self._slices = Slices(
+            self.turns,
+            transport,
+            read=super().data_received,
+            may_read=lambda: not self.read_paused and self.writable.is_set(),
+            owner=self._owner,
+        )
 
     @override
     def data_received(self, data: bytes) -> None:
         if not self.handshake_initiated:
             self._shake_hands(data)
             return
-        waits = len(self._unread) > 0
-        self._unread = memoryview(bytes(self._unread) + data)
-        if not waits:
-            self._wait_for_turn()
-        if self._unread:
-            self.transport.pause_reading()
+        self._slices.add(data)
 
     def _shake_hands(self, data: bytes) -> None:
         super().data_received(data)
@@ -59,7 +58,7 @@ class BoundedSocket(WebSocketsSansIOProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._cut_no_more()
-        self._unread = memoryview(b"")
+        self._slices.drop()
         if self._ending is not None:
             self._ending.stop()
         if self.conn.close_rcvd is None:
@@ -80,7 +79,9 @@ class BoundedSocket(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._cut_no_more()
-        if not self.read_paused and not self._unread:
+        if self._slices:
+            self._slices.go_on()
+        elif not self.read_paused:
             self.transport.resume_reading()
 
     @override
@@ -88,32 +89,27 @@ class BoundedSocket(WebSocketsSansIOProtocol):
         if not self.queue.empty():
             await asyncio.sleep(0)  # or nobody else would have a turn until all these messages are answered
         message = await super().receive()
-        if (self._unread or not self.writable.is_set()) and not self.disconnected:
-            self.transport.pause_reading()  # uvicorn has just resumed it
+        if not self.disconnected:  # uvicorn has perhaps resumed reading
+            if not self.writable.is_set():
+                self.transport.pause_reading()
+            elif not self.read_paused:
+                self._slices.go_on()
         return message
+
+    @override
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.close_sent:
+            self._slices.go_on()  # uvicorn reads on after that, up to the client's own close frame
 
     def _cut_no_more(self) -> None:
         if self._cutting is not None:
             self._cutting.cancel()
             self._cutting = None
 
-    # --- in turn with others ---------------------------------------------------------------------------------------------
-
-    def _wait_for_turn(self) -> None:
+    def _owner(self) -> str:
         notes: Any = self.scope.get("lmd.notes", {})
-        self.turns.take(notes.get("owner", ""), self._read_slice)
-
-    def _read_slice(self) -> None:
-        """Read some of what came, and the rest at a later turn."""
-        data, self._unread = self._unread[:_SLICE], self._unread[_SLICE:]
-        if data:
-            super().data_received(bytes(data))
-        if self.transport.is_closing():
-            self._unread = memoryview(b"")
-        elif self._unread:
-            self._wait_for_turn()
-        elif not self.read_paused and self.writable.is_set():
-            self.transport.resume_reading()
+        return str(notes.get("owner", ""))
 
     # --- fragments -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamacpp_mqtt_deploy.client.async_bus import AsyncBusClient
@@ -27,7 +28,7 @@ from llamacpp_mqtt_deploy.gateway.closing_watch import ClosingWatch
 from llamacpp_mqtt_deploy.gateway.exchange import Services
 from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES
 from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, Owner
-from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
+from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns, Slices
 from llamacpp_mqtt_deploy.gateway.running_answers import Running
 
 log = structlog.get_logger(__name__)
@@ -56,12 +57,27 @@ class Manager(Protocol):
     def watchdog(self) -> None: ...
 
 
+class _Flow(FlowControl):
+    """uvicorn's, where reading goes on with what has come already."""
+
+    def __init__(self, transport: asyncio.Transport, slices: Slices) -> None:
+        super().__init__(transport)
+        self._slices = slices
+
+    def resume_reading(self) -> None:
+        super().resume_reading()
+        self._slices.go_on()
+
+
 class BoundedHttp(H11Protocol):
-    """uvicorn's HTTP/1.1 with a limit for how long a connection may be without a whole request: uvicorn has none, and a client
-    that sends a byte a minute would keep its connection for ever."""
+    """uvicorn's HTTP/1.1 with bounds where it has none: for how long a connection may be without a whole request, or a client that
+    sends a byte a minute would keep its connection for ever; and for how long the chunks of one body may keep all others waiting."""
 
     head_timeout_s = 10.0
     slow_reader_s = 60.0
+    turns: ReadingTurns
+    """Those of all connections of the loop."""
+    _slices: Slices
     _ending: ClosingWatch | None = None
     _timer: asyncio.TimerHandle | None = None
     _waiting_since = 0.0
@@ -71,8 +87,20 @@ class BoundedHttp(H11Protocol):
         self._waiting_since = self.loop.time()
         self._ending = ClosingWatch(transport, self.loop, within_s=self.slow_reader_s)
         self._look()
+        self._slices = Slices(
+            self.turns,
+            transport,
+            read=super().data_received,
+            may_read=lambda: not self.flow.read_paused,
+            owner=lambda: self.client[0] if self.client else "",
+        )
+        self.flow = _Flow(transport, self._slices)
+
+    def data_received(self, data: bytes) -> None:
+        self._slices.add(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._slices.drop()
         self._look_no_more()
         self._end_watch()
         super().connection_lost(exc)
@@ -84,6 +112,7 @@ class BoundedHttp(H11Protocol):
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._look_no_more()
         self._end_watch()
+        self._slices.drop()  # no frame may come before the answer to this
         super().handle_websocket_upgrade(event)
 
     def _look(self) -> None:
@@ -225,7 +254,7 @@ class Gateway:
         return user if user is not None and is_level(user) else "web"
 
     def _config(self, app: ASGIApp) -> uvicorn.Config:
-        settings = self._settings
+        settings, turns = self._settings, ReadingTurns()
         # Every client can make it say "Invalid HTTP request received."; what fails in the app, `Journaled` tells.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         return uvicorn.Config(
@@ -233,11 +262,13 @@ class Gateway:
             http=type(
                 "_BoundedHttp",
                 (BoundedHttp,),
-                {"head_timeout_s": settings.header_timeout_s, "slow_reader_s": settings.slow_reader_s},
+                {
+                    "head_timeout_s": settings.header_timeout_s,
+                    "slow_reader_s": settings.slow_reader_s,
+                    "turns": turns,
+                },
             ),
-            ws=type(
-                "_BoundedSocket", (BoundedSocket,), {"slow_reader_s": settings.slow_reader_s, "turns": ReadingTurns()}
-            ),
+            ws=type("_BoundedSocket", (BoundedSocket,), {"slow_reader_s": settings.slow_reader_s, "turns": turns}),
             ws_max_size=settings.max_body_bytes,
             ws_max_queue=16,
             ws_per_message_deflate=False,  # a small frame may unpack to a giant one, and chunks are too small to gain

@@ -41,6 +41,7 @@ def _websocket(config: uvicorn.Config) -> asyncio.Protocol:
 
 def _http(config: uvicorn.Config) -> asyncio.Protocol:
     protocol = BoundedHttp(config, ServerState(), {})
+    protocol.turns = ReadingTurns()
     protocol.head_timeout_s, protocol.slow_reader_s = 0.2, 0.2
     return protocol
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from uvicorn.server import ServerState
 
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
+from llamacpp_mqtt_deploy.gateway.serving import BoundedHttp
 from tests.gateway.raw_frames import BINARY, CONT, PONG, TEXT, UPGRADE, frame
 
 ONE_READ = 256 * 1024
@@ -192,5 +194,131 @@ def test_a_client_that_leaves_amid_its_flood_is_gone() -> None:
             assert left.disconnected
             stays.data_received(frame(TEXT, b"still here"))
             await _until(lambda: bool(app.heard))
+
+    asyncio.run(work())
+
+
+# --- HTTP ----------------------------------------------------------------------------------------------------------------
+
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+async def _sizes(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the size of the body, and its sum."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message["body"], message["more_body"]
+    answer = f"<{len(body)} {sum(body)}>".encode()
+    length = str(len(answer)).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+    await send({"type": "http.response.body", "body": answer})
+
+
+@asynccontextmanager
+async def _connections(number: int) -> AsyncIterator[list[tuple[BoundedHttp, socket.socket]]]:
+    config = uvicorn.Config(_sizes, lifespan="off", log_config=None)
+    config.load()
+    loop, turns, state = asyncio.get_running_loop(), ReadingTurns(), ServerState()
+    opened: list[tuple[BoundedHttp, socket.socket]] = []
+    for _ in range(number):
+        ours, theirs = socket.socketpair()
+        protocol = BoundedHttp(config, state, {})
+        protocol.turns = turns
+        await loop.connect_accepted_socket(lambda protocol=protocol: protocol, ours)  # type: ignore[misc]
+        theirs.setblocking(False)
+        opened.append((protocol, theirs))
+    try:
+        yield opened
+    finally:
+        for protocol, theirs in opened:
+            theirs.close()
+            protocol.transport.abort()
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await asyncio.gather(*state.tasks)
+
+
+async def _answered(wire: socket.socket, number: int) -> list[str]:
+    """What stands in the bodies of so many answers."""
+    seen = bytearray()
+
+    def all_there() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            seen.extend(wire.recv(65536))
+        return seen.count(b">") == number
+
+    await _until(all_there)
+    return re.findall(r"<(.*?)>", seen.decode())
+
+
+def test_others_have_a_turn_after_some_hundred_chunks_however_many_came_on_however_many_connections() -> None:
+    async def work() -> None:
+        async with _connections(4) as opened:
+            events = counted = most = 0
+            over = asyncio.Event()
+
+            def look() -> None:
+                """Once at each turn of the loop."""
+                nonlocal most, counted
+                most, counted = max(most, events - counted), events
+                if not over.is_set():
+                    asyncio.get_running_loop().call_soon(look)
+
+            for protocol, _ in opened:
+
+                def counting(parse: Callable[[], Any] = protocol.conn.next_event) -> Any:
+                    nonlocal events
+                    events += 1
+                    return parse()
+
+                setattr(protocol.conn, "next_event", counting)  # noqa: B010 - the type says that no object has its own
+            look()
+            chunk = b"1\r\nx\r\n"
+            number = ONE_READ // len(chunk)
+            for protocol, _ in opened:
+                # The second request waits for the first one's answer with all that has come of it.
+                protocol.data_received(
+                    CHUNKED + chunk * number + b"0\r\n\r\n" + CHUNKED + chunk * number + b"0\r\n\r\n"
+                )
+                assert not protocol.transport.is_reading(), "nothing more comes before this is read"
+            for _, wire in opened:
+                assert await _answered(wire, 2) == [f"{number} {number * ord('x')}"] * 2
+            over.set()
+            assert most <= 2 * (2048 // len(chunk) + 8)
+            await asyncio.sleep(0.01)
+            assert all(protocol.transport.is_reading() for protocol, _ in opened)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("step", [1, 7, 2047, 2048, 2049, 5000, 65_536, 10_000_000])
+def test_requests_are_the_same_wherever_they_are_cut(step: int) -> None:
+    bodies = [b"", b"x", b"y" * 1990, b"z" * 2048, bytes(range(256)) * 300, b"end"] * (1 if step < 2000 else 4)
+    stream = b"".join(
+        CHUNKED
+        + b"".join(b"%x\r\n%b\r\n" % (len(body[at : at + 100]), body[at : at + 100]) for at in range(0, len(body), 100))
+        + b"0\r\n\r\n"
+        if number % 2
+        else POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        for number, body in enumerate(bodies)
+    )
+
+    async def work() -> None:
+        async with _connections(1) as ((_, wire),):
+
+            async def write() -> None:
+                rest = memoryview(stream)
+                while rest:
+                    with contextlib.suppress(BlockingIOError):
+                        rest = rest[wire.send(rest[:step]) :]
+                    await asyncio.sleep(0)
+
+            writing = asyncio.create_task(write())
+            assert await _answered(wire, len(bodies)) == [f"{len(body)} {sum(body)}" for body in bodies]
+            await writing
 
     asyncio.run(work())

@@ -24,9 +24,9 @@ def test_sigterm_lets_running_requests_finish_and_says_goodbye(
 ) -> None:
     broker = start_mosquitto(settings=["max_queued_messages 100000"])
     watcher = watch(broker.port)
-    worker = start_worker(broker.port, llama_server.url)
+    worker = start_worker(broker.port, llama_server.url, limits__drain_timeout_s=90)
     for number in range(4):
-        watcher.ask(f"s{number}", "go on", request_id=f"r{number}", max_tokens=3000)
+        watcher.ask(f"s{number}", "go on", request_id=f"r{number}", max_tokens=2000)
     for number in range(4):
         watcher.first(type="chunk", request_id=f"r{number}")
     watcher.ask("late", "wait", request_id="queued", max_tokens=4)
@@ -44,7 +44,7 @@ def test_sigterm_lets_running_requests_finish_and_says_goodbye(
     assert "STOPPING=1" in words
     assert words.index("READY=1") < words.index("STOPPING=1")
     # The one that waited is the next life's.
-    start_worker(broker.port, llama_server.url)
+    start_worker(broker.port, llama_server.url, limits__drain_timeout_s=90)
     assert watcher.terminal("queued")["type"] == "done"
     late = watch(broker.port)
     assert late.first(_topic="llm/status/w1").event["state"] == "online"
