@@ -94,7 +94,7 @@ class Quotas:
         """No request can cost more than the engine's context; None while that is not known."""
         self._days: OrderedDict[int, dict[str, list[int]]] = OrderedDict()
         self._set_aside: dict[Hashable, tuple[str, int]] = {}
-        self._aside: Counter[str] = Counter()
+        self._aside_of_level: Counter[str] = Counter()
 
     def reconcile(self, rows: Iterable[LedgerRow]) -> None:
         """Take over what the ledger has beyond what was counted here: from an earlier life, or from other workers of a pool."""
@@ -114,7 +114,7 @@ class Quotas:
                 f"the {most} tokens that you may use in a day are spent; there are more in {_span(left_s)}, when the day ends in UTC",
                 retry_after_s=left_s,
             )
-        if self.spent(first_level, now) + self._aside[first_level] >= most:
+        if self.spent(first_level, now) + self._aside_of_level[first_level] >= most:
             raise RateLimited(
                 f"your requests under way may take all that is left of the {most} tokens that you may use in a day; try again "
                 f"when one has ended, in {retry_after_s:g} s",
@@ -136,16 +136,16 @@ class Quotas:
         self.release(key)
         if tokens:
             self._set_aside[key] = (first_level, tokens)
-            self._aside[first_level] += tokens
+            self._aside_of_level[first_level] += tokens
 
     def release(self, key: Hashable) -> None:
         """The request is over."""
         kept = self._set_aside.pop(key, None)
         if kept is not None:
             first_level, tokens = kept
-            self._aside[first_level] -= tokens
-            if not self._aside[first_level]:  # Clients choose the levels: no more of them than requests.
-                del self._aside[first_level]
+            self._aside_of_level[first_level] -= tokens
+            if not self._aside_of_level[first_level]:  # Clients choose the levels: no more of them than requests.
+                del self._aside_of_level[first_level]
 
     def spend(self, spent: Spent, now: float) -> None:
         """A request has ended with these costs."""

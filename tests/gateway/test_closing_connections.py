@@ -11,9 +11,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from llamacpp_mqtt_deploy.gateway.bounded_http import BoundedHttp
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
-from llamacpp_mqtt_deploy.gateway.serving import BoundedHttp
 from tests.gateway.raw_frames import UPGRADE
 
 SOME = b"x" * 60_000  # less than what makes asyncio say that a client is slow

@@ -9,15 +9,15 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from llamacpp_mqtt_deploy.gateway.bounded_http import BoundedHttp
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
-from llamacpp_mqtt_deploy.gateway.serving import BoundedHttp
 from tests.gateway.raw_frames import BINARY, CONT, PONG, TEXT, UPGRADE, frame
 
 ONE_READ = 256 * 1024
@@ -28,6 +28,62 @@ async def _until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not true():  # noqa: ASYNC110 - what is waited for is counted at each turn of the loop
             await asyncio.sleep(0)
+
+
+async def _connect(protocol: asyncio.Protocol, sock: socket.socket) -> None:
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, sock)
+
+
+P = TypeVar("P", BoundedSocket, BoundedHttp)
+
+
+@asynccontextmanager
+async def _opened(kind: type[P], app: Any, number: int) -> AsyncIterator[list[tuple[P, socket.socket]]]:
+    """Connections of one loop, each with its client's end."""
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    turns, state = ReadingTurns(), ServerState()
+    opened: list[tuple[P, socket.socket]] = []
+    for _ in range(number):
+        ours, theirs = socket.socketpair()
+        protocol = kind(config, state, {})
+        protocol.turns = turns
+        await _connect(protocol, ours)
+        theirs.setblocking(False)
+        opened.append((protocol, theirs))
+    try:
+        yield opened
+    finally:
+        for protocol, theirs in opened:
+            theirs.close()
+            protocol.transport.abort()
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await asyncio.gather(*state.tasks)
+
+
+class _Counter:
+    """How much is counted at one turn of the loop at the most."""
+
+    def __init__(self) -> None:
+        self.events = self.turns = self.most = self._before = 0
+        self._over = False
+        self._look()
+
+    def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*given: Any) -> Any:
+            self.events += 1
+            return call(*given)
+
+        return counting
+
+    def stop(self) -> None:
+        self._over = True
+
+    def _look(self) -> None:
+        self.most, self.turns, self._before = max(self.most, self.events - self._before), self.turns + 1, self.events
+        if not self._over:
+            asyncio.get_running_loop().call_soon(self._look)
 
 
 # --- turns ---------------------------------------------------------------------------------------------------------------
@@ -74,6 +130,8 @@ class _App:
     def __init__(self) -> None:
         self.heard: list[Any] = []
         self.accepted = 0
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         scope["lmd.notes"] = {"owner": "somebody"}
@@ -82,34 +140,16 @@ class _App:
         self.accepted += 1
         while (message := await receive())["type"] == "websocket.receive":
             self.heard.append(message.get("text") or message.get("bytes"))
+            await self.goes_on.wait()
 
 
 @asynccontextmanager
 async def _sockets(app: _App, number: int) -> AsyncIterator[list[tuple[BoundedSocket, socket.socket]]]:
-    config = uvicorn.Config(app, lifespan="off", log_config=None)
-    config.load()
-    loop, turns = asyncio.get_running_loop(), ReadingTurns()
-    opened: list[tuple[BoundedSocket, socket.socket]] = []
-    state = ServerState()
-    for _ in range(number):
-        ours, theirs = socket.socketpair()
-        protocol = BoundedSocket(config, state, {})
-        protocol.turns = turns
-        await loop.connect_accepted_socket(lambda protocol=protocol: protocol, ours)  # type: ignore[misc]
-        theirs.setblocking(False)
-        theirs.sendall(UPGRADE + b"\r\n")
-        opened.append((protocol, theirs))
-    try:
+    async with _opened(BoundedSocket, app, number) as opened:
+        for _, wire in opened:
+            wire.sendall(UPGRADE + b"\r\n")
         await _until(lambda: app.accepted == number)
         yield opened
-    finally:
-        for protocol, theirs in opened:
-            theirs.close()
-            protocol.transport.abort()
-        await asyncio.sleep(0)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                await asyncio.gather(*state.tasks)
 
 
 @pytest.mark.parametrize(
@@ -124,37 +164,20 @@ def test_others_have_a_turn_after_some_hundred_frames_however_many_came_on_howev
     async def work() -> None:
         app = _App()
         async with _sockets(app, 4) as opened:
-            events = counted = most = turns = 0
-            over = asyncio.Event()
-
-            def look() -> None:
-                """Once at each turn of the loop."""
-                nonlocal most, turns, counted
-                most, turns, counted = max(most, events - counted), turns + 1, events
-                if not over.is_set():
-                    asyncio.get_running_loop().call_soon(look)
-
+            counter = _Counter()
             for protocol, _ in opened:
                 if frames[0] == CONT:
                     protocol.data_received(frame(TEXT, b"", fin=False))
                 for name in ("handle_pong", "handle_text", "handle_cont"):
-                    handle = getattr(protocol, name)
-
-                    def counting(event: Any, handle: Any = handle) -> None:
-                        nonlocal events
-                        events += 1
-                        handle(event)
-
-                    setattr(protocol, name, counting)
-            look()
+                    setattr(protocol, name, counter.counted(getattr(protocol, name)))
             number = ONE_READ // len(frames)
             for protocol, _ in opened:
                 protocol.data_received(frames * number)
                 assert not protocol.transport.is_reading(), "nothing more comes before this is read"
-            await _until(lambda: events == len(opened) * number)
-            over.set()
-            assert most <= 2 * 2048 // len(frames)
-            assert turns >= len(opened) * ONE_READ // 2048 / 2
+            await _until(lambda: counter.events == len(opened) * number)
+            counter.stop()
+            assert counter.most <= 2 * 2048 // len(frames)
+            assert counter.turns >= len(opened) * ONE_READ // 2048 / 2
             await asyncio.sleep(0.01)
             if frames[0] & 15 == TEXT:
                 await _until(lambda: len(app.heard) == len(opened) * number)
@@ -187,13 +210,35 @@ def test_a_client_that_leaves_amid_its_flood_is_gone() -> None:
     async def work() -> None:
         app = _App()
         async with _sockets(app, 2) as ((left, wire), (stays, _)):
+            counter = _Counter()
+            setattr(left, "handle_pong", counter.counted(left.handle_pong))  # noqa: B010 - as below
             left.data_received(frame(PONG) * 40_000)
             wire.close()
             left.transport.abort()
             await asyncio.sleep(0.05)
+            counter.stop()
+            assert 0 < counter.events < 2_000, "the rest is for nobody"
             assert left.disconnected
             stays.data_received(frame(TEXT, b"still here"))
             await _until(lambda: bool(app.heard))
+
+    asyncio.run(work())
+
+
+def test_of_messages_that_nobody_takes_a_few_are_read() -> None:
+    async def work() -> None:
+        app = _App()
+        async with _sockets(app, 1) as ((protocol, _),):
+            app.goes_on.clear()
+            protocol.data_received(frame(TEXT, b"first"))
+            await _until(lambda: len(app.heard) == 1)
+            protocol.data_received(frame(TEXT, b"{") * 10_000)
+            for _ in range(200):
+                await asyncio.sleep(0)
+            assert 0 < protocol.queue.qsize() <= 2048 // 7
+            assert not protocol.transport.is_reading()
+            app.goes_on.set()
+            await _until(lambda: len(app.heard) == 10_001)
 
     asyncio.run(work())
 
@@ -218,30 +263,6 @@ async def _sizes(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": answer})
 
 
-@asynccontextmanager
-async def _connections(number: int) -> AsyncIterator[list[tuple[BoundedHttp, socket.socket]]]:
-    config = uvicorn.Config(_sizes, lifespan="off", log_config=None)
-    config.load()
-    loop, turns, state = asyncio.get_running_loop(), ReadingTurns(), ServerState()
-    opened: list[tuple[BoundedHttp, socket.socket]] = []
-    for _ in range(number):
-        ours, theirs = socket.socketpair()
-        protocol = BoundedHttp(config, state, {})
-        protocol.turns = turns
-        await loop.connect_accepted_socket(lambda protocol=protocol: protocol, ours)  # type: ignore[misc]
-        theirs.setblocking(False)
-        opened.append((protocol, theirs))
-    try:
-        yield opened
-    finally:
-        for protocol, theirs in opened:
-            theirs.close()
-            protocol.transport.abort()
-        await asyncio.sleep(0)
-        async with asyncio.timeout(5):
-            await asyncio.gather(*state.tasks)
-
-
 async def _answered(wire: socket.socket, number: int) -> list[str]:
     """What stands in the bodies of so many answers."""
     seen = bytearray()
@@ -257,26 +278,11 @@ async def _answered(wire: socket.socket, number: int) -> list[str]:
 
 def test_others_have_a_turn_after_some_hundred_chunks_however_many_came_on_however_many_connections() -> None:
     async def work() -> None:
-        async with _connections(4) as opened:
-            events = counted = most = 0
-            over = asyncio.Event()
-
-            def look() -> None:
-                """Once at each turn of the loop."""
-                nonlocal most, counted
-                most, counted = max(most, events - counted), events
-                if not over.is_set():
-                    asyncio.get_running_loop().call_soon(look)
-
+        async with _opened(BoundedHttp, _sizes, 4) as opened:
+            counter = _Counter()
             for protocol, _ in opened:
-
-                def counting(parse: Callable[[], Any] = protocol.conn.next_event) -> Any:
-                    nonlocal events
-                    events += 1
-                    return parse()
-
-                setattr(protocol.conn, "next_event", counting)  # noqa: B010 - the type says that no object has its own
-            look()
+                parse = counter.counted(protocol.conn.next_event)
+                setattr(protocol.conn, "next_event", parse)  # noqa: B010 - the type says that no object has its own
             chunk = b"1\r\nx\r\n"
             number = ONE_READ // len(chunk)
             for protocol, _ in opened:
@@ -287,8 +293,8 @@ def test_others_have_a_turn_after_some_hundred_chunks_however_many_came_on_howev
                 assert not protocol.transport.is_reading(), "nothing more comes before this is read"
             for _, wire in opened:
                 assert await _answered(wire, 2) == [f"{number} {number * ord('x')}"] * 2
-            over.set()
-            assert most <= 2 * (2048 // len(chunk) + 8)
+            counter.stop()
+            assert counter.most <= 2 * (2048 // len(chunk) + 8)
             await asyncio.sleep(0.01)
             assert all(protocol.transport.is_reading() for protocol, _ in opened)
 
@@ -308,7 +314,7 @@ def test_requests_are_the_same_wherever_they_are_cut(step: int) -> None:
     )
 
     async def work() -> None:
-        async with _connections(1) as ((_, wire),):
+        async with _opened(BoundedHttp, _sizes, 1) as ((_, wire),):
 
             async def write() -> None:
                 rest = memoryview(stream)
