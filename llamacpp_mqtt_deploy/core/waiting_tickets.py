@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 
-from llamacpp_mqtt_deploy.core.queue_places import Measure
+from llamacpp_mqtt_deploy.core.queue_places import Counted, Measure
 from llamacpp_mqtt_deploy.core.turns import Ticket
 
 _Row = tuple[float, int, Ticket]
@@ -99,42 +99,63 @@ class WaitingTickets:
         found = self._levels.get(level)
         return 0 if found is None else found.size if by_size else found.places
 
-    def last(self, level: str, *, lower_than: int, without: Sequence[Ticket]) -> Ticket | None:
-        """As `Waiting.last`."""
-        found, gone = self._levels.get(level), set(without)
+    def places(self, level: str) -> int:
+        """How many of this first level wait."""
+        found = self._levels.get(level)
+        return 0 if found is None else found.places
+
+    def newest(self, level: str, *, lower_than: int) -> Iterator[Ticket]:
+        """Of this first level those in lanes lower than this one, the lowest lane first, in each the newest first."""
+        found = self._levels.get(level)
         lanes = {} if found is None else found.lanes
         for lane in sorted((lane for lane in lanes if lane > lower_than), reverse=True):
             for _, _, ticket in reversed(lanes[lane]):
-                if ticket not in gone:
-                    return ticket
-        return None
+                yield ticket
 
 
 class BesidePaced:
-    """Satisfies `Waiting`: what waits, and what is paced and counts for its own level."""
+    """Satisfies `Waiting`: what waits, and what is paced and counts for its own level. For one newcomer: nothing comes or goes
+    meanwhile, so that who loses his place is found where the last one was."""
 
     def __init__(self, waiting: WaitingTickets, paced: Sequence[Ticket]) -> None:
         self._waiting = waiting
-        self._paced = paced
+        self._paced = Counted(paced)
+        self._largest: dict[tuple[str, str], list[tuple[int, str]]] = {}
+        """By measure and who is left out: what each level holds, as a negative number, and its name. A heap; its numbers may be
+        those of before."""
+        self._newest: dict[tuple[str, int], tuple[Ticket | None, Iterator[Ticket]]] = {}
+        """By level and lane: who was found last, and those behind him."""
 
     def held(self, measure: Measure, level: str | None = None) -> int:
         return self._waiting.held(measure, level)
 
-    def largest(self, measure: Measure, *, but: str, without: Sequence[Ticket]) -> tuple[str, int] | None:
-        gone = Counter(each.first_level for each in without)
-        more: Counter[str] = Counter()
-        for each in self._paced:
-            more[each.first_level] += measure.of(each)
-        for each in without:
-            more[each.first_level] -= measure.of(each)
-        by_size = measure.name == "bytes"
-        left = (
-            (-(size if by_size else places) - more[level], level)
-            for level, places, size in self._waiting.levels()
-            if level != but and places > gone[level]
-        )
-        found = min(left, default=None)
-        return None if found is None else (found[1], -found[0])
+    def largest(self, measure: Measure, *, but: str, without: Counted) -> tuple[str, int] | None:
+        heap = self._largest.get((measure.name, but))
+        if heap is None:
+            levels = (level for level, _, _ in self._waiting.levels() if level != but)
+            heap = [(-self._left(measure, level, without), level) for level in levels]
+            heapify(heap)
+            self._largest[measure.name, but] = heap
+        while heap:
+            before, level = heap[0]
+            left = self._left(measure, level, without)
+            if self._waiting.places(level) <= without.places(level):
+                heappop(heap)
+            elif left == -before:
+                return level, left
+            else:
+                heapreplace(heap, (-left, level))
+        return None
 
-    def last(self, level: str, *, lower_than: int = -1, without: Sequence[Ticket]) -> Ticket | None:
-        return self._waiting.last(level, lower_than=lower_than, without=without)
+    def _left(self, measure: Measure, level: str, without: Counted) -> int:
+        held = self._waiting.held(measure, level) + self._paced.held(measure, level)
+        return held - without.held(measure, level)
+
+    def last(self, level: str, *, lower_than: int = -1, without: Counted) -> Ticket | None:
+        found, behind = self._newest.get((level, lower_than)) or (None, self._waiting.newest(level, lower_than=lower_than))
+        while found is None or found.key in without.keys:
+            found = next(behind, None)
+            if found is None:
+                return None
+        self._newest[level, lower_than] = (found, behind)
+        return found

@@ -42,6 +42,8 @@ class _Sending:
     sent: int = 0
     rendering: RouteRendering | None = None
     """What makes messages of the events, on a route with a format; it knows what its client was told already."""
+    counted: int = 0
+    """The bytes for which it counts among those that wait."""
 
     def size(self) -> int:
         return len(self.terminal or b"") + sum(map(len, self.events))
@@ -80,6 +82,7 @@ class Redelivery:
         self._given_up: list[tuple[EntryKey, _Sending]] = []
         self._unstored = UnstoredEnds(store, tells_unstored=tells_unstored)
         self._waiting: OrderedDict[EntryKey, _Sending] = OrderedDict()
+        self._waiting_bytes = 0
 
     def store_later(
         self,
@@ -155,12 +158,19 @@ class Redelivery:
                 self._keep_waiting(key, sending)
 
     def _keep_waiting(self, key: EntryKey, sending: _Sending) -> None:
-        held = sum(waiting.size() for waiting in self._waiting.values())
-        if held + sending.size() > _MAX_WAITING_BYTES:
+        if self._waiting_bytes + sending.size() > _MAX_WAITING_BYTES:
             sending.put_down()
+        self._count(self._waiting.get(key), 0)
         self._waiting[key] = sending
+        self._count(sending, sending.size())
         if len(self._waiting) > _MAX_WAITING:
-            self._waiting.popitem(last=False)
+            _, oldest = self._waiting.popitem(last=False)
+            self._count(oldest, 0)
+
+    def _count(self, sending: _Sending | None, size: int) -> None:
+        if sending is not None:
+            self._waiting_bytes += size - sending.counted
+            sending.counted = size
 
     def _prepare(self, key: EntryKey, sending: _Sending) -> None:
         """Have the events to send; none when the store has forgotten them. Raises StoreError."""
@@ -267,11 +277,18 @@ class Redelivery:
             except StoreError as problem:
                 # At worst a terminal event is published once more after a restart, which clients have to bear anyway.
                 log.warning("journal.failed", step="mark_delivered", problem=str(problem))
+        answers_wait = False
         for key, sending in waiting:
+            if answers_wait and sending.next_share() == "answer":
+                continue  # unread: what waits in the store alone would else be in memory, all of it
             try:
                 if not self._publish(key, sending):
+                    with self._lock:
+                        if self._waiting.get(key) is sending:
+                            self._count(sending, sending.size())  # it may have been read from the store
                     if sending.next_share() == "answer":
-                        continue  # Their part of the outbox is full; there may be room for events.
+                        answers_wait = True  # Their part of the outbox is full; there may be room for events.
+                        continue
                     return
             except StoreError as problem:
                 log.warning("journal.failed", step="find", problem=str(problem), request_id=key.request_id)
@@ -282,6 +299,7 @@ class Redelivery:
             with self._lock:
                 if self._waiting.get(key) is sending:
                     del self._waiting[key]
+                    self._count(sending, 0)
 
     def _send_smaller(self) -> None:
         """Ends that the link gave up: a connection that takes smaller packets gets a smaller one."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.admission import EXACT_PLACES, AdmissionQueue, QueueLimits
-from llamacpp_mqtt_deploy.core.queue_places import Measure
+from llamacpp_mqtt_deploy.core.queue_places import Counted, Measure
 from llamacpp_mqtt_deploy.core.turns import Ticket
 from llamacpp_mqtt_deploy.core.waiting_tickets import BesidePaced, WaitingTickets
 
@@ -81,17 +83,27 @@ def test_whatever_comes_and_goes_the_counts_are_those_of_what_is_there(
         mine = [each for each in tickets if each.session == session]
         assert waiting.in_session(session) == len(mine)
         assert list(waiting.chains().get(session, {}).values()) == mine
-    without = data.draw(st.lists(st.sampled_from(tickets), unique=True)) if tickets else []
-    left = [each for each in tickets if each not in without]
     beside = BesidePaced(waiting, paced)
     for measure in (PLACES, BYTES):
         assert beside.held(measure) == sum(map(measure.of, tickets))
         for level in LEVELS:
             assert beside.held(measure, level) == _held(tickets, measure, level)
-            assert beside.largest(measure, but=level, without=without) == _largest(left, paced, measure, but=level)
+    leaving, left = Counted(), list(tickets)
+    _ask(beside, leaving, left, paced)
+    for ticket in data.draw(st.lists(st.sampled_from(tickets), unique=True)) if tickets else []:
+        leaving.add(ticket)
+        left.remove(ticket)
+        if data.draw(st.booleans()):
+            _ask(beside, leaving, left, paced)
+    _ask(beside, leaving, left, paced)
+
+
+def _ask(beside: BesidePaced, leaving: Counted, left: Sequence[Ticket], paced: Sequence[Ticket]) -> None:
     for level in LEVELS:
+        for measure in (PLACES, BYTES):
+            assert beside.largest(measure, but=level, without=leaving) == _largest(left, paced, measure, but=level)
         for lower_than in (-1, 0, 1, 2):
-            assert beside.last(level, lower_than=lower_than, without=without) == _last(left, level, lower_than)
+            assert beside.last(level, lower_than=lower_than, without=leaving) == _last(left, level, lower_than)
 
 
 def test_a_ticket_under_a_key_that_waits_takes_its_place() -> None:
@@ -138,3 +150,27 @@ def test_of_more_than_a_thousand_a_place_is_told_by_how_many_came_before() -> No
     ticket = queue.next(0.0)
     assert ticket is not None
     assert ticket.key == "urgent", "who is next does not depend on it"
+
+
+def test_who_pushes_out_many_costs_a_few_looks_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = QueueLimits(queue_size=100_000, session_queue=4, max_bytes=2_000_000, share=1.0)
+    queue = AdmissionQueue(limits=limits, aging_s=1e9)
+    for n in range(2000):
+        queue.admit(Ticket(f"k{n}", 1, "many" if n % 2 else f"u{n % 20}", None, arrived=n, size=1000), retry_after_s=1.0)
+    looks = 0
+
+    def counted(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any, **named: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return ask(*args, **named)
+
+        return asked
+
+    monkeypatch.setattr(WaitingTickets, "held", counted(WaitingTickets.held))
+    monkeypatch.setattr(WaitingTickets, "places", counted(WaitingTickets.places))
+    monkeypatch.setattr(Counted, "held", counted(Counted.held))
+    newcomer = Ticket("large", 1, "me", None, arrived=2000, size=500_000)
+    leaving = queue.admit(newcomer, retry_after_s=1.0)
+    assert [each.key for each in leaving] == [f"k{n}" for n in range(1999, 999, -2)], "the newest of who holds most"
+    assert looks < 50 * len(leaving), "not one for each that is about to leave"

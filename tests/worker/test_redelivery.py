@@ -256,6 +256,44 @@ def test_bytes_of_waiting_ends_are_kept_up_to_the_bound_and_read_from_the_store_
     assert outbox.sent == [b"abc", b"def", b"from the store"]
 
 
+def test_of_many_answers_that_wait_in_the_store_none_comes_into_memory_before_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.redelivery._MAX_WAITING_BYTES", 0)
+    outbox, store = _Places(), _store(SqliteStore(None))
+    redelivery = _redelivery(outbox, store)
+    for number in range(20):
+        store.accept([Entry(key=_key(number), topic="t", payload=b"{}", digest="d", reply_topic="llm/reply/demo")])
+        store.finish(_key(number), b"%d" % number, now=1.0)
+        redelivery.send(_key(number), "llm/reply/demo", b"%d" % number, None, share="answer")
+    read: list[EntryKey] = []
+    find = store.find
+    monkeypatch.setattr(store, "find", lambda key: (read.append(key), find(key))[1])
+    outbox.left["event"] = 9
+    redelivery.sweep()
+    redelivery.sweep()
+    assert read == [_key(0)], "the one whose turn it is"
+    redelivery.send(_key(20), "llm/reply/demo", b"event", None)
+    outbox.left["answer"] = 20
+    redelivery.sweep()
+    assert sorted(outbox.sent) == sorted([b"event", *(b"%d" % number for number in range(20))])
+
+
+def test_bytes_are_counted_until_they_wait_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.redelivery._MAX_WAITING_BYTES", 14)  # each counts twice
+    monkeypatch.setattr("llamacpp_mqtt_deploy.worker.redelivery._MAX_WAITING", 2)
+    outbox = _Places()
+    redelivery = _redelivery(outbox)
+    for life in range(3):  # each time the first is left to the next start, and there is room for the others as it was
+        for number in (b"abc", b"def", b"g"):
+            redelivery.send(_key(number[0]), "llm/reply/demo", number, None)
+        redelivery.send(_key(ord("d")), "llm/reply/demo", b"h", None, share="answer", again=True)
+        outbox.left["event"] = 2
+        redelivery.sweep()
+        assert len(outbox.sent) == 2 * (life + 1)
+        assert outbox.sent[-2:] == [b"h", b"g"]
+
+
 def test_an_end_that_the_store_has_forgotten_is_dropped_and_one_that_it_has_not_taken_yet_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamacpp_mqtt_deploy.core.queue_places import Measure, amount
+from llamacpp_mqtt_deploy.core.queue_places import Counted, Measure
 from llamacpp_mqtt_deploy.core.turns import Ticket
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 
@@ -217,12 +217,12 @@ class CountedQueue:
     def held(self, measure: Measure, level: str | None = None) -> int:
         return (self._in_all if level is None else self._levels[level])[measure.name == "bytes"]
 
-    def largest(self, measure: Measure, *, but: str, without: Sequence[Ticket]) -> tuple[str, int] | None:
+    def largest(self, measure: Measure, *, but: str, without: Counted) -> tuple[str, int] | None:
         while True:
             left = {
-                level: self.held(measure, level) - amount(without, measure, level)
+                level: self.held(measure, level) - without.held(measure, level)
                 for level, (places, _) in self._levels.items()
-                if level != but and places > sum(each.first_level == level for each in without)
+                if level != but and places > without.places(level)
             }
             found = min(((-held, level) for level, held in left.items()), default=None)
             seen = self._seen.get(measure.name)
@@ -245,16 +245,18 @@ class CountedQueue:
         self._levels[row[0]] = [row[1], row[2]]
         return -self.held(measure, row[0]), row[0]
 
-    def last(self, level: str, *, lower_than: int = -1, without: Sequence[Ticket]) -> Ticket | None:
-        gone = self._gone | {int(str(each.key)) for each in without}
+    def last(self, level: str, *, lower_than: int = -1, without: Counted) -> Ticket | None:
         page = self._pages.setdefault((level, lower_than), [])
-        found = next((each for each in page if each.key not in gone), None)
+        found = self._first_left(page, without)
         if found is None:
-            page += self._newest(level, lower_than, gone)
-            found = next((each for each in page if each.key not in gone), None)
+            page += self._newest(level, lower_than, self._gone | {int(str(key)) for key in without.keys})
+            found = self._first_left(page, without)
         if found is None and lower_than < 0:
             self.outdated = True
         return found
+
+    def _first_left(self, page: Sequence[Ticket], without: Counted) -> Ticket | None:
+        return next((each for each in page if each.key not in self._gone and each.key not in without.keys), None)
 
     def _newest(self, level: str, lower_than: int, gone: set[int]) -> list[Ticket]:
         rows = self._db.execute(
