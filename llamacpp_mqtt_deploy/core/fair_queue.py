@@ -18,18 +18,20 @@ class FairQueue(Generic[T]):
         self._per_level = per_level
         self._in_all = in_all
         self._levels: OrderedDict[str, deque[T]] = OrderedDict()
+        self._in_it = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._levels.values()))
+        return self._in_it
 
     def has_place(self, level: str) -> bool:
-        return len(self._levels.get(level, ())) < self._per_level and len(self) < self._in_all
+        return len(self._levels.get(level, ())) < self._per_level and self._in_it < self._in_all
 
     def put(self, level: str, item: T) -> bool:
         """Add the item; False when the level, or the queue, has no place for it."""
         if not self.has_place(level):
             return False
         self._levels.setdefault(level, deque()).append(item)
+        self._in_it += 1
         return True
 
     def take(self) -> T | None:
@@ -38,6 +40,7 @@ class FairQueue(Generic[T]):
             return None
         level, items = self._levels.popitem(last=False)
         item = items.popleft()
+        self._in_it -= 1
         if items:
             self._levels[level] = items
         return item

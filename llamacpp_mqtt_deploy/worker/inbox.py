@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from llamacpp_mqtt_deploy.core.largest_holder import LargestHolder
 from llamacpp_mqtt_deploy.ports import Delivery
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,9 @@ class Inbox:
         """Of each level those at QoS 0, oldest first."""
         self._places: dict[str, int] = {}
         self._bytes: dict[str, int] = {}
+        self._places_in_all = self._bytes_in_all = 0
+        self._most_places = LargestHolder(lambda: self._qos0, lambda level: self._of_those_at_qos0(self._places, level))
+        self._most_bytes = LargestHolder(lambda: self._qos0, lambda level: self._of_those_at_qos0(self._bytes, level))
         self._refused = 0
         self._lost = 0
         self._closed = False
@@ -50,7 +54,7 @@ class Inbox:
         self._changed = threading.Condition(self._lock)
 
     def __len__(self) -> int:
-        return sum(self._places.values())
+        return self._places_in_all
 
     def offer(self, delivery: Delivery, level: str) -> bool:
         """Take the message of this first topic level, or say that there is no place for it. One of any size has a place in an empty
@@ -102,11 +106,17 @@ class Inbox:
             self._qos0.setdefault(new.level, deque()).append(new)
         self._places[new.level] = self._places.get(new.level, 0) + 1
         self._bytes[new.level] = self._bytes.get(new.level, 0) + new.size
+        self._places_in_all += 1
+        self._bytes_in_all += new.size
+        self._most_places.grown(new.level)
+        self._most_bytes.grown(new.level)
 
     def _leave(self, gone: _Waiting) -> None:
         """Nothing stays of a level that has no message here: clients can make up as many as they like."""
         self._places[gone.level] -= 1
         self._bytes[gone.level] -= gone.size
+        self._places_in_all -= 1
+        self._bytes_in_all -= gone.size
         if not self._places[gone.level]:
             del self._places[gone.level], self._bytes[gone.level]
         if not self._qos0.get(gone.level, True):
@@ -126,17 +136,22 @@ class Inbox:
 
     def _make_room(self, new: _Waiting) -> bool:
         """Whether there is a place for it, be it one that another level gives up."""
-        while self._places and len(self) >= self._max_messages:
-            if not self._give_up(new, self._places, lambda _: 1):
+        while self._places and self._places_in_all >= self._max_messages:
+            if not self._give_up(new, self._places, self._most_places, lambda _: 1):
                 return False
-        while self._places and sum(self._bytes.values()) + new.size > _MAX_BYTES:
-            if not self._give_up(new, self._bytes, lambda each: each.size):
+        while self._places and self._bytes_in_all + new.size > _MAX_BYTES:
+            if not self._give_up(new, self._bytes, self._most_bytes, lambda each: each.size):
                 return False
         return True
 
-    def _give_up(self, new: _Waiting, held: Mapping[str, int], measure: Callable[[_Waiting], int]) -> bool:
+    def _of_those_at_qos0(self, held: Mapping[str, int], level: str) -> int | None:
+        return held[level] if level in self._qos0 else None
+
+    def _give_up(
+        self, new: _Waiting, held: Mapping[str, int], most: LargestHolder, measure: Callable[[_Waiting], int]
+    ) -> bool:
         """Drop the newest message at QoS 0 of whoever holds most, if he then still holds no less than the newcomer."""
-        largest = max(self._qos0.keys() - {new.level}, key=lambda level: held[level], default=None)
+        largest = most.find(but=new.level)
         if largest is None:
             return False
         last = self._qos0[largest][-1]

@@ -119,7 +119,7 @@ class Responder:
                 return  # too late
             self.withheld = True
             chunks = [held for held in self._held if held[0].startswith(_CHUNK)]
-            self._held = [held for held in self._held if held not in chunks]
+            self._held = [held for held in self._held if not held[0].startswith(_CHUNK)]
             self._untell([payload for payload, *_ in chunks])
 
     # --- what is not a chunk -------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class UnstoredEnds:
         self._lock = threading.Lock()
         self._ends: OrderedDict[EntryKey, UnstoredEnd] = OrderedDict()
         self._sizes: dict[EntryKey, int] = {}
+        self._bytes = 0
         self._closing = False
         self._aside = False
         """Whether any are kept outside of the journal."""
@@ -88,11 +89,11 @@ class UnstoredEnds:
         size = end.size()
         lost: list[tuple[EntryKey, UnstoredEnd]] = []
         with self._lock:
+            self._bytes += size - self._sizes.get(key, 0)
             self._ends[key], self._sizes[key] = end, size
-            held = sum(self._sizes.values())
-            while len(self._ends) > _MAX_UNSTORED or (held > _MAX_UNSTORED_BYTES and len(self._ends) > 1):
+            while len(self._ends) > _MAX_UNSTORED or (self._bytes > _MAX_UNSTORED_BYTES and len(self._ends) > 1):
                 lost_key, lost_end = self._ends.popitem(last=False)
-                held -= self._sizes.pop(lost_key)
+                self._bytes -= self._sizes.pop(lost_key)
                 lost.append((lost_key, lost_end))
                 log.error(
                     "journal.end_lost", request_id=lost_key.request_id, reason="the disk takes nothing for too long"
@@ -140,7 +141,8 @@ class UnstoredEnds:
                 end.then = end.taken_over
             with self._lock:
                 if self._ends.get(key) is end:
-                    del self._ends[key], self._sizes[key]
+                    del self._ends[key]
+                    self._bytes -= self._sizes.pop(key)
             self._tell(end)
         self._tell_overdue()
         with self._lock:

@@ -72,6 +72,16 @@ def test_a_cancel_that_is_sent_again_counts_once_and_from_then_on() -> None:
     assert early.take("ada", "r3", 89.0)
 
 
+def test_where_ten_thousand_levels_have_one_each_the_next_one_pushes_out_the_first() -> None:
+    early = EarlyCancels()
+    for number in range(12_000):
+        early.add(f"level{number:05}", "r", 0.0)
+    assert len(early) == 10_000
+    assert not early.take("level00000", "r", 0.0)
+    assert early.take("level11999", "r", 0.0)
+    assert len(early._levels) == 9999, "nothing is kept of a level without any"
+
+
 @given(st.lists(st.tuples(st.sampled_from("aaab"), st.integers(0, 9), st.booleans()), max_size=60))
 def test_early_cancels_keep_their_bounds(steps: list[tuple[str, int, bool]]) -> None:
     early = EarlyCancels(per_level=4, in_all=6)

@@ -206,12 +206,31 @@ def test_the_inbox_keeps_its_bounds_and_its_order_whatever_comes(arrivals: list[
         elif _offer(inbox, _delivery(b"%d" % number, qos=qos, level=level)) and qos:
             acknowledgeable.append(b"%d" % number)
         assert len(inbox) <= 20
+        assert len(inbox) == sum(inbox._places.values())
+        assert inbox._bytes_in_all == sum(inbox._bytes.values())
     taken += inbox.take(1000, timeout_s=0.0) or []
     for delivery in taken:
         assert int(delivery.payload) > last
         last = int(delivery.payload)
     assert [delivery.payload for delivery in taken if delivery.qos] == acknowledgeable
     assert len(inbox) == 0
+
+
+def test_a_flood_that_names_many_levels_costs_the_link_no_look_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox, looks = _inbox(1000), 0
+    look = Inbox._of_those_at_qos0
+
+    def counted(*args: Any) -> int | None:
+        nonlocal looks
+        looks += 1
+        return look(*args)
+
+    monkeypatch.setattr(Inbox, "_of_those_at_qos0", counted)
+    for number in range(1000):
+        assert _offer(inbox, _delivery(level=f"level{number}"))
+    for number in range(1000):
+        assert not _offer(inbox, _delivery(level=f"other{number}"))
+    assert looks < 4 * 1000
 
 
 def test_a_flood_of_one_client_never_makes_the_worker_refuse_another_ones_request(
