@@ -37,6 +37,7 @@ class Running:
         Raises BusError and ValueError.
         """
         name = (session, request_id)
+        await self._bus.listen(session)  # may wait; from here on nothing does, or two who ask at once would both begin
         if (timer := self._awaited.pop(name, None)) is not None:
             timer.cancel()
         if (older := self._answers.pop(name, None)) is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import httpx
 import pytest
 
 from llamacpp_mqtt_deploy.client import AsyncBusClient
+from llamacpp_mqtt_deploy.client.async_connection import AsyncConnection
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
 from tests.gateway.world import RunningGateway, World
@@ -197,6 +200,35 @@ def test_who_asks_again_takes_the_answer_over_and_the_older_reader_is_told(world
             gate.open()
             assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces(newer)) == "one two"
     assert len(engine.calls) == 1
+
+
+def test_who_asks_twice_at_once_on_a_level_that_is_new_hears_one_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both wait for the broker to grant the subscription, and go on in the same turn of the loop."""
+    worker = world.worker()
+    gateway = world.gateway(keys={"alice": {}})
+    gateway.write_keys({"alice": {}, "bob": {}})
+    subscribe = AsyncConnection.subscribe
+    both, asked = asyncio.Barrier(2), itertools.count()
+
+    async def subscribe_together(connection: AsyncConnection, *args: Any) -> None:
+        await subscribe(connection, *args)
+        if next(asked) < both.parties:
+            await both.wait()
+
+    headers = {"Idempotency-Key": "at-once", "x-api-key": gateway.keys["bob"]}
+    eventually(lambda: httpx.get(f"{gateway.url}/v1/models", headers=headers, timeout=5).status_code == 200, 5)
+    monkeypatch.setattr(AsyncConnection, "subscribe", subscribe_together)
+
+    def ask(_: int) -> tuple[int, str | None]:
+        response = httpx.post(f"{gateway.url}{CHAT}", json=chat(), headers=headers, timeout=20)
+        return response.status_code, response.json().get("error", {}).get("code")
+
+    with ThreadPoolExecutor(2) as pool:
+        heard = list(pool.map(ask, range(2)))
+    assert sorted(heard) == [(200, None), (409, "duplicate_request")]
+    assert len(worker.engine.calls) == 1
 
 
 def test_whoever_does_not_come_back_in_time_is_cancelled(world: World) -> None:
