@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from llamacpp_mqtt_deploy.core.queue_places import QueueLimits, check_session, make_room
+from llamacpp_mqtt_deploy.core.turn_index import TurnIndex
 from llamacpp_mqtt_deploy.core.turns import LANES, Ticket, Turns
 from llamacpp_mqtt_deploy.core.waiting_tickets import BesidePaced, WaitingTickets
 
@@ -13,6 +14,9 @@ __all__ = ["EXACT_AT_ONCE", "EXACT_PLACES", "AdmissionQueue", "QueueLimits"]
 
 EXACT_AT_ONCE = 128
 """In a longer queue a newcomer's place is not told at once: to find it takes looking at all that wait, and the queue is held meanwhile."""
+
+_INDEXED_ABOVE = 128
+"""In a longer queue who is next is looked up, in a shorter one looked for: most queues are short, and then nothing is kept."""
 
 EXACT_PLACES = 1000
 """In a longer queue a request's place is told by how many came before it."""
@@ -30,12 +34,19 @@ class AdmissionQueue:
         self.turns = Turns(aging_s)
         self._waiting = WaitingTickets()
         self._busy_sessions: set[Hashable] = set()
+        self._index: TurnIndex | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Ticket]:
         return iter(self._waiting)
+
+    def set_aging(self, aging_s: float) -> None:
+        """From now on a request moves up one lane for so many seconds that it waits."""
+        if aging_s != self.turns.aging_s:
+            self.turns.aging_s = aging_s
+            self._index = None
 
     def by_lane(self) -> Mapping[str, int]:
         counts = dict.fromkeys(LANES, 0)
@@ -65,22 +76,55 @@ class AdmissionQueue:
                 leaving = make_room(ticket, waiting, self.limits, retry_after_s=retry_after_s, paced=paced)
             for other in leaving:
                 self.remove(other.key)
+        self.remove(ticket.key)
         self.turns.arrive(ticket)
         self._waiting.add(ticket)
+        if self._index is None and len(self._waiting) > _INDEXED_ABOVE:
+            self._index = self._new_index(
+                ticket.arrived
+            )  # of a time that is past, which does not matter: see `TurnIndex.add`
+        else:
+            self._is_new_head(ticket)
         return leaving
 
     # --- through and out -----------------------------------------------------------------------------------------------
 
     def next(self, now: float) -> Ticket | None:
         """Take the ticket whose turn it is, None when nobody can go."""
-        ticket = self.turns.first([head for head in self._heads() if not head.held], now)
+        ticket = self._first(now)
         if ticket is None:
             return None
-        self.remove(ticket.key)
         if ticket.session is not None:
             self._busy_sessions.add(ticket.session)
-        self.turns.take(ticket)
+        self.remove(ticket.key)
+        level, session = self.turns.take(ticket)
+        if self._index is not None and level is not None:
+            self._index.level_forgotten(level)
+        if session is not None:
+            self._is_new_head(self._waiting.head(session))
         return ticket
+
+    def _first(self, now: float) -> Ticket | None:
+        waiting = len(self._waiting)
+        if 2 * waiting <= _INDEXED_ABOVE:
+            self._index = None
+        elif (waiting > _INDEXED_ABOVE and self._index is None) or (self._index and self._index.outgrown(waiting)):
+            self._index = self._new_index(now)
+        if self._index is None:
+            return self.turns.first([head for head in self._heads() if not head.held], now)
+        return self._index.first(now)
+
+    def _new_index(self, now: float) -> TurnIndex:
+        return TurnIndex(self._heads(), self.turns, now, may_go=self._may_go)
+
+    def _may_go(self, ticket: Ticket) -> bool:
+        chain = ticket if ticket.session is None else ticket.session
+        return ticket.session not in self._busy_sessions and self._waiting.head(chain) is ticket
+
+    def _is_new_head(self, ticket: Ticket | None) -> None:
+        """Perhaps this one may go from now on."""
+        if self._index is not None and ticket is not None:
+            self._index.add(ticket)
 
     def hold_session(self, session: Hashable) -> None:
         """Let no prompt of the session go before `leave_session`, as if one of them ran."""
@@ -89,10 +133,14 @@ class AdmissionQueue:
     def leave_session(self, session: Hashable) -> None:
         """The session's running prompt has ended; its next one may go."""
         self._busy_sessions.discard(session)
+        self._is_new_head(self._waiting.head(session))
 
     def remove(self, key: Hashable) -> Ticket | None:
         """Take the ticket out of the queue; None when it is not there."""
-        return self._waiting.remove(key)
+        ticket = self._waiting.remove(key)
+        if ticket is not None and ticket.session is not None:
+            self._is_new_head(self._waiting.head(ticket.session))
+        return ticket
 
     # --- looking -------------------------------------------------------------------------------------------------------
 

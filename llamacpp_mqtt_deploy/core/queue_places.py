@@ -94,7 +94,9 @@ def make_room(
     leaving, being_paced = Counted(), Counted(paced)
     for measure in _measures(limits):
         while (problem := _problem(newcomer, measure, waiting, leaving, being_paced, limits.share)) is not None:
-            ticket = None if problem == _OVER_SHARE else _of_the_largest(newcomer, measure, waiting, leaving, being_paced)
+            ticket = (
+                None if problem == _OVER_SHARE else _of_the_largest(newcomer, measure, waiting, leaving, being_paced)
+            )
             if ticket is None:
                 ticket = waiting.last(newcomer.first_level, lower_than=newcomer.lane, without=leaving)
             if ticket is None:

@@ -6,6 +6,9 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from typing import TypeVar
+
+K = TypeVar("K")
 
 LANES: tuple[str, ...] = ("interactive", "normal", "batch")
 
@@ -30,6 +33,8 @@ class Ticket:
     """How many turns had been taken when it came; set by `Turns`."""
     number: int = 0
     """Its place among all that ever came; set by `Turns`."""
+    risen_to: int = 0
+    """The lane that its waiting has brought it to, when last looked at; set by `TurnIndex`."""
 
 
 class Turns:
@@ -56,18 +61,13 @@ class Turns:
         self._levels.update(levels)
         self._turn = max(self._turn, *levels.values(), 0)
 
-    def take(self, ticket: Ticket) -> None:
-        """The ticket has its turn, and so have its session and its level."""
+    def take(self, ticket: Ticket) -> tuple[str | None, Hashable | None]:
+        """The ticket has its turn, and so have its session and its level. Returns the level and the session whose last turns are
+        forgotten for it, if any."""
         self._turn += 1
-        self._levels[ticket.first_level] = self._turn
-        self._levels.move_to_end(ticket.first_level)
-        if len(self._levels) > _REMEMBERED:
-            self._levels.popitem(last=False)
-        if ticket.session is not None:
-            self._sessions[ticket.session] = self._turn
-            self._sessions.move_to_end(ticket.session)
-            if len(self._sessions) > _REMEMBERED:
-                self._sessions.popitem(last=False)
+        level = _remember(self._levels, ticket.first_level, self._turn)
+        session = None if ticket.session is None else _remember(self._sessions, ticket.session, self._turn)
+        return level, session
 
     def first(self, tickets: Sequence[Ticket], now: float) -> Ticket | None:
         """Of these the first in the order of their turns; None of none."""
@@ -75,8 +75,8 @@ class Turns:
             return tickets[0] if tickets else None
 
         def rank(ticket: Ticket) -> tuple[int, int, int, float, int]:
-            level_turn = self._levels.get(ticket.first_level, 0)
-            return (self._lane(ticket, now), level_turn, self._since(ticket), ticket.arrived, ticket.number)
+            level_turn = self.level_turn(ticket.first_level)
+            return (self.lane(ticket, now), level_turn, self.since(ticket), ticket.arrived, ticket.number)
 
         return min(tickets, key=rank)
 
@@ -92,13 +92,13 @@ class Turns:
 
         def put(chain: int, place: int, session_turn: int | None = None) -> None:
             ticket = chains[chain][place]
-            since = self._since(ticket) if session_turn is None else session_turn
-            rank = (self._lane(ticket, now), since, ticket.arrived, ticket.number)
+            since = self.since(ticket) if session_turn is None else session_turn
+            rank = (self.lane(ticket, now), since, ticket.arrived, ticket.number)
             heappush(tickets.setdefault(ticket.first_level, []), (*rank, chain))
 
         def rank_of(level: str) -> tuple[int, int, int, float, int, str]:
             lane, since, arrived, number, _ = tickets[level][0]
-            return (lane, level_turns.get(level, self._levels.get(level, 0)), since, arrived, number, level)
+            return (lane, level_turns.get(level, self.level_turn(level)), since, arrived, number, level)
 
         taken = [0] * len(chains)
         for chain in range(len(chains)):
@@ -117,11 +117,23 @@ class Turns:
             if tickets[level]:
                 heappush(levels, rank_of(level))
 
-    def _lane(self, ticket: Ticket, now: float) -> int:
+    def level_turn(self, level: str) -> int:
+        """When the level had its last turn; 0 for never."""
+        return self._levels.get(level, 0)
+
+    def lane(self, ticket: Ticket, now: float) -> int:
+        """The lane in which it waits by now."""
         return max(0, ticket.lane - int((now - ticket.arrived) / self.aging_s))
 
-    def _since(self, ticket: Ticket) -> int:
+    def since(self, ticket: Ticket) -> int:
         """The turn since which it waits: its session's last one, or the one at which it came."""
         if ticket.session is None:
             return ticket.came_at_turn
         return self._sessions.get(ticket.session, ticket.came_at_turn)
+
+
+def _remember(turns: OrderedDict[K, int], name: K, turn: int) -> K | None:
+    """Note its turn; returns whoever is forgotten for it."""
+    turns[name] = turn
+    turns.move_to_end(name)
+    return turns.popitem(last=False)[0] if len(turns) > _REMEMBERED else None

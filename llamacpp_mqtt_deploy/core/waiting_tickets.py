@@ -83,6 +83,11 @@ class WaitingTickets:
         """The chains by session, or by the ticket that is one."""
         return self._chains
 
+    def head(self, chain: Hashable) -> Ticket | None:
+        """Who goes first of this session, or the ticket itself that is a chain."""
+        tickets = self._chains.get(chain)
+        return None if tickets is None else next(iter(tickets.values()))
+
     def in_session(self, session: Hashable) -> int:
         """How many prompts of this session wait."""
         return len(self._chains.get(session, ()))
@@ -152,7 +157,10 @@ class BesidePaced:
         return held - without.held(measure, level)
 
     def last(self, level: str, *, lower_than: int = -1, without: Counted) -> Ticket | None:
-        found, behind = self._newest.get((level, lower_than)) or (None, self._waiting.newest(level, lower_than=lower_than))
+        found, behind = self._newest.get((level, lower_than)) or (
+            None,
+            self._waiting.newest(level, lower_than=lower_than),
+        )
         while found is None or found.key in without.keys:
             found = next(behind, None)
             if found is None:

@@ -156,7 +156,7 @@ class JobRegistry:
             self._quotas.limits = levels or LevelLimits()
             self._rates.own = self._quotas.limits.own_requests_per_minute
             self._queue.limits = limits
-            self._queue.turns.aging_s = aging_s
+            self._queue.set_aging(aging_s)
             self._rates.per_minute = max_requests_per_minute
 
     def set_slots(self, slots: int) -> None:

@@ -156,7 +156,9 @@ def test_who_pushes_out_many_costs_a_few_looks_for_each_of_them(monkeypatch: pyt
     limits = QueueLimits(queue_size=100_000, session_queue=4, max_bytes=2_000_000, share=1.0)
     queue = AdmissionQueue(limits=limits, aging_s=1e9)
     for n in range(2000):
-        queue.admit(Ticket(f"k{n}", 1, "many" if n % 2 else f"u{n % 20}", None, arrived=n, size=1000), retry_after_s=1.0)
+        queue.admit(
+            Ticket(f"k{n}", 1, "many" if n % 2 else f"u{n % 20}", None, arrived=n, size=1000), retry_after_s=1.0
+        )
     looks = 0
 
     def counted(ask: Callable[..., Any]) -> Callable[..., Any]:

@@ -268,7 +268,12 @@ def test_of_many_answers_that_wait_in_the_store_none_comes_into_memory_before_th
         redelivery.send(_key(number), "llm/reply/demo", b"%d" % number, None, share="answer")
     read: list[EntryKey] = []
     find = store.find
-    monkeypatch.setattr(store, "find", lambda key: (read.append(key), find(key))[1])
+
+    def noted_find(key: EntryKey) -> Entry | None:
+        read.append(key)
+        return find(key)
+
+    monkeypatch.setattr(store, "find", noted_find)
     outbox.left["event"] = 9
     redelivery.sweep()
     redelivery.sweep()
