@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,10 +13,10 @@ T = TypeVar("T")
 class FairQueue(Generic[T]):
     """First come, first served within a level, one of each level in turn: whoever has much waiting waits for himself.
 
-    Pure; bounded in all and per level.
+    Pure; bounded in all and per level, where no other bound holds.
     """
 
-    def __init__(self, *, per_level: int, in_all: int) -> None:
+    def __init__(self, *, per_level: int = sys.maxsize, in_all: int = sys.maxsize) -> None:
         self._per_level = per_level
         self._in_all = in_all
         self._levels: OrderedDict[str, deque[T]] = OrderedDict()
@@ -22,6 +24,11 @@ class FairQueue(Generic[T]):
 
     def __len__(self) -> int:
         return self._in_it
+
+    def __iter__(self) -> Iterator[T]:
+        """All items, by level."""
+        for items in self._levels.values():
+            yield from items
 
     def has_place(self, level: str) -> bool:
         return len(self._levels.get(level, ())) < self._per_level and self._in_it < self._in_all
@@ -44,3 +51,7 @@ class FairQueue(Generic[T]):
         if items:
             self._levels[level] = items
         return item
+
+    def clear(self) -> None:
+        self._levels.clear()
+        self._in_it = 0

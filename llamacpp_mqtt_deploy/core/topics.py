@@ -11,6 +11,11 @@ MAX_LEVELS = 200
 """mosquitto 2.0 disconnects whoever publishes to more than 200 levels (TOPIC_HIERARCHY_LIMIT)."""
 
 
+def owner_levels(root: str) -> int:
+    """How many levels of a topic name its client: `{root}/request/{first level}` and the like, which an access list gives to one."""
+    return root.count("/") + 3
+
+
 def _text_fault(text: str) -> str | None:
     try:
         size = len(text.encode("utf-8"))

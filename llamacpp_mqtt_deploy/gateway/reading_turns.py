@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 
 from llamacpp_mqtt_deploy.core.fair_queue import FairQueue
@@ -18,7 +17,7 @@ class ReadingTurns:
 
     def __init__(self) -> None:
         # Unbounded: a connection waits here once, and how many connections there are is bounded elsewhere.
-        self._waiting: FairQueue[Callable[[], None]] = FairQueue(per_level=sys.maxsize, in_all=sys.maxsize)
+        self._waiting: FairQueue[Callable[[], None]] = FairQueue()
         self._taken = False
         """Whether a slice was read at this turn of the loop."""
 

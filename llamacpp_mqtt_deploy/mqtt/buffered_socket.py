@@ -5,13 +5,16 @@ from __future__ import annotations
 import socket
 import ssl
 import sys
+import time
 
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.incoming import leading_publish
 from llamacpp_mqtt_deploy.mqtt.packets import leading_pubacks
+from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
 from llamacpp_mqtt_deploy.ports import Delivery
 
 READ_BYTES = 65_536
+FLOOD_READ_BYTES = 1024 * 1024
 MOST_UNSENT_BYTES = 256 * 1024
 """Beyond it the writer is told to try again, as by a full socket: large events are not held twice."""
 
@@ -24,7 +27,18 @@ class BufferedSocket:
     BlockingIOError without asking the socket, which had no more (`is_dry`), until its owner says otherwise.
     """
 
-    __slots__ = ("_failure", "_is_tcp", "_socket", "_tls", "ahead", "is_dry", "is_tls", "unsent")
+    __slots__ = (
+        "_failure",
+        "_is_tcp",
+        "_socket",
+        "_tls",
+        "ahead",
+        "is_dry",
+        "is_tls",
+        "thinning",
+        "to_be_thinned",
+        "unsent",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -34,6 +48,10 @@ class BufferedSocket:
         """What was read and not taken yet."""
         self.is_dry = False
         """Whether the socket had no more when it was last read."""
+        self.thinning: Thinning | None = None
+        """Set where floods are to be thinned out."""
+        self.to_be_thinned = False
+        """Whether what was read is of a flood, and `thin_out` has not seen it."""
         self._failure: OSError | None = None
         self._is_tcp = sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6)
         self._tls: ssl.SSLSocket | None = sock if isinstance(sock, ssl.SSLSocket) else None
@@ -66,12 +84,17 @@ class BufferedSocket:
             raise BlockingIOError
         if self._failure is not None:
             raise self._failure
-        read = self._socket.recv(READ_BYTES)
+        thinning = self.thinning
+        most = FLOOD_READ_BYTES if thinning is not None and thinning.is_on else READ_BYTES
+        read = self._socket.recv(most)
         if self._is_tcp:
             self._acknowledge_now()
         # TLS gives a record at a time and may hold another; the end of a connection is there for whoever asks again.
-        self.is_dry = 0 < len(read) < READ_BYTES and self._tls is None
+        self.is_dry = 0 < len(read) < most and self._tls is None
         self.ahead = memoryview(read)
+        if thinning is not None:
+            thinning.note_read(full=len(read) >= READ_BYTES, now=time.monotonic())
+            self.to_be_thinned = thinning.is_on
 
     def _acknowledge_now(self) -> None:
         """Let TCP acknowledge what was read without delay.
@@ -133,6 +156,12 @@ class BufferedSocket:
         mids, size = leading_pubacks(self.ahead)
         self.ahead = self.ahead[size:]
         return mids
+
+    def thin_out(self) -> None:
+        """Drop the flood from what was read, where a packet begins."""
+        self.to_be_thinned = False
+        if self.thinning is not None:
+            self.ahead = memoryview(self.thinning.thinned(bytes(self.ahead), time.monotonic()))
 
     def take_publish(self, version: Version, now: float, connection: int) -> Delivery | None:
         """Take out the PUBLISH that comes next in what was read, where a packet begins; None when paho is to read it."""

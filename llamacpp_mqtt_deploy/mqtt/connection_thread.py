@@ -20,6 +20,7 @@ import tenacity
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.core.outbox_budget import MIB, OutboxBudget
 from llamacpp_mqtt_deploy.core.reminding import Reminder
+from llamacpp_mqtt_deploy.core.topics import owner_levels
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.mqtt import explain
 from llamacpp_mqtt_deploy.mqtt.backoff import STABLE_AFTER_S
@@ -88,7 +89,7 @@ class ConnectionThread:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         budget = OutboxBudget(most_messages=settings.outbox_messages, most_bytes=settings.outbox_mib * MIB)
-        self._sending = Sending(self._lock, self._changed, budget)
+        self._sending = Sending(self._lock, self._changed, budget, owner_levels=owner_levels(settings.root))
         self.room_for_answers = self._sending.room_for_answers
         self._outgoing = self._sending.outgoing
         self.puback = self._sending.puback  # straight from the wire: one comes for each event

@@ -16,6 +16,7 @@ from llamacpp_mqtt_deploy.mqtt import paho_fixes  # noqa: F401 - repairs paho
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
 from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback, puback_packet
+from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
 from llamacpp_mqtt_deploy.ports import Delivery
 
 
@@ -40,6 +41,9 @@ class GatheringClient(paho.Client):
     on_delivery: Callable[[Delivery], None] | None = None
     """Called with a message and its receipt (`incoming.receipt_of`)."""
 
+    thinning: Thinning | None = None
+    """Set, beside `on_puback`, where floods at QoS 0 are to be thinned out."""
+
     new_mid = paho.Client._mid_generate  # noqa: SLF001
     """Gives a packet id, 1 to 65535, from the row that paho takes its own from."""
 
@@ -52,6 +56,7 @@ class GatheringClient(paho.Client):
         sock = super()._create_socket()
         if isinstance(sock, socket.socket):
             self.buffered = sock = BufferedSocket(sock)
+            sock.thinning = self.thinning
         return sock
 
     def _create_socket_connection(self) -> socket.socket:
@@ -101,6 +106,9 @@ class GatheringClient(paho.Client):
         if on_puback is None or in_packet["command"] or in_packet["remaining_count"]:
             return False  # in the middle of a packet; or paho publishes, and wants to see the PUBACKs
         mids = buffered.take_pubacks()
+        if buffered.to_be_thinned:
+            buffered.thin_out()
+            mids += buffered.take_pubacks()
         now = paho.time_func()
         if mids:
             self._last_bytes_received = now  # as paho notes of what it reads itself, for its keepalive

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import paho.mqtt.client as paho
+import structlog
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -23,12 +24,17 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
+from llamacpp_mqtt_deploy.core.reminding import Reminder
+from llamacpp_mqtt_deploy.core.topics import owner_levels
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket, whole_frames
 from llamacpp_mqtt_deploy.mqtt.incoming import receipt_of
 from llamacpp_mqtt_deploy.mqtt.packets import publish_packet, publish_properties
 from llamacpp_mqtt_deploy.mqtt.session import Publish
+from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
 from llamacpp_mqtt_deploy.ports import Delivery, Retained
+
+log = structlog.get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 MISC_EVERY_S = 0.5
@@ -125,6 +131,8 @@ class PahoWire:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_puback = events.puback
+        client.thinning = self._thinning = Thinning(owner_levels(settings.root))
+        self._flood = Reminder()
         client.on_subscribe = self._on_subscribe
         client.on_unsubscribe = lambda _client, _userdata, mid, *_: self._events.suback(mid, [])
         client.on_delivery = events.message
@@ -189,6 +197,21 @@ class PahoWire:
             self._misc_at = now + MISC_EVERY_S
             self._client.loop_misc()
             self._notice_end()
+            self._tell_of_a_flood(now)
+
+    def _tell_of_a_flood(self, now: float) -> None:
+        if not self._thinning.dropped:
+            if not self._thinning.is_on:
+                self._flood.clear()
+        elif self._flood.due("flood", now):
+            lost, topic = self._thinning.told()
+            log.warning(
+                "link.flood",
+                lost=lost,
+                topic=ascii(topic[:200].decode(errors="replace")),
+                message="more came at QoS 0 than can be read; most of it is dropped, here is one topic of it. Look in the broker's log "
+                "for who publishes there, and stop that program or take the permission from it",
+            )
 
     def _notice_end(self) -> None:
         # paho closes its socket with each end, also where it tells nobody.

@@ -28,9 +28,11 @@ _PASSED_OVER = 10
 class Sending:
     """The outgoing half of a link, over whichever wire it has; `changed`, whose lock is `lock`, is notified when the last publish is done."""
 
-    def __init__(self, lock: threading.RLock, changed: threading.Condition, budget: OutboxBudget) -> None:
+    def __init__(
+        self, lock: threading.RLock, changed: threading.Condition, budget: OutboxBudget, *, owner_levels: int = 3
+    ) -> None:
         self._budget = budget
-        self.outgoing = Outgoing(self._budget)
+        self.outgoing = Outgoing(self._budget, owner_levels=owner_levels)
         self.max_packet_bytes: int | None = None
         self.retain_available = True
         """What the broker of the latest connection announced, as the line above."""

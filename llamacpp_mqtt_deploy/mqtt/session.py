@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llamacpp_mqtt_deploy.core.outbox_budget import OutboxBudget
+from llamacpp_mqtt_deploy.mqtt.waiting_publishes import WaitingPublishes
 
 STRIKES = 3
 """So many connections in a row must end on one and the same unacknowledged publish before it is given up."""
@@ -39,7 +40,7 @@ class Publish:
 
 
 class Outgoing:
-    """Waiting publishes in order, then the ones in flight in the order in which they were sent.
+    """Waiting publishes, in turn between their owners, then the ones in flight in the order in which they were sent.
 
     `take` is for any thread, one at a time; everything else belongs to the link's thread.
 
@@ -49,9 +50,9 @@ class Outgoing:
     the third time, is the culprit, and it alone is given up; innocent ones before it are acknowledged on the way.
     """
 
-    def __init__(self, budget: OutboxBudget) -> None:
+    def __init__(self, budget: OutboxBudget, *, owner_levels: int = 3) -> None:
         self._budget = budget
-        self.waiting: deque[Publish] = deque()
+        self.waiting = WaitingPublishes(owner_levels)
         self.flying: dict[int, Publish] = {}
         self.again: deque[int] = deque()
         """Packet ids of those in flight that have to be sent once more before anything else (MQTT 5, section 4.4)."""
@@ -78,7 +79,7 @@ class Outgoing:
     def take_last(self, publish: Publish) -> None:
         """Queue the last message of a connection, for which there is always a place."""
         self._budget.force(publish.size)
-        self.waiting.append(publish)
+        self.waiting.append_last(publish)
 
     @property
     def on_probation(self) -> bool:
@@ -98,7 +99,7 @@ class Outgoing:
             return None
         if self._suspects and now < self._quiet_until:
             return None
-        self._taken = self.waiting.popleft()
+        self._taken = self.waiting.take()
         return self._taken
 
     def sent(self, mid: int, publish: Publish) -> None:
@@ -108,7 +109,7 @@ class Outgoing:
     def put_back(self) -> None:
         """What was taken cannot go now; it keeps its place."""
         if self._taken is not None:
-            self.waiting.appendleft(self._taken)
+            self.waiting.put_back([self._taken])
             self._taken = None
 
     def failed(self) -> Publish | None:
@@ -144,7 +145,7 @@ class Outgoing:
         self.again.clear()
         # What was taken, when the link's thread died with it in its hands.
         self.put_back()
-        self.waiting.extendleft(reversed(self.flying.values()))
+        self.waiting.put_back(self.flying.values())
         self.flying.clear()
 
     def lost(self, *, blameless: bool) -> Publish | None:

@@ -16,7 +16,8 @@ def publish(name: str) -> Publish:
 
 def table(count: int, window: int = 4) -> Outgoing:
     outgoing = Outgoing(OutboxBudget(most_messages=5000, most_bytes=64 * MIB))
-    outgoing.waiting.extend(publish(str(n)) for n in range(count))
+    for number in range(count):
+        outgoing.waiting.append(publish(str(number)))
     outgoing.connected(window=window, now=0.0)
     return outgoing
 

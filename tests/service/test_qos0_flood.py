@@ -1,0 +1,94 @@
+"""A client that publishes at QoS 0 as fast as the broker takes it: everybody else is served all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.service.conftest import StartWorker, Watch
+from tests.service.watcher import check_stream
+from tests.support.llama_server import LlamaServer
+from tests.support.mosquitto import Mosquitto
+
+pytestmark = [pytest.mark.broker, pytest.mark.engine]
+
+REQUESTS = 5
+WITHIN_S = 30.0
+"""One after the other they take half a second alone. While floods were read message by message one of them took 20 s and more: the broker
+dropped PUBACKs, so that nothing went out before the connection was given up."""
+
+_FLOOD = textwrap.dedent(
+    """
+    import socket, struct, sys
+
+    def text(value):
+        return struct.pack("!H", len(value)) + value
+
+    def publish(topic, payload):
+        body = text(topic) + payload
+        return b"\\x30" + bytes([len(body)]) + body
+
+    broker = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    hello = text(b"MQTT") + bytes([4, 2]) + struct.pack("!H", 600) + text(b"flood")
+    broker.sendall(bytes([0x10, len(hello)]) + hello)
+    broker.recv(4)
+    make = {
+        "requests": lambda n: publish(b"llm/request/flood/s%d" % n, b'{"prompt":"hi","request_id":"f%d"}' % n),
+        "cancels": lambda n: publish(b"llm/control/u%d/s" % n, b'{"action":"cancel","request_id":"f%d"}' % n),
+    }[sys.argv[2]]
+    pieces = [b"".join(make(n) for n in range(first, first + 100)) for first in range(0, 20_000, 100)]
+    print("floods", flush=True)
+    while True:
+        for piece in pieces:
+            broker.sendall(piece)
+    """
+)
+
+
+@contextmanager
+def _flooding(port: int, kind: str) -> Iterator[None]:
+    with subprocess.Popen(
+        [sys.executable, "-c", _FLOOD, str(port), kind], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "floods\n"
+            yield
+            assert process.poll() is None, "it went on to the end"
+        finally:
+            process.kill()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("kind", ["requests", "cancels"])
+def test_others_are_answered_while_one_client_floods_the_broker_at_qos_0(
+    start_worker: StartWorker,
+    start_mosquitto: Callable[..., Mosquitto],
+    llama_server: LlamaServer,
+    watch: Watch,
+    kind: str,
+) -> None:
+    broker = start_mosquitto(settings=["set_tcp_nodelay true"], verbose=False)
+    chat = watch(broker.port, filters=["llm/reply/good/#"])
+    worker = start_worker(broker.port, llama_server.url)
+    with _flooding(broker.port, kind):
+        time.sleep(1.0)  # until it is in full swing
+        began = time.monotonic()
+        for number in range(REQUESTS):
+            chat.ask("good/chat", "tell me more", request_id=f"chat{number}", max_tokens=100, new=True)
+            end = chat.terminal(f"chat{number}", 60)
+            assert end["type"] == "done"
+        took_s = time.monotonic() - began
+    for number in range(REQUESTS):
+        check_stream([each.event for each in chat.seen() if each.event.get("request_id") == f"chat{number}"])
+    assert took_s < WITHIN_S
+    assert not worker.log("link.lost"), "the broker's PUBACKs came through"
+    (told, *_) = worker.log("link.flood")
+    assert told["lost"] > 0
+    assert told["topic"].startswith(f"'llm/{'control' if kind == 'cancels' else 'request'}/")
