@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from math import inf
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -16,7 +16,7 @@ class FairQueue(Generic[T]):
     Pure; bounded in all and per level, where no other bound holds.
     """
 
-    def __init__(self, *, per_level: int = sys.maxsize, in_all: int = sys.maxsize) -> None:
+    def __init__(self, *, per_level: float = inf, in_all: float = inf) -> None:
         self._per_level = per_level
         self._in_all = in_all
         self._levels: OrderedDict[str, deque[T]] = OrderedDict()

@@ -14,7 +14,13 @@ from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
 from llamacpp_mqtt_deploy.ports import Delivery
 
 READ_BYTES = 65_536
+RECORD_BYTES = 16_384
+"""Most that a record of TLS holds (RFC 8446, section 5.1)."""
+FLOOD_RECORDS = 512
+"""So many of them in a row mean what a read of `READ_BYTES` means without TLS: more comes than is read."""
 FLOOD_READ_BYTES = 1024 * 1024
+FLOOD_READ_S = 0.01
+"""How much is read at once in a flood (`thinning`), and how long records are gathered."""
 MOST_UNSENT_BYTES = 256 * 1024
 """Beyond it the writer is told to try again, as by a full socket: large events are not held twice."""
 
@@ -30,6 +36,7 @@ class BufferedSocket:
     __slots__ = (
         "_failure",
         "_is_tcp",
+        "_records",
         "_socket",
         "_tls",
         "ahead",
@@ -56,6 +63,8 @@ class BufferedSocket:
         self._is_tcp = sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6)
         self._tls: ssl.SSLSocket | None = sock if isinstance(sock, ssl.SSLSocket) else None
         self.is_tls = self._tls is not None
+        self._records = 0
+        """How many were read since TLS had none."""
 
     # --- what paho calls -----------------------------------------------------------------------------------------------
 
@@ -84,17 +93,40 @@ class BufferedSocket:
             raise BlockingIOError
         if self._failure is not None:
             raise self._failure
-        thinning = self.thinning
-        most = FLOOD_READ_BYTES if thinning is not None and thinning.is_on else READ_BYTES
-        read = self._socket.recv(most)
+        thinning, tls = self.thinning, self._tls is not None
+        flooded = thinning is not None and thinning.is_on
+        most = FLOOD_READ_BYTES if flooded and not tls else READ_BYTES
+        try:
+            read = self._socket.recv(most)
+        except ssl.SSLWantReadError:
+            self._records = 0
+            raise
         if self._is_tcp:
             self._acknowledge_now()
         # TLS gives a record at a time and may hold another; the end of a connection is there for whoever asks again.
-        self.is_dry = 0 < len(read) < most and self._tls is None
-        self.ahead = memoryview(read)
-        if thinning is not None:
-            thinning.note_read(full=len(read) >= READ_BYTES, now=time.monotonic())
+        self.is_dry = 0 < len(read) < most and not tls
+        self._records += tls
+        full = self._records >= FLOOD_RECORDS if tls else len(read) >= READ_BYTES
+        if thinning is not None and (flooded or full):
+            if flooded and tls:
+                read = self._gathered(read)
+            thinning.note_read(full=full, now=time.monotonic())
             self.to_be_thinned = thinning.is_on
+        self.ahead = memoryview(read)
+
+    def _gathered(self, first: bytes) -> bytes:
+        """This record and those behind it, as far as they are there: a broker makes one of each message."""
+        records, size, until = [first], len(first), time.monotonic() + FLOOD_READ_S
+        while records[-1] and size < FLOOD_READ_BYTES and time.monotonic() < until:
+            try:
+                records.append(self._socket.recv(RECORD_BYTES))
+            except ssl.SSLWantReadError:
+                break
+            except OSError as error:
+                self._failure = error
+                break
+            size += len(records[-1])
+        return b"".join(records)
 
     def _acknowledge_now(self) -> None:
         """Let TCP acknowledge what was read without delay.

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
-from collections.abc import Callable
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
 
 from llamacpp_mqtt_deploy.mqtt import thinning
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import READ_BYTES, BufferedSocket
+from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient
 from llamacpp_mqtt_deploy.mqtt.packets import publish_packet
 from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
+from llamacpp_mqtt_deploy.ports import Delivery
+from tests.support.certificates import Authority
 
 PUBACK = b"\x40\x02\x00\x07"
 MORE_THAN_CALM = thinning.CALM_MESSAGES + 1
@@ -128,30 +138,70 @@ def test_what_is_no_packet_is_left_to_whoever_reads_it(raw: bytes) -> None:
     assert found.thinned(PUBACK + raw, 1.0) == PUBACK + raw
 
 
-def test_a_socket_that_is_flooded_is_read_in_large_pieces_and_thinned_out() -> None:
-    one, other = socket.socketpair()
+# --- a client that is flooded ------------------------------------------------------------------------------------------------
+
+
+def _read_until_puback(sock: socket.socket) -> list[Delivery]:
+    """The messages that a client takes until the PUBACK behind the flood."""
+    sock.setblocking(False)
+    client = GatheringClient(CallbackAPIVersion.VERSION2, client_id="w", protocol=paho.MQTTv311)
+    client.version = "3.1.1"
+    client.buffered = client._sock = BufferedSocket(sock)
+    client.buffered.thinning = Thinning(3)
+    taken: list[Delivery] = []
+    mids: list[int] = []
+    client.on_delivery = taken.append
+    client.on_puback = lambda mid, _code: mids.append(mid)
+    until = time.monotonic() + 30
+    while not mids:
+        assert time.monotonic() < until
+        client.read_some()
+        if not client.holds_unread():
+            select.select([sock], [], [], 1.0)
+    assert mids == [7]
+    return taken
+
+
+def _sending(sock: socket.socket) -> threading.Thread:
+    """Writes packet by packet, as brokers do."""
+
+    def send() -> None:
+        for packet in (*_flood(6 * thinning.FREE_MESSAGES), _publish("llm/request/ada", qos=1), PUBACK):
+            sock.sendall(packet)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def tcp() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two ends of a connection; what is written has room in it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        one = socket.create_connection(listening.getsockname())
+        other, _ = listening.accept()
     with one, other:
-        one.setblocking(False)
-        for end in (one, other):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * READ_BYTES)
-        reader = BufferedSocket(one)
-        reader.thinning = Thinning(3)
-        other.sendall(b"".join(_flood(6 * thinning.FREE_MESSAGES)) + PUBACK)
-        assert reader.take_pubacks() == []
-        assert reader.to_be_thinned
-        mids: list[int] = []
-        messages = 0
-        for _ in range(10_000):
-            if reader.to_be_thinned:
-                reader.thin_out()
-            while reader.ahead and reader.take_publish("3.1.1", 0.0, 1) is not None:
-                messages += 1
-            if mids := reader.take_pubacks():
-                break
-            if reader.ahead:  # the end of one read is the beginning of a packet that the next one brings
-                rest = bytes(reader.ahead)
-                reader.ahead = memoryview(b"")
-                reader.take_pubacks()
-                reader.ahead = memoryview(rest + bytes(reader.ahead))
-        assert mids == [7]
-        assert thinning.FREE_MESSAGES < messages < 2 * thinning.FREE_MESSAGES
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * READ_BYTES)
+        yield one, other
+
+
+def test_a_flood_is_thinned_out_by_the_client_that_reads_it(tcp: tuple[socket.socket, socket.socket]) -> None:
+    _sending(tcp[1]).join(30)  # it is all there before the first read
+    taken = _read_until_puback(tcp[0])
+    assert thinning.FREE_MESSAGES < len(taken) < 2 * thinning.FREE_MESSAGES
+    assert taken[-1].topic == "llm/request/ada"
+
+
+def test_over_tls_records_are_gathered_and_the_flood_is_thinned_out(
+    tcp: tuple[socket.socket, socket.socket], authority: Authority
+) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(*authority.issue("flooding"))
+    trusting = ssl.create_default_context(cafile=str(authority.ca_file))
+    with ThreadPoolExecutor(1) as pool:
+        accepting = pool.submit(server.wrap_socket, tcp[1], server_side=True)
+        with trusting.wrap_socket(tcp[0], server_hostname="127.0.0.1") as reader, accepting.result(30) as writer:
+            _sending(writer).join(30)
+            taken = _read_until_puback(reader)
+    assert thinning.FREE_MESSAGES < len(taken) < 3 * thinning.FREE_MESSAGES
+    assert taken[-1].topic == "llm/request/ada"

@@ -13,6 +13,7 @@ import pytest
 
 from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import check_stream
+from tests.support.certificates import Authority
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
 
@@ -66,17 +67,22 @@ def _flooding(port: int, kind: str) -> Iterator[None]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("kind", ["requests", "cancels"])
+@pytest.mark.parametrize("kind, tls", [("requests", False), ("cancels", False), ("requests", True)])
 def test_others_are_answered_while_one_client_floods_the_broker_at_qos_0(
     start_worker: StartWorker,
     start_mosquitto: Callable[..., Mosquitto],
     llama_server: LlamaServer,
     watch: Watch,
+    authority: Authority,
     kind: str,
+    *,
+    tls: bool,
 ) -> None:
-    broker = start_mosquitto(settings=["set_tcp_nodelay true"], verbose=False)
+    keys = (authority.ca_file, *authority.issue("flooded-broker")) if tls else None
+    broker = start_mosquitto(settings=["set_tcp_nodelay true"], verbose=False, tls=keys)
     chat = watch(broker.port, filters=["llm/reply/good/#"])
-    worker = start_worker(broker.port, llama_server.url)
+    encrypted = {"mqtt__tls__enabled": True, "mqtt__tls__ca_file": str(authority.ca_file)} if tls else {}
+    worker = start_worker(broker.tls_port if tls else broker.port, llama_server.url, **encrypted)
     with _flooding(broker.port, kind):
         time.sleep(1.0)  # until it is in full swing
         began = time.monotonic()
