@@ -85,7 +85,9 @@ def test_others_are_answered_while_one_client_floods_the_broker_at_qos_0(
             end = chat.terminal(f"chat{number}", WITHIN_S)
             assert end["type"] == "done"
     for number in range(REQUESTS):
-        check_stream([each.event for each in chat.seen() if each.event.get("request_id") == f"chat{number}"])
+        # After a lost PUBACK an event comes twice, as at any other time.
+        once = {repr(event): event for event in chat.of(f"chat{number}")}
+        check_stream(once.values())
     (told, *_) = worker.log("link.flood")
     assert told["lost"] > 0
     assert told["topic"].startswith(f"'llm/{'control' if kind == 'cancels' else 'request'}/")
