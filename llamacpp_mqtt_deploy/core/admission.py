@@ -79,12 +79,9 @@ class AdmissionQueue:
         self.remove(ticket.key)
         self.turns.arrive(ticket)
         self._waiting.add(ticket)
-        if self._index is None and len(self._waiting) > _INDEXED_ABOVE:
-            self._index = self._new_index(
-                ticket.arrived
-            )  # of a time that is past, which does not matter: see `TurnIndex.add`
-        else:
-            self._is_new_head(ticket)
+        self._is_new_head(ticket)
+        # Here too: while every slot is taken nobody asks who is next. Of a time that is past, which does not matter (`TurnIndex.first`).
+        self._look_after_the_index(ticket.arrived)
         return leaving
 
     # --- through and out -----------------------------------------------------------------------------------------------
@@ -105,17 +102,18 @@ class AdmissionQueue:
         return ticket
 
     def _first(self, now: float) -> Ticket | None:
-        waiting = len(self._waiting)
-        if 2 * waiting <= _INDEXED_ABOVE:
-            self._index = None
-        elif (waiting > _INDEXED_ABOVE and self._index is None) or (self._index and self._index.outgrown(waiting)):
-            self._index = self._new_index(now)
+        self._look_after_the_index(now)
         if self._index is None:
             return self.turns.first([head for head in self._heads() if not head.held], now)
         return self._index.first(now)
 
-    def _new_index(self, now: float) -> TurnIndex:
-        return TurnIndex(self._heads(), self.turns, now, may_go=self._may_go)
+    def _look_after_the_index(self, now: float) -> None:
+        """Have one where many wait, none where few do, and no old one."""
+        waiting = len(self._waiting)
+        if 2 * waiting <= _INDEXED_ABOVE:
+            self._index = None
+        elif waiting > _INDEXED_ABOVE if self._index is None else self._index.outgrown(waiting):
+            self._index = TurnIndex(self._heads(), self.turns, now, may_go=self._may_go)
 
     def _may_go(self, ticket: Ticket) -> bool:
         chain = ticket if ticket.session is None else ticket.session

@@ -13,7 +13,7 @@ T = TypeVar("T")
 class FairQueue(Generic[T]):
     """First come, first served within a level, one of each level in turn: whoever has much waiting waits for himself.
 
-    Pure; bounded in all and per level, where no other bound holds.
+    Pure; bounded in all and per level, or without bounds where its owner counts what it holds.
     """
 
     def __init__(self, *, per_level: float = inf, in_all: float = inf) -> None:

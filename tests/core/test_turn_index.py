@@ -153,6 +153,18 @@ def test_the_index_is_made_anew_when_most_of_it_is_of_before(monkeypatch: pytest
     assert not index.outgrown(2 * len(queue))
 
 
+def test_while_nobody_is_let_go_those_who_come_and_leave_are_not_kept() -> None:
+    queue = _long_queue(1000)
+    longest = 0
+    for n in range(30_000):  # every slot is taken, and nobody asks who is next
+        queue.admit(Ticket(f"gone{n}", 2, "gone", None, 10.0), retry_after_s=1.0)
+        queue.remove(f"gone{n}")
+        index = queue._index
+        assert index is not None
+        longest = max(longest, index._entries + len(index._order) + len(index._rises))
+    assert longest < 9 * 1001
+
+
 def test_a_queue_that_became_short_keeps_no_index() -> None:
     queue = _long_queue(200)
     assert queue._index is not None

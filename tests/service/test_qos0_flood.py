@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import check_stream
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
@@ -79,7 +79,7 @@ def test_others_are_answered_while_one_client_floods_the_broker_at_qos_0(
     chat = watch(broker.port, filters=["llm/reply/good/#"])
     worker = start_worker(broker.port, llama_server.url)
     with _flooding(broker.port, kind):
-        time.sleep(1.0)  # until it is in full swing
+        eventually(lambda: worker.log("link.flood"), 60)  # it is in full swing
         for number in range(REQUESTS):
             chat.ask("good/chat", "tell me more", request_id=f"chat{number}", max_tokens=100, new=True)
             end = chat.terminal(f"chat{number}", WITHIN_S)
