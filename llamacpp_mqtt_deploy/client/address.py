@@ -10,6 +10,8 @@ from typing import Literal
 
 from paho.mqtt.reasoncodes import ReasonCode
 
+from llamacpp_mqtt_deploy.mqtt.websocket import UpgradeError
+
 Transport = Literal["tcp", "websockets", "unix"]
 Version = Literal["auto", "5", "3.1.1"]
 
@@ -84,6 +86,8 @@ def explain_failure(error: Exception, address: BrokerAddress) -> str:
             return f"There is no socket {address.host!r}. Is the broker running, and is the path right?"
         case PermissionError():
             return f"This user may not open the socket {address.host!r}."
+        case UpgradeError():
+            return f"No MQTT websocket at {where}: the other side {error}. Check the port, the path, and a proxy before it."
         case TimeoutError():
             return f"The broker at {where} did not answer in time. Check the host, the network and the firewall."
         case _:

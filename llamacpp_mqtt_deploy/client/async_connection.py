@@ -32,7 +32,7 @@ from llamacpp_mqtt_deploy.client.paho_client import (
     publish_properties,
     versions,
 )
-from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket, whole_frames
+from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
@@ -168,11 +168,13 @@ class AsyncConnection:
         client = GatheringClient(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
-            transport=self.address.transport,
+            transport="unix" if self.address.transport == "unix" else "tcp",
             reconnect_on_failure=False,
             **client_options(version),
         )
         configure(client, self.address)
+        if self.address.transport == "websockets":
+            client.websocket_path = self.address.websocket_path
         client.max_inflight_messages_set(IN_FLIGHT)
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
@@ -355,8 +357,6 @@ class AsyncConnection:
         self._fd = sock.fileno()
         if self.address.transport != "unix":
             tune_socket(self._fd, keepalive_s=self.address.keepalive_s)
-        if self.address.transport == "websockets":
-            sock.send = whole_frames(sock.send)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._fd, self._readable)
         self._misc = loop.call_later(MISC_EVERY_S, self._look_at_the_keepalive)

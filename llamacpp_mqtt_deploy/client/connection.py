@@ -35,7 +35,8 @@ from llamacpp_mqtt_deploy.client.paho_client import (
     publish_properties,
     versions,
 )
-from llamacpp_mqtt_deploy.mqtt.gathering_client import tune_socket, whole_frames
+from llamacpp_mqtt_deploy.client.websocket_client import WebsocketClient
+from llamacpp_mqtt_deploy.mqtt.gathering_client import tune_socket
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
@@ -108,8 +109,8 @@ class Connection:
         client.disconnect()
         self._gone.wait(timeout_s / 2)
         # A network that swallows everything would keep paho's thread until its keepalive; a shut socket ends it now.
-        sock = client.socket()
-        if isinstance(sock, socket.socket):
+        sock: Any = client.socket()
+        if sock is not None:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         # loop_stop() joins without a limit, and a thread inside connect() may take its time.
@@ -136,12 +137,15 @@ class Connection:
         self._connack = None
         self._first_word.clear()
         self._gone.clear()
-        client = paho.Client(
+        kind = WebsocketClient if self.address.transport == "websockets" else paho.Client
+        client = kind(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
-            transport=self.address.transport,
+            transport="unix" if self.address.transport == "unix" else "tcp",
             **client_options(version),
         )
+        if isinstance(client, WebsocketClient):
+            client.path = self.address.websocket_path
         configure(client, self.address)
         client.max_inflight_messages_set(IN_FLIGHT)
         client.reconnect_delay_set(1, LONGEST_PAUSE_S)
@@ -156,8 +160,6 @@ class Connection:
     def _socket_opened(self, _client: paho.Client, _data: Any, sock: Any) -> None:
         if self.address.transport != "unix":
             tune_socket(sock.fileno(), keepalive_s=self.address.keepalive_s)
-        if self.address.transport == "websockets":
-            sock.send = whole_frames(sock.send)
 
     # --- subscribe and publish ---------------------------------------------------------------------------------------
 

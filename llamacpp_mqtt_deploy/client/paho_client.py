@@ -63,8 +63,6 @@ def configure(client: paho.Client, address: BrokerAddress) -> None:
         client.username_pw_set(address.username, address.password)
     if address.tls is not None:
         client.tls_set_context(address.tls)
-    if address.transport == "websockets":
-        client.ws_set_options(path=address.websocket_path)
     client.connect_timeout = max(0.1, address.connect_timeout_s)
     client.max_queued_messages_set(OUTGOING_MESSAGES)
 

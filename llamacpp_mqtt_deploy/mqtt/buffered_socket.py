@@ -11,6 +11,7 @@ from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.incoming import leading_publish
 from llamacpp_mqtt_deploy.mqtt.packets import leading_pubacks
 from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
+from llamacpp_mqtt_deploy.mqtt.websocket import FrameError, Frames, closing, framed
 from llamacpp_mqtt_deploy.ports import Delivery
 
 READ_BYTES = 65_536
@@ -27,19 +28,20 @@ MOST_UNSENT_BYTES = 256 * 1024
 
 class BufferedSocket:
     """Stands between paho and its non-blocking socket (TCP, unix or TLS): paho sends each packet by a call of its own, and
-    reads each packet's first bytes one by one.
+    reads each packet's first bytes one by one. With `frames` the socket carries a websocket, and all else is about what that carries.
 
     `send` only collects and `flush` writes. `recv` gives from what one read of the socket brought; when that is used up it raises
     BlockingIOError without asking the socket, which had no more (`is_dry`), until its owner says otherwise.
     """
 
     __slots__ = (
-        "_failure",
+        "_frames",
         "_is_tcp",
         "_records",
         "_socket",
         "_tls",
         "ahead",
+        "failure",
         "is_dry",
         "is_tls",
         "thinning",
@@ -47,10 +49,11 @@ class BufferedSocket:
         "unsent",
     )
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, frames: Frames | None = None) -> None:
         self._socket = sock
+        self._frames = frames
         self.unsent = bytearray()
-        """What is to be written."""
+        """What is to be written to the socket."""
         self.ahead = memoryview(b"")
         """What was read and not taken yet."""
         self.is_dry = False
@@ -59,7 +62,8 @@ class BufferedSocket:
         """Set where floods are to be thinned out."""
         self.to_be_thinned = False
         """Whether what was read is of a flood, and `thin_out` has not seen it."""
-        self._failure: OSError | None = None
+        self.failure: OSError | None = None
+        """Why the connection is at its end, as whoever reads or writes next is told."""
         self._is_tcp = sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6)
         self._tls: ssl.SSLSocket | None = sock if isinstance(sock, ssl.SSLSocket) else None
         self.is_tls = self._tls is not None
@@ -70,13 +74,13 @@ class BufferedSocket:
 
     def send(self, data: bytes | bytearray) -> int:
         """Take all of it, or raise BlockingIOError. Raises OSError when the connection has ended."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         if len(self.unsent) > MOST_UNSENT_BYTES:
             self.flush()
             if len(self.unsent) > MOST_UNSENT_BYTES:
                 raise BlockingIOError
-        self.unsent += data
+        self.unsent += data if self._frames is None else framed(data)
         return len(data)
 
     def recv(self, size: int) -> bytes:
@@ -91,8 +95,11 @@ class BufferedSocket:
         """Read the socket once; nothing is there afterwards at the end of the connection."""
         if self.is_dry:
             raise BlockingIOError
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
+        frames = self._frames
+        if frames is not None and frames.is_closed:
+            return
         thinning, tls = self.thinning, self._tls is not None
         flooded = thinning is not None and thinning.is_on
         most = FLOOD_READ_BYTES if flooded and not tls else READ_BYTES
@@ -112,7 +119,23 @@ class BufferedSocket:
                 read = self._gathered(read)
             thinning.note_read(full=full, now=time.monotonic())
             self.to_be_thinned = thinning.is_on
-        self.ahead = memoryview(read)
+        self.ahead = memoryview(read if frames is None else self._carried(frames, read))
+
+    def _carried(self, frames: Frames, read: bytes) -> bytes:
+        """What came in the websocket's frames, nothing at the end of the connection. Raises BlockingIOError where nothing came in them yet."""
+        try:
+            carried = frames.decoded(read)
+        except FrameError as error:
+            self.failure, self.is_dry = error, False
+            raise
+        reply = frames.reply()
+        if reply and len(self.unsent) <= MOST_UNSENT_BYTES:
+            self.unsent += reply
+        if frames.is_closed:
+            self.is_dry = False
+        elif read and not carried:
+            raise BlockingIOError
+        return carried
 
     def _gathered(self, first: bytes) -> bytes:
         """This record and those behind it, as far as they are there: a broker makes one of each message."""
@@ -123,7 +146,7 @@ class BufferedSocket:
             except ssl.SSLWantReadError:
                 break
             except OSError as error:
-                self._failure = error
+                self.failure = error
                 break
             size += len(records[-1])
         return b"".join(records)
@@ -155,6 +178,8 @@ class BufferedSocket:
 
     def close(self) -> None:
         """Close, after a last attempt to write: paho closes right after it has sent a DISCONNECT."""
+        if self._frames is not None and not self._frames.is_closed:
+            self.unsent += closing()
         self.flush()
         self._socket.close()
 
@@ -162,17 +187,17 @@ class BufferedSocket:
 
     def flush(self) -> bool:
         """Write what was collected, as far as the socket takes it; False when the connection has ended, as `recv` then says."""
-        while self.unsent and self._failure is None:
+        while self.unsent and self.failure is None:
             try:
                 sent = self._socket.send(self.unsent)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             except OSError as error:
-                self._failure = error
+                self.failure = error
                 self.unsent.clear()
             else:
                 del self.unsent[:sent]
-        return self._failure is None
+        return self.failure is None
 
     def take_pubacks(self) -> list[int]:
         """Take out the plain PUBACKs that come next, where a packet begins: their packet ids. What the socket says of its end is left
@@ -183,7 +208,7 @@ class BufferedSocket:
             except (BlockingIOError, ssl.SSLWantReadError):
                 return []
             except OSError as error:
-                self._failure = error
+                self.failure = error
                 return []
         mids, size = leading_pubacks(self.ahead)
         self.ahead = self.ahead[size:]

@@ -8,6 +8,8 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llamacpp_mqtt_deploy.mqtt.websocket import UpgradeError
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -107,6 +109,10 @@ _SUBACK: Mapping[int, str] = {
     0xA1: "the broker does not support subscription identifiers",
     0xA2: "the broker does not support wildcards",
 }
+
+
+_NOT_AVAILABLE = frozenset({None, 429, 500, 502, 503, 504})
+"""HTTP's status where a websocket may be there later; None where nothing came: the broker may be starting."""
 
 
 def of_connack(code: int, name: str) -> Refusal:
@@ -218,9 +224,11 @@ def of_exception(error: BaseException, where: str) -> Refusal:
 
 
 def _of_os_error(error: OSError, where: str) -> Refusal:
-    if "WebSocket" in str(error):
+    if isinstance(error, UpgradeError):
         return Refusal(
-            f"No MQTT websocket at {where}. Check mqtt.port, mqtt.websocket_path and the broker's websocket listener."
+            f"No MQTT websocket at {where}: the other side {error}. Check mqtt.port, mqtt.websocket_path and the broker's "
+            "websocket listener, and a proxy before it.",
+            needs_person=error.status not in _NOT_AVAILABLE,
         )
     match error.errno:
         case errno.ECONNREFUSED:

@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
 from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback, puback_packet
 from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
+from llamacpp_mqtt_deploy.mqtt.websocket import FrameError, Frames, upgrade
 from llamacpp_mqtt_deploy.ports import Delivery
 
 
@@ -27,8 +28,8 @@ class GatheringClient(paho.Client):
     them: each PUBACK is told there, and paho's own publishes (`publish`, `on_publish`) are not to be used. Without it they work as ever.
     With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`.
 
-    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate`, `_out_packet`, `_packet_queue` and `_sock` are
-    paho's own business: the tests of this folder run against every new paho.
+    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate`, `_out_packet` and `_sock` are paho's own
+    business: the tests of this folder run against every new paho.
     """
 
     version: Version = "5"
@@ -44,20 +45,26 @@ class GatheringClient(paho.Client):
     thinning: Thinning | None = None
     """Set, beside `on_puback`, where floods at QoS 0 are to be thinned out."""
 
+    websocket_path: str | None = None
+    """Set where packets are to go through a websocket; paho's transport is TCP then, too."""
+
     new_mid = paho.Client._mid_generate  # noqa: SLF001
     """Gives a packet id, 1 to 65535, from the row that paho takes its own from."""
 
     last_socket: socket.socket | None = None
     buffered: BufferedSocket | None = None
-    """The current socket, where packets are gathered; paho's websocket has its own buffers."""
+    """The current socket, where packets are gathered."""
 
     def _create_socket(self) -> Any:
         self.buffered = None
-        sock = super()._create_socket()
-        if isinstance(sock, socket.socket):
-            self.buffered = sock = BufferedSocket(sock)
-            sock.thinning = self.thinning
-        return sock
+        sock: Any = super()._create_socket()
+        frames = None
+        if self.websocket_path is not None:
+            where = self.host, self.port
+            frames = Frames(upgrade(sock, *where, path=self.websocket_path, timeout_s=self.connect_timeout))
+        self.buffered = buffered = BufferedSocket(sock, frames)
+        buffered.thinning = self.thinning
+        return buffered
 
     def _create_socket_connection(self) -> socket.socket:
         self.last_socket = sock = super()._create_socket_connection()
@@ -82,14 +89,15 @@ class GatheringClient(paho.Client):
     def holds_unread(self) -> bool:
         """Whether bytes are there that the socket, which is open, no longer shows: TLS and the reading ahead keep some."""
         buffered = self.buffered
-        if buffered is not None:
-            return bool(buffered.ahead) or (buffered.is_tls and buffered.pending() > 0)
-        pending = getattr(self.socket(), "pending", None)
-        return pending is not None and pending() > 0
+        return buffered is not None and (bool(buffered.ahead) or (buffered.is_tls and buffered.pending() > 0))
 
     def holds_unsent(self) -> bool:
         """Whether something waits to be written."""
         return bool(self._out_packet) or (self.buffered is not None and bool(self.buffered.unsent))
+
+    def was_unreadable(self) -> bool:
+        """Whether the connection has ended because what came was no websocket any more."""
+        return self.buffered is not None and isinstance(self.buffered.failure, FrameError)
 
     def read_some(self) -> None:
         """Read what is there, of messages one; callbacks run in here."""
@@ -129,12 +137,8 @@ class GatheringClient(paho.Client):
 
     def send_packet(self, packet: bytes) -> bool:
         """Queue a whole packet; False when it cannot be taken now."""
-        if self._sock is None:
+        if self._sock is None or self.buffered is None:
             return False
-        if self.buffered is None:
-            # To a websocket: paho's queue keeps whole frames together. Under another packet's name: paho looks after publishes.
-            self._packet_queue(PUBACK, packet, 0, 1)
-            return True
         try:
             self.buffered.send(packet)
         except BlockingIOError:
@@ -145,11 +149,11 @@ class GatheringClient(paho.Client):
 
     def acknowledge(self, mid: int) -> None:
         """Queue the PUBACK of a message at QoS 1, behind what paho has queued: acknowledgements keep their order."""
-        if self._out_packet or self.buffered is None or not self.send_packet(puback_packet(mid)):
+        if self._out_packet or not self.send_packet(puback_packet(mid)):
             self.ack(mid, 1)
 
     def _packet_handle(self) -> Any:
-        """Every PUBACK that says more than its id, and all of a websocket's."""
+        """Every PUBACK that says more than its id."""
         if self._in_packet["command"] == PUBACK and self.on_puback is not None:
             known = puback(self._in_packet["packet"], self.version)
             if known is not None:
@@ -160,7 +164,7 @@ class GatheringClient(paho.Client):
     def write_some(self) -> None:
         """Write what is queued, as far as the socket takes it."""
         buffered = self.buffered
-        if buffered is None or self._out_packet:
+        if self._out_packet:
             self.loop_write()
         if buffered is not None and not buffered.flush():
             buffered.is_dry = False
@@ -176,19 +180,3 @@ def tune_socket(fd: int, *, keepalive_s: int) -> None:
         if sys.platform == "linux":
             # Not after TCP's 15 minutes.
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, keepalive_s * 1000)
-
-
-def whole_frames(send: Callable[[bytes], int]) -> Callable[[bytes], int]:
-    """Make a websocket say "try again" where paho's says "0 bytes sent".
-
-    After a partly written frame paho's wrapper returns 0 and wants the same data again, but paho's writer takes 0 for the end of
-    its turn and drops the packet; the next one is then counted by the old one's length. BlockingIOError keeps the packet.
-    """
-
-    def whole(data: bytes) -> int:
-        sent = send(data)
-        if sent == 0 and data:
-            raise BlockingIOError
-        return sent
-
-    return whole

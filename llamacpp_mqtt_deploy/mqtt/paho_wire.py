@@ -27,7 +27,7 @@ from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.core.reminding import Reminder
 from llamacpp_mqtt_deploy.core.topics import owner_levels
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
-from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket, whole_frames
+from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket
 from llamacpp_mqtt_deploy.mqtt.incoming import receipt_of
 from llamacpp_mqtt_deploy.mqtt.packets import publish_packet, publish_properties
 from llamacpp_mqtt_deploy.mqtt.session import Publish
@@ -116,7 +116,7 @@ class PahoWire:
             protocol=paho.MQTTv5 if five else paho.MQTTv311,
             # Asked for explicitly: paho's default would drop what the broker kept for us (60 of 60 requests were lost so).
             clean_session=None if five else settings.session_expiry_s == 0,
-            transport=settings.transport,
+            transport="unix" if settings.transport == "unix" else "tcp",
             reconnect_on_failure=False,
             manual_ack=True,
         )
@@ -125,7 +125,7 @@ class PahoWire:
         client.username_pw_set(settings.username, password)
         client.will_set(will.topic, will.payload, qos=1, retain=True)
         if settings.transport == "websockets":
-            client.ws_set_options(path=settings.websocket_path)
+            client.websocket_path = settings.websocket_path
         if tls is not None:
             client.tls_set_context(tls)
         client.on_connect = self._on_connect
@@ -295,8 +295,6 @@ class PahoWire:
         self.fd = sock.fileno()
         if self._settings.transport != "unix":
             tune_socket(self.fd, keepalive_s=self._settings.keepalive_s)
-        if self._settings.transport == "websockets":
-            sock.send = whole_frames(sock.send)
 
     def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         self.fd = -1
@@ -343,8 +341,8 @@ class PahoWire:
                 code=reason.value,
                 name=str(reason),
                 from_broker=from_broker,
-                # paho found the protocol broken: what it read was no MQTT, or nothing that it can decode.
-                unreadable=not from_broker and reason.value == 0x82,
+                # What was read was no MQTT, or nothing that paho can decode; or no frame of a websocket.
+                unreadable=not from_broker and (reason.value == 0x82 or self._client.was_unreadable()),
                 error=self._last_log,
             )
 

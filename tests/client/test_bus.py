@@ -29,6 +29,7 @@ from tests.support.certificates import Authority
 from tests.support.mosquitto import Mosquitto
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
+from tests.support.websocket_proxy import WebsocketProxy
 
 Start = Callable[..., Mosquitto]
 
@@ -65,6 +66,30 @@ def test_a_prompt_larger_than_every_buffer_goes_over_a_websocket_at_once(start_m
         # The request is sent again when nobody takes it up for 10 s, which would hide that the rest of the first was left behind.
         assert bus.ask("x" * 8_000_000).result(9).content == "ok"
     assert came == [8_000_000]
+
+
+def test_a_websocket_that_pings_and_cuts_frames_anywhere_is_kept(broker: Mosquitto) -> None:
+    with (
+        PlayedWorker(broker.port),
+        WebsocketProxy(broker.port) as proxy,
+        Client("127.0.0.1", proxy.port, transport="websockets") as bus,
+    ):
+        for number in range(20):
+            answer = bus.ask(f"{number} two " + "x" * number * 1000)
+            assert answer.result(9).content == f"{number} two " + "x" * number * 1000
+        before = proxy.pongs
+        eventually(lambda: proxy.pongs > before + 2)
+        assert proxy.ends == [], "all of it on one connection"
+    assert ["1000" in end for end in proxy.ends] == [True]
+
+
+def test_a_wrong_path_of_a_websocket_is_named(broker: Mosquitto) -> None:
+    with (
+        WebsocketProxy(broker.port) as proxy,
+        pytest.raises(BrokerUnreachable, match=r"answered 404 Not Found\. Check the port, the path"),
+        Client("127.0.0.1", proxy.port, transport="websockets", websocket_path="/other"),
+    ):
+        pass
 
 
 VERSIONS = pytest.mark.parametrize("protocol", ["5", "3.1.1"])

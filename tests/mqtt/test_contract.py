@@ -1,4 +1,4 @@
-"""What every link does, over all of them: loopback, mosquitto on both versions, and amqtt."""
+"""What every link does, over all of them: loopback, mosquitto on both versions and through a websocket, and amqtt."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from tests.support.cable import Cable
 from tests.support.link_case import LinkCase
 from tests.support.other_brokers import CHOSEN, CHOSEN_MEMBERS
 from tests.support.waiting import eventually
+from tests.support.websocket_proxy import WebsocketProxy
 
 MEMBERS = (
-    *("loopback", "mosquitto-5", "mosquitto-3.1.1", "mosquitto-auto", "amqtt-3.1.1"),
+    *("loopback", "mosquitto-5", "mosquitto-3.1.1", "mosquitto-auto", "websocket-5", "amqtt-3.1.1"),
     *CHOSEN_MEMBERS,
 )
 # A broker that is put to the test is not let off what it is known to lack; only what MQTT 3.1.1 itself has not is left out.
@@ -44,9 +45,16 @@ class Bus:
         if member == "loopback":
             self._loopback = LoopbackBroker()
             return
-        broker = request.getfixturevalue("broker_named")(member.partition("-")[0])
+        name = member.partition("-")[0]
+        self._transport = "websockets" if name == "websocket" else "tcp"
+        broker = request.getfixturevalue("broker_named")("mosquitto" if name == "websocket" else name)
         self._port: int = broker.port
-        self._cable: Cable = request.getfixturevalue("cable_to")(broker.port)
+        reached_at = self._port
+        if name == "websocket":
+            proxy = WebsocketProxy(self._port)
+            self._open.append(proxy.close)
+            reached_at = proxy.port
+        self._cable: Cable = request.getfixturevalue("cable_to")(reached_at)
 
     def topic(self, rest: str) -> str:
         return f"{self.root}/{rest}"
@@ -70,6 +78,7 @@ class Bus:
             settings = MqttSettings(
                 host="127.0.0.1",
                 port=self._cable.port,
+                transport=self._transport,
                 protocol=self.member.partition("-")[2],
                 outbox_messages=outbox_messages,
                 outbox_mib=outbox_mib,

@@ -37,6 +37,7 @@ from tests.support.link_case import LinkCase
 from tests.support.mosquitto import Mosquitto
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
+from tests.support.websocket_proxy import WebsocketProxy
 
 StartMosquitto = Callable[..., Mosquitto]
 LayCable = Callable[[int], Cable]
@@ -233,6 +234,40 @@ def test_websockets_connect_and_carry_large_events_over_a_slow_line(
         assert [int(client.receive().payload[:6]) for _ in range(40)] == list(range(40))
     assert case.link.flush(Deadline(10))
     assert case.link.info().reconnects == 0
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_websocket_cut_anywhere_with_pings_between_carries_everything_both_ways(
+    mosquitto: Mosquitto, new_case: NewCase, protocol: str
+) -> None:
+    with WebsocketProxy(mosquitto.port) as proxy, BusClient(mosquitto.port) as client:
+        client.subscribe("reply/#")
+        case = subscribed(new_case(port=proxy.port, transport="websockets", protocol=protocol))
+        eventually(lambda: proxy.pongs > 2)
+        for number in range(300):
+            size = 20_000 if number % 50 == 0 else number
+            client.publish("request/a", b"%06d" % number + b"x" * size, qos=1)
+            assert case.link.publish("reply/a", b"%06d" % number + b"y" * size) == "queued"
+        assert [int(client.receive().payload[:6]) for _ in range(300)] == list(range(300))
+        assert [int(case.receive().payload[:6]) for _ in range(300)] == list(range(300))
+        assert case.link.flush(Deadline(10))
+        before = proxy.pongs
+        eventually(lambda: proxy.pongs > before + 2)
+        assert case.link.info().reconnects == 0
+        case.close(last_message=False, seconds=1.0)
+        eventually(lambda: proxy.ends)
+        assert "1000" in proxy.ends[0], "it said goodbye"
+
+
+def test_a_wrong_path_of_a_websocket_and_a_silent_port_are_named(mosquitto: Mosquitto, new_case: NewCase) -> None:
+    with WebsocketProxy(mosquitto.port) as proxy:
+        case = new_case(port=proxy.port, transport="websockets", websocket_path="/wrong", wait=False)
+        detail(case, "404 Not Found", "mqtt.websocket_path")
+        assert case.link.info().state == "refused"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        case = new_case(port=silent.getsockname()[1], transport="websockets", wait=False)
+        detail(case, "did not answer within", "websocket")
+        assert case.link.info().state in ("connecting", "lost")
 
 
 def test_a_port_without_websockets_is_named(mosquitto: Mosquitto, new_case: NewCase) -> None:
