@@ -67,17 +67,21 @@ def _flooding(port: int, kind: str) -> Iterator[None]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["requests", "cancels"])
+@pytest.mark.parametrize(
+    "kind, transport", [("requests", "tcp"), ("cancels", "tcp"), ("requests", "websockets"), ("cancels", "websockets")]
+)
 def test_others_are_answered_while_one_client_floods_the_broker_at_qos_0(
     start_worker: StartWorker,
     start_mosquitto: Callable[..., Mosquitto],
     llama_server: LlamaServer,
     watch: Watch,
     kind: str,
+    transport: str,
 ) -> None:
-    broker = start_mosquitto(settings=["set_tcp_nodelay true"], verbose=False)
+    broker = start_mosquitto(settings=["set_tcp_nodelay true"], verbose=False, websockets=True)
     chat = watch(broker.port, filters=["llm/reply/good/#"])
-    worker = start_worker(broker.port, llama_server.url)
+    port = broker.websocket_port if transport == "websockets" else broker.port
+    worker = start_worker(port, llama_server.url, mqtt__transport=transport)
     with _flooding(broker.port, kind):
         eventually(lambda: worker.log("link.flood"), 60)  # it is in full swing
         for number in range(REQUESTS):
