@@ -7,7 +7,7 @@ from typing import Any
 import paho.mqtt.client as paho
 
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
-from llamacpp_mqtt_deploy.mqtt.websocket import Frames, upgrade
+from llamacpp_mqtt_deploy.mqtt.websocket_frames import Frames, upgrade
 
 
 class WebsocketClient(paho.Client):

@@ -11,7 +11,7 @@ from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.incoming import leading_publish
 from llamacpp_mqtt_deploy.mqtt.packets import leading_pubacks
 from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
-from llamacpp_mqtt_deploy.mqtt.websocket import FrameError, Frames, closing, framed
+from llamacpp_mqtt_deploy.mqtt.websocket_frames import FrameError, Frames, closing, framed
 from llamacpp_mqtt_deploy.ports import Delivery
 
 READ_BYTES = 65_536

@@ -19,7 +19,7 @@ from websockets.frames import Frame, Opcode
 from websockets.streams import StreamReader
 
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import MOST_UNSENT_BYTES, BufferedSocket
-from llamacpp_mqtt_deploy.mqtt.websocket import (
+from llamacpp_mqtt_deploy.mqtt.websocket_frames import (
     MOST_CONTROL_BYTES,
     MOST_HEAD_BYTES,
     FrameError,
