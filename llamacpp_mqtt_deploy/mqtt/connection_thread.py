@@ -368,7 +368,8 @@ class ConnectionThread:
         # A resumed session gets the same packet ids and DUP (MQTT 5, section 4.4). They go as new publishes where there is no
         # session, on probation (one at a time), and where the window became smaller than what is in flight.
         if not answer.session_present or outgoing.on_probation or len(outgoing.flying) > answer.window:
-            outgoing.requeue()
+            with self._lock:
+                outgoing.requeue()
         else:
             outgoing.resume()
         with self._changed:
@@ -506,7 +507,8 @@ class ConnectionThread:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.abort()
-        self._outgoing.requeue()
+        with self._lock:
+            self._outgoing.requeue()
 
     def _last_message_done(self, well: bool) -> None:
         if self._closing is not None:

@@ -89,13 +89,13 @@ class Sending:
         caller drops it and connects anew. A publish that brings this about each time is given up.
         """
         outgoing = self.outgoing
-        if not (outgoing.waiting or outgoing.again):
+        if not (outgoing.waiting.count or outgoing.again):
             return False
         now = time.monotonic()
         if outgoing.again and not self._resend(wire, now):
             return True
         # What comes after this look wakes us again.
-        while outgoing.waiting:
+        while outgoing.waiting.count:
             # Under the lock of those who count: a publish between queue and flight would be in neither, the outbox would take one
             # too many, and a flush would find nothing left while the last one is still on its way.
             with self._lock:

@@ -42,7 +42,7 @@ class Publish:
 class Outgoing:
     """Waiting publishes, in turn between their owners, then the ones in flight in the order in which they were sent.
 
-    `take` is for any thread, one at a time; everything else belongs to the link's thread.
+    `take` is for any thread; everything else belongs to the link's thread, which holds the lock of those who `take` while it changes what waits.
 
     A broker that closes the connection because of one publish (mosquitto's `message_size_limit` is not announced) gets it again
     after each reconnect, for ever. So: when two connections in a row end on the same oldest unacknowledged publish, the next
@@ -66,7 +66,7 @@ class Outgoing:
         self._quiet_until = 0.0
 
     def __len__(self) -> int:
-        return len(self.waiting) + (self._taken is not None) + len(self.flying)
+        return self.waiting.count + (self._taken is not None) + len(self.flying)
 
     def take(self, publish: Publish) -> bool:
         """Queue a publish; False when the budget has no place for it. `Sending.done` gives its place back."""
@@ -95,7 +95,7 @@ class Outgoing:
 
     def next(self, now: float) -> Publish | None:
         """Take the next publish that may be sent now; it counts as ours until `sent`, `put_back`, `failed` or `dropped`."""
-        if not self.waiting or len(self.flying) >= (1 if self._suspects else self.window):
+        if not self.waiting.count or len(self.flying) >= (1 if self._suspects else self.window):
             return None
         if self._suspects and now < self._quiet_until:
             return None

@@ -34,7 +34,9 @@ class Thinning:
 
     def __init__(self, owner_levels: int) -> None:
         self._owner_levels = owner_levels
-        self._until: float | None = None
+        self.is_on = False
+        """Whether there is a flood; to be read only."""
+        self._until = 0.0
         self._free = 0
         self._window_ends = 0.0
         self._passed: Counter[bytes] = Counter()
@@ -43,17 +45,12 @@ class Thinning:
         """How many messages since `told` was asked last."""
         self._example = b""
 
-    @property
-    def is_on(self) -> bool:
-        return self._until is not None
-
     def note_read(self, *, full: bool, now: float) -> None:
         """The socket was read, and `full` says whether that brought as much as it may."""
-        if self._until is not None:
-            if now >= self._until:
-                self._until = None
+        if self.is_on:
+            self.is_on = now < self._until
         elif full:
-            self._free, self._until = FREE_MESSAGES, now + CALM_S
+            self.is_on, self._free, self._until = True, FREE_MESSAGES, now + CALM_S
 
     def told(self) -> tuple[int, bytes]:
         """How many messages were dropped since this was asked last, and the topic of one of them."""

@@ -25,9 +25,8 @@ class WaitingPublishes:
         self._in_front: deque[Publish] = deque()
         self._in_turn: FairQueue[Publish] = FairQueue()
         self._last: deque[Publish] = deque()
-
-    def __len__(self) -> int:
-        return len(self._in_front) + len(self._in_turn) + len(self._last)
+        self.count = 0
+        """How many there are; to be read only. An attribute, since it is looked at several times for each token."""
 
     def __iter__(self) -> Iterator[Publish]:
         """All of them, in the order of their owners."""
@@ -37,21 +36,26 @@ class WaitingPublishes:
         levels = publish.topic.split("/", self._owner_levels)
         several = len(levels) > self._owner_levels
         self._in_turn.put("/".join(levels[:-1]) if several else publish.topic, publish)
+        self.count += 1
 
     def append_last(self, publish: Publish) -> None:
         self._last.append(publish)
+        self.count += 1
 
     def put_back(self, publishes: Iterable[Publish]) -> None:
         """These were taken, in this order, and go before all others."""
+        before = len(self._in_front)
         self._in_front.extendleft(reversed(list(publishes)))
+        self.count += len(self._in_front) - before
 
     def take(self) -> Publish:
         """The next one; raises IndexError when there is none."""
-        if self._in_front:
-            return self._in_front.popleft()
-        return self._in_turn.take() or self._last.popleft()
+        taken = self._in_front.popleft() if self._in_front else self._in_turn.take() or self._last.popleft()
+        self.count -= 1
+        return taken
 
     def clear(self) -> None:
         self._in_front.clear()
         self._in_turn.clear()
         self._last.clear()
+        self.count = 0

@@ -18,7 +18,7 @@ def _publish(topic: str, payload: bytes = b"") -> Publish:
 
 
 def _taken(waiting: WaitingPublishes) -> list[str]:
-    return [waiting.take().topic for _ in range(len(waiting))]
+    return [waiting.take().topic for _ in range(waiting.count)]
 
 
 def test_one_of_each_client_goes_in_turn_whatever_its_sessions_are() -> None:
@@ -67,7 +67,7 @@ def test_each_topic_keeps_its_order_whatever_is_put_back(seed: int) -> None:
                 topic = f"llm/reply/{chance.choice('aab')}/{chance.choice('xyz')}"
                 waiting.append(_publish(topic, b"%d" % came[topic]))
                 came[topic] += 1
-            case 4 | 5 if len(waiting):
+            case 4 | 5 if waiting.count:
                 flying.append(waiting.take())
             case 6 if flying:
                 gone = flying.pop(0)
@@ -76,8 +76,8 @@ def test_each_topic_keeps_its_order_whatever_is_put_back(seed: int) -> None:
                 waiting.put_back(flying)
                 flying.clear()
     waiting.put_back(flying)
-    assert len(waiting) == len(list(waiting)) == sum(came.values()) - sum(map(len, sent.values()))
-    while len(waiting):
+    assert waiting.count == len(list(waiting)) == sum(came.values()) - sum(map(len, sent.values()))
+    while waiting.count:
         gone = waiting.take()
         sent[gone.topic].append(int(gone.payload))
     assert sent == {topic: list(range(number)) for topic, number in came.items()}
@@ -92,4 +92,4 @@ def test_what_is_cleared_is_gone() -> None:
     waiting.put_back([_publish("c")])
     assert [each.topic for each in waiting] == ["c", "a", "b"]
     waiting.clear()
-    assert (len(waiting), list(waiting)) == (0, [])
+    assert (waiting.count, list(waiting)) == (0, [])
