@@ -236,13 +236,15 @@ def test_websockets_connect_and_carry_large_events_over_a_slow_line(
     assert case.link.info().reconnects == 0
 
 
-@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize("protocol, tls", [("5", False), ("3.1.1", False), ("5", True)])
 def test_a_websocket_cut_anywhere_with_pings_between_carries_everything_both_ways(
-    mosquitto: Mosquitto, new_case: NewCase, protocol: str
+    mosquitto: Mosquitto, new_case: NewCase, authority: Authority, protocol: str, tls: bool
 ) -> None:
-    with WebsocketProxy(mosquitto.port) as proxy, BusClient(mosquitto.port) as client:
+    certificate = authority.issue("proxy") if tls else None
+    trust = {"enabled": True, "ca_file": authority.ca_file} if tls else {}
+    with WebsocketProxy(mosquitto.port, certificate=certificate) as proxy, BusClient(mosquitto.port) as client:
         client.subscribe("reply/#")
-        case = subscribed(new_case(port=proxy.port, transport="websockets", protocol=protocol))
+        case = subscribed(new_case(port=proxy.port, transport="websockets", protocol=protocol, tls=trust))
         eventually(lambda: proxy.pongs > 2)
         for number in range(300):
             size = 20_000 if number % 50 == 0 else number

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import ssl
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -23,7 +25,13 @@ class WebsocketProxy:
     """Takes websockets for MQTT at `port` under the path /mqtt, answers 404 elsewhere."""
 
     def __init__(
-        self, broker_port: int, *, ping_every_s: float = 0.05, largest_frame: int = 1000, seed: int = 1
+        self,
+        broker_port: int,
+        *,
+        certificate: tuple[Path, Path] | None = None,
+        ping_every_s: float = 0.05,
+        largest_frame: int = 1000,
+        seed: int = 1,
     ) -> None:
         self.port = free_port()
         self.pongs = 0
@@ -31,12 +39,17 @@ class WebsocketProxy:
         """Why connections ended, as this end says it."""
         self._broker_port, self._largest_frame, self._random = broker_port, largest_frame, random.Random(seed)
         self._ping_every_s = ping_every_s
+        context = None
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
         self._server: Server = serve(
             self._serve,
             "127.0.0.1",
             self.port,
             subprotocols=["mqtt"],  # type: ignore[list-item]
             compression=None,
+            ssl=context,
             max_size=None,
             ping_interval=None,
             close_timeout=1.0,
