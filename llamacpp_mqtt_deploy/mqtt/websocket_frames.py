@@ -23,6 +23,9 @@ _PATH = "/?%:@!$&'()*+,;=-._~"
 # Of a frame's first byte and, the mask, of its second (RFC 6455, section 5.2).
 _FIN, _RESERVED, _OPCODE, _CONTROL, _MASKED = 0x80, 0x70, 0x0F, 0x08, 0x80
 _CONTINUATION, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x2, 0x8, 0x9, 0xA
+_WHOLE = _FIN | _BINARY
+_MASKED_AT_ONCE = 65_536
+"""A multiple of the mask's length: a large packet shall not be in memory five times."""
 _NORMAL_CLOSURE = (1000).to_bytes(2, "big")
 
 
@@ -141,10 +144,18 @@ class Frames:
                 at += len(part)
                 self._left -= len(part)
                 continue
+            first = raw[at]
+            if first == _WHOLE and at + 1 < size and not self._in_message:
+                # Nearly all: a small packet in a frame of its own.
+                length, end = raw[at + 1], at + 2 + raw[at + 1]
+                if length <= MOST_CONTROL_BYTES and end <= size:
+                    parts.append(raw[at + 2 : end])
+                    at = end
+                    continue
             head = _head(raw, at)
             if head is None:
                 break
-            first, (start, length) = raw[at], head
+            start, length = head
             if not first & _CONTROL:
                 self._begin(first, length)
                 at = start
@@ -219,7 +230,12 @@ def _frame(opcode: int, data: bytes | bytearray) -> bytes:
     else:
         head = bytes((_FIN | opcode, _MASKED | 127)) + size.to_bytes(8, "big")
     mask = os.urandom(4)
-    # One exclusive or of two long numbers: byte by byte it would take a hundred times as long.
+    pieces = (_masked(data[at : at + _MASKED_AT_ONCE], mask) for at in range(0, size, _MASKED_AT_ONCE))
+    return b"".join((head, mask, *pieces))
+
+
+def _masked(data: bytes | bytearray, mask: bytes) -> bytes:
+    """One exclusive or of two long numbers: byte by byte it would take a hundred times as long."""
+    size = len(data)
     key = (mask * (size // 4 + 1))[:size]
-    masked = int.from_bytes(data, "little") ^ int.from_bytes(key, "little")
-    return head + mask + masked.to_bytes(size, "little")
+    return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")

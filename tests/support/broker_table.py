@@ -87,6 +87,7 @@ def _cell(found: Sequence[Result], notes: Mapping[tuple[str, str], str], reasons
 
 def _title(member: str) -> str:
     name, _, spoken = member.partition("-")
+    name = "mosquitto by websocket" if name == "websocket" else name
     return f"{name}, {'5 or 3.1.1' if spoken == 'auto' else spoken}"
 
 
