@@ -40,6 +40,7 @@ class BufferedSocket:
         "_records",
         "_socket",
         "_tls",
+        "_to_skip",
         "ahead",
         "failure",
         "is_dry",
@@ -62,6 +63,8 @@ class BufferedSocket:
         """Set where floods are to be thinned out."""
         self.to_be_thinned = False
         """Whether what was read is of a flood, and `thin_out` has not seen it."""
+        self._to_skip = 0
+        """How many of the next bytes belong to a message that was dropped."""
         self.failure: OSError | None = None
         """Why the connection is at its end, as whoever reads or writes next is told."""
         self._is_tcp = sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6)
@@ -117,9 +120,20 @@ class BufferedSocket:
         if thinning is not None and (flooded or full):
             if flooded and tls:
                 read = self._gathered(read)
+                full = len(read) >= READ_BYTES
             thinning.note_read(full=full, now=time.monotonic())
             self.to_be_thinned = thinning.is_on
-        self.ahead = memoryview(read if frames is None else self._carried(frames, read))
+        if frames is not None:
+            read = self._carried(frames, read)
+        if self._to_skip and read:
+            skipped = min(self._to_skip, len(read))
+            self._to_skip -= skipped
+            if skipped == len(read):
+                self.is_dry = True  # until the next turn, though there may be more
+                raise BlockingIOError
+            self.ahead = memoryview(read)[skipped:]
+        else:
+            self.ahead = memoryview(read)
 
     def _carried(self, frames: Frames, read: bytes) -> bytes:
         """What came in the websocket's frames, nothing at the end of the connection. Raises BlockingIOError where nothing came in them yet."""
@@ -217,8 +231,11 @@ class BufferedSocket:
     def thin_out(self) -> None:
         """Drop the flood from what was read, where a packet begins."""
         self.to_be_thinned = False
-        if self.thinning is not None:
-            self.ahead = memoryview(self.thinning.thinned(bytes(self.ahead), time.monotonic()))
+        if self.thinning is not None and self.ahead:
+            left, self._to_skip = self.thinning.thinned(bytes(self.ahead), time.monotonic())
+            self.ahead = memoryview(left)
+            if not left:
+                self.is_dry = True  # what comes next is read in the next turn, and thinned out as well
 
     def take_publish(self, version: Version, now: float, connection: int) -> Delivery | None:
         """Take out the PUBLISH that comes next in what was read, where a packet begins; None when paho is to read it."""

@@ -33,17 +33,23 @@ _FLOOD = textwrap.dedent(
 
     def publish(topic, payload):
         body = text(topic) + payload
-        return b"\\x30" + bytes([len(body)]) + body
+        size, left = b"", len(body)
+        while left or not size:
+            left, seven = divmod(left, 128)
+            size += bytes([seven | (0x80 if left else 0)])
+        return b"\\x30" + size + body
 
     broker = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
     hello = text(b"MQTT") + bytes([4, 2]) + struct.pack("!H", 600) + text(b"flood")
     broker.sendall(bytes([0x10, len(hello)]) + hello)
     broker.recv(4)
-    make = {
-        "requests": lambda n: publish(b"llm/request/flood/s%d" % n, b'{"prompt":"hi","request_id":"f%d"}' % n),
-        "cancels": lambda n: publish(b"llm/control/u%d/s" % n, b'{"action":"cancel","request_id":"f%d"}' % n),
+    large = b"hi" * 300_000
+    make, count, together = {
+        "requests": (lambda n: publish(b"llm/request/flood/s%d" % n, b'{"prompt":"hi","request_id":"f%d"}' % n), 20_000, 100),
+        "large": (lambda n: publish(b"llm/request/flood/s%d" % n, b'{"prompt":"%s","request_id":"f%d"}' % (large, n)), 100, 1),
+        "cancels": (lambda n: publish(b"llm/control/u%d/s" % n, b'{"action":"cancel","request_id":"f%d"}' % n), 20_000, 100),
     }[sys.argv[2]]
-    pieces = [b"".join(make(n) for n in range(first, first + 100)) for first in range(0, 20_000, 100)]
+    pieces = [b"".join(make(n) for n in range(first, first + together)) for first in range(0, count, together)]
     print("floods", flush=True)
     while True:
         for piece in pieces:
@@ -68,7 +74,8 @@ def _flooding(port: int, kind: str) -> Iterator[None]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "kind, transport", [("requests", "tcp"), ("cancels", "tcp"), ("requests", "websockets"), ("cancels", "websockets")]
+    "kind, transport",
+    [("requests", "tcp"), ("large", "tcp"), ("cancels", "tcp"), ("requests", "websockets"), ("cancels", "websockets")],
 )
 def test_others_are_answered_while_one_client_floods_the_broker_at_qos_0(
     start_worker: StartWorker,
