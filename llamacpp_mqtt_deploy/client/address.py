@@ -87,7 +87,7 @@ def explain_failure(error: Exception, address: BrokerAddress) -> str:
         case PermissionError():
             return f"This user may not open the socket {address.host!r}."
         case UpgradeError():
-            return f"No MQTT websocket at {where}: the other side {error}. Check the port, the path, and a proxy before it."
+            return f"No MQTT websocket at {where}: the other side {error}. Check mqtt.port, mqtt.websocket_path, and a proxy before it."
         case TimeoutError():
             return f"The broker at {where} did not answer in time. Check the host, the network and the firewall."
         case _:

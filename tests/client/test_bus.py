@@ -86,7 +86,7 @@ def test_a_websocket_that_pings_and_cuts_frames_anywhere_is_kept(broker: Mosquit
 def test_a_wrong_path_of_a_websocket_is_named(broker: Mosquitto) -> None:
     with (
         WebsocketProxy(broker.port) as proxy,
-        pytest.raises(BrokerUnreachable, match=r"answered 404 Not Found\. Check the port, the path"),
+        pytest.raises(BrokerUnreachable, match=r"answered 404 Not Found\. Check mqtt\.port"),
         Client("127.0.0.1", proxy.port, transport="websockets", websocket_path="/other"),
     ):
         pass
