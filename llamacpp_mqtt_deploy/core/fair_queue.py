@@ -35,12 +35,9 @@ class FairQueue(Generic[T]):
 
     def put(self, level: str, item: T) -> bool:
         """Add the item; False when the level, or the queue, has no place for it."""
-        items = self._levels.get(level)
-        if (0 if items is None else len(items)) >= self._per_level or self._in_it >= self._in_all:
+        if not self.has_place(level):
             return False
-        if items is None:
-            self._levels[level] = items = deque()
-        items.append(item)
+        self._levels.setdefault(level, deque()).append(item)
         self._in_it += 1
         return True
 
