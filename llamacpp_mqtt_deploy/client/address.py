@@ -10,7 +10,7 @@ from typing import Literal
 
 from paho.mqtt.reasoncodes import ReasonCode
 
-from llamacpp_mqtt_deploy.mqtt.websocket_frames import UpgradeError
+from llamacpp_mqtt_deploy.mqtt.websocket_upgrade import UpgradeError
 
 Transport = Literal["tcp", "websockets", "unix"]
 Version = Literal["auto", "5", "3.1.1"]

@@ -7,7 +7,8 @@ from typing import Any
 import paho.mqtt.client as paho
 
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
-from llamacpp_mqtt_deploy.mqtt.websocket_frames import Frames, upgrade
+from llamacpp_mqtt_deploy.mqtt.websocket_frames import Frames
+from llamacpp_mqtt_deploy.mqtt.websocket_upgrade import upgrade
 
 
 class WebsocketClient(paho.Client):
@@ -41,7 +42,11 @@ class _PromptSocket(BufferedSocket):
         the same data is to be given again then."""
         if not self._taken:
             self._taken = super().send(data)
-        self._write()
+        if not self.flush():
+            assert self.failure is not None
+            raise self.failure
+        if self.unsent:
+            raise BlockingIOError
         taken, self._taken = self._taken, 0
         return taken
 
@@ -52,13 +57,6 @@ class _PromptSocket(BufferedSocket):
         finally:
             if self.unsent and not self._taken:
                 self.flush()  # the answer to a ping
-
-    def _write(self) -> None:
-        if not self.flush():
-            assert self.failure is not None
-            raise self.failure
-        if self.unsent:
-            raise BlockingIOError
 
     def shutdown(self, how: int) -> None:
         self._socket.shutdown(how)

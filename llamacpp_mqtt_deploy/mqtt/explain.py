@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llamacpp_mqtt_deploy.mqtt.websocket_frames import UpgradeError
+from llamacpp_mqtt_deploy.mqtt.websocket_upgrade import UpgradeError
 
 
 @dataclass(frozen=True, slots=True)

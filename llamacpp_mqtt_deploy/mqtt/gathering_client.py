@@ -17,7 +17,8 @@ from llamacpp_mqtt_deploy.mqtt.backoff import Version
 from llamacpp_mqtt_deploy.mqtt.buffered_socket import BufferedSocket
 from llamacpp_mqtt_deploy.mqtt.packets import PUBACK, puback, puback_packet
 from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
-from llamacpp_mqtt_deploy.mqtt.websocket_frames import FrameError, Frames, upgrade
+from llamacpp_mqtt_deploy.mqtt.websocket_frames import FrameError, Frames
+from llamacpp_mqtt_deploy.mqtt.websocket_upgrade import upgrade
 from llamacpp_mqtt_deploy.ports import Delivery
 
 
