@@ -69,18 +69,16 @@ def test_a_prompt_larger_than_every_buffer_goes_over_a_websocket_at_once(start_m
 
 
 def test_a_websocket_that_pings_and_cuts_frames_anywhere_is_kept(broker: Mosquitto) -> None:
-    with (
-        PlayedWorker(broker.port),
-        WebsocketProxy(broker.port) as proxy,
-        Client("127.0.0.1", proxy.port, transport="websockets") as bus,
-    ):
-        for number in range(20):
-            answer = bus.ask(f"{number} two " + "x" * number * 1000)
-            assert answer.result(9).content == f"{number} two " + "x" * number * 1000
-        before = proxy.pongs
-        eventually(lambda: proxy.pongs > before + 2)
-        assert proxy.ends == [], "all of it on one connection"
-    assert ["1000" in end for end in proxy.ends] == [True]
+    with PlayedWorker(broker.port), WebsocketProxy(broker.port) as proxy:
+        with Client("127.0.0.1", proxy.port, transport="websockets") as bus:
+            for number in range(20):
+                answer = bus.ask(f"{number} two " + "x" * number * 1000)
+                assert answer.result(9).content == f"{number} two " + "x" * number * 1000
+            before = proxy.pongs
+            eventually(lambda: proxy.pongs > before + 2)
+            assert proxy.ends == [], "all of it on one connection"
+        eventually(lambda: proxy.ends)
+        assert ["1000" in end for end in proxy.ends] == [True]
 
 
 def test_a_wrong_path_of_a_websocket_is_named(broker: Mosquitto) -> None:
