@@ -19,6 +19,8 @@ class Cable:
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._leaving: list[socket.socket] = []
+        """Ends at the target whose other ends have hung up: the target may still have to read what was said last."""
         self._stalled = False
         self._still = threading.Event()
         """The thread knows that it is to move nothing."""
@@ -39,6 +41,10 @@ class Cable:
         """End all connections; new ones work."""
         for pair in list(self._pairs):
             self._drop(pair)
+
+    def is_idle(self) -> bool:
+        """Whether there is no connection, and the target has read and ended all those that the other side has ended."""
+        return not self._pairs and not self._leaving
 
     def stall(self) -> None:
         """Move no byte in either direction, as a firewall that forgot the connection; none passes once this has returned."""
@@ -73,6 +79,8 @@ class Cable:
         self._closed.set()
         self._thread.join(5)
         self.cut()
+        for end in self._leaving:
+            end.close()
         self._server.close()
 
     def _drop(self, pair: tuple[socket.socket, socket.socket]) -> None:
@@ -91,12 +99,15 @@ class Cable:
                 self._still.set()
             ends = [] if stalled else [end for pair in pairs for end in pair if self._moves(end)]
             try:
-                ready, _, _ = select.select([self._server, *ends], [], [], 0.02)
+                ready, _, _ = select.select([self._server, *ends, *([] if stalled else self._leaving)], [], [], 0.02)
             except (OSError, ValueError):
                 continue
             for end in ready:
                 if end is self._server:
                     self._accept()
+                    continue
+                if end in self._leaving:
+                    self._drain(end)
                     continue
                 pair = next((p for p in pairs if end in p), None)
                 if pair is not None:
@@ -127,6 +138,9 @@ class Cable:
         other = pair[1] if end is pair[0] else pair[0]
         try:
             data = end.recv(65536)
+            if not data and end is pair[0]:
+                self._say_goodbye(pair)
+                return
             if self._mark and end is pair[1] and self._mark in data:
                 self._held[end] = data
                 self._holds.set()
@@ -142,6 +156,23 @@ class Cable:
         except OSError:
             pass
         self._drop(pair)
+
+    def _say_goodbye(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        """Pass on that the near end has hung up, and nothing more: to close the far end as well could take from the target what it
+        has not read yet."""
+        near, far = pair
+        far.shutdown(socket.SHUT_WR)
+        self._leaving.append(far)
+        with contextlib.suppress(ValueError):
+            self._pairs.remove(pair)
+        near.close()
+
+    def _drain(self, far: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            if far.recv(65536):
+                return
+        self._leaving.remove(far)
+        far.close()
 
     def _pass_on_held(self) -> None:
         for near, far in list(self._pairs):

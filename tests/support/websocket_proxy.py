@@ -37,8 +37,11 @@ class WebsocketProxy:
         self.pongs = 0
         self.ends: list[str] = []
         """Why connections ended, as this end says it."""
+        self.serving = 0
+        """Connections that the broker, as far as is known here, has not ended."""
         self._broker_port, self._largest_frame, self._random = broker_port, largest_frame, random.Random(seed)
         self._ping_every_s = ping_every_s
+        self._counting = threading.Lock()
         context = None
         if certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -77,6 +80,8 @@ class WebsocketProxy:
             back = threading.Thread(target=self._bring_back, args=(broker, websocket), name="websocket-proxy-back")
             back.start()
             threading.Thread(target=self._ping, args=(websocket,), name="websocket-proxy-ping").start()
+            with self._counting:
+                self.serving += 1
             try:
                 for message in websocket:
                     assert isinstance(message, bytes)
@@ -85,24 +90,29 @@ class WebsocketProxy:
                 pass
             finally:
                 self.ends.append(f"{websocket.close_code} {websocket.close_reason}")
+                # The broker is to read all that was said: it hangs up when it has.
                 with contextlib.suppress(OSError):
-                    broker.shutdown(socket.SHUT_RDWR)
+                    broker.shutdown(socket.SHUT_WR)
                 back.join(10)
+                with self._counting:
+                    self.serving -= 1
 
     def _bring_back(self, broker: socket.socket, websocket: ServerConnection) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while data := broker.recv(65_536):
-                while data:
-                    size = self._random.randint(1, self._largest_frame)
-                    frame, data = data[:size], data[size:]
-                    if self._random.random() < 0.3:
-                        cut = self._random.randint(0, len(frame))
-                        websocket.send([frame[:cut], frame[cut:]])
-                    else:
-                        websocket.send(frame)
-        except (ConnectionClosed, OSError):
-            pass
+                with contextlib.suppress(ConnectionClosed):
+                    self._send_cut(data, websocket)
         websocket.close()
+
+    def _send_cut(self, data: bytes, websocket: ServerConnection) -> None:
+        while data:
+            size = self._random.randint(1, self._largest_frame)
+            frame, data = data[:size], data[size:]
+            if self._random.random() < 0.3:
+                cut = self._random.randint(0, len(frame))
+                websocket.send([frame[:cut], frame[cut:]])
+            else:
+                websocket.send(frame)
 
     def _ping(self, websocket: ServerConnection) -> None:
         try:
