@@ -340,15 +340,19 @@ def test_acknowledgements_keep_their_order_where_the_socket_takes_no_more(listen
 def test_messages_leave_nothing_to_the_garbage_collector(listener: socket.socket) -> None:
     with Connection(listener, "5") as connection:
         connection.feed(REQUEST)
+        left: list[int] = []
         gc.collect()
         gc.disable()
         try:
-            for _ in range(20):
-                assert connection.feed(REQUEST)
-            assert gc.collect() == 0
+            for _ in range(5):
+                for _ in range(20):
+                    assert connection.feed(REQUEST)
+                left.append(gc.collect())
         finally:
             gc.enable()
-        assert len(connection.told.events) == 22
+        # A thread that an earlier test has left behind may leave something once; these messages would do so each time.
+        assert min(left) == 0
+        assert len(connection.told.events) == 102
 
 
 @pytest.mark.parametrize("coming", [REQUEST, b"\x40\x02\x00\x01"], ids=["messages", "acknowledgements"])
