@@ -137,6 +137,13 @@ class Delivery:
     expiry_s: float | None = None
     """The remaining Message Expiry, None when the publisher set none."""
     receipt: object = None
+    left_out: int = 0
+    """How many bytes of the payload were not kept, because it is longer than anybody takes; `payload` is its beginning then."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the payload as it was published."""
+        return len(self.payload) + self.left_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +215,8 @@ class Outbox(Protocol):
 
 
 class Link(Outbox, Protocol):
-    """One connection to the bus that reconnects for ever."""
+    """One connection to the bus that reconnects for ever. It is made with `max_incoming_bytes`: of a payload that is longer it may
+    deliver the beginning alone (`Delivery.left_out`), so that no message costs more memory than that."""
 
     def open(
         self,

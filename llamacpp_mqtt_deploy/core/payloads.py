@@ -33,14 +33,15 @@ _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 _MAX_INT_CHARS = 20
 
 
-def decode_payload(payload: bytes, *, max_bytes: int) -> str | dict[str, Any] | None:
+def decode_payload(payload: bytes, *, max_bytes: int, left_out: int = 0) -> str | dict[str, Any] | None:
     """The content of a message: a text, a JSON object when its first non-blank byte is `{`, None when it is blank.
+    `left_out`: it has so many bytes more, which are not here.
 
     An object that comes out has at most `MAX_DEPTH` levels, no doubled key, no lone surrogate, and only numbers that are
     finite and fit 64 bits. Raises PayloadTooLarge and BadRequest; work is linear in the size of the payload.
     """
-    if len(payload) > max_bytes:
-        raise too_large(len(payload), max_bytes)
+    if left_out or len(payload) > max_bytes:
+        raise too_large(len(payload) + left_out, max_bytes)
     payload = payload.removeprefix(_BOM)
     if is_blank(payload):
         return None

@@ -186,14 +186,16 @@ class AdminCommand:
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def read_request(payload: bytes, *, policy: RequestPolicy, templated: bool = False) -> RawRequest | None:
+def read_request(
+    payload: bytes, *, policy: RequestPolicy, templated: bool = False, left_out: int = 0
+) -> RawRequest | None:
     """A request from its bytes: named values, still unchecked; None when the payload is blank. Raises BadRequest, PayloadTooLarge.
 
     Reading and checking are two steps so that a refusal of the second is answered under the client's own request id (and
     session, on a route that takes it from the payload). A message that even this refuses has no certain id;
     `guessing.guess_ids` finds a likely one. `templated`: it came on the topic of the route's prompt template.
     """
-    content = decode_payload(payload, max_bytes=policy.max_request_bytes)
+    content = decode_payload(payload, max_bytes=policy.max_request_bytes, left_out=left_out)
     if content is None:
         return None
     if policy.prompt_template is not None and (templated or policy.templates_requests):
@@ -270,7 +272,7 @@ def check_request(raw: RawRequest, *, policy: RequestPolicy) -> Generate:
 # --- control and admin -----------------------------------------------------------------------------------------------
 
 
-def parse_control(payload: bytes, *, max_count_bytes: int = MAX_CONTROL_BYTES) -> ControlCommand:
+def parse_control(payload: bytes, *, max_count_bytes: int = MAX_CONTROL_BYTES, left_out: int = 0) -> ControlCommand:
     """A control message from its bytes: a JSON object, or the bare action for a person at a shell (`cancel`).
 
     `max_count_bytes` bounds a `count_tokens`. Raises BadRequest, PayloadTooLarge; `details` then holds `action` and `transaction`
@@ -278,8 +280,8 @@ def parse_control(payload: bytes, *, max_count_bytes: int = MAX_CONTROL_BYTES) -
     """
     # Before anything is parsed: a large message of another action costs a search and no more.
     max_bytes = max_count_bytes if b"count_tokens" in payload else MAX_CONTROL_BYTES
-    if len(payload) > max_bytes:
-        raise too_large(len(payload), max_bytes, **guess_words(payload, _ANSWERABLE, max_chars=64))
+    if left_out or len(payload) > max_bytes:
+        raise too_large(len(payload) + left_out, max_bytes, **guess_words(payload, _ANSWERABLE, max_chars=64))
     content = _content(payload, _CONTROL, max_bytes=max_bytes)
     found = _validated(ControlFields, content, _CONTROL)
     if found.action == "count_tokens":
@@ -298,12 +300,13 @@ def check_counted(counted: Mapping[str, Any], *, policy: RequestPolicy) -> Gener
     return check_request(RawRequest(None, kept, None, None, (), ""), policy=policy)
 
 
-def parse_admin(payload: bytes) -> AdminCommand:
+def parse_admin(payload: bytes, *, left_out: int = 0) -> AdminCommand:
     """An admin message from its bytes: a JSON object, or bare words (`drain`, `log_level debug`).
 
     Raises BadRequest, PayloadTooLarge, as `parse_control` does.
     """
-    found = _validated(AdminFields, _content(payload, _ADMIN, max_bytes=MAX_CONTROL_BYTES), _ADMIN)
+    content = _content(payload, _ADMIN, max_bytes=MAX_CONTROL_BYTES, left_out=left_out)
+    found = _validated(AdminFields, content, _ADMIN)
     if found.action in ("usage", "problems"):
         return AdminCommand(
             action=found.action,
@@ -321,9 +324,9 @@ def parse_admin(payload: bytes) -> AdminCommand:
     return AdminCommand(action=found.action, transaction=found.transaction, **{field: getattr(found, field)})
 
 
-def _content(payload: bytes, expected: Mapping[str, str], *, max_bytes: int) -> dict[str, Any]:
+def _content(payload: bytes, expected: Mapping[str, str], *, max_bytes: int, left_out: int = 0) -> dict[str, Any]:
     """The fields of a control or admin message that are there, still unchecked."""
-    content = decode_payload(payload, max_bytes=max_bytes)
+    content = decode_payload(payload, max_bytes=max_bytes, left_out=left_out)
     if content is None:
         raise _bad({"action": expected["action"]})
     if isinstance(content, str):

@@ -38,12 +38,14 @@ class WantedChange:
     reset: bool = True
 
 
-def read_change(kind: SessionChange, payload: bytes, *, session: str | None, names: FieldNames) -> WantedChange:
-    """A change from its bytes. `session` is that of the topic, which goes before one in the payload; `names` are the route's.
+def read_change(
+    kind: SessionChange, payload: bytes, *, session: str | None, names: FieldNames, left_out: int = 0
+) -> WantedChange:
+    """A change from its bytes, but for those `left_out`. `session` is that of the topic, which goes before one in the payload; `names` are the route's.
 
     Raises BadRequest and PayloadTooLarge.
     """
-    content = decode_payload(payload, max_bytes=MAX_CHANGE_BYTES)
+    content = decode_payload(payload, max_bytes=MAX_CHANGE_BYTES, left_out=left_out)
     if isinstance(content, str) and kind == "system_prompt":
         content = {"system_prompt": content}
     elif isinstance(content, str):

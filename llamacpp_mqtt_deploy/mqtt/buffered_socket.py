@@ -6,8 +6,10 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable
 
 from llamacpp_mqtt_deploy.mqtt.backoff import Version
+from llamacpp_mqtt_deploy.mqtt.cutting import Beginning, beginning_of, has_no_length
 from llamacpp_mqtt_deploy.mqtt.incoming import leading_publish
 from llamacpp_mqtt_deploy.mqtt.packets import leading_pubacks
 from llamacpp_mqtt_deploy.mqtt.thinning import Thinning
@@ -36,15 +38,18 @@ class BufferedSocket:
 
     __slots__ = (
         "_frames",
+        "_held",
         "_is_tcp",
         "_records",
         "_socket",
         "_tls",
         "_to_skip",
         "ahead",
+        "beginning",
         "failure",
         "is_dry",
         "is_tls",
+        "max_incoming_bytes",
         "thinning",
         "to_be_thinned",
         "unsent",
@@ -63,8 +68,14 @@ class BufferedSocket:
         """Set where floods are to be thinned out."""
         self.to_be_thinned = False
         """Whether what was read is of a flood, and `thin_out` has not seen it."""
+        self.max_incoming_bytes: Callable[[], int] | None = None
+        """Set where messages with longer payloads are to be cut (`take_publish`)."""
+        self.beginning: Beginning | None = None
+        """Set in the middle of a message that is cut: what comes is for `take_beginning` alone."""
+        self._held = b""
+        """The beginning of a packet that says not yet how long it is; what is read next is put behind it."""
         self._to_skip = 0
-        """How many of the next bytes belong to a message that was dropped."""
+        """How many of the next bytes belong to a message that was dropped or cut."""
         self.failure: OSError | None = None
         """Why the connection is at its end, as whoever reads or writes next is told."""
         self._is_tcp = sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6)
@@ -132,6 +143,9 @@ class BufferedSocket:
                 self.is_dry = True  # until the next turn, though there may be more
                 raise BlockingIOError
             self.ahead = memoryview(read)[skipped:]
+        elif self._held:
+            # At the end of the connection nothing is to be left, as whoever reads then expects.
+            self.ahead, self._held = memoryview(self._held + read if read else b""), b""
         else:
             self.ahead = memoryview(read)
 
@@ -238,10 +252,54 @@ class BufferedSocket:
                 self.is_dry = True  # what comes next is read in the next turn, and thinned out as well
 
     def take_publish(self, version: Version, now: float, connection: int) -> Delivery | None:
-        """Take out the PUBLISH that comes next in what was read, where a packet begins; None when paho is to read it."""
+        """Take out the PUBLISH that comes next in what was read, where a packet begins; None when paho is to read it, or
+        `take_beginning` (`is_cutting`)."""
         found = leading_publish(self.ahead, version, now, connection)
         if found is None:
+            if self.max_incoming_bytes is not None:
+                self._begin_to_cut(self.max_incoming_bytes())
             return None
         delivery, size = found
         self.ahead = self.ahead[size:]
         return delivery
+
+    def _begin_to_cut(self, most_payload: int) -> None:
+        if has_no_length(self.ahead):
+            self._held, self.ahead = bytes(self.ahead), memoryview(b"")
+            return
+        found = beginning_of(self.ahead, most_payload)
+        if found is not None:
+            self.beginning, start = found
+            self.ahead = self.ahead[start:]
+
+    def is_cutting(self) -> bool:
+        """Whether what comes next belongs to a message that is cut, or may be, and is not for paho."""
+        return bool(self._held) or self.beginning is not None
+
+    def is_skipping(self) -> bool:
+        """Whether what comes is passed over."""
+        return self._to_skip > 0
+
+    def take_beginning(self, version: Version, now: float, connection: int) -> Delivery | None:
+        """Take what is there of the message that is cut: the message, once what is kept of it is there, whose rest is passed over as
+        it comes. Raises EOFError when the connection has ended."""
+        beginning = self.beginning
+        assert beginning is not None
+        if not self.ahead:
+            try:
+                self._read()
+            except (BlockingIOError, ssl.SSLWantReadError):
+                return None
+            except OSError as error:
+                self.failure = error
+            if not self.ahead:
+                raise EOFError
+        taken = beginning.add(self.ahead)
+        self.ahead = self.ahead[taken:]
+        if not beginning.is_whole:
+            return None
+        self.beginning = None
+        here = min(beginning.left_out, len(self.ahead))
+        self.ahead = self.ahead[here:]
+        self._to_skip = beginning.left_out - here
+        return beginning.delivery(version, now, connection)

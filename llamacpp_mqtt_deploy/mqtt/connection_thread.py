@@ -69,7 +69,7 @@ class ConnectionThread:
         loop: IoLoop,
         client_id: str,
         password: Callable[[], str | None],
-        max_incoming_bytes: int | None,
+        max_incoming_bytes: Callable[[], int] | None,
     ) -> None:
         self._loop = loop
         self._port = settings.port or (8883 if settings.tls.enabled else 1883)

@@ -46,6 +46,9 @@ class GatheringClient(paho.Client):
     thinning: Thinning | None = None
     """Set, beside `on_puback`, where floods at QoS 0 are to be thinned out."""
 
+    max_incoming_bytes: Callable[[], int] | None = None
+    """Set, beside `on_delivery`, where messages with longer payloads are to be cut (`Delivery.left_out`)."""
+
     websocket_path: str | None = None
     """Set where packets are to go through a websocket; paho's transport is TCP then, too."""
 
@@ -65,6 +68,7 @@ class GatheringClient(paho.Client):
             frames = Frames(upgrade(sock, *where, path=self.websocket_path, timeout_s=self.connect_timeout))
         self.buffered = buffered = BufferedSocket(sock, frames)
         buffered.thinning = self.thinning
+        buffered.max_incoming_bytes = self.max_incoming_bytes
         return buffered
 
     def _create_socket_connection(self) -> socket.socket:
@@ -114,6 +118,8 @@ class GatheringClient(paho.Client):
         in_packet, on_puback, on_delivery = self._in_packet, self.on_puback, self.on_delivery
         if on_puback is None or in_packet["command"] or in_packet["remaining_count"]:
             return False  # in the middle of a packet; or paho publishes, and wants to see the PUBACKs
+        if buffered.beginning is not None:
+            return self._read_beginning(buffered)
         mids = buffered.take_pubacks()
         if buffered.to_be_thinned:
             buffered.thin_out()
@@ -124,16 +130,30 @@ class GatheringClient(paho.Client):
             for mid in mids:
                 on_puback(mid, 0)
         if not buffered.ahead:
+            if buffered.is_skipping():
+                self._last_bytes_received = now  # none of it is seen here, however long it takes
             return buffered.is_dry
         delivery = None if on_delivery is None else buffered.take_publish(self.version, now, self.connection)
         if delivery is None or on_delivery is None:
-            return False
+            return buffered.is_cutting()
         self._last_bytes_received = now
         on_delivery(delivery)
         if buffered.ahead:
             # PUBACKs that came in the same packet of the network cost no further turn.
             for mid in buffered.take_pubacks():
                 on_puback(mid, 0)
+        return True
+
+    def _read_beginning(self, buffered: BufferedSocket) -> bool:
+        """Read what is there of a message that is cut; False when the connection has ended, as paho is to see."""
+        now = paho.time_func()
+        try:
+            delivery = buffered.take_beginning(self.version, now, self.connection)
+        except EOFError:
+            return False
+        self._last_bytes_received = now
+        if delivery is not None and self.on_delivery is not None:
+            self.on_delivery(delivery)
         return True
 
     def send_packet(self, packet: bytes) -> bool:

@@ -20,7 +20,7 @@ USER_PROPERTY = 0x26
 _MAY_REPEAT = (USER_PROPERTY, SUBSCRIPTION)
 
 
-class _UncommonError(Exception):
+class UncommonError(Exception):
     """These bytes are for paho."""
 
 
@@ -32,13 +32,29 @@ def leading_publish(raw: memoryview, version: Version, now: float, connection: i
     if len(raw) < 4 or raw[0] & 0xF4 != 0x30:  # the type, and no QoS of 2 or 3
         return None
     try:
-        length, start = _varint(raw, 1)
-        end = start + length
-        if end > len(raw):
-            return None
-        return _delivery(raw[0], bytes(raw[start:end]), version, now, connection), end
-    except (_UncommonError, IndexError, UnicodeDecodeError):
+        length, start = varint(raw, 1)
+    except (UncommonError, IndexError):
         return None
+    end = start + length
+    if end > len(raw):
+        return None
+    delivery = publish_from(raw[0], bytes(raw[start:end]), version, now, connection)
+    return None if delivery is None else (delivery, end)
+
+
+def publish_from(first: int, body: bytes, version: Version, now: float, connection: int) -> Delivery | None:
+    """The message of a PUBLISH from the packet's first byte and its body; None when it is malformed, or has a topic alias."""
+    try:
+        return _delivery(first, body, version, now, connection)
+    except (UncommonError, IndexError, UnicodeDecodeError):
+        return None
+
+
+def topic_and_mid(first: int, body: bytes | bytearray) -> tuple[str, int, int, int]:
+    """Topic, QoS and packet id of a PUBLISH, whatever follows them, and where they end. What is no UTF-8 in the topic is replaced."""
+    end = 2 + (body[0] << 8 | body[1])
+    topic, qos = str(body[2:end], "utf-8", "replace"), first >> 1 & 1
+    return (topic, qos, body[end] << 8 | body[end + 1], end + 2) if qos else (topic, 0, 0, end)
 
 
 def receipt_of(connection: int, qos: int, mid: int) -> tuple[int, int] | None:
@@ -58,12 +74,12 @@ def _delivery(first: int, packet: bytes, version: Version, now: float, connectio
     response_topic: str | None = None
     correlation: bytes | None = None
     if version == "5":
-        length, at = _varint(packet, at)
+        length, at = varint(packet, at)
         if length:
             expiry_s, response_topic, correlation = _properties(packet, at, at + length)
             at += length
     elif not topic:
-        raise _UncommonError
+        raise UncommonError
     return Delivery(
         topic=str(topic, "utf-8"),
         payload=packet[at:],
@@ -80,7 +96,7 @@ def _delivery(first: int, packet: bytes, version: Version, now: float, connectio
 def _properties(packet: bytes, at: int, end: int) -> tuple[float | None, str | None, bytes | None]:
     """Expiry in seconds, response topic and correlation data; what else is known is passed over."""
     if end > len(packet):
-        raise _UncommonError
+        raise UncommonError
     expiry_s: float | None = None
     response_topic: str | None = None
     correlation: bytes | None = None
@@ -90,7 +106,7 @@ def _properties(packet: bytes, at: int, end: int) -> tuple[float | None, str | N
         at += 1
         if kind not in _MAY_REPEAT:
             if seen >> kind & 1:
-                raise _UncommonError
+                raise UncommonError
             seen |= 1 << kind
         if kind == CORRELATION:
             correlation, at = _block(packet, at, end)
@@ -103,7 +119,7 @@ def _properties(packet: bytes, at: int, end: int) -> tuple[float | None, str | N
         else:
             at = _pass_over(kind, packet, at, end)
     if at != end:
-        raise _UncommonError
+        raise UncommonError
     return expiry_s, response_topic, correlation
 
 
@@ -116,10 +132,10 @@ def _pass_over(kind: int, packet: bytes, at: int, end: int) -> int:
     if kind == PAYLOAD_FORMAT and packet[at] <= 1:
         return at + 1
     if kind == SUBSCRIPTION:
-        number, at = _varint(packet, at)
+        number, at = varint(packet, at)
         if number:
             return at
-    raise _UncommonError
+    raise UncommonError
 
 
 def _block(packet: bytes, at: int, end: int) -> tuple[bytes, int]:
@@ -127,12 +143,12 @@ def _block(packet: bytes, at: int, end: int) -> tuple[bytes, int]:
     start = at + 2
     stop = start + (packet[at] << 8 | packet[at + 1])
     if stop > end:
-        raise _UncommonError
+        raise UncommonError
     return packet[start:stop], stop
 
 
-def _varint(raw: bytes | memoryview, at: int) -> tuple[int, int]:
-    """A number of at most four bytes, the lowest seven bits first, and where it ends."""
+def varint(raw: bytes | memoryview, at: int) -> tuple[int, int]:
+    """A number of at most four bytes, the lowest seven bits first, and where it ends. Raises UncommonError and IndexError."""
     number = raw[at]
     if number < 0x80:
         return number, at + 1
@@ -142,4 +158,4 @@ def _varint(raw: bytes | memoryview, at: int) -> tuple[int, int]:
         number |= (raw[at] & 0x7F) << shift
         if raw[at] < 0x80:
             return number, at + 1
-    raise _UncommonError
+    raise UncommonError

@@ -24,8 +24,8 @@ class MqttLink:
     """One connection to an MQTT broker; see `ports.Link` for the contract. What it takes, its thread carries.
 
     `password` wins over the one in the settings (the daemon reads files and credentials: again before each attempt). `max_payload_bytes` bounds our
-    publishes, `max_incoming_bytes` is told to an MQTT 5 broker, which silently drops what is larger. Raises ValueError, from
-    the constructor, when a TLS file is missing or unfit. Its connections live in `loop`, or in one of its own.
+    publishes; of messages that come with a payload over `max_incoming_bytes` (asked for each time) the beginning is delivered. Raises
+    ValueError, from the constructor, when a TLS file is missing or unfit. Its connections live in `loop`, or in one of its own.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class MqttLink:
         client_id: str,
         password: str | Callable[[], str | None] | None = None,
         max_payload_bytes: int | None = None,
-        max_incoming_bytes: int | None = None,
+        max_incoming_bytes: Callable[[], int] | None = None,
         loop: IoLoop | None = None,
     ) -> None:
         if password is None and settings.password is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import ssl
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,14 +97,13 @@ class PahoWire:
         will: Retained,
         tls: ssl.SSLContext | None,
         events: WireEvents,
-        max_incoming_bytes: int | None,
+        max_incoming_bytes: Callable[[], int] | None,
     ) -> None:
         self.version = version
         self.closed: Closed | None = Closed()
         """Why the connection ended; None while it lives. To be read only."""
         self._settings = settings
         self._events = events
-        self._max_incoming_bytes = max_incoming_bytes
         self.fd = -1
         """The socket, -1 without one. To be read only."""
         self._misc_at = 0.0
@@ -122,6 +121,7 @@ class PahoWire:
         )
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.version = version
+        client.max_incoming_bytes = max_incoming_bytes
         client.username_pw_set(settings.username, password)
         client.will_set(will.topic, will.payload, qos=1, retain=True)
         if settings.transport == "websockets":
@@ -157,8 +157,6 @@ class PahoWire:
             properties: Any = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = settings.session_expiry_s
             properties.ReceiveMaximum = RECEIVE_MAXIMUM
-            if self._max_incoming_bytes is not None:
-                properties.MaximumPacketSize = min(self._max_incoming_bytes, 268_435_455)
             arguments = {"clean_start": False, "properties": properties}
         try:
             self._client.connect(settings.host, port, settings.keepalive_s, **arguments)

@@ -34,7 +34,7 @@ class WireFactory:
         *,
         client_id: str,
         password: Callable[[], str | None],
-        max_incoming_bytes: int | None,
+        max_incoming_bytes: Callable[[], int] | None,
         where: str,
     ) -> None:
         self._settings = settings

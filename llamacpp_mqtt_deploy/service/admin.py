@@ -163,7 +163,7 @@ class AdminReplies:
         """Do what the message asks and publish its `ack`, with the Correlation Data that it may have."""
         ack: dict[str, Any] = {"type": "ack", "worker": self._topics.worker_id, "action": None, "status": "ok"}
         try:
-            admin = parse_admin(delivery.payload)
+            admin = parse_admin(delivery.payload, left_out=delivery.left_out)
             ack["action"] = admin.action
             if admin.transaction is not None:
                 ack["transaction"] = admin.transaction

@@ -38,7 +38,7 @@ from llamacpp_mqtt_deploy.worker.journal_clock import JournalClock
 from llamacpp_mqtt_deploy.worker.journal_marks import JournalMarks
 from llamacpp_mqtt_deploy.worker.journaled import JournaledRequests
 from llamacpp_mqtt_deploy.worker.message_log import MessageLog
-from llamacpp_mqtt_deploy.worker.policies import InForce, level_limits, queue_limits, topic_map
+from llamacpp_mqtt_deploy.worker.policies import InForce, level_limits, max_incoming_bytes, queue_limits, topic_map
 from llamacpp_mqtt_deploy.worker.pooled.pool import Pool
 from llamacpp_mqtt_deploy.worker.prompting import PromptBuilder
 from llamacpp_mqtt_deploy.worker.recovery import Recovery
@@ -76,7 +76,7 @@ class Parts:
         self.store = store = store or make_store(settings)
         self.loop = loop = IoLoop()
         self.engine = engine = engine or make_engine(settings, loop)
-        self.link = link = link or make_link(settings, loop)
+        self.link = link = link or make_link(settings, loop, lambda: max_incoming_bytes(in_force.settings))
         self.clock = clock = JournalClock()
         self.background = Background()
         self.client_work = ClientWork()
@@ -389,15 +389,21 @@ def _shared(store: Store) -> SharedJournal:
     return cast("SharedJournal", store)
 
 
-def make_link(settings: Settings, loop: IoLoop) -> Link:
-    """The link to the broker of `[mqtt]`."""
+def make_link(settings: Settings, loop: IoLoop, max_payload_bytes: Callable[[], int]) -> Link:
+    """The link to the broker of `[mqtt]`, which cuts longer payloads than those."""
     from llamacpp_mqtt_deploy.mqtt.link import MqttLink
 
     mqtt = settings.mqtt
     if settings.pool.name is not None:
         # A broker keeps what comes for an absent member of the group too, where no other would ever see it.
         mqtt = mqtt.model_copy(update={"session_expiry_s": 0})
-    return MqttLink(mqtt, client_id=client_id(settings), password=lambda: _hidden(mqtt_password(settings)), loop=loop)
+    return MqttLink(
+        mqtt,
+        client_id=client_id(settings),
+        password=lambda: _hidden(mqtt_password(settings)),
+        max_incoming_bytes=max_payload_bytes,
+        loop=loop,
+    )
 
 
 def make_metrics(settings: MetricsSettings, read: Callable[[], Readings]) -> Metrics | None:

@@ -211,7 +211,7 @@ class Presence:
 
 
 def _read(worker: str, delivery: Delivery) -> Seen | None:
-    if not delivery.payload or len(delivery.payload) > _MAX_STATUS_BYTES:
+    if not delivery.payload or delivery.payload_bytes > _MAX_STATUS_BYTES:
         return None
     try:
         told = orjson.loads(delivery.payload)

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -20,6 +20,9 @@ from llamacpp_mqtt_deploy.testing.loopback_broker import LoopbackBroker, Loopbac
 __all__ = ["LoopbackBroker", "LoopbackClient", "LoopbackLink"]
 
 log = structlog.get_logger(__name__)
+
+_KEPT_BYTES = 65_536
+"""Of a payload that is longer than `max_incoming_bytes`."""
 
 
 @dataclass(slots=True)
@@ -43,8 +46,10 @@ class LoopbackLink:
         outbox_mib: int = 64,
         retry_s: float = 0.02,
         protocol: str = "5",
+        max_incoming_bytes: Callable[[], int] | None = None,
     ) -> None:
         self._broker = broker
+        self._max_incoming_bytes = max_incoming_bytes
         self._client_id = client_id
         self._budget = OutboxBudget(most_messages=outbox_messages, most_bytes=outbox_mib * MIB)
         self._retry_s = retry_s
@@ -266,6 +271,9 @@ class LoopbackLink:
         if generation != self._generation or self._state != "online" or (self._stalled and mid):
             return
         delivery = self._broker.as_delivery(mid, message, (generation, mid))
+        if self._max_incoming_bytes is not None and len(delivery.payload) > self._max_incoming_bytes():
+            kept = delivery.payload[:_KEPT_BYTES]
+            delivery = replace(delivery, payload=kept, left_out=len(delivery.payload) - len(kept))
         try:
             taken = self._on_delivery(delivery)
         except Exception:

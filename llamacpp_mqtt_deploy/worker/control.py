@@ -83,15 +83,16 @@ class Controls:
         self._pool = pool
         self._histories = HistoryReads()
 
-    def handle(self, address: Address, payload: bytes, correlation: bytes | None) -> None:
-        """Do what the message asks, and publish its `ack` on the session's reply topic: at once, or when it is done.
+    def handle(self, address: Address, payload: bytes, correlation: bytes | None, *, left_out: int = 0) -> None:
+        """Do what the message asks, and publish its `ack` on the session's reply topic: at once, or when it is done. `left_out`: so
+        many bytes of it are not here.
 
         Where `tells` says so of the route: clients of a format do not know what an ack is.
         """
         assert address.session is not None
         ack = {"type": "ack", "action": None, "status": "ok", "session_id": address.session}
         asked = _Asked(address, (address.route, address.session), correlation, ack)
-        if self._step(asked, lambda: self._begin(asked, payload)) and self._tells(address.route):
+        if self._step(asked, lambda: self._begin(asked, payload, left_out)) and self._tells(address.route):
             assert address.reply_topic is not None
             self._answers.publish(address.reply_topic, self._fitted(asked.ack), correlation=correlation)
 
@@ -141,11 +142,11 @@ class Controls:
         if on_done is not None:
             on_done(False)
 
-    def _begin(self, asked: _Asked, payload: bytes) -> Mapping[str, Any] | None:
+    def _begin(self, asked: _Asked, payload: bytes, left_out: int) -> Mapping[str, Any] | None:
         """In the intake's thread: what is known at once is answered at once."""
         try:
             limit = self._counts.max_bytes(asked.address.route, asked.first_level)
-            control = parse_control(payload, max_count_bytes=limit)
+            control = parse_control(payload, max_count_bytes=limit, left_out=left_out)
         except RequestError:
             self._registry.count_control(asked.first_level)
             raise

@@ -160,7 +160,9 @@ class Intake:
         address, delivery = message.address, message.delivery
         if address is None or address.kind != "request" or delivery.retain:
             return False
-        return not (self._policies().routes[address.route].empty_payload == "reset" and is_blank(delivery.payload))
+        if self._policies().routes[address.route].empty_payload != "reset":
+            return True
+        return delivery.left_out > 0 or not is_blank(delivery.payload)
 
     def _received(self, delivery: Delivery) -> Received:
         data = delivery.correlation
@@ -189,7 +191,9 @@ class Intake:
         elif address.kind == "admin":
             self._admin(message.delivery, message.correlation)
         elif address.kind == "control":
-            self._controls.handle(address, message.delivery.payload, message.correlation)
+            self._controls.handle(
+                address, message.delivery.payload, message.correlation, left_out=message.delivery.left_out
+            )
         else:
             self._session_topics.handle(message, address)
 
@@ -200,7 +204,7 @@ class Intake:
         policy = policies.routes[address.route].parse
         raw: RawRequest | None = None
         try:
-            raw = read_request(payload, policy=policy, templated=address.templated)
+            raw = read_request(payload, policy=policy, templated=address.templated, left_out=message.delivery.left_out)
             if raw is None:
                 self._check_empty(address)
                 return
@@ -225,5 +229,5 @@ class Intake:
     def _starved(self, message: Received) -> RequestError:
         self._counters.starved()
         # Without its stack: that would take memory too.
-        log.error("request.out_of_memory", topic=message.shown_topic(), bytes=len(message.delivery.payload))
+        log.error("request.out_of_memory", topic=message.shown_topic(), bytes=message.delivery.payload_bytes)
         return out_of_memory()

@@ -15,6 +15,7 @@ from llamacpp_mqtt_deploy.core.names import REPLY_FIELDS
 from llamacpp_mqtt_deploy.core.prompt_templates import PromptTemplate
 from llamacpp_mqtt_deploy.core.requests import Generate, RequestPolicy
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE, ReplyTemplate
+from llamacpp_mqtt_deploy.core.session_changes import MAX_CHANGE_BYTES
 from llamacpp_mqtt_deploy.core.spending import LevelLimits
 
 _PLAIN_ROUTE = RouteSettings()
@@ -118,6 +119,11 @@ def queue_limits(settings: Settings) -> QueueLimits:
         max_bytes=limits.max_queue_mib * 1024 * 1024,
         share=limits.queue_share,
     )
+
+
+def max_incoming_bytes(settings: Settings) -> int:
+    """Longest payload that any message to a worker may have: those of all other kinds are shorter."""
+    return max(settings.limits.max_request_bytes, MAX_CHANGE_BYTES)
 
 
 def level_limits(settings: Settings) -> LevelLimits:

@@ -82,7 +82,7 @@ class Refusals:
             message.first_level,
             code=error.code,
             topic=message.shown_topic(),
-            bytes=len(message.delivery.payload),
+            bytes=message.delivery.payload_bytes,
             message=error.message,
         )
         if address.session is None:

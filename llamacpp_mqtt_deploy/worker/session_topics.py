@@ -108,6 +108,7 @@ class SessionTopics:
             message.delivery.payload,
             session=address.session,
             names=policy.parse.names,
+            left_out=message.delivery.left_out,
         )
         if wanted.session is None:
             self._check_all(policy)
