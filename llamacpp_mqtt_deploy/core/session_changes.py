@@ -41,7 +41,8 @@ class WantedChange:
 def read_change(
     kind: SessionChange, payload: bytes, *, session: str | None, names: FieldNames, left_out: int = 0
 ) -> WantedChange:
-    """A change from its bytes, but for those `left_out`. `session` is that of the topic, which goes before one in the payload; `names` are the route's.
+    """A change from its bytes, but for those `left_out`. `session` is that of the topic, which goes before one in the payload; `names`
+    are the route's.
 
     Raises BadRequest and PayloadTooLarge.
     """

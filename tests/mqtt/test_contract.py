@@ -68,12 +68,22 @@ class Bus:
                 pytest.skip(GAPS[self.member, ability])
 
     def case(
-        self, *, wait: bool = True, acknowledges: bool = True, outbox_messages: int = 5000, outbox_mib: int = 64
+        self,
+        *,
+        wait: bool = True,
+        acknowledges: bool = True,
+        outbox_messages: int = 5000,
+        outbox_mib: int = 64,
+        max_incoming_bytes: Callable[[], int] | None = None,
     ) -> LinkCase:
         link: Any
         if self.member == "loopback":
             link = LoopbackLink(
-                self._loopback, client_id=self.client_id, outbox_messages=outbox_messages, outbox_mib=outbox_mib
+                self._loopback,
+                client_id=self.client_id,
+                outbox_messages=outbox_messages,
+                outbox_mib=outbox_mib,
+                max_incoming_bytes=max_incoming_bytes,
             )
         else:
             settings = MqttSettings(
@@ -85,7 +95,7 @@ class Bus:
                 outbox_mib=outbox_mib,
                 reconnect_max_s=0.3,
             )
-            link = MqttLink(settings, client_id=self.client_id)
+            link = MqttLink(settings, client_id=self.client_id, max_incoming_bytes=max_incoming_bytes)
         case = LinkCase(link, will_topic=self.topic("status"), acknowledges=acknowledges, only_below=self.root)
         self._open.append(lambda: case.close(last_message=False, seconds=1.0))
         return case.open(wait=wait)
@@ -418,6 +428,33 @@ def test_closing_without_a_last_message_says_nothing(bus: Bus) -> None:
     case.close(last_message=False)
     client.publish(bus.topic("status"), b"last")
     assert client.receive().payload == b"last"
+
+
+def test_of_a_message_that_is_longer_than_anybody_takes_the_beginning_comes(bus: Bus) -> None:
+    case = subscribed(bus.case(max_incoming_bytes=lambda: 100_000), bus.topic("request/#"))
+    client = bus.client()
+    payload = bytes(range(256)) * 20_000
+    sent = [payload, b"short", payload[:-1], b"x" * 100_000, b"last"]
+    for each in sent:
+        client.publish(bus.topic("request/a"), each)
+    for each in sent:
+        found = case.receive()
+        assert (found.topic, found.qos, found.payload_bytes) == (bus.topic("request/a"), 1, len(each))
+        assert each.startswith(found.payload)
+        assert (found.left_out > 0) == (len(each) > 1_000_000)
+        assert len(found.payload) >= min(len(each), 65_536)
+
+
+def test_what_was_cut_and_acknowledged_does_not_come_again(bus: Bus) -> None:
+    bus.needs("redelivery")
+    case = subscribed(bus.case(max_incoming_bytes=lambda: 100_000), bus.topic("request/#"))
+    client = bus.client()
+    client.publish(bus.topic("request/a"), bytes(2_000_000))
+    assert case.receive().left_out > 0
+    case.close()
+    bus.wait_until_left()
+    client.publish(bus.topic("request/a"), b"new")
+    assert bus.case().receive().payload == b"new"
 
 
 def test_acknowledgements_are_sent_before_the_link_closes(bus: Bus) -> None:
