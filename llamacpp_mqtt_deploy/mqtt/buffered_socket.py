@@ -227,16 +227,22 @@ class BufferedSocket:
                 del self.unsent[:sent]
         return self.failure is None
 
-    def take_pubacks(self) -> list[int]:
-        """Take out the plain PUBACKs that come next, where a packet begins: their packet ids. What the socket says of its end is left
-        to `recv`."""
+    def read_ahead(self) -> None:
+        """Read the socket unless there is something already. What it says of its end is left to `recv`."""
         if not self.ahead:
             try:
                 self._read()
             except (BlockingIOError, ssl.SSLWantReadError):
-                return []
+                pass
             except OSError as error:
                 self.failure = error
+
+    def take_pubacks(self) -> list[int]:
+        """Take out the plain PUBACKs that come next, where a packet begins: their packet ids. What the socket says of its end is left
+        to `recv`."""
+        if not self.ahead:
+            self.read_ahead()
+            if not self.ahead:
                 return []
         mids, size = leading_pubacks(self.ahead)
         self.ahead = self.ahead[size:]

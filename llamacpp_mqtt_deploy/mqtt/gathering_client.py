@@ -27,7 +27,8 @@ class GatheringClient(paho.Client):
 
     With `on_puback` set, what it publishes goes out by `send_packet`, in packets that are made elsewhere, and paho does not know of
     them: each PUBACK is told there, and paho's own publishes (`publish`, `on_publish`) are not to be used. Without it they work as ever.
-    With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`.
+    With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`; those of
+    `on_delivery` are for the owner to `acknowledge`.
 
     The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate`, `_out_packet` and `_sock` are paho's own
     business: the tests of this folder run against every new paho.
@@ -116,19 +117,24 @@ class GatheringClient(paho.Client):
     def _read_common(self, buffered: BufferedSocket) -> bool:
         """Read PUBACKs and a message without paho; False when the next bytes are for paho."""
         in_packet, on_puback, on_delivery = self._in_packet, self.on_puback, self.on_delivery
-        if on_puback is None or in_packet["command"] or in_packet["remaining_count"]:
-            return False  # in the middle of a packet; or paho publishes, and wants to see the PUBACKs
+        if in_packet["command"] or in_packet["remaining_count"]:
+            return False  # in the middle of a packet
         if buffered.beginning is not None:
             return self._read_beginning(buffered)
-        mids = buffered.take_pubacks()
-        if buffered.to_be_thinned:
-            buffered.thin_out()
-            mids += buffered.take_pubacks()
         now = paho.time_func()
-        if mids:
-            self._last_bytes_received = now  # as paho notes of what it reads itself, for its keepalive
-            for mid in mids:
-                on_puback(mid, 0)
+        if on_puback is not None:
+            mids = buffered.take_pubacks()
+            if buffered.to_be_thinned:
+                buffered.thin_out()
+                mids += buffered.take_pubacks()
+            if mids:
+                self._last_bytes_received = now  # as paho notes of what it reads itself, for its keepalive
+                for mid in mids:
+                    on_puback(mid, 0)
+        elif on_delivery is None:
+            return False
+        else:
+            buffered.read_ahead()
         if not buffered.ahead:
             if buffered.is_skipping():
                 self._last_bytes_received = now  # none of it is seen here, however long it takes
@@ -138,7 +144,7 @@ class GatheringClient(paho.Client):
             return buffered.is_cutting()
         self._last_bytes_received = now
         on_delivery(delivery)
-        if buffered.ahead:
+        if on_puback is not None and buffered.ahead:
             # PUBACKs that came in the same packet of the network cost no further turn.
             for mid in buffered.take_pubacks():
                 on_puback(mid, 0)

@@ -98,8 +98,11 @@ class Cable:
             if stalled:
                 self._still.set()
             ends = [] if stalled else [end for pair in pairs for end in pair if self._moves(end)]
+            # `cut` may have closed one that was on its way into this list.
+            self._leaving = [end for end in self._leaving if end.fileno() >= 0]
+            leaving = [] if stalled else self._leaving
             try:
-                ready, _, _ = select.select([self._server, *ends, *([] if stalled else self._leaving)], [], [], 0.02)
+                ready, _, _ = select.select([self._server, *ends, *leaving], [], [], 0.02)
             except (OSError, ValueError):
                 continue
             for end in ready:
