@@ -33,7 +33,6 @@ from llamacpp_mqtt_deploy.client.paho_client import (
     versions,
 )
 from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient, tune_socket
-from llamacpp_mqtt_deploy.ports import Delivery
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
@@ -44,8 +43,6 @@ MOST_READS = 64
 OUTGOING_BYTES = 64 * 1024 * 1024
 """Requests without PUBACK, in bytes."""
 SUBSCRIBED_WITHIN_S = 10.0
-MOST_INCOMING_BYTES = 64 * 1024 * 1024
-"""Longest message that is taken in; an event has 128 KiB at most unless a worker's limits.max_event_bytes is raised."""
 
 
 class AsyncConnection:
@@ -175,17 +172,10 @@ class AsyncConnection:
             reconnect_on_failure=False,
             **client_options(version),
         )
-        configure(client, self.address)
-        if self.address.transport == "websockets":
-            client.websocket_path = self.address.websocket_path
+        configure(client, self.address, version, on_message=self._on_message)
         client.max_inflight_messages_set(IN_FLIGHT)
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
-        client.version = version
-        client.on_message = self._received
-        client.manual_ack_set(True)
-        client.on_delivery = lambda delivery: self._delivered(client, delivery)
-        client.max_incoming_bytes = lambda: MOST_INCOMING_BYTES
         client.on_publish = lambda _c, _u, mid, reason, _p: self._acknowledgements.came(mid, [reason])
         client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._acknowledgements.came(mid, reasons)
         # With this set paho never writes by itself: what a turn of the loop queues goes out in one write.
@@ -476,24 +466,6 @@ class AsyncConnection:
         self, _client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
     ) -> None:
         log.debug("bus.disconnected broker=%s reason=%s", self.address, reason)
-
-    def _received(self, client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        """A rare one: common ones go to `_delivered` without paho."""
-        client.ack(message.mid, message.qos)
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            return
-        guarded(self._on_message, topic, message.payload, message.retain)
-
-    def _delivered(self, client: GatheringClient, delivery: Delivery) -> None:
-        match delivery.receipt:
-            case (_, int() as mid):
-                client.acknowledge(mid)
-        if delivery.left_out:
-            log.warning("message.too_long topic=%s bytes=%d", delivery.topic, delivery.payload_bytes)
-            return
-        guarded(self._on_message, delivery.topic, delivery.payload, delivery.retain)
 
 
 def _settle(future: asyncio.Future[Any] | None, value: Any) -> None:

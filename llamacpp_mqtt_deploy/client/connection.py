@@ -25,7 +25,6 @@ from llamacpp_mqtt_deploy.client.paho_client import (
     Acknowledgements,
     Spoken,
     TryOlder,
-    acknowledge_now,
     check_connack,
     check_size,
     client_options,
@@ -35,7 +34,7 @@ from llamacpp_mqtt_deploy.client.paho_client import (
     publish_properties,
     versions,
 )
-from llamacpp_mqtt_deploy.client.websocket_client import WebsocketClient
+from llamacpp_mqtt_deploy.client.threaded_client import ThreadedClient
 from llamacpp_mqtt_deploy.mqtt.gathering_client import tune_socket
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
@@ -137,22 +136,18 @@ class Connection:
         self._connack = None
         self._first_word.clear()
         self._gone.clear()
-        kind = WebsocketClient if self.address.transport == "websockets" else paho.Client
-        client = kind(
+        client = ThreadedClient(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             transport="unix" if self.address.transport == "unix" else "tcp",
             **client_options(version),
         )
-        if isinstance(client, WebsocketClient):
-            client.path = self.address.websocket_path
-        configure(client, self.address)
+        configure(client, self.address, version, on_message=self._on_message)
         client.max_inflight_messages_set(IN_FLIGHT)
         client.reconnect_delay_set(1, LONGEST_PAUSE_S)
         client.on_socket_open = self._socket_opened
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
-        client.on_message = self._received
         client.on_publish = lambda _c, _u, mid, reason, _p: self._acknowledgements.came(mid, [reason])
         client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._acknowledgements.came(mid, reasons)
         return client
@@ -299,11 +294,3 @@ class Connection:
         if not self._closing:
             log.info("bus.lost broker=%s reason=%s", self.address, reason)
             guarded(self._on_lost)
-
-    def _received(self, client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        acknowledge_now(client.socket())
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            return
-        guarded(self._on_message, topic, message.payload, message.retain)

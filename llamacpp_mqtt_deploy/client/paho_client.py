@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import socket
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,6 +15,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from llamacpp_mqtt_deploy.client.address import BrokerAddress, explain_refusal
 from llamacpp_mqtt_deploy.client.exceptions import BrokerRefused, BrokerUnreachable, BusError
+from llamacpp_mqtt_deploy.mqtt.gathering_client import GatheringClient
+from llamacpp_mqtt_deploy.ports import Delivery
 
 log = logging.getLogger(__name__)  # the host program's log: this part is a library
 
@@ -31,6 +30,8 @@ PACKET_TOO_LARGE = 0x95
 OUTGOING_MESSAGES = 1000  # requests and controls without PUBACK; a person has one, a busy program some dozens
 IN_FLIGHT = 10  # what the strictest public brokers allow; paho does not read Receive Maximum
 LONGEST_PAUSE_S = 10
+MOST_INCOMING_BYTES = 64 * 1024 * 1024
+"""Longest message that is taken in; an event has 128 KiB at most unless a worker's limits.max_event_bytes is raised."""
 PACKET_OVERHEAD_BYTES = 64
 """More than the header, the packet id and the properties of our publishes need."""
 
@@ -57,14 +58,45 @@ def client_options(version: Spoken) -> dict[str, Any]:
     }
 
 
-def configure(client: paho.Client, address: BrokerAddress) -> None:
-    """Tell a new paho client who we are and how to get to the broker."""
+def configure(
+    client: GatheringClient,
+    address: BrokerAddress,
+    version: Spoken,
+    *,
+    on_message: Callable[[str, bytes, bool], None],
+) -> None:
+    """Tell a new client of this version who we are, how to get to the broker, and whom to tell of messages (topic, payload, retain)."""
     if address.username is not None:
         client.username_pw_set(address.username, address.password)
     if address.tls is not None:
         client.tls_set_context(address.tls)
     client.connect_timeout = max(0.1, address.connect_timeout_s)
     client.max_queued_messages_set(OUTGOING_MESSAGES)
+    client.version = version
+    if address.transport == "websockets":
+        client.websocket_path = address.websocket_path
+    client.max_incoming_bytes = lambda: MOST_INCOMING_BYTES
+
+    def delivered(delivery: Delivery) -> None:
+        match delivery.receipt:
+            case (_, int() as mid):
+                client.acknowledge(mid)
+        if delivery.left_out:
+            log.warning("message.too_long topic=%.200r bytes=%d", delivery.topic, delivery.payload_bytes)
+            return
+        guarded(on_message, delivery.topic, delivery.payload, delivery.retain)
+
+    def rare(_client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        client.ack(message.mid, message.qos)
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return
+        guarded(on_message, topic, message.payload, message.retain)
+
+    client.manual_ack_set(True)
+    client.on_delivery = delivered
+    client.on_message = rare
 
 
 def connect_arguments(address: BrokerAddress, version: Spoken) -> dict[str, Any]:
@@ -154,10 +186,3 @@ def guarded(call: Callable[..., None], *arguments: Any) -> None:
         call(*arguments)
     except Exception:
         log.exception("bus.callback_failed")
-
-
-def acknowledge_now(sock: Any) -> None:
-    """Let TCP acknowledge a message at once: a broker with Nagle's algorithm on holds back the next one until then, for 40 ms."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a unix socket, the wrapper of a websocket
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)

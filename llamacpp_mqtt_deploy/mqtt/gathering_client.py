@@ -67,10 +67,13 @@ class GatheringClient(paho.Client):
         if self.websocket_path is not None:
             where = self.host, self.port
             frames = Frames(upgrade(sock, *where, path=self.websocket_path, timeout_s=self.connect_timeout))
-        self.buffered = buffered = BufferedSocket(sock, frames)
+        self.buffered = buffered = self._gathered(sock, frames)
         buffered.thinning = self.thinning
         buffered.max_incoming_bytes = self.max_incoming_bytes
         return buffered
+
+    def _gathered(self, sock: Any, frames: Frames | None) -> BufferedSocket:
+        return BufferedSocket(sock, frames)
 
     def _create_socket_connection(self) -> socket.socket:
         self.last_socket = sock = super()._create_socket_connection()

@@ -81,6 +81,48 @@ def test_a_websocket_that_pings_and_cuts_frames_anywhere_is_kept(broker: Mosquit
         assert ["1000" in end for end in proxy.ends] == [True]
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize("transport", ["tcp", "websockets"])
+def test_large_events_and_small_ones_in_turn_come_in_order_and_are_acknowledged(
+    start_mosquitto: Start, protocol: str, transport: str
+) -> None:
+    # What does not come in one read takes another way than the rest.
+    pieces = ["x" * (200_000 if number % 3 == 0 else number) for number in range(60)]
+
+    def answer(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        for number, piece in enumerate(pieces):
+            worker.say(session, request, type="chunk", seq=number, content=piece)
+        worker.done(session, request, "".join(pieces), seq=len(pieces))
+
+    # One message that is not acknowledged would be the last one.
+    broker = start_mosquitto(settings=["max_inflight_messages 1"])
+    # mosquitto's own websockets take three seconds for a message of 200 kB, whoever reads it.
+    with PlayedWorker(broker.port, play=answer), WebsocketProxy(broker.port, largest_frame=50_000) as proxy:
+        port = proxy.port if transport == "websockets" else broker.port
+        with Client("127.0.0.1", port, transport=transport, protocol=protocol) as bus:
+            answered = bus.ask("hello")
+            assert list(answered) == [piece for piece in pieces if piece]
+            assert answered.result(20).content == "".join(pieces)
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_message_that_no_worker_would_send_is_passed_over_and_told(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, protocol: str
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.client.paho_client.MOST_INCOMING_BYTES", 100_000)
+
+    def answer(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(session, request, type="chunk", seq=0, content="well")
+        worker.say(session, {"request_id": "another"}, type="chunk", seq=0, content="x" * 3_000_000)
+        worker.done(session, request, "well", seq=1)
+
+    with PlayedWorker(broker.port, play=answer), Client("127.0.0.1", broker.port, protocol=protocol) as bus:
+        assert bus.ask("hello").result(20).content == "well"
+    (told,) = [record.getMessage() for record in caplog.records if "message.too_long" in record.getMessage()]
+    assert told.startswith("message.too_long topic='llm/reply/")
+    assert int(told.partition("bytes=")[2]) > 3_000_000
+
+
 def test_a_wrong_path_of_a_websocket_is_named(broker: Mosquitto) -> None:
     with (
         WebsocketProxy(broker.port) as proxy,
