@@ -78,23 +78,18 @@ def configure(
     client.max_incoming_bytes = lambda: MOST_INCOMING_BYTES
 
     def delivered(delivery: Delivery) -> None:
-        match delivery.receipt:
-            case (_, int() as mid):
-                client.acknowledge(mid)
         if delivery.left_out:
             log.warning("message.too_long topic=%.200r bytes=%d", delivery.topic, delivery.payload_bytes)
             return
         guarded(on_message, delivery.topic, delivery.payload, delivery.retain)
 
     def rare(_client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        client.ack(message.mid, message.qos)
         try:
             topic = message.topic
         except UnicodeDecodeError:
             return
         guarded(on_message, topic, message.payload, message.retain)
 
-    client.manual_ack_set(True)
     client.on_delivery = delivered
     client.on_message = rare
 

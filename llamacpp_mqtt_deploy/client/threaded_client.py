@@ -42,7 +42,7 @@ class ThreadedClient(GatheringClient):
 
     def acknowledge(self, mid: int) -> None:
         """Queue the PUBACK of a message behind what paho has queued, from which it is sent."""
-        self.ack(mid, 1)
+        self._send_puback(mid)
 
 
 class _PromptSocket(BufferedSocket):

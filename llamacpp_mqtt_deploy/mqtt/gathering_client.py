@@ -27,11 +27,11 @@ class GatheringClient(paho.Client):
 
     With `on_puback` set, what it publishes goes out by `send_packet`, in packets that are made elsewhere, and paho does not know of
     them: each PUBACK is told there, and paho's own publishes (`publish`, `on_publish`) are not to be used. Without it they work as ever.
-    With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`; those of
-    `on_delivery` are for the owner to `acknowledge`.
+    With `on_delivery` set, common messages come there, and only the rare ones (`incoming.leading_publish`) to `on_message`. Who
+    acknowledges the ones and the others, paho's `manual_ack` says.
 
-    The overridden methods and `_in_packet`, `_last_bytes_received`, `_mid_generate`, `_out_packet` and `_sock` are paho's own
-    business: the tests of this folder run against every new paho.
+    The overridden methods and `_in_packet`, `_last_bytes_received`, `_manual_ack`, `_mid_generate`, `_out_packet`, `_send_puback` and
+    `_sock` are paho's own business: the tests of this folder run against every new paho.
     """
 
     version: Version = "5"
@@ -146,7 +146,7 @@ class GatheringClient(paho.Client):
         if delivery is None or on_delivery is None:
             return buffered.is_cutting()
         self._last_bytes_received = now
-        on_delivery(delivery)
+        self._tell(delivery, on_delivery)
         if on_puback is not None and buffered.ahead:
             # PUBACKs that came in the same packet of the network cost no further turn.
             for mid in buffered.take_pubacks():
@@ -162,8 +162,15 @@ class GatheringClient(paho.Client):
             return False
         self._last_bytes_received = now
         if delivery is not None and self.on_delivery is not None:
-            self.on_delivery(delivery)
+            self._tell(delivery, self.on_delivery)
         return True
+
+    def _tell(self, delivery: Delivery, on_delivery: Callable[[Delivery], None]) -> None:
+        if not self._manual_ack:
+            match delivery.receipt:
+                case (_, int() as mid):
+                    self.acknowledge(mid)  # first, as paho does it
+        on_delivery(delivery)
 
     def send_packet(self, packet: bytes) -> bool:
         """Queue a whole packet; False when it cannot be taken now."""
@@ -180,7 +187,7 @@ class GatheringClient(paho.Client):
     def acknowledge(self, mid: int) -> None:
         """Queue the PUBACK of a message at QoS 1, behind what paho has queued: acknowledgements keep their order."""
         if self._out_packet or not self.send_packet(puback_packet(mid)):
-            self.ack(mid, 1)
+            self._send_puback(mid)
 
     def _packet_handle(self) -> Any:
         """Every PUBACK that says more than its id."""

@@ -446,7 +446,7 @@ def test_of_a_message_that_is_longer_than_anybody_takes_the_beginning_comes(bus:
 
 
 def test_what_was_cut_and_acknowledged_does_not_come_again(bus: Bus) -> None:
-    bus.needs("redelivery")
+    bus.needs("offline-queue")
     case = subscribed(bus.case(max_incoming_bytes=lambda: 100_000), bus.topic("request/#"))
     client = bus.client()
     client.publish(bus.topic("request/a"), bytes(2_000_000))

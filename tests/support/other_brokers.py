@@ -38,6 +38,7 @@ REASONS = {
     ("rabbitmq", "test_a_session_whose_name_has_a_dot_stays_itself"): _DOTS,
     ("nats", "test_a_session_whose_name_has_a_dot_stays_itself"): _DOTS,
     ("amqtt", "test_requests_sent_while_the_worker_is_away_are_kept_for_it"): _AMQTT_FORGETS,
+    ("amqtt", "test_what_was_cut_and_acknowledged_does_not_come_again"): _AMQTT_FORGETS,
     ("amqtt", "test_requests_published_while_the_worker_is_away_run_when_it_is_back"): _AMQTT_FORGETS,
     ("amqtt", "test_requests_that_wait_at_the_broker_outlive_its_restart"): _IN_MEMORY,
     ("aedes", "test_requests_that_wait_at_the_broker_outlive_its_restart"): _IN_MEMORY,
