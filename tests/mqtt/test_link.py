@@ -56,11 +56,16 @@ def new_case() -> Iterator[NewCase]:
         client_id: str = "link",
         password: str | Callable[[], str | None] | None = None,
         max_payload_bytes: int | None = None,
+        max_incoming_bytes: Callable[[], int] | None = None,
         **settings: Any,
     ) -> LinkCase:
         settings = {"host": "127.0.0.1", "reconnect_max_s": 0.3} | settings
         link = MqttLink(
-            MqttSettings(**settings), client_id=client_id, password=password, max_payload_bytes=max_payload_bytes
+            MqttSettings(**settings),
+            client_id=client_id,
+            password=password,
+            max_payload_bytes=max_payload_bytes,
+            max_incoming_bytes=max_incoming_bytes,
         )
         case = LinkCase(link, acknowledges=acknowledges)
         cases.append(case)
@@ -259,6 +264,25 @@ def test_a_websocket_cut_anywhere_with_pings_between_carries_everything_both_way
         case.close(last_message=False, seconds=1.0)
         eventually(lambda: proxy.ends)
         assert "1000" in proxy.ends[0], "it said goodbye"
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_long_messages_through_tls_are_cut_and_what_lies_between_them_comes_whole(
+    start_mosquitto: StartMosquitto, new_case: NewCase, authority: Authority, protocol: str
+) -> None:
+    broker = start_mosquitto(tls=(authority.ca_file, *authority.issue("broker")))
+    trust = {"enabled": True, "ca_file": authority.ca_file}
+    case = subscribed(new_case(port=broker.tls_port, protocol=protocol, tls=trust, max_incoming_bytes=lambda: 100_000))
+    with BusClient(broker.port) as client:
+        sizes = [3_000_000, 7, 20_000, 1_500_001, 0, 4_000_000, 99_999, 1]
+        for qos in (0, 1):
+            for size in sizes:
+                client.publish("request/a", b"x" * size, qos=qos)
+        for size in sizes * 2:
+            found = case.receive()
+            assert found.payload_bytes == size
+            assert (found.left_out > 0) == (size > 1_000_000)
+    assert case.link.info().reconnects == 0
 
 
 def test_a_wrong_path_of_a_websocket_and_a_silent_port_are_named(mosquitto: Mosquitto, new_case: NewCase) -> None:
