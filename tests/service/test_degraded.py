@@ -18,6 +18,7 @@ from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import Event, Watcher, check_stream
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.processes import children_of
 from tests.support.read_only_disk import ReadOnlyDisk
 from tests.support.waiting import eventually
 
@@ -268,7 +269,7 @@ def test_a_worker_that_loses_its_broker_while_it_has_no_file_descriptors_comes_b
 
 def _own_server(pid: int) -> int:
     """The process id of the server that this worker has started."""
-    (child,) = {int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()}
+    (child,) = children_of(pid)
     return child
 
 

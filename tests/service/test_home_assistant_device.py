@@ -23,6 +23,7 @@ from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
 from tests.service.conftest import StartWorker
 from tests.support.live_worker import LiveWorker
 from tests.support.mosquitto import Mosquitto
+from tests.support.processes import children_of
 from tests.support.shipped_broker import REFUSED, Person, ShippedBroker
 from tests.support.waiting import eventually
 
@@ -250,9 +251,8 @@ def test_the_engine_really_ends_and_starts_at_the_press_of_a_button(
     settings = {"home_assistant__discovery": True, "status__health_every_s": 1, **_own_engine()}
     worker = start_worker(mosquitto_here.port, "", **settings)
 
-    def servers() -> set[str]:
-        tasks = Path(f"/proc/{worker.process.pid}/task").iterdir()
-        return {child for task in tasks for child in (task / "children").read_text().split()}
+    def servers() -> set[int]:
+        return children_of(worker.process.pid)
 
     (first,) = servers()
     eventually(lambda: "unload" in house.device["components"], 20)

@@ -12,15 +12,12 @@ from llamacpp_mqtt_deploy import demo_model
 from tests.service.conftest import StartWorker, Watch
 from tests.service.watcher import Watcher
 from tests.support.mosquitto import Mosquitto
+from tests.support.processes import children_of
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
 StartMosquitto = Callable[..., Mosquitto]
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
 
 
 def rss_of_tree(pid: int) -> int:
