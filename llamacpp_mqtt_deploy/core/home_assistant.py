@@ -27,7 +27,8 @@ _AVAILABLE = _STATUS + "{{ 'offline' if s.state | default('offline') == 'offline
 _CONNECTED = _STATUS + "{{ 'OFF' if s.state | default('offline') == 'offline' else 'ON' }}"
 _ACCEPTS = _STATUS + "{{ 'ON' if s.state == 'online' else 'OFF' }}"
 _AWAKE = _STATUS + "{{ 'ON' if engine.keep_awake | default(false) else 'OFF' }}"
-_MODEL = _STATUS + "{{ s.model | default('unknown') }}"
+# `None` is Home Assistant's word for an unknown state; a select calls any other word than its options an error.
+_MODEL = _STATUS + "{{ s.model | default(none) }}"
 _PROBLEM = _STATUS + (
     "{{ 'ON' if s.problem is defined or engine.state in ('restarting', 'unreachable', 'failed')"
     " or (engine.state == 'ready' and engine.detail is defined) else 'OFF' }}"

@@ -12,6 +12,7 @@ from homeassistant.core import HomeAssistant
 from homeassistant.helpers import device_registry, entity_registry
 
 from tests.home_assistant.fixtures import ScriptedWorker, StartWorker, until
+from tests.support.mosquitto import Mosquitto
 
 ENTITIES = {
     "sensor.llm_live_state": "online",
@@ -62,6 +63,15 @@ async def becomes(hass: HomeAssistant, entity_id: str, state: str) -> None:
         raise AssertionError(f"{entity_id} is {hass.states.get(entity_id)}, not {state}") from None
 
 
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What Home Assistant says in its log about keys, units, states and templates that are not right."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname in ("WARNING", "ERROR") and ".mqtt" in record.name
+    ]
+
+
 @pytest.mark.usefixtures("device")
 async def test_every_entity_is_there_with_a_state(connected: HomeAssistant, caplog: pytest.LogCaptureFixture) -> None:
     for entity_id, expected in ENTITIES.items():
@@ -76,13 +86,7 @@ async def test_every_entity_is_there_with_a_state(connected: HomeAssistant, capl
     categories = {each.entity_id: each.entity_category for each in of_device}
     assert categories["button.llm_live_unload"] == "config"
     assert categories["sensor.llm_live_uptime"] == "diagnostic"
-    # Home Assistant complains in its log about keys, units, states and templates that are not right.
-    said = [
-        record.getMessage()
-        for record in caplog.records
-        if record.levelname in ("WARNING", "ERROR") and ".mqtt" in record.name
-    ]
-    assert said == []
+    assert complaints(caplog) == []
 
 
 async def test_pressed_buttons_and_switches_act(connected: HomeAssistant, device: ScriptedWorker) -> None:
@@ -105,8 +109,11 @@ async def test_pressed_buttons_and_switches_act(connected: HomeAssistant, device
     await becomes(connected, "sensor.llm_live_model", "other")
 
 
-async def test_a_notification_asks_and_the_answer_is_a_sensor(connected: HomeAssistant, device: ScriptedWorker) -> None:
+async def test_a_notification_asks_and_the_answer_is_a_sensor(
+    connected: HomeAssistant, device: ScriptedWorker, broker: Mosquitto
+) -> None:
     await becomes(connected, "notify.llm_live_ask", STATE_UNKNOWN)  # no longer unavailable
+    await until(lambda: "\tllm/reply/" in broker.log())  # Home Assistant has subscribed to it; answers are not kept
     long = "It is warm. " + "And so on, and so on. " * 40
     device.play(long)
     await act(connected, "notify", "send_message", "notify.llm_live_ask", message='How "warm" is it?')
@@ -120,14 +127,16 @@ async def test_a_notification_asks_and_the_answer_is_a_sensor(connected: HomeAss
 
 
 async def test_a_worker_that_dies_is_offline_and_the_rest_of_it_unavailable(
-    connected: HomeAssistant, device: ScriptedWorker
+    connected: HomeAssistant, device: ScriptedWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     await becomes(connected, "sensor.llm_live_state", "online")
+    await becomes(connected, "select.llm_live_model_of_requests", "scripted")
     await device.kill()
     await becomes(connected, "sensor.llm_live_state", "offline")
     await becomes(connected, "binary_sensor.llm_live_connection", "off")
     for entity_id in ("switch.llm_live_accept_requests", "sensor.llm_live_queue", "button.llm_live_cancel_all"):
         await becomes(connected, entity_id, STATE_UNAVAILABLE)
+    assert complaints(caplog) == []
 
 
 async def test_switched_off_again_the_device_goes(
