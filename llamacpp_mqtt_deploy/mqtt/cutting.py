@@ -46,7 +46,8 @@ class Beginning:
         return self._length - len(self._kept)
 
     def delivery(self, version: Version, now: float, connection: int) -> Delivery:
-        """The message as far as it is here; without payload and properties where those alone fill it, or are none."""
+        """The message as far as it is here. Where its properties fill all that is kept, or are malformed, it has neither them nor a
+        payload: its topic and receipt are enough to refuse it."""
         found = publish_from(self._first, bytes(self._kept), version, now, connection)
         if found is not None:
             return replace(found, left_out=self.left_out)
