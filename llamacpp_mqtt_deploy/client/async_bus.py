@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -21,7 +20,7 @@ from llamacpp_mqtt_deploy.client.async_connection import AsyncConnection
 from llamacpp_mqtt_deploy.client.exceptions import AnswerLost, BrokerUnreachable, BusError, NotPermitted, NoWorker
 from llamacpp_mqtt_deploy.client.followed import MAX_ANSWER_CHARS
 from llamacpp_mqtt_deploy.client.paho_client import REFUSED
-from llamacpp_mqtt_deploy.client.traffic import LIVE_ANSWERS, Traffic
+from llamacpp_mqtt_deploy.client.traffic import LIVE_ANSWERS, Traffic, expiry_of
 from llamacpp_mqtt_deploy.client.watch import look_after
 from llamacpp_mqtt_deploy.client.workers import QUIET_S, StatusBoard
 
@@ -134,6 +133,9 @@ class AsyncBusClient:
         except BusError:
             await self._connection.close()
             raise
+        except BaseException:  # cancelled: nobody else will close it
+            await self._connection.close(timeout_s=0.0)
+            raise
         self._watch = asyncio.create_task(self._look_after_answers(), name="lmd-bus-watch")
         return self
 
@@ -232,15 +234,22 @@ class AsyncBusClient:
             expects_text=asking.expects_text,
             max_chars=self._max_answer_chars,
         )
-        await self.listen(answer.session)
-        self._traffic.add(answer)
+        async with self._listening(answer.session):
+            self._traffic.add(answer)
         self._traffic.publish(answer)
         return answer
 
     async def listen(self, session: str) -> None:
         """Subscribe to the events of a session, as `ask` does; raises `NotPermitted` and `BrokerUnreachable`."""
-        await self._connection.subscribe(self._traffic.reply_filter(session))
-        self._traffic.listening(session)
+        async with self._listening(session):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def _listening(self, session: str) -> AsyncIterator[None]:
+        """Be subscribed to the events of a session within it; raises as `listen`."""
+        with self._traffic.listening(session):
+            await self._connection.subscribe(self._traffic.reply_filter(session))
+            yield
 
     # --- control, status, history ------------------------------------------------------------------------------------
 
@@ -259,8 +268,14 @@ class AsyncBusClient:
         """
         session = session or self.session
         check_names(session, request_id)
-        await self.listen(session)
         topic = self._traffic.topic("control", session)
+        async with self._listening(session):
+            return await self._order(topic, action, timeout_s=timeout_s, request_id=request_id, **fields)
+
+    async def _order(
+        self, topic: str, action: str, *, timeout_s: float, request_id: str | None, **fields: Any
+    ) -> Mapping[str, Any]:
+        """Publish a control message and wait for its ack."""
         with self._traffic.acks.awaiting() as ack:
             message = {"action": action, "transaction": ack.transaction, "request_id": request_id, **fields}
             payload = orjson.dumps({name: value for name, value in message.items() if value is not None})
@@ -270,7 +285,7 @@ class AsyncBusClient:
                     ack.refuse(NotPermitted(not_permitted("publish to", topic, self.address, reason)))
 
             # Expires when our wait is over: a worker that comes back later must not do what nobody waits for any more.
-            if not self._connection.publish(topic, payload, expiry_s=max(1, math.ceil(timeout_s)), on_ack=acknowledged):
+            if not self._connection.publish(topic, payload, expiry_s=expiry_of(timeout_s), on_ack=acknowledged):
                 raise BrokerUnreachable(
                     f"The connection to the broker at {self.address} is lost; it is being restored."
                 )
@@ -341,6 +356,10 @@ class AsyncBusClient:
     def workers(self) -> dict[str, Mapping[str, Any]]:
         """The latest status of every worker, without waiting."""
         return self._traffic.board.all()
+
+    def heard_at(self) -> dict[str, float]:
+        """When (monotonic seconds) the latest status of a worker came from itself; none of those whose status the broker had kept."""
+        return self._traffic.board.heard_at()
 
     def loads(self) -> dict[str, Mapping[str, Any]]:
         """The latest health of every worker, without waiting; empty before `health` was called."""

@@ -90,6 +90,8 @@ class AsyncConnection:
     async def open(self) -> None:
         """Connect within `connect_timeout_s`; raises `BrokerUnreachable` or `BrokerRefused`."""
         first_refusal: BusError | None = None
+        self._closing = False  # after an attempt that was given up
+        self._lost.clear()
         for version in versions(self.address):
             try:
                 await self._connect(version)
@@ -163,6 +165,8 @@ class AsyncConnection:
         if connack is None or connack.value >= REFUSED:
             self._drop()
         check_connack(connack, self.address, in_time=in_time)
+        if self._fd < 0:
+            raise BrokerUnreachable(f"The broker at {self.address} closed the connection right after its welcome.")
 
     def _build(self, version: Spoken) -> GatheringClient:
         client = GatheringClient(

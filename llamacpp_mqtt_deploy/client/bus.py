@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -19,7 +19,7 @@ from llamacpp_mqtt_deploy.client.asking import Patience, check_names, counted_of
 from llamacpp_mqtt_deploy.client.connection import Connection
 from llamacpp_mqtt_deploy.client.exceptions import AnswerLost, BrokerUnreachable, BusError, NotPermitted, NoWorker
 from llamacpp_mqtt_deploy.client.paho_client import REFUSED
-from llamacpp_mqtt_deploy.client.traffic import Traffic
+from llamacpp_mqtt_deploy.client.traffic import Traffic, expiry_of
 from llamacpp_mqtt_deploy.client.watch import Watch
 from llamacpp_mqtt_deploy.core.routes import is_level
 
@@ -88,7 +88,7 @@ class BusClient:
             self._connection.subscribe(self._traffic.topic("status", "+"))
         except NotPermitted as error:
             self._status_refused = error  # allowed by the recommended access list, but no condition for an answer
-        except BusError:
+        except BaseException:  # Ctrl-C, too, leaves no thread behind
             self._connection.close()
             raise
         self._watch.start()
@@ -173,16 +173,18 @@ class BusClient:
             rules=asking.rules,
             expects_text=asking.expects_text,
         )
-        self._listen(answer.session)
-        self._traffic.add(answer)
+        with self._listening(answer.session):
+            self._traffic.add(answer)
         self._traffic.publish(answer)
         self._changed.set()
         return answer
 
-    def _listen(self, session: str) -> None:
-        """Subscribe to the events of a session; raises `NotPermitted` and `BrokerUnreachable`."""
-        self._connection.subscribe(self._traffic.reply_filter(session))
-        self._traffic.listening(session)
+    @contextlib.contextmanager
+    def _listening(self, session: str) -> Iterator[None]:
+        """Be subscribed to the events of a session within it; raises `NotPermitted` and `BrokerUnreachable`."""
+        with self._traffic.listening(session):
+            self._connection.subscribe(self._traffic.reply_filter(session))
+            yield
 
     # --- control, status, history ------------------------------------------------------------------------------------
 
@@ -201,9 +203,9 @@ class BusClient:
         """
         session = session or self.session
         check_names(session, request_id)
-        self._listen(session)
         topic = self._traffic.topic("control", session)
-        return self._order(topic, action, timeout_s=timeout_s, request_id=request_id, **fields)
+        with self._listening(session):
+            return self._order(topic, action, timeout_s=timeout_s, request_id=request_id, **fields)
 
     def admin(self, worker: str, action: str, *, timeout_s: float = 10.0, **fields: Any) -> Mapping[str, Any]:
         """Send an admin message (`drain`, `resume`, `cancel_all`, ...) to one worker and return its `ack`.
@@ -227,7 +229,7 @@ class BusClient:
                     ack.refuse(NotPermitted(not_permitted("publish to", topic, self.address, reason)))
 
             # Expires when our wait is over: a worker that comes back later must not do what nobody waits for any more.
-            if not self._connection.publish(topic, payload, expiry_s=max(1, math.ceil(timeout_s)), on_ack=acknowledged):
+            if not self._connection.publish(topic, payload, expiry_s=expiry_of(timeout_s), on_ack=acknowledged):
                 raise BrokerUnreachable(
                     f"The connection to the broker at {self.address} is lost; it is being restored."
                 )

@@ -82,6 +82,7 @@ class Connection:
     def open(self) -> None:
         """Connect within `connect_timeout_s`; raises `BrokerUnreachable` or `BrokerRefused`."""
         first_refusal: BusError | None = None
+        self._opened = self._closing = False  # after an attempt that was given up
         for version in versions(self.address):
             try:
                 self._paho = self._handshake(version)
@@ -125,7 +126,11 @@ class Connection:
         except (OSError, ValueError) as error:
             raise BrokerUnreachable(explain_failure(error, self.address)) from error
         client.loop_start()
-        in_time = self._first_word.wait(self.address.connect_timeout_s)
+        try:
+            in_time = self._first_word.wait(self.address.connect_timeout_s)
+        except BaseException:  # Ctrl-C: nobody else knows of its thread
+            self._stop(client, timeout_s=1.0)
+            raise
         connack = self._connack
         if connack is None or connack.value >= REFUSED:
             self._stop(client, timeout_s=1.0)

@@ -96,6 +96,11 @@ class FollowedAnswer:
         return self._outcome is not None
 
     @property
+    def has_more(self) -> bool:
+        """Something waits to be taken."""
+        return bool(self._pending)
+
+    @property
     def outcome(self) -> Done | BusError | None:
         """The end: what the worker made, or why there is none; None while it is awaited."""
         return self._outcome

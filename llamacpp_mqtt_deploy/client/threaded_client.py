@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -39,6 +41,36 @@ class ThreadedClient(GatheringClient):
                     prompt.answer_pings()
                     return paho.MQTT_ERR_SUCCESS
         return super().loop_read(max_packets)
+
+    def _loop(self, timeout: float = 1.0) -> MQTTErrorCode:
+        """What paho's thread does once: wait for the socket, read, write. As paho's, but by poll: select takes no descriptor from
+        1024 on, and a program that has so many open could not connect."""
+        sock, wake = self._sock, self._sockpairR
+        if sock is None or not hasattr(select, "poll"):
+            return super()._loop(timeout)
+        waiting = select.poll()
+        try:
+            waiting.register(sock, select.POLLIN | (select.POLLOUT if self.want_write() else 0))
+        except (TypeError, ValueError):  # closed meanwhile
+            return super()._loop(timeout)
+        if wake is not None:
+            waiting.register(wake, select.POLLIN)
+        unread = self.buffered is not None and self.buffered.pending() > 0
+        ready = dict(waiting.poll(0.0 if unread else 1000.0 * timeout))
+        woken = wake is not None and wake.fileno() in ready
+        if wake is not None and woken:
+            with contextlib.suppress(BlockingIOError):
+                wake.recv(10_000)
+        about = ready.get(sock.fileno(), 0)
+        if unread or about & ~select.POLLOUT:
+            read = self.loop_read()
+            if read or self._sock is None:
+                return read
+        if woken or about & select.POLLOUT:
+            written = self.loop_write()
+            if written or self._sock is None:
+                return written
+        return self.loop_misc()
 
     def acknowledge(self, mid: int) -> None:
         """Queue the PUBACK of a message behind what paho has queued, from which it is sent."""

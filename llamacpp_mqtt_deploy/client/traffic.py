@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
@@ -31,6 +33,9 @@ LIVE_ANSWERS = 1000
 LONGEST_EXPIRY_S = 0xFFFFFFFF
 """What MQTT's Message Expiry Interval can hold (section 3.3.2.3.3): 136 years."""
 KEPT_FILTERS = 64  # reply subscriptions that are kept for the next request of their session
+UNSENT_CANCELS = 1000
+UNSENT_CANCELS_S = 600.0
+"""How long a cancel waits for the broker: what it would stop has met the worker's own limit by then."""
 
 
 class Publisher(Protocol):
@@ -92,8 +97,14 @@ class Traffic(Generic[C, F, K]):
         self._live_answers = live_answers
         self._lock = threading.Lock()
         self._live: dict[tuple[str, str], F] = {}
-        self._filters: dict[str, float] = {}
+        self._filters: dict[str, None] = {}
         """Reply subscriptions, least recently used first."""
+        self._in_use: Counter[str] = Counter()
+        """Those that somebody waits for, or is about to."""
+        self._giving_up = threading.Lock()
+        """Held while subscriptions are given up, over calls into the connection: never taken in its callbacks."""
+        self._unsent_cancels: dict[tuple[str, str], float] = {}
+        """Sessions and ids of the cancels that the broker has not acknowledged, oldest first, and since when."""
         self._closed = False
 
     def topic(self, kind: str, rest: str) -> str:
@@ -115,6 +126,7 @@ class Traffic(Generic[C, F, K]):
             if key in self._live and not self._live[key].ended:
                 raise ValueError(f"request_id {answer.request_id!r} is in use")
             self._live[key] = answer
+            self._unsent_cancels.pop(key, None)  # the same request again is not what was to be stopped
             # Marked before it is published: the watch must not find it unsent and publish it too.
             answer.note(lambda rules: rules.sent(time.monotonic()))
 
@@ -144,22 +156,39 @@ class Traffic(Generic[C, F, K]):
             return self.topic("reply", f"{session.partition('/')[0]}/#")
         return self.topic("reply", session)
 
-    def listening(self, session: str) -> None:
-        """The subscription of this session is there and in use; those that nobody needs for long are given up."""
+    @contextlib.contextmanager
+    def listening(self, session: str) -> Iterator[None]:
+        """Within it the subscription of this session may be made and is kept; others that nobody needs for long are given up.
+
+        Known before it is made: whoever is stopped in between leaves nothing behind that would be kept for ever.
+        """
+        mine = self.reply_filter(session)
+        # As a whole, or a subscription that another thread has just found there would be given up.
+        with self._giving_up:
+            for name in self._take(mine):
+                self.connection.unsubscribe(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_use[mine] -= 1
+                if not self._in_use[mine]:
+                    del self._in_use[mine]
+
+    def _take(self, mine: str) -> list[str]:
+        """Note that this subscription is in use; those to be given up for it."""
         with self._lock:
-            now = time.monotonic()
-            mine = self.reply_filter(session)
+            self._in_use[mine] += 1
             self._filters.pop(mine, None)
-            self._filters[mine] = now
+            self._filters[mine] = None
             excess = len(self._filters) - KEPT_FILTERS
-            dropped: list[str] = []
-            if excess > 0:
-                busy = {self.reply_filter(session) for session, _ in self._live} | {mine}
-                dropped = [name for name in self._filters if name not in busy][:excess]
+            if excess <= 0:
+                return []
+            busy = {self.reply_filter(session) for session, _ in self._live} | self._in_use.keys()
+            dropped = [name for name in self._filters if name not in busy][:excess]
             for name in dropped:
                 del self._filters[name]
-        for name in dropped:
-            self.connection.unsubscribe(name)
+        return dropped
 
     def send_again(self, answer: F) -> None:
         """Publish the same request once more: it was, or its events were, lost on the way."""
@@ -172,7 +201,7 @@ class Traffic(Generic[C, F, K]):
     def publish(self, answer: F) -> None:
         """Publish the request; what becomes of it comes with the answer."""
         topic = self.topic("request", answer.session)
-        expiry_s = None if answer.timeout_s is None else min(LONGEST_EXPIRY_S, max(1, math.ceil(answer.timeout_s)))
+        expiry_s = None if answer.timeout_s is None else expiry_of(answer.timeout_s)
 
         def acknowledged(value: int, reason: str) -> None:
             if value == NO_MATCHING_SUBSCRIBERS:
@@ -193,16 +222,41 @@ class Traffic(Generic[C, F, K]):
                     answer.note(RetryRules.back)
         except BusError as error:
             answer.fail(error)
+        else:
+            self._cancel_again(answer)
 
     def cancel(self, answer: F, taken: Callable[[], None] = lambda: None) -> bool:
-        """Ask the worker to stop, calling `taken` when the broker has the message; False when it cannot be sent."""
-        payload = orjson.dumps({"action": "cancel", "request_id": answer.request_id})
+        """Ask the worker to stop, calling `taken` when the broker has the message; False when it cannot be sent now. Then it is sent
+        when the connection is back."""
+        key = (answer.session, answer.request_id)
+        with self._lock:
+            if not self._closed and key not in self._unsent_cancels:
+                while len(self._unsent_cancels) >= UNSENT_CANCELS:
+                    del self._unsent_cancels[next(iter(self._unsent_cancels))]
+                self._unsent_cancels[key] = time.monotonic()
+        return self._send_cancel(key, taken)
+
+    def _send_cancel(self, key: tuple[str, str], taken: Callable[[], None] = lambda: None) -> bool:
+        session, request_id = key
+        payload = orjson.dumps({"action": "cancel", "request_id": request_id})
+
+        def acknowledged(_value: int, _reason: str) -> None:
+            with self._lock:
+                self._unsent_cancels.pop(key, None)
+            taken()
+
         try:
-            return self.connection.publish(
-                self.topic("control", answer.session), payload, on_ack=lambda _value, _reason: taken()
-            )
+            return self.connection.publish(self.topic("control", session), payload, on_ack=acknowledged)
         except BusError:
             return False
+
+    def _cancel_again(self, answer: F) -> None:
+        """A request that was to be stopped while the connection was lost went out again: it is stopped behind it."""
+        key = (answer.session, answer.request_id)
+        with self._lock:
+            unsent = key in self._unsent_cancels
+        if unsent:
+            self._send_cancel(key)
 
     def probe(self, answer: F, now: float) -> None:
         """Ask whether anybody is there on behalf of this answer."""
@@ -224,10 +278,10 @@ class Traffic(Generic[C, F, K]):
     def _received(self, topic: str, payload: bytes, retain: bool) -> None:
         kind, _, rest = topic.removeprefix(f"{self.root}/").partition("/")
         if kind == "status":
-            self.board.note(rest, payload)
+            self.board.note(rest, payload, retain=retain)
             return
         if kind == "health":
-            self.health.note(rest, payload)
+            self.health.note(rest, payload, retain=retain)
             return
         if kind not in ("reply", "admin-reply") or retain:
             return
@@ -262,6 +316,13 @@ class Traffic(Generic[C, F, K]):
     def _back(self) -> None:
         for answer in self.live():
             answer.note(RetryRules.back)
+        with self._lock:
+            since = time.monotonic() - UNSENT_CANCELS_S
+            self._unsent_cancels = {key: at for key, at in self._unsent_cancels.items() if at >= since}
+            awaited = {key for key, answer in self._live.items() if not answer.ended}
+            unsent = [key for key in self._unsent_cancels if key not in awaited]  # those follow their requests
+        for key in unsent:
+            self._send_cancel(key)
         self.wake()
 
     def _lost(self) -> None:
@@ -274,6 +335,11 @@ class Traffic(Generic[C, F, K]):
         for answer in self.live():
             if self.reply_filter(answer.session) == topic_filter:
                 answer.fail(NotPermitted(not_permitted("subscribe to", topic_filter, self.address, reason)))
+
+
+def expiry_of(timeout_s: float) -> int:
+    """The Message Expiry Interval of what nobody waits for after so many seconds."""
+    return max(1, math.ceil(min(LONGEST_EXPIRY_S, timeout_s)))
 
 
 def _probe_name(answer: FollowedAnswer) -> str:

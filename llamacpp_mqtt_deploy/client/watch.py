@@ -26,16 +26,21 @@ def look_after(traffic: Traffic[Any, Any, Any], *, offline_limit_s: float) -> fl
     online = traffic.board.online()
     heartbeat_s = traffic.board.heartbeat_s()
     for answer in traffic.drop_ended():
-        match answer.decide(now, heartbeat_s=heartbeat_s, worker_online=bool(online)):
-            case WaitUntil(until):
-                nearest = min(nearest, until)
-            case Send():
-                traffic.send_again(answer)
-            case AskPresence():
-                traffic.probe(answer, now)
-            case GiveUp(why):
-                why = "cut_short" if answer.cut_short and why == "lost" else why
-                _give_up(traffic, answer, why, offline_limit_s=offline_limit_s)
+        try:
+            match answer.decide(now, heartbeat_s=heartbeat_s, worker_online=bool(online)):
+                case WaitUntil(until):
+                    nearest = min(nearest, until)
+                case Send():
+                    traffic.send_again(answer)
+                case AskPresence():
+                    traffic.probe(answer, now)
+                case GiveUp(why):
+                    why = "cut_short" if answer.cut_short and why == "lost" else why
+                    _give_up(traffic, answer, why, offline_limit_s=offline_limit_s)
+        except Exception as error:
+            # The others are looked after all the same.
+            log.exception("bus.answer_failed request=%s session=%s", answer.request_id, answer.session)
+            answer.fail(AnswerLost(f"The request could not be followed ({type(error).__name__}: {error})."))
     return max(0.01, nearest - now)
 
 

@@ -25,10 +25,11 @@ class StatusBoard:
         self.on_change: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._workers: dict[str, Mapping[str, Any]] = {}
+        self._heard_at: dict[str, float] = {}
         self._messages = 0
 
-    def note(self, worker: str, payload: bytes) -> None:
-        """Take a status message; an empty one clears the worker's place."""
+    def note(self, worker: str, payload: bytes, *, retain: bool) -> None:
+        """Take a status message, which the broker had kept (`retain`) or passes on as it comes; an empty one clears the worker's place."""
         if len(payload) > MAX_STATUS_BYTES:
             return
         try:
@@ -38,8 +39,12 @@ class StatusBoard:
         with self._changed:
             if not payload:
                 self._workers.pop(worker, None)
+                self._heard_at.pop(worker, None)
             elif isinstance(status, dict) and (worker in self._workers or len(self._workers) < KNOWN_WORKERS):
                 self._workers[worker] = status
+                self._heard_at.pop(worker, None)
+                if not retain:
+                    self._heard_at[worker] = time.monotonic()
             self._messages += 1
             self._changed.notify_all()
         self.on_change()
@@ -57,6 +62,11 @@ class StatusBoard:
     def all(self) -> dict[str, Mapping[str, Any]]:
         with self._changed:
             return dict(self._workers)
+
+    def heard_at(self) -> dict[str, float]:
+        """When (monotonic seconds) the latest status of a worker came from itself; none of those whose status the broker had kept."""
+        with self._changed:
+            return dict(self._heard_at)
 
     def online(self) -> list[str]:
         """The workers that take or finish requests, by their own word."""

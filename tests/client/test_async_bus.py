@@ -6,12 +6,14 @@ import asyncio
 import re
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
 
-from llamacpp_mqtt_deploy.client import AnswerLost, AsyncBusClient, BusError
+from llamacpp_mqtt_deploy.client import AnswerLost, AsyncBusClient, BrokerUnreachable, BusError
 from tests.client.worker import PlayedWorker
+from tests.support.cable import SUBACK, Cable
 from tests.support.mosquitto import Mosquitto
 from tests.support.waiting import eventually
 
@@ -69,6 +71,36 @@ def test_the_other_ways_to_a_broker_work_too(start_mosquitto: Callable[..., Mosq
 
     with PlayedWorker(broker.port):
         run(work)
+
+
+def test_a_client_that_is_cancelled_while_it_opens_leaves_no_connection_behind(broker: Mosquitto) -> None:
+    async def work() -> None:
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5), AsyncBusClient("127.0.0.1", cable.port):
+                    pass
+        assert len(asyncio.all_tasks()) == 1
+
+    with closing(Cable(broker.port)) as cable:
+        cable.eat(SUBACK)
+        run(work)
+        eventually(cable.is_idle)
+        assert cable.connections == 3
+
+
+def test_a_broker_that_hangs_up_right_after_its_welcome_is_told_at_once() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(4096)
+        writer.write(bytes.fromhex("2003000000 e00197"))  # CONNACK, and DISCONNECT: quota exceeded
+        writer.close()
+
+    async def work() -> None:
+        async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+            bus = AsyncBusClient("127.0.0.1", server.sockets[0].getsockname()[1], protocol="5")
+            with pytest.raises(BrokerUnreachable, match="right after its welcome"):
+                await bus.open()
+
+    run(work)
 
 
 def test_an_answer_that_is_abandoned_goes_on_and_the_same_request_brings_it(broker: Mosquitto) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import resource
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any, Literal
 
@@ -22,9 +26,12 @@ from llamacpp_mqtt_deploy.client import (
     RequestRejected,
     tls_context,
 )
+from llamacpp_mqtt_deploy.client.async_connection import AsyncConnection
+from llamacpp_mqtt_deploy.client.connection import Connection
 from tests.client.looped import LoopedBusClient, LoopThread
 from tests.client.worker import PlayedWorker
 from tests.support.amqtt_broker import AmqttBroker
+from tests.support.cable import SUBACK, Cable
 from tests.support.certificates import Authority
 from tests.support.mosquitto import Mosquitto
 from tests.support.ports import free_port
@@ -424,6 +431,42 @@ def test_a_broker_that_stays_away_is_reported(broker: Mosquitto) -> None:
         broker.stop()
         with pytest.raises(BrokerUnreachable, match="has been away for"):
             answer.result(10)
+
+
+def test_a_client_that_could_not_subscribe_at_first_may_open_again_and_reconnects_like_any_other(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (Connection, AsyncConnection):
+        monkeypatch.setattr(kind.subscribe, "__kwdefaults__", {"timeout_s": 0.3})
+    with closing(Cable(broker.port)) as cable, PlayedWorker(broker.port):
+        bus = Client("127.0.0.1", cable.port)
+        cable.eat(SUBACK)
+        with pytest.raises(BrokerUnreachable, match="left a subscription unanswered"):
+            bus.open()
+        cable.eat()
+        bus.open()
+        try:
+            assert bus.ask("hello").result(10).content == "hello"
+            connections = cable.connections
+            cable.cut()
+            eventually(lambda: cable.connections > connections)
+            assert bus.ask("hello again").result(20).content == "hello again"
+        finally:
+            bus.close()
+
+
+def test_a_program_with_many_open_files_can_ask_too(broker: Mosquitto) -> None:
+    # select() takes no descriptor from 1024 on.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.fail(f"this machine allows {hard} open files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with PlayedWorker(broker.port), contextlib.ExitStack() as many:
+        for _ in range(1100):
+            many.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        with Client("127.0.0.1", broker.port) as bus:
+            assert bus.ask("x" * 300_000).result(9).content == "x" * 300_000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_request_over_the_brokers_size_limit_ends_instead_of_looping(start_mosquitto: Start) -> None:
