@@ -74,6 +74,8 @@ class AnswerResponse:
         self._cut_when_failed = cut_when_failed
         self._note = note
         self._started = False
+        self._told_at = 0.0
+        """When the client was last sent something; a time of the loop."""
         self._headers = {"x-request-id": answer.request_id}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,9 +124,11 @@ class AnswerResponse:
 
     async def _send_stream(self, renderer: Renderer, send: Send) -> None:
         waiting = b""
+        self._told_at = asyncio.get_running_loop().time()
         async for event in self._events():
             if event is None:
                 waiting += renderer.ping()
+                self._told_at = asyncio.get_running_loop().time()
                 ready = True
             else:
                 if not self._started and _fails(event):
@@ -136,16 +140,20 @@ class AnswerResponse:
                 await self._begin(renderer, send)
                 if waiting:
                     await send({"type": "http.response.body", "body": waiting, "more_body": True})
+                    self._told_at = asyncio.get_running_loop().time()
                 waiting = b""
         await self._finish(renderer, waiting, send)
 
     async def _events(self) -> AsyncIterator[Mapping[str, Any] | None]:
-        """The events of the answer; None when it is time for a sign of life."""
+        """The events of the answer; None when the client has been told nothing for so long that a sign of life is due, though there
+        may have been events that this format has no words for."""
+        loop, heartbeat_s = asyncio.get_running_loop(), self._pace.heartbeat_s
         while True:
-            reading = await self._answer.poll(self._pace.heartbeat_s)
+            left_s = self._told_at + heartbeat_s - loop.time()
+            reading = await self._answer.poll(left_s) if left_s > 0 else None
             if reading is not None:
                 yield reading.event
-            elif self._answer.ended:
+            elif self._answer.ended and not self._answer.has_more:
                 return
             else:
                 yield None

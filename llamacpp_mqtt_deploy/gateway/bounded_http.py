@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamacpp_mqtt_deploy.gateway.closing_watch import ClosingWatch
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns, Slices
+
+MOST_BEHIND_BYTES = 8192
+"""What is read behind a request that is not answered yet; see `BoundedHttp.handle_events`."""
 
 
 class _Flow(FlowControl):
@@ -53,6 +57,17 @@ class BoundedHttp(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._slices.add(data)
+
+    def handle_events(self) -> None:
+        """Uvicorn reads nothing behind a request before that is answered, and so would not see that a client has left that sent but
+        a line end more: its answer would go on for nobody."""
+        super().handle_events()
+        if (
+            self.flow.read_paused
+            and self.conn.their_state is h11.DONE
+            and len(self.conn.trailing_data[0]) <= MOST_BEHIND_BYTES
+        ):
+            self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._slices.drop()

@@ -30,6 +30,8 @@ class WorkersSeen(Protocol):
 
     def workers(self) -> dict[str, Mapping[str, Any]]: ...
 
+    def heard_at(self) -> dict[str, float]: ...
+
     def loads(self) -> dict[str, Mapping[str, Any]]: ...
 
 
@@ -72,11 +74,11 @@ class Catalog:
 
     def servers(self) -> list[Server]:
         """The workers that take requests."""
-        loads = self._bus.loads()
+        loads, heard_at, now = self._bus.loads(), self._bus.heard_at(), time.monotonic()
         return [
             Server(worker=worker, models=_models(status), load=_load(loads.get(worker, {})), status=status)
             for worker, status in self._bus.workers().items()
-            if status.get("state") == "online" and is_live(status, time.time())
+            if status.get("state") == "online" and is_live(status, _age_s(status, heard_at.get(worker), now))
         ]
 
     def served(self, owner: Owner) -> list[ServedModel]:
@@ -84,6 +86,8 @@ class Catalog:
         found: dict[str, ServedModel] = {}
         for server in self.servers():
             names = server.models or (OWN_MODEL,)
+            if not owner.may_name(names[0]):
+                names = (OWN_MODEL, *names[1:])  # the same model, by the name that this owner may know it by
             for name in names[:MOST_MODELS]:
                 if name not in found and owner.may_name(name):
                     found[name] = self._served(name, server.status)
@@ -118,13 +122,19 @@ class Catalog:
         )
 
 
-def is_live(status: Mapping[str, Any], now: float) -> bool:
-    """Whether a status that says `online` was renewed lately. One without a time is believed; clocks may differ, so only one that
-    is older by minutes is not."""
-    ts, every_s = status.get("ts"), status.get("every_s")
-    if not isinstance(ts, int | float) or not isinstance(every_s, int | float):
-        return True
-    return now - ts < max(LIVE_RENEWALS * every_s, 300.0)
+def is_live(status: Mapping[str, Any], age_s: float | None) -> bool:
+    """Whether a status that says `online` was renewed lately. One without a time is believed."""
+    every_s = status.get("every_s")
+    return age_s is None or not isinstance(every_s, int | float) or age_s < max(LIVE_RENEWALS * every_s, 300.0)
+
+
+def _age_s(status: Mapping[str, Any], heard_at: float | None, now: float) -> float | None:
+    """Seconds since the worker said it: by our own clock where we heard it say so. Of what the broker had kept only the worker's
+    clock tells, and clocks may differ by minutes."""
+    if heard_at is not None:
+        return now - heard_at
+    ts = status.get("ts")
+    return time.time() - ts if isinstance(ts, int | float) else None
 
 
 def _models(status: Mapping[str, Any]) -> tuple[str, ...]:

@@ -35,6 +35,9 @@ LOOK_EVERY_S = 1.0
 LANES: tuple[Lane, ...] = ("batch", "normal", "interactive")
 
 
+_UNKNOWN = "This key is not known here. `lmd gateway key add NAME` makes one."
+
+
 class KeysFileError(Exception):
     """The keys file cannot be used; the text says why and what to do."""
 
@@ -139,14 +142,15 @@ class KeyRing:
             if hmac.compare_digest(known, digest):
                 found = owner
         if found is None:
-            raise Unauthorized("This key is not known here. `lmd gateway key add NAME` makes one.")
+            raise Unauthorized(_UNKNOWN)
         return found
 
     def take(self, owner: Owner) -> None:
         """Count one request; raises RateLimited."""
         limiter = self._limiters.get(owner.name)
-        if limiter is not None:
-            limiter.take(owner.level, time.monotonic())
+        if limiter is None:
+            raise Unauthorized(_UNKNOWN)  # removed since it was looked up
+        limiter.take(owner.level, time.monotonic())
 
     def _look_again(self) -> None:
         now = time.monotonic()
@@ -160,6 +164,9 @@ class KeyRing:
             self.problem = ""
         except KeysFileError as error:
             self.problem = str(error)
+            self._stamp = (
+                None  # what only its mode, or a shortage, kept from being read looks the same once that is mended
+            )
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

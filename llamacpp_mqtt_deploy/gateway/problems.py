@@ -44,6 +44,12 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class AnotherRequest(RequestError):
+    """An id is used for a second request while the first one is under way."""
+
+    code = "duplicate_request"
+
+
 class NobodyServes(RequestError):
     """No worker is online."""
 

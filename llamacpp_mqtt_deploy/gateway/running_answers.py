@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from llamacpp_mqtt_deploy.client.async_answer import AsyncAnswer
 from llamacpp_mqtt_deploy.client.async_bus import AsyncBusClient
 from llamacpp_mqtt_deploy.client.exceptions import AnswerError
+from llamacpp_mqtt_deploy.core.errors import ShuttingDown
+from llamacpp_mqtt_deploy.gateway.problems import COME_BACK_S, AnotherRequest
 
 Name = tuple[str, str]
 """Session path and request id."""
 
 MOST_AWAITED = 1000
 """Answers whose client may come back; beyond it they are cancelled at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """An answer that somebody reads, and a hash of what it answers."""
+
+    answer: AsyncAnswer
+    request: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """An answer whose client may come back until the timer has run."""
+
+    timer: asyncio.TimerHandle
+    request: bytes
 
 
 class Running:
@@ -27,43 +49,58 @@ class Running:
     def __init__(self, bus: AsyncBusClient, *, retry_grace_s: float) -> None:
         self._bus = bus
         self._retry_grace_s = retry_grace_s
-        self._answers: dict[Name, AsyncAnswer] = {}
-        self._awaited: dict[Name, asyncio.TimerHandle] = {}
+        self._answers: dict[Name, _Read] = {}
+        self._awaited: dict[Name, _Awaited] = {}
         self._closing = False
 
     async def begin(self, *, session: str, request_id: str, request: Mapping[str, Any], streams: bool) -> AsyncAnswer:
-        """Ask for an answer. Who asks again with the same id takes it over: the older reader's answer ends with an error.
+        """Ask for an answer. Who asks again with the same id takes it over: the older reader's answer ends with an error. Another
+        request under this id, which the worker would reject, changes nothing for the first.
 
-        Raises BusError and ValueError.
+        Raises AnotherRequest, BusError, ShuttingDown and ValueError.
         """
-        name = (session, request_id)
+        name, mark = (session, request_id), _mark(request)
         await self._bus.listen(session)  # may wait; from here on nothing does, or two who ask at once would both begin
-        if (timer := self._awaited.pop(name, None)) is not None:
-            timer.cancel()
-        if (older := self._answers.pop(name, None)) is not None:
-            older.fail(AnswerError("duplicate_request", "The same request was sent again; its answer goes there."))
+        if self._closing:  # its body, or the broker's answer, took longer than the drain
+            raise ShuttingDown("The gateway is shutting down.", retry_after_s=COME_BACK_S)
+        self._refuse_another(name, mark)
+        if (awaited := self._awaited.pop(name, None)) is not None:
+            awaited.timer.cancel()
+        if (read := self._answers.pop(name, None)) is not None:
+            read.answer.fail(
+                AnswerError("duplicate_request", "The same request was sent again; its answer goes there.")
+            )
         cut = request.get("stream", True)  # "sentence"
         answer = await self._bus.ask(
-            session=session,
-            request_id=request_id,
-            **{name: value for name, value in request.items() if name != "stream"},
-            stream=cut if streams else False,
+            session=session, request_id=request_id, **_without_stream(request), stream=cut if streams else False
         )
-        self._answers[name] = answer
+        self._answers[name] = _Read(answer, mark)
         return answer
+
+    def check(self, *, session: str, request_id: str, request: Mapping[str, Any]) -> None:
+        """Raise AnotherRequest where a different request under this id is under way."""
+        self._refuse_another((session, request_id), _mark(request))
+
+    def _refuse_another(self, name: Name, mark: bytes) -> None:
+        known = self._answers.get(name) or self._awaited.get(name)
+        if known is not None and known.request != mark:
+            raise AnotherRequest(
+                "This id belongs to another request of this session, which is not answered yet.",
+                fields={"request_id": "a new one for each request"},
+            )
 
     def leave(self, answer: AsyncAnswer, *, may_come_back: bool) -> None:
         """Whoever read this answer is gone; nothing to do when it had ended."""
         name = (answer.session, answer.request_id)
-        if self._answers.get(name) is not answer:
+        read = self._answers.get(name)
+        if read is None or read.answer is not answer:
             return  # somebody else reads it now
         del self._answers[name]
         if answer.ended:
             return
         if may_come_back and self._retry_grace_s > 0 and len(self._awaited) < MOST_AWAITED and not self._closing:
-            self._awaited[name] = asyncio.get_running_loop().call_later(
-                self._retry_grace_s, self._give_up, name, answer
-            )
+            timer = asyncio.get_running_loop().call_later(self._retry_grace_s, self._give_up, name, answer)
+            self._awaited[name] = _Awaited(timer, read.request)
             answer.abandon()
         else:
             self._cancel(answer)
@@ -72,10 +109,10 @@ class Running:
         """The gateway stops: every reader gets an error that says so; what its client named goes on at the worker."""
         self._closing = True
         for name in list(self._awaited):
-            self._awaited.pop(name).cancel()
-        for answer in list(self._answers.values()):
-            if not answer.ended:
-                self._cancel(answer, AnswerError("shutting_down", "The gateway is shutting down.", retryable=True))
+            self._awaited.pop(name).timer.cancel()
+        for read in list(self._answers.values()):
+            if not read.answer.ended:
+                self._cancel(read.answer, AnswerError("shutting_down", "The gateway is shutting down.", retryable=True))
 
     @property
     def count(self) -> int:
@@ -88,3 +125,12 @@ class Running:
     def _cancel(self, answer: AsyncAnswer, error: AnswerError | None = None) -> None:
         self._bus.cancel_request(answer)
         answer.fail(error or AnswerError("cancelled", "The client went away."))
+
+
+def _without_stream(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in request.items() if name != "stream"}
+
+
+def _mark(request: Mapping[str, Any]) -> bytes:
+    """What two requests have in common that are the same but for how their answers are told."""
+    return hashlib.sha256(orjson.dumps(_without_stream(request), option=orjson.OPT_SORT_KEYS)).digest()

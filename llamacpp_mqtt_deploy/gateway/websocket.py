@@ -24,7 +24,7 @@ from llamacpp_mqtt_deploy.core.routes import is_level
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.exchange import SUBPROTOCOL, Services, errand, note
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
-from llamacpp_mqtt_deploy.gateway.problems import told
+from llamacpp_mqtt_deploy.gateway.problems import Unauthorized, told
 from llamacpp_mqtt_deploy.gateway.session_control import ask_control
 from llamacpp_mqtt_deploy.gateway.told_events import ToldEvents
 
@@ -103,6 +103,7 @@ class _Conversation:
             if not isinstance(content, dict):
                 raise BadRequest("A frame must be a JSON object.", fields={"frame": "a JSON object"})
             fields = content
+            self._look_at_the_key()
             match content.get("type", "request"):
                 case "request":
                     self._request(content)
@@ -110,8 +111,19 @@ class _Conversation:
                     self._control(content)
                 case _:
                     raise BadRequest("type: expected request or control", fields={"type": "request or control"})
+        except Unauthorized as error:
+            await self._tell(_about(fields) | error_event(error) | {"final": True})
+            await self._close(POLICY_VIOLATION)
+            raise _Closed from error
         except RequestError as error:
             await self._tell(_about(fields) | error_event(error) | {"final": True})
+
+    def _look_at_the_key(self) -> None:
+        """The keys may have changed since the handshake; raises Unauthorized when this one is gone, or stands for another level."""
+        owner = self._services.owner(self._socket)
+        if owner.level != self._owner.level:  # whose places this socket takes up, and whose sessions it knows
+            raise Unauthorized("This key belongs to another topic level now. Connect again.")
+        self._owner = owner
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -128,14 +140,15 @@ class _Conversation:
         asked = parse_ask(body)
         ready = errand(self._services, self._owner, asked, request_id=given or secrets.token_hex(12))
         name = (ready.occasion.session, ready.occasion.request_id)
-        if name not in self._tasks:
-            if len(self._tasks) >= REQUESTS_OF_ONE_SOCKET:
-                raise Busy(
-                    f"{REQUESTS_OF_ONE_SOCKET} requests of this connection are under way already.", retry_after_s=1.0
-                )
-            self._services.count(self._owner)
-        elif not self._tasks[name].done():
-            self._tasks[name].cancel()  # sent again: the new delivery brings what is missing
+        known = self._tasks.get(name)
+        if known is None and len(self._tasks) >= REQUESTS_OF_ONE_SOCKET:
+            raise Busy(
+                f"{REQUESTS_OF_ONE_SOCKET} requests of this connection are under way already.", retry_after_s=1.0
+            )
+        self._services.count(self._owner)  # sent again, too, it makes the worker tell what it has
+        self._services.running.check(session=name[0], request_id=name[1], request=ready.request)
+        if known is not None:
+            known.cancel()  # the new delivery brings what is missing
         streams: Any = asked.request.get("stream", asked.streams)
         task = asyncio.create_task(
             self._follow(name, dict(ready.request), streams=streams, can_return=given is not None)

@@ -23,6 +23,7 @@ class Told:
         self.connected = True
         self.status_readable = True
         self.health: dict[str, Mapping[str, Any]] = {}
+        self.heard: dict[str, float] = {}
         self._workers = workers
 
     def workers(self) -> dict[str, Mapping[str, Any]]:
@@ -31,6 +32,9 @@ class Told:
             name: {**told, "ts": time.time() - told["age_s"]} if "age_s" in told else told
             for name, told in self._workers.items()
         }
+
+    def heard_at(self) -> dict[str, float]:
+        return self.heard
 
     def loads(self) -> dict[str, Mapping[str, Any]]:
         return self.health
@@ -102,3 +106,29 @@ def test_models_are_listed_once_and_only_those_that_the_key_may_name() -> None:
     assert catalog.find(ANYONE, "default").name == "m"
     with pytest.raises(ModelNotFound):
         catalog.find(Owner(name="a", level="a", models=("n",)), "m")
+
+
+def test_a_worker_that_is_heard_is_there_whatever_its_clock_says() -> None:
+    told = Told(a=online("m", age_s=3600))
+    with pytest.raises(NobodyServes):
+        Catalog(told).pick("m")
+    told.heard["a"] = time.monotonic()
+    assert Catalog(told).pick("m") is not None
+    told.heard["a"] = time.monotonic() - 3600  # its own clock may say what it likes
+    with pytest.raises(NobodyServes):
+        Catalog(told).pick("m")
+    ahead = Told(a=online("m", age_s=-3600))
+    ahead.heard["a"] = time.monotonic() - 3600
+    with pytest.raises(NobodyServes):
+        Catalog(ahead).pick("m")
+
+
+def test_a_key_for_the_workers_own_model_sees_it_under_the_name_that_it_may_use() -> None:
+    owner = Owner(name="a", level="a", models=("default",))
+    catalog = Catalog(Told(a=online("m", "n", n_ctx=4096), b=online("o")))
+    assert [(model.name, model.context_tokens) for model in catalog.served(owner)] == [("default", 4096)]
+    assert catalog.find(owner, "default").name == "default"
+    both = Owner(name="a", level="a", models=("default", "n"))
+    assert [model.name for model in catalog.served(both)] == ["default", "n"]
+    named = Owner(name="a", level="a", models=("default", "m"))
+    assert [model.name for model in catalog.served(named)] == ["m", "default"]

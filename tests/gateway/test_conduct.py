@@ -19,8 +19,9 @@ import pytest
 
 from llamacpp_mqtt_deploy.client import AsyncBusClient
 from llamacpp_mqtt_deploy.client.async_connection import AsyncConnection
+from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, PromptProgress, Reasoning
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow
-from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence
+from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence, Step
 from tests.gateway.world import RunningGateway, World
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
@@ -229,6 +230,66 @@ def test_who_asks_twice_at_once_on_a_level_that_is_new_hears_one_answer(
         heard = list(pool.map(ask, range(2)))
     assert sorted(heard) == [(200, None), (409, "duplicate_request")]
     assert len(worker.engine.calls) == 1
+
+
+def test_another_request_under_the_id_of_one_under_way_is_refused_and_changes_nothing_for_the_first(
+    world: World,
+) -> None:
+    gate = Gate()
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine)
+    gateway = world.gateway(gateway__retry_grace_s=0.5)
+    headers = {"Idempotency-Key": "one"}
+
+    def ask_another() -> tuple[int, str]:
+        response = httpx.post(f"{gateway.url}{CHAT}", json=chat("something else"), headers=headers, timeout=20)
+        return response.status_code, response.json()["error"]["code"]
+
+    engine.play("one", gate, " two")
+    asked: Any = {"json": chat(stream=True), "headers": headers, "timeout": 20}
+    with httpx.stream("POST", f"{gateway.url}{CHAT}", **asked) as response:
+        lines = pieces(response)
+        assert next(lines)["choices"]
+        assert ask_another() == (409, "duplicate_request")
+        gate.open()
+        assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in lines) == "one two"
+    engine.play("begun", Silence())
+    headers["Idempotency-Key"] = "two"
+    with httpx.stream("POST", f"{gateway.url}{CHAT}", **asked) as response:
+        next(pieces(response))
+    assert ask_another() == (409, "duplicate_request")
+    eventually(lambda: engine.busy == 0, 5)  # it was given up, as without the other one
+
+
+def test_who_leaves_while_the_broker_is_away_is_cancelled_when_it_is_back(world: World) -> None:
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("begun", Silence())
+    with httpx.stream("POST", f"{gateway.url}{CHAT}", json=chat(stream=True), timeout=20) as response:
+        lines = pieces(response)
+        next(lines)
+        world.broker.stop()
+        eventually(lambda: not httpx.get(f"{gateway.url}/readyz", timeout=5).json()["broker"])
+    assert engine.busy == 1
+    world.broker.start()
+    eventually(lambda: engine.busy == 0, 20)
+
+
+@pytest.mark.parametrize("behind", [b"\r\n", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"x" * 4000])
+def test_who_sends_something_behind_his_request_and_leaves_is_cancelled(world: World, behind: bytes) -> None:
+    engine = ScriptedEngine(slots=1)
+    world.worker(engine)
+    gateway = world.gateway()
+    engine.play("begun", Silence())
+    body = json.dumps(chat()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port), 5) as client:
+        client.sendall(head.encode() + body)
+        eventually(lambda: engine.busy == 1)
+        client.sendall(behind)
+        time.sleep(0.2)  # it may be read with the end of the connection or before it
+    eventually(lambda: engine.busy == 0, 5)
 
 
 def test_whoever_does_not_come_back_in_time_is_cancelled(world: World) -> None:
@@ -488,6 +549,25 @@ def test_at_a_stop_answers_may_finish_and_what_takes_too_long_ends_with_an_error
     eventually(lambda: engine.busy == 0)
 
 
+def test_a_request_whose_body_is_whole_only_after_the_drain_is_told_so(world: World) -> None:
+    world.worker()
+    gateway = world.gateway(gateway__drain_timeout_s=1)
+    body = json.dumps(chat()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port), 5) as client:
+        client.sendall(head.encode() + body[:-1])
+        eventually(lambda: gateway.gateway._capacity.taken == 1)
+        gateway.stop_soon()
+        gateway.stop_soon()  # cuts the drain short
+        client.sendall(body[-1:])
+        client.settimeout(10)
+        answer = b""
+        while more := client.recv(4096):
+            answer += more
+    assert b"503" in answer.split(b"\r\n")[0]
+    assert b"shutting_down" in answer
+
+
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
@@ -593,6 +673,35 @@ def test_silence_is_filled_with_signs_of_life(world: World) -> None:
         assert next(line for line in lines if line.startswith(":")) == ": ping"
         gate.open()
         assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    "path,step",
+    [
+        (CHAT, PromptProgress(1, 2, 0)),
+        ("/v1/messages", PromptProgress(1, 2, 0)),
+        ("/v1/messages", Reasoning("hm")),
+        ("/chat/stream", Reasoning("hm")),
+    ],
+)
+def test_what_an_api_has_no_words_for_does_not_keep_signs_of_life_away(world: World, path: str, step: Delta) -> None:
+    heard = threading.Event()
+
+    def busy(_call: EngineCall) -> Iterator[Step]:
+        for _ in range(400):
+            if heard.wait(0.05):
+                break
+            yield step
+        yield "done"
+
+    world.worker(ScriptedEngine(busy))
+    gateway = world.gateway(gateway__heartbeat_s=0.3)
+    body = chat(stream=True, max_tokens=9) if path.startswith("/v1") else {"message": "hi", "session_id": "s"}
+    with httpx.stream("POST", f"{gateway.url}{path}", json=body, timeout=20) as response:
+        lines = response.iter_lines()
+        assert any("ping" in line for line in itertools.islice(lines, 50))
+        heard.set()
+        assert any("done" in line for line in lines)
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/api/nothing", "/ask/"])

@@ -95,6 +95,40 @@ def test_a_wrong_key_and_a_missing_one_are_refused(file: Path) -> None:
             ring.owner(wrong)
 
 
+def test_a_file_that_could_not_be_read_is_read_again_though_it_looks_the_same(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.gateway.key_ring.LOOK_EVERY_S", 0.0)
+    alice, _ = lmd("add", "alice")
+    bob, _ = lmd("add", "bob")
+    ring = KeyRing(file)
+    ring.load()
+    lmd("remove", "alice")
+
+    def unreadable(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Path, "open", unreadable)
+        assert ring.owner(alice).name == "alice"
+        assert "Permission denied" in ring.problem
+    with pytest.raises(Unauthorized):
+        ring.owner(alice)
+    assert ring.owner(bob).name == "bob"
+    assert ring.problem == ""
+
+
+def test_a_key_that_is_gone_takes_nothing(file: Path) -> None:
+    made, _ = lmd("add", "alice")
+    ring = KeyRing(file)
+    ring.load()
+    alice = ring.owner(made)
+    lmd("remove", "alice")
+    ring.load()
+    with pytest.raises(Unauthorized):
+        ring.take(alice)
+
+
 def test_lanes_and_models_are_held_to_the_key(file: Path) -> None:
     batch = Owner(name="a", level="a", max_priority="batch", models=("small",))
     assert [batch.lane(wish) for wish in (None, "interactive", "normal", "batch")] == ["batch"] * 4

@@ -7,6 +7,7 @@ import socket as plain_socket
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -194,6 +195,68 @@ def test_a_key_comes_as_a_subprotocol_because_a_browser_can_set_no_header(world:
         say(socket, session="s", request_id="r", prompt="hello")
         done = list(events_of(socket, "r"))[-1]
         assert done["session_id"] == "alice/s"
+
+
+def with_key(gateway: RunningGateway, name: str) -> Connection:
+    return connect(address(gateway), additional_headers={"x-api-key": gateway.keys[name]}, close_timeout=2)
+
+
+def test_a_key_that_is_removed_ends_its_open_socket(world: World) -> None:
+    worker = world.worker()
+    gateway = world.gateway(keys={"alice": {}, "bob": {}})
+    with with_key(gateway, "alice") as socket:
+        say(socket, type="request", session="s", request_id="r1", prompt="hi")
+        assert [*events_of(socket, "r1")][-1]["type"] == "done"
+        gateway.write_keys({"bob": {}})
+        headers = {"x-api-key": gateway.keys["alice"]}
+        eventually(lambda: httpx.get(f"{gateway.url}/v1/models", headers=headers).status_code == 401, 5)
+        say(socket, type="request", session="s", request_id="r2", prompt="hi")
+        assert [event["code"] for event in events_of(socket, "r2")] == ["unauthorized"]
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=5)
+        assert socket.close_code == 1008
+    assert len(worker.engine.calls) == 1
+
+
+def test_a_key_that_changes_counts_for_the_next_request_of_an_open_socket(world: World) -> None:
+    world.worker()
+    gateway = world.gateway(keys={"alice": {}})
+    with with_key(gateway, "alice") as socket:
+        say(socket, type="request", session="s", request_id="r1", prompt="hi")
+        assert [*events_of(socket, "r1")][-1]["type"] == "done"
+        gateway.write_keys({"alice": {"models": ("another",)}})
+        headers = {"x-api-key": gateway.keys["alice"]}
+        eventually(lambda: not httpx.get(f"{gateway.url}/v1/models", headers=headers).json()["data"], 5)
+        say(socket, type="request", session="s", request_id="r2", prompt="hi")
+        assert [event["code"] for event in events_of(socket, "r2")] == ["model_not_found"]  # the one it may name is not served
+
+
+def test_a_request_that_is_sent_again_counts_for_the_rate(world: World) -> None:
+    engine = ScriptedEngine(slots=2)
+    world.worker(engine)
+    gateway = world.gateway(keys={"alice": {"requests_per_minute": 2}})
+    gate = Gate()
+    engine.play("one", gate, " two")
+    with with_key(gateway, "alice") as socket:
+        for _ in range(3):
+            say(socket, type="request", session="s", request_id="r", prompt="hi")
+        assert any(event.get("code") == "rate_limited" for event in events_of(socket, "r"))
+        gate.open()
+        assert [*events_of(socket, "r")][-1]["full_content"] == "one two"
+
+
+def test_another_request_under_the_id_of_one_under_way_changes_nothing_for_it(
+    socket: Connection, engine: ScriptedEngine
+) -> None:
+    gate = Gate()
+    engine.play("one", gate, " two")
+    say(socket, type="request", session="s", request_id="r", prompt="count")
+    next(event for event in events_of(socket, "r") if event["type"] == "chunk")
+    say(socket, type="request", session="s", request_id="r", prompt="something else")
+    assert [*events_of(socket, "r")][-1]["code"] == "duplicate_request"
+    gate.open()
+    assert [*events_of(socket, "r")][-1]["full_content"] == "one two"
+    assert len(engine.calls) == 1
 
 
 def test_a_page_of_another_origin_gets_no_socket(gateway: RunningGateway) -> None:
