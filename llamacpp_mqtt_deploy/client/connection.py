@@ -274,9 +274,9 @@ class Connection:
             if not self._judge(name, reason):
                 self._on_refused(name, str(reason))
             granted.set()
+        self._ready.set()  # first: from here on whoever comes asks by himself
         with self._lock:
             late = {name: granted for name, granted in self._filters.items() if name not in filters}
-        self._ready.set()
         for name, granted in late.items():  # asked for while this answer was on its way
             self._subscribe(name, granted)
         self._ready_again()
