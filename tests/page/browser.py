@@ -131,8 +131,16 @@ class ChatPage:
         self.until(lambda: self.run("return [...document.querySelectorAll('.answer')].at(-1)?.ariaBusy") == "false")
 
     def until(self, predicate: Callable[[], object], timeout_s: float = 15.0) -> None:
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        def holds() -> object:
+            try:
+                return predicate()
+            except StaleElementReferenceException:
+                return False  # the page was loaded anew between two questions
+
         try:
-            eventually(predicate, timeout_s, every_s=0.05)
+            eventually(holds, timeout_s, every_s=0.05)
         except AssertionError as failed:
             raise AssertionError(f"{failed}\nthe page says:\n{self.text('body')}\nlog: {self.log()}") from failed
 
