@@ -13,6 +13,9 @@ from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job
 
+# So much of an answer is cut into sentences in one turn of the loop.
+_CUT_AT_ONCE_CHARS = 4096
+
 # When the background has no place for an ending.
 _ASK_AGAIN_S = 0.1
 
@@ -88,7 +91,11 @@ def _cut(answer: AnswerAccumulator, chunk_chars: int, *, by_sentence: bool) -> I
         yield "reasoning", piece
     if by_sentence:
         cutter = SentenceCutter()
-        for sentence in (*cutter.feed(answer.text()), *cutter.flush()):
+        # Not all at once: this runs in the loop.
+        for part in pieces(answer.text(), _CUT_AT_ONCE_CHARS):
+            for sentence in cutter.feed(part):
+                yield "content", sentence
+        for sentence in cutter.flush():
             yield "content", sentence
     else:
         for piece in pieces(answer.text(), chunk_chars):

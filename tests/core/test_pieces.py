@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llamacpp_mqtt_deploy.core.chunking import MAX_SENTENCE_CHARS, SentenceCutter, pieces
 from llamacpp_mqtt_deploy.core.coalescer import Coalescer, TextKind
+from tests.support.effort import seconds_of
 
 
 @given(st.lists(st.tuples(st.sampled_from(["content", "reasoning"]), st.text(min_size=1)), max_size=50), st.data())
@@ -79,6 +80,81 @@ def test_sentences_join_to_the_text_at_any_cut(cuts: list[str]) -> None:
     found = [sentence for cut in cuts for sentence in cutter.feed(cut)] + cutter.flush()
     assert "".join(found) == "".join(cuts)
     assert all(found)
+
+
+_END = regex.compile(r"""[.!?…]+["'”’»)\]]*(?=\s)|[。！？]+["'”’»）」』】]*|\n+""")
+_SHORT = regex.compile(r"(?:^|\s)(?:e\.g|i\.e|etc|vs|Mr|Mrs|Ms|Dr|St|Nr|No|z\.B|d\.h|bzw|ca|\p{Lu}|\d+)\.$")
+
+
+def plainly_cut(parts: list[str]) -> list[str]:
+    """The rules of sentences in a few lines, looking at everything that is held with each part."""
+    held, sentences = "", []
+    for part in parts:
+        held, start = held + part, 0
+        for match in _END.finditer(held):
+            candidate = held[start : match.end()]
+            if not _SHORT.search(candidate):
+                sentences.append(candidate)
+                start = match.end()
+        held = held[start:]
+        while len(held) > MAX_SENTENCE_CHARS:
+            cut = held.rfind(" ", 0, MAX_SENTENCE_CHARS) + 1 or MAX_SENTENCE_CHARS
+            sentences.append(held[:cut])
+            held = held[cut:]
+    return [*sentences, held] if held else sentences
+
+
+_WORDS = [
+    ".",
+    "...",
+    "1. ",
+    "A. ",
+    "e.g. ",
+    "x.",
+    " ",
+    "x",
+    '"',
+    "'",
+    '! "',
+    '?"',
+    ")",
+    "\n",
+    "。",
+    "」",
+    "Dr. ",
+    "3.5 ",
+    "…",
+    "z.B. ",
+]
+PARTS = st.lists(
+    st.lists(st.sampled_from(_WORDS) | st.sampled_from(["y" * 600, "." * 600, "12" * 300, " " * 400]), max_size=6).map(
+        "".join
+    ),
+    max_size=40,
+)
+
+
+@given(PARTS)
+def test_sentences_end_where_the_plain_rules_say_at_any_cut(parts: list[str]) -> None:
+    cutter = SentenceCutter()
+    assert [each for part in parts for each in cutter.feed(part)] + cutter.flush() == plainly_cut(parts)
+
+
+@pytest.mark.parametrize(
+    "row", [".", "...", ". ", "1. ", "A. ", '."', "x", "x ", " ", "\n", "123456789", "。", "One. "]
+)
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_a_text_costs_what_its_length_says_whatever_is_in_it(row: str, tokens: int) -> None:
+    """Sixteen times the text may cost sixteen times the work; the square would be 256 times."""
+
+    def cut(chars: int) -> None:
+        text, cutter = row * (chars // len(row)), SentenceCutter()
+        size = -(-len(text) // tokens)
+        for start in range(0, len(text), size):
+            cutter.feed(text[start : start + size])
+
+    cut(1000)
+    assert seconds_of(lambda: cut(64_000)) < 64 * max(0.001, seconds_of(lambda: cut(4000)))
 
 
 def test_a_sentence_waits_for_what_shows_that_it_has_ended() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import pytest
 from typing_extensions import override
 
+from llamacpp_mqtt_deploy.core.chunking import SentenceCutter
 from llamacpp_mqtt_deploy.core.deltas import FinishReason, ToolCall
 from llamacpp_mqtt_deploy.io_loop import IoLoop, Timer
+from llamacpp_mqtt_deploy.worker import simulated
 from llamacpp_mqtt_deploy.worker.background import Background
 from llamacpp_mqtt_deploy.worker.completion import Completion
 from llamacpp_mqtt_deploy.worker.jobs import Job
@@ -110,6 +113,28 @@ def test_sentences_go_out_whole_where_sentences_are_asked_for() -> None:
     bench = Bench("One two. Three four. And", stream="sentence")
     bench.play()
     assert bench.chunks() == ["One two.", " Three four.", " And"]
+
+
+def test_a_long_answer_is_cut_into_sentences_little_by_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop has others to serve meanwhile."""
+    fed: list[int] = []
+
+    class Counting(SentenceCutter):
+        @override
+        def feed(self, text: str) -> list[str]:
+            fed.append(len(text))
+            return super().feed(text)
+
+    monkeypatch.setattr(simulated, "SentenceCutter", Counting)
+    bench = Bench("One sentence. " * 1000, stream="sentence")
+    bench.stream.start()
+    bench.loop.turn()
+    assert fed == [4096]
+    while bench.loop.due:
+        bench.acknowledge()
+        bench.loop.turn()
+    assert sum(fed) == 14_000
+    assert bench.chunks() == ["One sentence.", *[" One sentence."] * 999, " "]
 
 
 def test_a_slow_broker_gets_what_was_due_meanwhile_as_one_piece_of_each_kind() -> None:
