@@ -23,7 +23,7 @@ class Coalescer:
 
     def __init__(self) -> None:
         self.waiting: list[tuple[ChunkKind, list[Any]]] = []
-        """What waits, in order; to be read only."""
+        """What waits, in order; to be read only. Texts are joined when they are taken, or each piece would copy all before it."""
 
     def __bool__(self) -> bool:
         return bool(self.waiting)
@@ -41,13 +41,14 @@ class Coalescer:
     def feed_call(self, delta: dict[str, Any]) -> None:
         """A piece of a tool call, as its chunk tells it; arguments of the same call are joined."""
         if not self.waiting or self.waiting[-1][0] != "tool_calls":
-            self.waiting.append(("tool_calls", [delta]))
+            self.waiting.append(("tool_calls", [(delta, [delta["arguments"]])]))
             return
-        deltas = self.waiting[-1][1]
-        if deltas[-1]["index"] == delta["index"] and not ("id" in delta or "name" in delta):
-            deltas[-1] = deltas[-1] | {"arguments": deltas[-1]["arguments"] + delta["arguments"]}
+        calls = self.waiting[-1][1]
+        opened, arguments = calls[-1]
+        if opened["index"] == delta["index"] and not ("id" in delta or "name" in delta):
+            arguments.append(delta["arguments"])
         else:
-            deltas.append(delta)
+            calls.append((delta, [delta["arguments"]]))
 
     def take(self, most_chars: int = ALL, most_pieces: int = ALL) -> list[Piece]:
         """What waits, in order, up to so much of it: the rest stays, and a text is cut only when it is too long by itself."""
@@ -58,7 +59,7 @@ class Coalescer:
                 del self.waiting[:place]
                 return pieces
             if kind == "tool_calls":
-                pieces.append((kind, items))
+                pieces.append((kind, [call | {"arguments": "".join(arguments)} for call, arguments in items]))
                 continue
             text = items[0] if len(items) == 1 else "".join(items)
             if len(text) > left:
