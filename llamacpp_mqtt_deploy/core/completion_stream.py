@@ -67,9 +67,8 @@ class CompletionStream:
     def end(self) -> list[Delta]:
         """The deltas of what a server left without the blank line that ends an event, and of what was held back."""
         # What a broken connection left of an event is no JSON object any more and says nothing.
-        deltas = self._read(
-            [data for data in self._events.end() if data == b"[DONE]" or (data[:1] == b"{" and data[-1:] == b"}")]
-        )
+        left = [data.rstrip() for data in self._events.end()]
+        deltas = self._read([data for data in left if data == b"[DONE]" or (data[:1] == b"{" and data[-1:] == b"}")])
         return deltas + self.reader.rest()
 
     def _read(self, events: list[bytes]) -> list[Delta]:

@@ -70,7 +70,7 @@ class CompletionReader:
 
     def read(self, data: bytes) -> list[Delta]:
         """The deltas of one event, often one, sometimes none. Raises a `RequestError` for an error event."""
-        if data == b"[DONE]":
+        if data.rstrip() == b"[DONE]":
             self.done = True
             return self.rest()
         halves = bool(self._halves)

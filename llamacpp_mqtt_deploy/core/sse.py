@@ -15,7 +15,8 @@ class EventTooLong(ValueError):
 class SseDecoder:
     """Decodes a `text/event-stream` (HTML standard, section 9.2.6) as far as engines use it.
 
-    Only `data` lines count, and `error` lines, whose value older llama.cpp servers send instead of data. Works on bytes,
+    Only `data` lines count, and `error` lines, whose value older llama.cpp servers send instead of data. An event that holds
+    nothing but blanks, which proxies send so that a connection stays open, is none. Works on bytes,
     so that neither a cut inside a UTF-8 character nor a U+2028 inside a JSON string is ever taken for the end of a line.
     """
 
@@ -42,7 +43,7 @@ class SseDecoder:
             simple = chunk.count(b"\n") == 2 * len(events) and b"\r" not in chunk
             if simple and len(chunk) <= self._max_bytes:
                 self._at_start = self._after_cr = False
-                return events
+                return [event for event in events if _says_something(event)]
         return self._feed_lines(chunk)
 
     def end(self) -> list[bytes]:
@@ -96,8 +97,12 @@ class SseDecoder:
         event = b"\n".join(self._data)
         self._data = []
         self._data_bytes = 0
-        return [event]
+        return [event] if _says_something(event) else []
 
     def _check(self, length: int) -> None:
         if length > self._max_bytes:
             raise EventTooLong(f"an event of more than {self._max_bytes} bytes")
+
+
+def _says_something(event: bytes) -> bool:
+    return bool(event) and not event.isspace()

@@ -222,10 +222,22 @@ def test_half_a_pair_waits_for_the_other_half_in_the_next_read() -> None:
         (b'data: "choices"}', []),
         (b"data: [DONE]", []),
         (b"data: [DONE", []),
+        (b"data: [DONE] ", []),
+        (b"data: ", []),
     ],
 )
 def test_what_a_server_leaves_at_the_end_is_read_where_it_is_whole(left: bytes, read: list[Delta]) -> None:
     stream = CompletionStream()
     assert stream.feed(left) == []
     assert stream.end() == read
-    assert stream.reader.done is (left == b"data: [DONE]")
+    assert stream.reader.done is (left.rstrip() == b"data: [DONE]")
+
+
+@pytest.mark.parametrize("ping", [b"data: \n\n", b"data:\n\n", b"event: ping\ndata:\n\n"])
+def test_what_proxies_send_so_that_a_connection_stays_open_says_nothing(ping: bytes) -> None:
+    token, done = event({"content": "a"}), b"data: [DONE] \n\n"
+    (runs, finished) = read_all([ping + token + ping + token, ping, token + ping + done])
+    assert (runs, finished.usage.completion_tokens) == ([(Text, "aaa")], 3)
+    stream = CompletionStream()
+    stream.feed(done)
+    assert stream.reader.done

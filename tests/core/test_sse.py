@@ -19,13 +19,13 @@ def decode(*chunks: bytes) -> list[bytes]:
 
 
 def naive(document: bytes) -> list[bytes]:
-    """The whole document at once, straight from the standard."""
+    """The whole document at once, straight from the standard but for events without text, which are none."""
     text = document.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     events: list[bytes] = []
     data: list[bytes] = []
     for line in [*text.split(b"\n"), b""]:
         if not line:
-            if data:
+            if b"".join(data).strip():
                 events.append(b"\n".join(data))
             data = []
         elif line.split(b":")[0] in (b"data", b"error"):
@@ -80,6 +80,17 @@ def test_several_events_in_one_read_come_out_one_by_one() -> None:
 
 def test_pings_give_nothing() -> None:
     assert decode(b":\n\n", b"data: 1\n\n:\n\n:\n\ndata: 2\n\n") == [b"1", b"2"]
+
+
+@pytest.mark.parametrize(
+    "ping",
+    [b"data:\n\n", b"data: \n\n", b"data\n\n", b"data:   \n\n", b"event: ping\r\ndata:\r\n\r\n", b"data:\ndata:\n\n"],
+)
+def test_an_event_without_text_keeps_a_connection_open_and_gives_nothing(ping: bytes) -> None:
+    document = ping + b"data: 1\n\n" + ping + b"data: 2\n\n" + ping.rstrip()
+    assert decode(document) == [b"1", b"2"]
+    assert decode(*(bytes([byte]) for byte in document)) == [b"1", b"2"]
+    assert decode(ping, b"data: 1\n\ndata: 2\n\n", ping, ping) == [b"1", b"2"]
 
 
 def test_lines_may_end_in_a_carriage_return_alone() -> None:
