@@ -106,6 +106,14 @@ class AnswerAccumulator:
             for index, call in sorted(self.calls.items())
         ]
 
+    def without_arguments(self) -> list[int]:
+        """The numbers of the calls that name a tool and have no arguments; some servers send nothing where a tool takes none."""
+        return [
+            index
+            for index, call in sorted(self.calls.items())
+            if call["name"] and not "".join(call["arguments"]).strip()
+        ]
+
     def message(self, content: str, *, with_calls: bool) -> Message:
         """An OpenAI assistant message that can be put into `messages` unchanged, with as much as was told.
 

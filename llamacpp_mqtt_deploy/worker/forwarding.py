@@ -111,10 +111,21 @@ class Forwarder:
 
     def finish(self, finished: Finished) -> None:
         """The engine is done: what still waits goes out, or it would pass for an answer to be paced."""
+        if finished.finish_reason in ("stop", "tool_calls"):  # else a call may have been cut off before its arguments
+            self._give_arguments()
         if self._live:
             self._end_sentence()
             self._job.responder.flush()
         self._job.answer.finished = checked_end(finished)
+
+    def _give_arguments(self) -> None:
+        """A call without arguments has an empty object of them: what was told of each call joins to JSON."""
+        answer, now = self._job.answer, time.monotonic()
+        for index in answer.without_arguments():
+            event = answer.add_call(ToolCall(index, None, None, "{}"), now)
+            if self._live:
+                self._end_sentence()
+                self._job.responder.tool_call(event)
 
     def _begin(self) -> None:
         self._begun = True

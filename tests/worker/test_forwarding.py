@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from llamacpp_mqtt_deploy.core.coalescer import TextKind
 from llamacpp_mqtt_deploy.core.deltas import (
     Delta,
     Finished,
+    FinishReason,
     Opened,
     PromptProgress,
     Reasoning,
@@ -289,6 +291,27 @@ def test_the_rest_of_a_sentence_goes_out_when_the_engine_is_done(native: bool) -
     wanted = ["hold", ("piece", "One."), ("piece", " Two"), "flush"] if native else []
     assert bench.heard.without("settle") == wanted
     assert bench.job.answer.finished == Finished("stop", TokenUsage(3, 0)), "what cannot be a count is none"
+
+
+@pytest.mark.parametrize("reason", ["stop", "tool_calls", "length", "cancelled"])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_call_without_arguments_gets_an_empty_object_unless_it_was_cut_off(
+    native: bool, reason: FinishReason
+) -> None:
+    """Servers send nothing where a tool takes no arguments; the client has to be able to answer the call."""
+    bench = Bench(native=native)
+    bench.feed(ToolCall(0, "c0", "now", ""), ToolCall(1, "c1", "look", '{"a": 1}'), ToolCall(2, "c2", "here", " "))
+    bench.feed(ToolCall(3, "c3", None, ""))
+    told = len(bench.heard.told)
+    bench.forwarder.finish(Finished(reason, TokenUsage(3, 4)))
+    whole = reason in ("stop", "tool_calls")
+    given = [("call", {"index": index, "arguments": "{}"}) for index in (0, 2)] if whole and native else []
+    assert bench.heard.told[told:] == [*given, *(["flush"] if native else [])]
+    calls = bench.job.answer.message("", with_calls=True)["tool_calls"]
+    assert [call["id"] for call in calls] == (["c0", "c1", "c2"] if whole else ["c1"])
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == (
+        [{}, {"a": 1}, {}] if whole else [{"a": 1}]
+    )
 
 
 def test_every_kind_is_told_at_once_and_a_sentence_that_was_begun_goes_before_it() -> None:
