@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -18,6 +19,7 @@ from llamacpp_mqtt_deploy.core.deltas import (
     Reasoning,
     Text,
     TokenUsage,
+    ToolCall,
 )
 from llamacpp_mqtt_deploy.core.errors import (
     BadRequest,
@@ -65,6 +67,7 @@ class CompletionReader:
         self._progress: PromptProgress | None = None
         self._stop_sequence: str | None = None
         self._calls: list[_Call] = []
+        self._ids: dict[int, str] = {}  # of the calls, as they were told
         self._halves: dict[str, str] = {}
         self._deltas = 0
 
@@ -171,13 +174,24 @@ class CompletionReader:
         if halves:
             arguments = self._whole(f"arguments of {index}", arguments)
         if known is None:
-            deltas.append(checked_call(index, call_id, name, arguments))
+            deltas.append(self._told(checked_call(index, call_id, name, arguments)))
             return
         news_id = call_id if opened.id is None else None
         news_name = name if opened.name is None else None
         opened.id, opened.name = opened.id or call_id, opened.name or name
         if news_id or news_name or arguments:
-            deltas.append(checked_call(index, news_id, news_name, arguments))
+            deltas.append(self._told(checked_call(index, news_id, news_name, arguments)))
+
+    def _told(self, call: ToolCall) -> ToolCall:
+        """The piece with an id that no other call of this answer has: by it the client says which call a result is for."""
+        if call.id is None:
+            return call
+        given = {other for index, other in self._ids.items() if index != call.index}
+        new_id, number = call.id, call.index
+        while new_id in given:
+            new_id, number = f"call_{number}", number + 1
+        self._ids[call.index] = new_id
+        return replace(call, id=new_id)
 
     def _find_call(self, wire_index: object, call_id: str | None, name: str | None) -> tuple[int, _Call] | None:
         for index in range(len(self._calls) - 1, -1, -1):

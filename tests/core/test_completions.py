@@ -365,7 +365,7 @@ def _calls(*pieces: dict[str, Any]) -> list[ToolCall]:
     return [delta for delta in deltas if isinstance(delta, ToolCall)]
 
 
-def _piece(index: int | None, call_id: str | None, name: str | None, arguments: Any) -> dict[str, Any]:
+def _piece(index: int | None, call_id: str | int | None, name: str | None, arguments: Any) -> dict[str, Any]:
     return {"index": index, "id": call_id, "function": {"name": name, "arguments": arguments}}
 
 
@@ -400,6 +400,27 @@ def test_calls_without_numbers_of_their_own_are_told_apart_by_id_and_name(index:
         ToolCall(1, "b", "f", "3"),
         ToolCall(1, None, None, "4"),
     ]
+
+
+def test_calls_with_the_same_id_get_ids_by_which_their_results_can_be_told_apart() -> None:
+    assert _calls(
+        _piece(0, "0", "f", "{}"), _piece(1, "0", "g", "{"), _piece(2, "0", "h", "{}"), _piece(1, "0", "g", "}")
+    ) == [
+        ToolCall(0, "0", "f", "{}"),
+        ToolCall(1, "call_1", "g", "{"),
+        ToolCall(2, "call_2", "h", "{}"),
+        ToolCall(1, None, None, "}"),
+    ]
+    assert [call.id for call in _calls(_piece(0, "call_1", "f", "{}"), _piece(1, "call_1", "f", "{}"))] == [
+        "call_1",
+        "call_2",
+    ]
+    assert [call.id for call in _calls(_piece(0, 7, "f", "{}"), _piece(1, "7", "f", "{}"))] == ["7", "call_1"]
+
+
+def test_an_id_that_comes_late_is_no_other_calls_either() -> None:
+    told = _calls(_piece(0, "a", "f", "{}"), _piece(1, None, "g", "{}"), _piece(1, "a", None, None))
+    assert told[-1] == ToolCall(1, "call_1", None, "")
 
 
 def test_an_id_or_a_name_alone_begins_no_new_call() -> None:
