@@ -197,7 +197,11 @@ class CompletionReader:
         for index in range(len(self._calls) - 1, -1, -1):
             opened = self._calls[index]
             same_place = wire_index is None or opened.wire_index == wire_index
-            another = call_id is not None and name is not None and opened.id is not None and opened.id != call_id
+            if call_id is None:
+                # A server that sends neither numbers nor ids names each call once.
+                another = wire_index is None and name is not None and opened.name is not None
+            else:
+                another = name is not None and opened.id is not None and opened.id != call_id
             if same_place and not another:
                 return index, opened
             if same_place:

@@ -402,6 +402,19 @@ def test_calls_without_numbers_of_their_own_are_told_apart_by_id_and_name(index:
     ]
 
 
+def test_calls_without_numbers_and_ids_are_told_apart_by_their_names() -> None:
+    whole = [_piece(None, None, name, "{}") for name in ("f", "g", "g")]
+    calls = [ToolCall(0, None, "f", "{}"), ToolCall(1, None, "g", "{}"), ToolCall(2, None, "g", "{}")]
+    assert _calls(*whole) == calls
+    assert read(chunk("tool_calls", tool_calls=whole))[0] == calls
+    assert _calls(_piece(None, None, "f", '{"a":'), _piece(None, None, None, "1}"), whole[1]) == [
+        ToolCall(0, None, "f", '{"a":'),
+        ToolCall(0, None, None, "1}"),
+        ToolCall(1, None, "g", "{}"),
+    ]
+    assert len({call.index for call in _calls(_piece(None, None, None, "{"), _piece(None, None, "f", "}"))}) == 1
+
+
 def test_calls_with_the_same_id_get_ids_by_which_their_results_can_be_told_apart() -> None:
     assert _calls(
         _piece(0, "0", "f", "{}"), _piece(1, "0", "g", "{"), _piece(2, "0", "h", "{}"), _piece(1, "0", "g", "}")
