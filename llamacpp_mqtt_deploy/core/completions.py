@@ -32,7 +32,7 @@ from llamacpp_mqtt_deploy.core.errors import (
     Unsupported,
 )
 from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
-from llamacpp_mqtt_deploy.core.toolcalls import checked_call
+from llamacpp_mqtt_deploy.core.toolcalls import MAX_CALLS, checked_call
 
 MAX_MESSAGE_CHARS = 500
 """Longest text of an engine that is passed on to a client."""
@@ -169,6 +169,8 @@ class CompletionReader:
             arguments = orjson.dumps(arguments).decode()
         known = self._find_call(wire_index, call_id, name)
         if known is None:
+            if len(self._calls) >= MAX_CALLS:  # here too: one event may hold so many that to look for each takes hours
+                raise EngineFailed(f"The engine called more than {MAX_CALLS} tools in one answer.")
             self._calls.append(_Call(wire_index, call_id, name))
         index, opened = known or (len(self._calls) - 1, self._calls[-1])
         if halves:

@@ -15,6 +15,7 @@ from llamacpp_mqtt_deploy.core.completions import MAX_MESSAGE_CHARS, CompletionR
 from llamacpp_mqtt_deploy.core.deltas import Delta, Finished, PromptProgress, Reasoning, Text, TokenUsage, ToolCall
 from llamacpp_mqtt_deploy.core.errors import EngineFailed, RequestError
 from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
+from llamacpp_mqtt_deploy.core.toolcalls import MAX_CALLS
 
 
 def chunk(finish_reason: str | None = None, **delta: Any) -> bytes:
@@ -413,6 +414,13 @@ def test_calls_without_numbers_and_ids_are_told_apart_by_their_names() -> None:
         ToolCall(1, None, "g", "{}"),
     ]
     assert len({call.index for call in _calls(_piece(None, None, None, "{"), _piece(None, None, "f", "}"))}) == 1
+
+
+def test_an_event_full_of_calls_is_refused_before_each_is_looked_for_among_all_others() -> None:
+    calls = [_piece(number, None, "f", "{}") for number in range(MAX_CALLS)]
+    assert len(_calls(*calls)) == MAX_CALLS
+    with pytest.raises(EngineFailed, match="more than 128 tools"):
+        read(chunk(tool_calls=[*calls, _piece(MAX_CALLS, None, "f", "{}")]))
 
 
 def test_calls_with_the_same_id_get_ids_by_which_their_results_can_be_told_apart() -> None:
