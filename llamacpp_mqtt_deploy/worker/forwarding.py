@@ -24,6 +24,8 @@ _PROGRESS_WORTH_TOKENS = 256
 # delta is a token, that is seen from their number, and where it is not, from their length.
 _LONG_TOKEN_BYTES = 16
 
+_LONGEST_CHAR_BYTES = 4
+
 
 class TooMuch(Exception):
     """The engine goes on beyond what the request or the worker allows."""
@@ -61,6 +63,7 @@ class Forwarder:
         self._begun = False
         self._sentences = _sentence_cutter() if job.request.stream == "sentence" else None
         self._told_progress_at: float | None = None
+        self._is_full = False  # the answer is as long as it may be, and the engine said more
 
     def feed(self, deltas: Sequence[Delta]) -> float:
         """Pass on what the engine said; gives the seconds for which more of it may collect."""
@@ -69,21 +72,27 @@ class Forwarder:
         for delta in deltas:
             # A token's way is the first branch.
             if type(delta) is Text:
+                text = delta.text
+                if len(text) * _LONGEST_CHAR_BYTES > self._max_answer_bytes - job.answer.size:
+                    text = self._shortened(text)
                 if not self._begun:
                     self._begin()
-                job.answer.add_text(delta.text, now, delta.pieces)
+                job.answer.add_text(text, now, delta.pieces)
                 if self._live:
                     if self._sentences is None:
-                        job.responder.text("content", delta.text)
+                        job.responder.text("content", text)
                     else:
-                        self._tell_sentences(self._sentences.feed(delta.text))
+                        self._tell_sentences(self._sentences.feed(text))
             elif type(delta) is Reasoning:
+                text = delta.text
+                if len(text) * _LONGEST_CHAR_BYTES > self._max_answer_bytes - job.answer.size:
+                    text = self._shortened(text)
                 if not self._begun:
                     self._begin()
-                job.answer.add_reasoning(delta.text, now, delta.pieces)
+                job.answer.add_reasoning(text, now, delta.pieces)
                 if self._live:
                     self._end_sentence()
-                    job.responder.text("reasoning", delta.text)
+                    job.responder.text("reasoning", text)
             elif type(delta) is ToolCall:
                 if not self._begun:
                     self._begin()
@@ -102,10 +111,10 @@ class Forwarder:
                 if self._opened(job):
                     self._begin_marking()
                 self._tell_start()
+            if self._is_full:
+                raise TooMuch
         answer = job.answer
-        if answer.size > self._max_answer_bytes or (
-            answer.pieces > self._max_tokens and answer.size > self._max_tokens * _LONG_TOKEN_BYTES
-        ):
+        if answer.pieces > self._max_tokens and answer.size > self._max_tokens * _LONG_TOKEN_BYTES:
             raise TooMuch
         return job.responder.settle(pieces=answer.pieces - before) if self._live and self._begun else 0.0
 
@@ -117,6 +126,15 @@ class Forwarder:
             self._end_sentence()
             self._job.responder.flush()
         self._job.answer.finished = checked_end(finished)
+
+    def _shortened(self, text: str) -> str:
+        """The text of a delta, or as much of it as the answer may still hold: one that is far too long must not go out whole."""
+        said = text.encode("utf-8", "replace")
+        left = max(0, self._max_answer_bytes - self._job.answer.size)
+        if len(said) <= left:
+            return text
+        self._is_full = True
+        return said[:left].decode("utf-8", "ignore")
 
     def _give_arguments(self) -> None:
         """A call without arguments has an empty object of them: what was told of each call joins to JSON."""

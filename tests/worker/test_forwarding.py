@@ -165,6 +165,27 @@ def test_an_answer_may_be_as_long_as_the_worker_keeps_and_no_longer(kind: type[T
         bench.feed(kind("x"))
 
 
+@pytest.mark.parametrize("kind", [Text, Reasoning])
+@pytest.mark.parametrize("stream", [True, False, "sentence"])
+@pytest.mark.parametrize(
+    "before, said, kept",
+    [("", "x" * 100_000, "x" * 12), ("é" * 5, "é漢字", "é"), ("é" * 5, "漢字", ""), ("é" * 6, "x", "")],
+)
+def test_a_delta_that_is_too_long_is_told_as_far_as_the_answer_may_go(
+    kind: type[Text | Reasoning], stream: bool | str, before: str, said: str, kept: str
+) -> None:
+    bench = Bench(silent=stream is False, max_answer_bytes=12, stream=stream)
+    bench.feed(kind(before))
+    with pytest.raises(TooMuch):
+        bench.feed(kind(said), Text("z"), ToolCall(0, "c", "look", "{}"))
+    bench.forwarder.finish(Finished("length", TokenUsage(1, 1)))
+    answer = bench.job.answer
+    assert answer.text() + answer.thoughts() == before + kept
+    assert (answer.calls, answer.size <= 12) == ({}, True)
+    told = [each[1] for each in bench.heard.told if each[0] in ("content", "reasoning", "piece")]
+    assert "".join(told) == ("" if stream is False else before + kept)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_more_deltas_than_tokens_were_asked_for_are_too_much_when_they_are_long_too(native: bool) -> None:
     bench = Bench(native=native, max_tokens=2)
