@@ -14,6 +14,11 @@ THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think
 """How models in use mark their thinking."""
 
 
+MAX_HELD_BLANKS = 64
+"""As many blanks in a row wait for what follows them, or are dropped. Of a model that writes nothing else more is told: it is not
+silent, and what is held does not grow without end."""
+
+
 class ThinkingSplitter:
     """Takes text, gives `Reasoning` and `Text`; the tags and the blanks around them belong to neither.
 
@@ -27,7 +32,8 @@ class ThinkingSplitter:
         self._tags = ((opening, closing), *others)
         self._closing = closing
         self._where: Where = "inside" if inside else "before"
-        self._begun = False  # some thinking was given: blanks before it are dropped
+        self._begun = False  # the thinking has: blanks before it are dropped
+        self._dropped = 0  # blanks before the thinking, and then before the answer
         self._held = ""
 
     @property
@@ -48,7 +54,7 @@ class ThinkingSplitter:
         if self._where == "inside":
             self._think(out)
         if self._where == "after":
-            self._held = self._held.lstrip()
+            self._drop_blanks()
             if self._held:
                 self._where = "answer"
         if self._where == "answer" and self._held:
@@ -66,6 +72,9 @@ class ThinkingSplitter:
 
     def _begin(self, out: list[Reasoning | Text]) -> None:
         start = self._held.lstrip()
+        if len(self._held) - len(start) > MAX_HELD_BLANKS:
+            self._where = "answer"
+            return
         for opening, closing in self._tags:
             if start.startswith(opening):
                 self._held = start[len(opening) :]
@@ -77,15 +86,27 @@ class ThinkingSplitter:
 
     def _think(self, out: list[Reasoning | Text]) -> None:
         if not self._begun:
-            self._held = self._held.lstrip()
+            self._drop_blanks()
+            self._begun = bool(self._held)
         end = self._held.find(self._closing)
         if end >= 0:
-            thought, self._held = self._held[:end].rstrip(), self._held[end + len(self._closing) :]
+            thought, self._held = _but_last_blanks(self._held[:end]), self._held[end + len(self._closing) :]
             self._where = "after"
+            self._dropped = 0
         else:
             keep = held_back(self._held, (self._closing,))
-            thought = self._held[: len(self._held) - keep].rstrip()
+            thought = _but_last_blanks(self._held[: len(self._held) - keep])
             self._held = self._held[len(thought) :]
         if thought:
-            self._begun = True
             out.append(Reasoning(thought))
+
+    def _drop_blanks(self) -> None:
+        most = MAX_HELD_BLANKS - self._dropped
+        dropped = min(most, len(self._held) - len(self._held.lstrip()))
+        self._dropped += dropped
+        self._held = self._held[dropped:]
+
+
+def _but_last_blanks(text: str) -> str:
+    kept = len(text.rstrip())
+    return text[: max(kept, len(text) - MAX_HELD_BLANKS)]

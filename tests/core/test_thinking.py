@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy.core.answering import AnswerReader
 from llamacpp_mqtt_deploy.core.deltas import Reasoning, Text, ToolCall
 from llamacpp_mqtt_deploy.core.stopwords import StopWords, held_back
-from llamacpp_mqtt_deploy.core.thinking import ThinkingSplitter
+from llamacpp_mqtt_deploy.core.thinking import MAX_HELD_BLANKS, ThinkingSplitter
 from llamacpp_mqtt_deploy.core.toolparse import ToolCallReader
 
 TAGS = ("<think>", "</think>")
@@ -166,6 +166,27 @@ def test_blanks_around_thinking_are_dropped_and_those_inside_are_kept() -> None:
     assert ended.feed("a </") == [Reasoning("a")]
     assert ended.end() == [Reasoning("</")]
     assert ended.end() == []
+
+
+PARTS = st.lists(st.sampled_from([" ", "\n", " " * 100, "\n" * 300, "a", *TAGS, "</thi"]), max_size=12).map("".join)
+
+
+@given(PARTS, st.lists(st.integers(0, 2000), max_size=20), st.booleans())
+def test_the_cut_does_not_matter_among_many_blanks_either(text: str, cuts: list[int], inside: bool) -> None:
+    assert split(pieces_of(text, cuts), inside=inside) == split([text], inside=inside)
+
+
+@pytest.mark.parametrize(
+    "before, kind", [("", Text), ("<think>", Reasoning), ("<think>hm", Reasoning), ("<think>hm</think>", Text)]
+)
+def test_a_model_that_writes_blanks_alone_is_heard(before: str, kind: type[Text | Reasoning]) -> None:
+    splitter = ThinkingSplitter(*TAGS)
+    splitter.feed(before)
+    said = [splitter.feed("\n") for _ in range(2000)]
+    assert said[:MAX_HELD_BLANKS] == [[]] * MAX_HELD_BLANKS
+    assert [each for deltas in said[2 * MAX_HELD_BLANKS :] for each in deltas] == [kind("\n")] * (
+        2000 - 2 * MAX_HELD_BLANKS
+    )
 
 
 def test_of_two_stop_texts_at_one_place_the_longer_one_is_found() -> None:
