@@ -50,6 +50,17 @@ def test_the_dialect_is_found_out_and_the_first_model_taken(openai_server: OpenA
     assert deltas[-1].usage.completion_tokens > 0
 
 
+@pytest.mark.parametrize("given", ["/my models/модель", "/my%20models/модель/v1/"])
+def test_an_address_with_blanks_and_letters_of_any_language_is_asked_as_one(given: str) -> None:
+    asked = "/my%20models/%D0%BC%D0%BE%D0%B4%D0%B5%D0%BB%D1%8C"
+    with ShamServer() as server:
+        server.on(asked + "/props", reply(200, PROPS))
+        server.on(asked + CHAT, stream(delta(content="hi"), delta("stop"), DONE))
+        engine = engine_at(server.url + given)
+        assert engine.probe().state == "ready"
+        assert said(play(engine)) == "hi"
+
+
 def test_fields_that_only_llamacpp_knows_are_named(openai_server: OpenAiServer) -> None:
     engine = engine_at(openai_server.url)
     engine.probe()

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from llamacpp_mqtt_deploy.engines.server.polling import NON_BLOCKING, connect_within
 
@@ -24,7 +24,8 @@ class ServerAddress:
                 raise ValueError("engine.url: unix:// needs the path of a socket, as in unix:///run/llama/llama.sock")
         elif parts.scheme in ("http", "https") and parts.hostname and _has_port_or_none(parts):
             self.unix_path = None
-            prefix = parts.path.rstrip("/").removesuffix("/v1")
+            # The request line is written as it is: what requests would quote by itself has to be quoted here.
+            prefix = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%:@!$&'()*+,;=~")
             base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{prefix}"
         else:
             raise ValueError("engine.url must be http://host:port, https://host or unix:///path/to/the.sock")
