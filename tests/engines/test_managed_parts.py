@@ -12,15 +12,20 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from llamacpp_mqtt_deploy.config.settings import EngineSettings, ManagedSettings
 from llamacpp_mqtt_deploy.engines.managed import launching, privatedir, serverlog, wheel_server
+from llamacpp_mqtt_deploy.engines.managed.attending import Attendant, Interrupt
+from llamacpp_mqtt_deploy.engines.managed.child import Child
 from llamacpp_mqtt_deploy.engines.managed.launching import Abilities, Endpoint
 from llamacpp_mqtt_deploy.engines.managed.privatedir import LONGEST_SOCKET_PATH, PrivateDir
 from llamacpp_mqtt_deploy.engines.managed.serverlog import KEPT_LINES, MAX_LINE_CHARS, ServerLog
 from llamacpp_mqtt_deploy.engines.managed.stalling import StallWatch, Vigilance
 from llamacpp_mqtt_deploy.engines.managed.verdicts import End, Verdict, Verdicts
-from llamacpp_mqtt_deploy.engines.server.server_engine import SlotProgress
+from llamacpp_mqtt_deploy.engines.managed.watching import Life
+from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
+from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine, SlotProgress
 
 # --- the server's log ------------------------------------------------------------------------------------------------
 
@@ -422,3 +427,41 @@ def test_the_memory_of_the_machine_gives_the_number_of_slots(monkeypatch: pytest
 def test_a_program_is_tied_to_us_without_a_shell() -> None:
     assert launching.tied(["/bin/x", "a b"])[:3] == [sys.executable, "-I", "-S"]
     assert launching.tied(["/bin/x", "a b"])[-3:] == [str(os.getpid()), "/bin/x", "a b"]
+
+
+class Flooded(Child):
+    """A server that has ended, and left behind a program that goes on writing to its output."""
+
+    reads = 0
+
+    @override
+    def read(self) -> bytes | None:
+        self.reads += 1
+        assert self.reads < 1000
+        return b"srv flood\n" * 100
+
+    @override
+    def reap(self) -> int | None:
+        return super().reap() if self.reads else None
+
+
+def test_what_a_server_left_running_cannot_hold_its_end_up_by_writing() -> None:
+    child = Flooded([sys.executable, "-c", "print('srv ended', flush=True)"], os.environ)
+    address = ServerAddress("http://127.0.0.1:1")
+    log = ServerLog(now=0.0, serving=lambda: False)
+    life = Life(
+        child=child,
+        log=log,
+        engine=ServerEngine(EngineSettings(url=address.base)),
+        address=address,
+        started_at=0.0,
+    )
+    interrupt = Interrupt()
+    attendant = Attendant(
+        interrupt=interrupt, kill_after_s=lambda: 5.0, heard=lambda _: None, due_s=lambda _life, _now: 60.0
+    )
+    try:
+        assert attendant.stay(life) == 0
+    finally:
+        child.close()
+        interrupt.close()

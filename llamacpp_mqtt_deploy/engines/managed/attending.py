@@ -15,6 +15,10 @@ from llamacpp_mqtt_deploy.engines.managed.watching import Life
 SECOND_SIGNAL_AFTER_S = 1.0
 """llama-server waits for its open streams at the first SIGTERM and ends at once at the second."""
 
+_LAST_READS = 64
+"""So often is read what a server left when it ended: many times what a pipe holds. Something that it started and that has got away
+may go on writing for ever."""
+
 
 class Interrupt:
     """Ends the waiting of whoever selects on it."""
@@ -75,8 +79,9 @@ class Attendant:
                     self._interrupt.heard()
                 code = child.reap()
                 if code is not None:
-                    while self._listen(life, to_the_end=True):
-                        pass
+                    for _ in range(_LAST_READS):
+                        if not self._listen(life, to_the_end=True):
+                            break
                     life.log.feed(b"", time.monotonic())  # a last line without an end
                     return code
 
