@@ -234,14 +234,14 @@ class InprocessEngine:
         """The call, given to the owner; on leaving it is interrupted, should it still run."""
         stop.raise_if_set()
         self._wait_until_ready(stop, on_wait)
-        plan = self._plan(call, stop)
+        plan, planner = self._plan(call, stop)
         while not self._slots.acquire(stop, timeout_s=1.0):
             if self.info().state == "failed":
                 raise EngineUnavailable("The worker's engine hangs; its operator must restart the worker.")
         run = Run(plan)  # from here on the owner frees the slot
         forget = [signal.on_stop(run.interrupt) for signal in (stop, self._closing)]
         try:
-            self._hand_over(run)
+            self._hand_over(run, planner)
             yield run
         finally:
             for take_back in forget:
@@ -284,23 +284,25 @@ class InprocessEngine:
         finally:
             self._vocabulary.release()
 
-    def _plan(self, call: EngineCall, stop: StopSignal) -> Plan:
+    def _plan(self, call: EngineCall, stop: StopSignal) -> tuple[Plan, Planner]:
         with self._using(stop) as planner:
             if planner is None:
                 raise EngineLost("The engine was restarted before the answer began.")
             if call.model is not None and call.model != planner.name:
                 raise ModelNotFound("This worker's engine does not have this model.")
-            return planner.plan(call)
+            return planner.plan(call), planner
 
-    def _hand_over(self, run: Run) -> None:
+    def _hand_over(self, run: Run, planner: Planner) -> None:
+        """Give the run to the owner. Its tokens are those of the planner's model, which may have been let go meanwhile."""
         with self._changed:
-            if not self._closing.is_set():
+            closed = self._closing.is_set()
+            if not closed and not self._reload and self._planner is planner:
                 self._waiting.append(run)
                 self._changed.notify_all()
                 return
         run.end()
         self._slots.release()
-        raise _closed()
+        raise _closed() if closed else EngineLost("The engine was restarted before the answer began.")
 
     # --- the owner's thread ------------------------------------------------------------------------------------------
 
