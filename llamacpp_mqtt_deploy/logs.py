@@ -145,6 +145,11 @@ def hide(*secrets: str | None) -> None:
     _State.hidden = tuple(dict.fromkeys([*_State.hidden, *new, *escaped]))
 
 
+def without_secrets(text: str) -> str:
+    """The text without what `hide` was told and without bearer tokens, as the log would show it: for what goes elsewhere."""
+    return _without_secrets(_masked("", text))
+
+
 def problems(most: int = KEPT_PROBLEMS) -> list[dict[str, str]]:
     """The last warnings and errors of this process, the newest last: `ts`, `level`, `event` and `text`, each one line."""
     with _State.lock:

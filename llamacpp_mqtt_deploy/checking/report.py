@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from llamacpp_mqtt_deploy import logs
 from llamacpp_mqtt_deploy.checking.discovering import check_discovery
 from llamacpp_mqtt_deploy.checking.engine import check_engine
 from llamacpp_mqtt_deploy.checking.findings import Finding, fail, ok, skip, warn
@@ -18,7 +19,7 @@ from llamacpp_mqtt_deploy.checking.permissions import Bus, check_permissions
 from llamacpp_mqtt_deploy.checking.probing import PermissionProbe
 from llamacpp_mqtt_deploy.client.address import BrokerAddress
 from llamacpp_mqtt_deploy.client.exceptions import BrokerRefused, BusError
-from llamacpp_mqtt_deploy.config.credentials import mqtt_password
+from llamacpp_mqtt_deploy.config.credentials import all_secrets, mqtt_password
 from llamacpp_mqtt_deploy.config.loading import Loaded
 from llamacpp_mqtt_deploy.config.settings import MqttSettings
 from llamacpp_mqtt_deploy.mqtt.tls import build_context
@@ -35,6 +36,13 @@ class ClientLogin:
 
 def check_all(loaded: Loaded, *, client: ClientLogin | None = None, generate: bool = True) -> Iterator[Finding]:
     """Try everything that a worker with this configuration needs; yields each finding as soon as it is known."""
+    # What brokers, engines and libraries say is quoted, and may quote a secret in turn.
+    logs.hide(*all_secrets(loaded.settings), client.password if client else None)
+    for found in _check_all(loaded, client=client, generate=generate):
+        yield replace(found, text=logs.without_secrets(found.text), advice=logs.without_secrets(found.advice))
+
+
+def _check_all(loaded: Loaded, *, client: ClientLogin | None, generate: bool) -> Iterator[Finding]:
     settings = loaded.settings
     yield ok("config.valid", str(loaded.file) if loaded.file else "no file; defaults, environment and flags")
     for warning in loaded.warnings:

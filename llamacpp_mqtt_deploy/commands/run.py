@@ -46,12 +46,11 @@ def command(config_file: Path | None, overrides: Mapping[str, str]) -> None:
         loaded = load_or_exit(config_file, overrides)
 
         from llamacpp_mqtt_deploy import logs
-        from llamacpp_mqtt_deploy.config.loading import database_password, engine_api_key, mqtt_password
+        from llamacpp_mqtt_deploy.config.credentials import all_secrets
         from llamacpp_mqtt_deploy.service.daemon import run as run_worker
 
     logs.setup(loaded.settings.logging)
-    secrets = (mqtt_password, engine_api_key, database_password)
-    logs.hide(*(secret(loaded.settings) for secret in secrets))
+    logs.hide(*all_secrets(loaded.settings))
 
     raise click.exceptions.Exit(run_worker(loaded))
 

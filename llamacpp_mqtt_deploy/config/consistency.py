@@ -92,7 +92,7 @@ def _mqtt(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
     try:
         password = credentials.mqtt_password(settings, environ=environ)
     except credentials.CredentialError as error:
-        yield "mqtt.password_file", str(error)
+        yield error.key, str(error)
     else:
         if password is not None and not mqtt.username:
             yield "mqtt.username", "is missing, and there is a password: MQTT sends none without a user name"
@@ -137,7 +137,7 @@ def _engine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
     try:
         credentials.engine_api_key(settings, environ=environ)
     except credentials.CredentialError as error:
-        yield "engine.api_key_file", str(error)
+        yield error.key, str(error)
 
 
 def _database(settings: Settings, given: Callable[[str], bool], environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -161,7 +161,7 @@ def _database(settings: Settings, given: Callable[[str], bool], environ: Mapping
     try:
         credentials.database_password(settings, environ=environ)
     except credentials.CredentialError as error:
-        yield "sessions.password_file", str(error)
+        yield error.key, str(error)
 
 
 def _bad_database_url(url: str) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import SecretStr
 
@@ -17,7 +19,11 @@ DATABASE_PASSWORD = "database-password"  # noqa: S105 - as above
 
 
 class CredentialError(Exception):
-    """A file that should hold a secret cannot be read; the text says which, why and what to do."""
+    """A secret cannot be read or used; the text, without the secret, says why and what to do. `key` is its dotted key."""
+
+    def __init__(self, text: str, *, key: str = "") -> None:
+        super().__init__(text)
+        self.key = key
 
 
 def mqtt_password(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> str | None:
@@ -25,7 +31,7 @@ def mqtt_password(settings: Settings, *, environ: Mapping[str, str] = os.environ
 
     None when there is none; an empty credential counts as none. Raises CredentialError.
     """
-    return _secret(settings.mqtt.password, settings.mqtt.password_file, MQTT_PASSWORD, environ)
+    return _secret("mqtt.password", settings.mqtt.password, settings.mqtt.password_file, MQTT_PASSWORD, environ)
 
 
 def engine_api_key(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> str | None:
@@ -50,26 +56,68 @@ def database_password(settings: Settings, *, environ: Mapping[str, str] = os.env
 
     None when there is none; an empty credential counts as none. Raises CredentialError.
     """
-    return _secret(None, settings.sessions.password_file, DATABASE_PASSWORD, environ)
+    return _secret("sessions.password", None, settings.sessions.password_file, DATABASE_PASSWORD, environ)
+
+
+def all_secrets(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> tuple[str | None, ...]:
+    """What no log and no message may show. Raises CredentialError."""
+    return tuple(read(settings, environ=environ) for read in (mqtt_password, engine_api_key, database_password))
 
 
 def server_key(engine: EngineSettings, *, environ: Mapping[str, str] = os.environ) -> str | None:
     """As `engine_api_key`, for whoever knows the engine's settings alone; an empty `environ` names no credential."""
-    return _secret(engine.api_key, engine.api_key_file, ENGINE_API_KEY, environ)
+    return _secret("engine.api_key", engine.api_key, engine.api_key_file, ENGINE_API_KEY, environ, encoding="latin-1")
 
 
-def _secret(value: SecretStr | None, file: Path | None, name: str, environ: Mapping[str, str]) -> str | None:
+def _secret(
+    key: str,
+    value: SecretStr | None,
+    file: Path | None,
+    name: str,
+    environ: Mapping[str, str],
+    *,
+    encoding: Literal["utf-8", "latin-1"] = "utf-8",
+) -> str | None:
+    """The secret that `key`, `{key}_file` or the credential `name` gives, one line that `encoding` can write."""
+    try:
+        secret, where = _found(value, file, name, environ)
+    except CredentialError as error:
+        error.key = f"{key}_file"
+        raise
+    fault = _fault(secret, encoding)
+    if fault:
+        raise CredentialError(f"{where}{fault}", key=f"{key}_file" if where else key)
+    return secret or None
+
+
+def _fault(secret: str, encoding: str) -> str | None:
+    """Why nobody can be sent this secret; says nothing of what it is."""
+    if any(unicodedata.category(char) == "Cc" for char in secret):
+        # In a header a line break would begin another one, and libraries quote the whole value when they refuse it.
+        return "holds a line break or another control character inside; write the secret as one line of text"
+    try:
+        secret.encode(encoding)
+    except UnicodeEncodeError:
+        if encoding == "latin-1":
+            return "holds a character that no HTTP header can carry (a typographic dash or quote?); copy the key anew"
+        return "is not UTF-8 text; write it as UTF-8"
+    return None
+
+
+def _found(value: SecretStr | None, file: Path | None, name: str, environ: Mapping[str, str]) -> tuple[str, str]:
+    """The secret, empty where there is none, and where it stands as the beginning of a sentence, empty for the key itself."""
     if value is not None:
-        return value.get_secret_value() or None
+        # The line end of a .env file from Windows, of a YAML block or of a text in three quotes is nobody's password.
+        return value.get_secret_value().rstrip("\r\n"), ""
     if file is not None:
         # The first line as it stands: a password may begin or end with a blank, but never holds a line break.
-        return (_read(file).splitlines() or [""])[0] or None
+        return _read(file).partition("\n")[0], f"the first line of {file} "
     directory = environ.get("CREDENTIALS_DIRECTORY")
     credential = Path(directory) / name if directory else None
     if credential is None or not credential.exists():
-        return None
+        return "", ""
     # The unit's `SetCredential=mqtt-password:\n` is how systemd 252 spells "no credential": an empty value does not parse.
-    return _read(credential).strip() or None
+    return _read(credential).strip(), f"{credential} "
 
 
 _PIPES: dict[tuple[Path, int], str] = {}

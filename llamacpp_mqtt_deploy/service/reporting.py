@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamacpp_mqtt_deploy import __version__
+from llamacpp_mqtt_deploy import __version__, logs
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.ports import EngineInfo, LinkInfo
 from llamacpp_mqtt_deploy.service.idle_gpu import idle_gpu
@@ -37,7 +37,7 @@ def status_fields(
         told["gpu_layers"] = engine.gpu_layers
     detail = engine.detail or idle_gpu(settings.engine, engine)
     if detail:
-        told["detail"] = detail
+        told["detail"] = logs.without_secrets(detail)  # kept by the broker, for every client to read
     if engine.can_unload:
         told["keep_awake"] = engine.kept_awake
     models = policies.routes["default"].parse.models or engine.models
@@ -116,4 +116,4 @@ def status_line(*, state: str, problem: str, engine: EngineInfo, link: LinkInfo,
     broker = f"broker {link.state}" + (f" (MQTT {link.protocol})" if link.protocol else "")
     line = f"{state}; {broker}; engine {engine.state}; {load.busy}/{load.slots} slots, {load.queued} waiting"
     trouble = (link.detail if link.state != "online" else problem) or (engine.detail if engine.state != "ready" else "")
-    return f"{line}; {trouble}" if trouble else line
+    return f"{line}; {logs.without_secrets(trouble)}" if trouble else line

@@ -272,6 +272,14 @@ def test_on_a_pipe_each_finding_is_a_plain_line(environment: dict[str, str]) -> 
     assert b"\x1b" not in result.stdout
 
 
+def test_a_secret_that_a_finding_quotes_is_masked(environment: dict[str, str]) -> None:
+    environment |= {"LMD_MQTT__USERNAME": "u", "LMD_MQTT__PASSWORD": "sesame-opens"}
+    for form in ([], ["--json"]):
+        result = lmd("check", *form, "--set", "mqtt.host=sesame-opens.invalid", environment=environment)
+        assert b"********.invalid" in result.stdout
+        assert b"sesame" not in result.stdout + result.stderr
+
+
 def test_an_engine_that_is_down_is_told_with_one_piece_of_advice(environment: dict[str, str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     result = lmd("check", "--set", f"engine.url={url}", "--set", f"mqtt.port={free_port()}", environment=environment)

@@ -33,8 +33,11 @@ from llamacpp_mqtt_deploy.core.errors import (
     RequestError,
     Unsupported,
 )
-from llamacpp_mqtt_deploy.engines.server.http import READ_BYTES
+from llamacpp_mqtt_deploy.engines.server.failures import NoAnswer
+from llamacpp_mqtt_deploy.engines.server.http import READ_BYTES, HttpExchange
+from llamacpp_mqtt_deploy.engines.server.line import ServerAddress
 from llamacpp_mqtt_deploy.engines.server.server_engine import ServerEngine
+from llamacpp_mqtt_deploy.engines.server.streaming import StreamingExchange
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.stopping import Deadline, Stopped, StopSignal
 from tests.engines.members import io_loop
@@ -278,6 +281,19 @@ def test_an_error_never_shows_the_key_a_path_or_an_address(sham: ShamServer) -> 
         assert secret not in error.message
     assert len(error.message) < 700
     assert sham.asked[-1][1]["authorization"] == "Bearer sesame-1"
+
+
+@pytest.mark.parametrize("char", ["\r", "\n", "\u2013"])
+def test_a_key_that_no_header_can_carry_is_not_quoted(char: str, sham: ShamServer) -> None:
+    address, key = ServerAddress(sham.url), f"sesame{char}opens"
+    with pytest.raises(ValueError, match="the API key holds") as asking:
+        HttpExchange(address, api_key=key, connect_timeout_s=5.0)
+    with (
+        StreamingExchange(address, api_key=key, connect_timeout_s=5.0) as exchange,
+        pytest.raises(NoAnswer, match="the API key holds") as answering,
+    ):
+        exchange.send(CHAT, b"{}", timeout_s=5.0)
+    assert "sesame" not in f"{asking.value}{answering.value}"
 
 
 def test_a_key_comes_from_its_file(sham: ShamServer, tmp_path: Path) -> None:

@@ -236,6 +236,39 @@ def test_a_password_file_gives_its_first_line(tmp_path: Path, content: str, foun
     assert mqtt_password(Settings(mqtt=MqttSettings(password_file=file)), environ={}) == found
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_the_line_end_behind_a_secret_is_no_part_of_it(write: Path, end: str) -> None:
+    # Of a .env file with Windows line ends, of a block in YAML, of a TOML text in three quotes.
+    environ = {"LMD_MQTT__USERNAME": "u", "LMD_MQTT__PASSWORD": SECRET + end, "LMD_ENGINE__API_KEY": SECRET + end}
+    settings = load(environ=environ).settings
+    assert (mqtt_password(settings, environ={}), engine_api_key(settings, environ={})) == (SECRET, SECRET)
+    text = f'[mqtt]\nusername = "u"\npassword = """\n{SECRET}\n"""\n[engine]\napi_key = """\n{SECRET}\n"""\n'
+    settings = loaded(text, write).settings
+    assert (mqtt_password(settings, environ={}), engine_api_key(settings, environ={})) == (SECRET, SECRET)
+
+
+@pytest.mark.parametrize("char", ["\n", "\r", "\x07", "\x7f", "\x85", "\udcff"])
+def test_a_secret_that_cannot_be_one_is_named_by_its_field_and_not_shown(char: str) -> None:
+    bad = f"{SECRET}{char}{SECRET}"
+    told = problems(environ={"LMD_MQTT__USERNAME": "u", "LMD_MQTT__PASSWORD": bad, "LMD_ENGINE__API_KEY": bad})
+    assert [line.partition(":")[0] for line in told] == ["[mqtt] password", "[engine] api_key"]
+    assert "LMD_ENGINE__API_KEY" in told[1]
+    assert SECRET not in "".join(told)
+
+
+@pytest.mark.parametrize("by_systemd", [False, True])
+def test_a_key_in_a_file_that_no_header_can_carry_is_named_with_its_file(tmp_path: Path, by_systemd: bool) -> None:
+    file = tmp_path / "engine-api-key"
+    file.write_text(f"{SECRET}\u2013{SECRET}\n")
+    file.chmod(0o600)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)} if by_systemd else {"LMD_ENGINE__API_KEY_FILE": str(file)}
+    [told] = problems(environ=environ)
+    assert told.startswith("[engine] api_key_file: ")
+    assert str(file) in told
+    assert "HTTP header" in told
+    assert SECRET not in told
+
+
 def test_a_password_through_a_pipe_can_be_asked_for_twice(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

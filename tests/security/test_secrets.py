@@ -17,6 +17,7 @@ from tests.service.conftest import StartWorker, Watch
 from tests.support.daemon_process import DaemonProcess
 from tests.support.llama_server import LlamaServer
 from tests.support.mosquitto import Mosquitto
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
@@ -104,6 +105,24 @@ def test_secrets_are_neither_in_log_arguments_environment_state_nor_on_the_bus(
     assert worker.stop() == 0
     for path in worker.folder.iterdir():
         assert path.is_dir() or API_KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_secret_in_what_the_engine_said_is_masked_in_the_status_that_everybody_reads(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, watch: Watch, tmp_path: Path
+) -> None:
+    broker = start_mosquitto(users={"llm-worker": PASSWORD, "alice": "alice-pass"})
+    everything = watch(broker.port, username="alice", password="alice-pass", filters=["#"])
+    start_worker(
+        broker.port,
+        f"unix://{tmp_path}/{PASSWORD}.sock",  # stands for any text of a library that quotes too much
+        ready=False,
+        mqtt__username="llm-worker",
+        mqtt__password=PASSWORD,
+    )
+    eventually(lambda: any(b"No connection to" in seen.payload for seen in everything.seen()))
+    told = b"".join(seen.payload for seen in everything.seen())
+    assert b"/********.sock" in told
+    assert PASSWORD.encode() not in told
 
 
 def test_the_state_with_everybodys_prompts_is_readable_for_its_owner_alone(

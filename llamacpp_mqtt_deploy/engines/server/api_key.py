@@ -11,6 +11,17 @@ from llamacpp_mqtt_deploy.config.credentials import CredentialError
 
 log = structlog.get_logger(__name__)
 
+
+def authorization(key: str) -> str:
+    """The value of the header with this key. Raises ValueError, whose text does not hold the key.
+
+    The settings are checked before; this is for keys on other ways: libraries quote the header that they refuse.
+    """
+    if "\r" in key or "\n" in key or not all(char <= "\xff" for char in key):
+        raise ValueError("the API key holds a character that no HTTP header can carry")
+    return f"Bearer {key}"
+
+
 _REMEMBERED = 4
 """So many keys are kept out of error messages: requests may still run with one that has been replaced."""
 

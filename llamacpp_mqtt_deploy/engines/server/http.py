@@ -16,6 +16,7 @@ from typing_extensions import override
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from llamacpp_mqtt_deploy.engines.server.api_key import authorization
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
 from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
 from llamacpp_mqtt_deploy.leaving_out import leaving_out
@@ -109,6 +110,8 @@ class _LineAdapter(HTTPAdapter):
 class HttpExchange:
     """One request and its answer on a connection of its own, which is cut when one of `stops` is set; a context manager.
 
+    Raises ValueError for an `api_key` that no header can carry, without quoting it.
+
     A connection is not kept for the next request: llama.cpp closes idle ones after 5 s and busy ones after 100 requests, a
     cancel ends it anyway, and a new one costs 0.2 ms on the machine itself.
     """
@@ -122,6 +125,9 @@ class HttpExchange:
         ca_file: Path | None = None,
         stops: Iterable[StopSignal] = (),
     ) -> None:
+        self._headers = {"Accept-Encoding": "identity", "Connection": "close", "User-Agent": "llamacpp-mqtt-deploy"}
+        if api_key:
+            self._headers["Authorization"] = authorization(api_key)
         self._address = address
         self._line = Line(address)
         self._connect_timeout_s = connect_timeout_s
@@ -130,9 +136,6 @@ class HttpExchange:
         self._session.headers.clear()
         self._session.verify = True if ca_file is None else str(ca_file)
         self._session.mount(f"{address.base.partition(':')[0]}://", _LineAdapter(self._line))
-        self._headers = {"Accept-Encoding": "identity", "Connection": "close", "User-Agent": "llamacpp-mqtt-deploy"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
         self._response: requests.Response | None = None
         self._forget = [stop.on_stop(self._line.cut) for stop in stops]
 

@@ -92,7 +92,7 @@ class ServerEngine:
         try:
             self._key.open()
         except CredentialError as error:
-            raise ValueError(f"engine.api_key_file: {error}") from error
+            raise ValueError(f"{error.key}: {error}") from error
 
     def wait_ready(self, stop: StopSignal, timeout_s: float | None) -> bool:
         deadline = None if timeout_s is None else Deadline(timeout_s)

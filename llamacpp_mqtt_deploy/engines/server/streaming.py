@@ -14,6 +14,7 @@ from typing import Self
 
 from llamacpp_mqtt_deploy.core.response_head import HeadReader, ResponseHead
 from llamacpp_mqtt_deploy.core.transfer_coding import BadChunk, ChunkedDecoder, PlainBody
+from llamacpp_mqtt_deploy.engines.server.api_key import authorization
 from llamacpp_mqtt_deploy.engines.server.failures import Broken, ConnectFailed, NoAnswer, Silent, reason_of
 from llamacpp_mqtt_deploy.engines.server.http import CA_BUNDLE, MAX_DOCUMENT_BYTES, READ_BYTES
 from llamacpp_mqtt_deploy.engines.server.line import Line, ServerAddress
@@ -39,9 +40,9 @@ def _head(path: str, host: str, api_key: str | None) -> bytes:
         "User-Agent: llamacpp-mqtt-deploy",
     ]
     if api_key:
-        lines.append(f"Authorization: Bearer {api_key}")
+        lines.append(f"Authorization: {authorization(api_key)}")
     if any("\r" in line or "\n" in line for line in lines):
-        raise ValueError("a line break in the URL or key of the engine")
+        raise ValueError("a line break in the URL of the engine")
     return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
 
