@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import orjson
 
@@ -49,11 +50,12 @@ def prepared(
     """Check the names and write the request; fields that are None are left out. Raises ValueError."""
     request_id = request_id or secrets.token_hex(12)
     check_names(session, request_id)
+    check_timeout(timeout_s)
     request = {"request_id": request_id, **fields, "stream": None if stream is True else stream, "timeout_s": timeout_s}
     return Asking(
         session=session,
         request_id=request_id,
-        payload=orjson.dumps({name: value for name, value in request.items() if value is not None}),
+        payload=_written({name: value for name, value in request.items() if value is not None}),
         rules=RetryRules(
             streams=stream is not False,
             timeout_s=timeout_s,
@@ -66,14 +68,35 @@ def prepared(
     )
 
 
-def check_names(session: str, request_id: str | None) -> None:
+def check_names(session: str, request_id: object) -> None:
     """Raise ValueError for what cannot be a session path or a request id."""
     if not is_session(session):
         raise ValueError(
             f"session {session!r}: one or two levels of letters, digits, _ . and -, at most 64 each (`alice/kitchen`)"
         )
-    if request_id is not None and not is_level(request_id):
+    if request_id is not None and not (isinstance(request_id, str) and is_level(request_id)):
         raise ValueError(f"request_id {request_id!r}: letters, digits, _ . and -, at most 64")
+
+
+def check_timeout(timeout_s: object) -> None:
+    """Raise ValueError for what cannot be a limit in seconds; None is none."""
+    if timeout_s is None:
+        return
+    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not is_number or not 0 < cast("float", timeout_s) < math.inf:
+        raise ValueError(f"timeout_s {timeout_s!r}: a number of seconds above 0")
+
+
+def _written(request: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(request)
+    except TypeError:
+        for name, value in request.items():  # the error does not say where in a request of many fields
+            try:
+                orjson.dumps(value)
+            except TypeError as error:
+                raise ValueError(f"{name}: cannot be written as JSON: {error}") from error
+        raise
 
 
 def session_below(first: str, name: str) -> str:

@@ -23,6 +23,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     follow,
     harmless,
     leave,
+    readable,
     session_path,
     tell,
     told,
@@ -65,12 +66,26 @@ def request_options(function: Any) -> Any:
     return function
 
 
-def _raw_fields(_context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
+_NOT_RAW: Mapping[str, str] = {
+    "prompt": "the prompt itself",
+    "session": "--session",
+    "stream": "--no-stream or --sentence",
+    "timeout_s": "--timeout",
+}
+"""What the command itself says in each request, and where it takes that from."""
+
+
+def _raw_fields(context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    own = dict(_NOT_RAW)
+    if "no_stream" not in (parameter.name for parameter in context.command.params):
+        del own["stream"]  # `chat` says nothing of it
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"expected FIELD=JSON, found {pair!r}")
+        if name in own:
+            raise click.BadParameter(f"{name}: use {own[name]} instead")
         try:
             fields[name] = orjson.loads(value)
         except orjson.JSONDecodeError:
@@ -141,7 +156,7 @@ def command(
 def _prompt(words: tuple[str, ...]) -> str:
     if not words and sys.stdin.isatty():
         raise click.UsageError('What is the question? Give a PROMPT: lmd ask "Why is the sky blue?"')
-    text = " ".join(_stdin() if word == "-" else word for word in words or ("-",))
+    text = " ".join(_stdin() if word == "-" else readable(word) for word in words or ("-",))
     if not text.strip():
         raise click.UsageError("The prompt is empty.")
     return text

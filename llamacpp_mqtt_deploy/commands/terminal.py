@@ -223,6 +223,11 @@ class Interrupts:
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+def readable(text: str) -> str:
+    """An argument as text; bytes in it that are not UTF-8 become U+FFFD, as in what comes through a pipe."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def harmless(text: str) -> str:
     """The text without control characters and marks of direction, newline and tab excepted."""
     return _CONTROL.sub("", text)

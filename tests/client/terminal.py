@@ -79,7 +79,7 @@ class Terminal:
         self._reader.start()
 
     def enter(self, line: str) -> None:
-        os.write(self._master, f"{line}\n".encode())
+        os.write(self._master, f"{line}\n".encode("utf-8", "surrogateescape"))
 
     def press(self, keys: str) -> None:
         os.write(self._master, keys.encode())

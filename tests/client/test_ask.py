@@ -59,6 +59,36 @@ def test_every_flag_becomes_its_field(broker: Mosquitto, environment: dict[str, 
     }  # fmt: skip
 
 
+def test_a_word_that_is_not_utf_8_is_asked_as_it_can_be_read(broker: Mosquitto, environment: dict[str, str]) -> None:
+    with PlayedWorker(broker.port) as worker:
+        result = lmd("ask", "--port", str(broker.port), "caf\udce9", environment=environment)
+        assert (result.returncode, result.stderr) == (0, b"")
+        assert json.loads(worker.requests[0][1])["prompt"] == "caf\ufffd"
+
+
+@pytest.mark.parametrize(
+    "flags,told",
+    [
+        (["--max-tokens", "99999999999999999999999"], "lmd ask: max_tokens: cannot be written as JSON"),
+        (["--system", "\udcff"], "lmd ask: system_prompt: cannot be written as JSON"),
+        (["--timeout", "inf"], "lmd ask: timeout_s inf: a number of seconds above 0"),
+        (["--timeout", "nan"], "lmd ask: timeout_s nan: a number of seconds above 0"),
+        (["--raw", "request_id=5"], "lmd ask: request_id 5: letters"),
+        (["--raw", "prompt=5"], "prompt: use the prompt itself instead"),
+        (["--raw", 'session="q"'], "session: use --session instead"),
+        (["--raw", "stream=false"], "stream: use --no-stream or --sentence instead"),
+        (["--raw", 'timeout_s="5"'], "timeout_s: use --timeout instead"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(
+    flags: list[str], told: str, broker: Mosquitto, environment: dict[str, str]
+) -> None:
+    result = lmd("ask", "--port", str(broker.port), *flags, "hi", environment=environment)
+    assert result.returncode == 2
+    assert told in result.stderr.decode()
+    assert b"Traceback" not in result.stderr
+
+
 def test_with_json_each_event_is_a_line(broker: Mosquitto, environment: dict[str, str]) -> None:
     with PlayedWorker(broker.port):
         result = lmd("ask", "--port", str(broker.port), "--json", "one two", environment=environment)

@@ -126,6 +126,21 @@ def test_pasted_lines_are_one_prompt(broker: Mosquitto, environment: dict[str, s
     assert prompts == ["def f():\n    return 1\n\nWhat is this?", "and that?"]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_paste_in_another_encoding_is_a_prompt(errors: str, broker: Mosquitto, environment: dict[str, str]) -> None:
+    environment |= {"PYTHONIOENCODING": f"utf-8:{errors}"}  # as the locale has it: of a language, or C
+    with (
+        PlayedWorker(broker.port) as worker,
+        Terminal(["chat", "--port", str(broker.port), "-s", "desk"], environment=environment) as terminal,
+    ):
+        terminal.shows("> ")
+        terminal.enter("\udcff one")
+        eventually(lambda: worker.requests or terminal.code is not None)
+        assert [json.loads(payload)["prompt"] for _, payload in worker.requests] == ["\ufffd one"]
+        terminal.end_of_input()
+        assert terminal.wait() == 0
+
+
 def test_a_session_that_is_continued_shows_what_was_said_before(broker: Mosquitto, environment: dict[str, str]) -> None:
     flags = ["chat", "--port", str(broker.port), "-s", "desk"]
     with PlayedWorker(broker.port) as worker:
