@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
@@ -20,6 +19,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     closing_pipe,
     leave,
     one_line,
+    print_json,
     tell,
     told,
 )
@@ -153,7 +153,7 @@ def choose(bus: BusClient, worker: str | None, *, timeout_s: float) -> str:
 
 def _show(worker: str, name: str, ack: Mapping[str, Any], *, as_json: bool) -> int:
     if as_json:
-        click.echo(orjson.dumps(ack))
+        print_json(ack)
     if ack.get("status") == "ok":
         if not as_json:
             click.echo(one_line(_done(worker, name, ack)))

@@ -21,7 +21,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     client_settings,
     closing_pipe,
     follow,
-    harmless,
+    json_text,
     leave,
     readable,
     session_path,
@@ -201,8 +201,7 @@ def _run(
 
 def _follow(answer: Answer, interrupts: Interrupts, screen: Screen, bus: BusClient, *, as_json: bool) -> int:
     def print_line(reading: Reading) -> None:
-        line = orjson.dumps(reading.event).decode()
-        screen.out.write((harmless(line) if screen.out.isatty() else line) + "\n")
+        screen.out.write(json_text(reading.event) + "\n")
         screen.out.flush()
 
     try:
@@ -212,7 +211,7 @@ def _follow(answer: Answer, interrupts: Interrupts, screen: Screen, bus: BusClie
             screen.finish()
     if not as_json:
         if done.tool_calls:
-            tell("The model asks for tools: " + orjson.dumps(done.tool_calls).decode())
+            tell("The model asks for tools: " + json_text(done.tool_calls))
         screen.summary(done)
     if done.cancelled:
         return interrupts.code or CANCELLED

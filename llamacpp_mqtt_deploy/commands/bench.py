@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import secrets
 import sys
 import threading
@@ -28,6 +27,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     exit_code,
     leave,
     one_line,
+    print_json,
     session_path,
     tell,
     told,
@@ -332,7 +332,10 @@ def _report(rounds: Mapping[str, Sequence[Round]], plan: _Plan, interrupts: Inte
     record: dict[str, Any] = {"streams": plan.streams, "max_tokens": plan.max_tokens, **ways}
     if "direct" in ways:
         record["ratio"] = compared(ways["bus"], ways["direct"])
-    click.echo(json.dumps(record) if as_json else "\n".join(_lines(record)))
+    if as_json:
+        print_json(record)
+    else:
+        click.echo("\n".join(_lines(record)))
     failures = [failure for each in rounds.values() for one in each for failure in one.failures]
     if failures:
         tell(f"lmd bench: {len(failures)} of the requests failed; the first one: {one_line(failures[0])}")

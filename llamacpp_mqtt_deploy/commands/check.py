@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
@@ -18,6 +17,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     flag_overrides,
     harmless,
     leave,
+    print_json,
     tell,
 )
 
@@ -99,7 +99,7 @@ def _print_json(findings: Iterable[Finding]) -> int:
         {"name": found.name, "verdict": found.verdict, "text": found.text, "advice": found.advice} for found in findings
     ]
     failed = any(row["verdict"] == "FAIL" for row in rows)
-    click.echo(orjson.dumps({"ok": not failed, "findings": rows}, option=orjson.OPT_INDENT_2))
+    print_json({"ok": not failed, "findings": rows}, indent=True)
     return 1 if failed else 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamacpp_mqtt_deploy.commands.options import config_options, load_or_exit
+from llamacpp_mqtt_deploy.commands.terminal import escaped
 
 if TYPE_CHECKING:
     from llamacpp_mqtt_deploy.config.keys import Key, Table
@@ -46,7 +47,7 @@ def command(config_file: Path | None, overrides: Mapping[str, str], form: str | 
         case "schema":
             click.echo(schema())
         case "json":
-            click.echo(_as_json(load_or_exit(config_file, overrides)))
+            click.echo(escaped(_as_json(load_or_exit(config_file, overrides))))
         case _:
             _print_table(load_or_exit(config_file, overrides))
 

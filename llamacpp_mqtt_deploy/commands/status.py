@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
@@ -21,6 +20,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     colourful,
     leave,
     one_line,
+    print_json,
     tell,
     told,
 )
@@ -201,7 +201,7 @@ def _print_json(
         }
         for row in rows
     ]
-    click.echo(orjson.dumps({"workers": workers}))
+    print_json({"workers": workers})
 
 
 def _print_columns(rows: list[WorkerRow]) -> None:

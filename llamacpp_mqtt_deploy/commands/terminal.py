@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO, TypeVar
 
 import click
+import orjson
 
 from llamacpp_mqtt_deploy.commands.options import config_options, load_or_exit
 from llamacpp_mqtt_deploy.commands.wrapping import WordWrap
@@ -231,6 +232,22 @@ def readable(text: str) -> str:
 def harmless(text: str) -> str:
     """The text without control characters and marks of direction, newline and tab excepted."""
     return _CONTROL.sub("", text)
+
+
+def json_text(value: object, *, indent: bool = False) -> str:
+    """The value as JSON that no terminal obeys, the same for every reader: what `harmless` takes out is escaped."""
+    text = orjson.dumps(value, option=orjson.OPT_INDENT_2 if indent else None).decode()
+    return escaped(text)
+
+
+def escaped(json: str) -> str:
+    """JSON with the characters escaped that could steer a terminal; those below U+007F are in any JSON."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json)
+
+
+def print_json(value: object, *, indent: bool = False) -> None:
+    """One JSON document on stdout."""
+    click.echo(json_text(value, indent=indent))
 
 
 def one_line(value: object) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
 from llamacpp_mqtt_deploy.commands.fleet import LANES, Fleet, WorkerPicture, figure, share, span
 from llamacpp_mqtt_deploy.commands.terminal import (
@@ -24,6 +23,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     client_settings,
     closing_pipe,
     leave,
+    print_json,
     tell,
     told,
 )
@@ -186,7 +186,7 @@ def _print_json(workers: list[WorkerPicture]) -> None:
         }
         for each in workers
     ]
-    click.echo(orjson.dumps({"ts": round(time.time(), 3), "workers": told}))
+    print_json({"ts": round(time.time(), 3), "workers": told})
 
 
 def _print_lines(workers: list[WorkerPicture]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
 from llamacpp_mqtt_deploy.commands.admin import choose
 from llamacpp_mqtt_deploy.commands.terminal import (
@@ -21,6 +20,7 @@ from llamacpp_mqtt_deploy.commands.terminal import (
     colourful,
     leave,
     one_line,
+    print_json,
     tell,
     told,
 )
@@ -135,14 +135,14 @@ def read(bus: BusClient, worker: str, *, days: int, level: str | None, top: int,
 def _show(worker: str, answer: Mapping[str, Any], *, as_json: bool) -> int:
     if answer["status"] != "ok":
         if as_json:
-            click.echo(orjson.dumps(answer))
+            print_json(answer)
         code, message = answer.get("code") or "internal", answer.get("message") or "The worker gave no reason."
         tell(f"lmd usage: {one_line(code)}: {one_line(message)}")
         from llamacpp_mqtt_deploy.core.errors import BY_CODE
 
         return TRY_LATER if code in BY_CODE and BY_CODE[code].retryable else FAILED
     if as_json:
-        click.echo(orjson.dumps({name: value for name, value in answer.items() if name != "status"}))
+        print_json({name: value for name, value in answer.items() if name != "status"})
         return 0
     rows = answer["usage"]
     if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 import time
 from typing import Any
 
@@ -49,6 +50,45 @@ def test_on_a_terminal_it_is_a_table_that_no_worker_can_steer(broker: Mosquitto,
     assert "[red]q]0;twen" in terminal.text
     assert "\x1b[2J" not in terminal.text
     assert "\u202e" not in terminal.text
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["top", "--once"],
+        ["admin", "drain"],
+        ["usage"],
+        ["check", "--no-generate"],
+        ["ask", "hi"],
+        ["config"],
+    ],
+    ids=lambda command: str(command[0]),
+)
+def test_json_on_a_terminal_cannot_steer_it_and_says_the_same(
+    command: list[str], broker: Mosquitto, environment: dict[str, str]
+) -> None:
+    evil = "\x9b31m\x9d0;title\x9c\x1b[2J\u202egnp.exe\u2028x\x7f\u200e\u2066"
+
+    def answer(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(session, request, type="chunk", seq=0, content=evil)
+        worker.done(session, request, evil, seq=1)
+
+    words = [*command, "--json", "--set", f"mqtt.port={broker.port}", "--set", "engine.url=http://127.0.0.1:9"]
+    words += ["--set", f"generation.system_prompt={evil}"]
+    with PlayedWorker(broker.port, play=answer) as worker:
+        worker.status(models=[evil], engine={"state": evil, "detail": evil})
+        worker.admin_ack = {"message": evil, "usage": [{"day": evil, "first_level": evil}], "today": evil}
+        with Terminal(words, environment=environment) as terminal:
+            terminal.wait()
+        piped = lmd(*words, environment=environment).stdout.decode()
+    for text in (terminal.text, piped):
+        assert not set(text) & set(evil) - set(string.printable), text
+        for line in [text] if command[0] in ("check", "config") else text.splitlines():
+            assert json.loads(line)
+    if command[0] not in ("check", "top"):  # which quote it as the table does
+        assert r"\u009b31m\u009d0;title\u009c\u001b[2J\u202egnp.exe\u2028x\u007f\u200e\u2066" in piped
 
 
 @pytest.mark.broker
