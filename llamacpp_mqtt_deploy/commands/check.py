@@ -82,6 +82,7 @@ def command(
 
 def _client_login(username: str | None, password_file: Path | None) -> ClientLogin | None:
     from llamacpp_mqtt_deploy.checking.report import ClientLogin
+    from llamacpp_mqtt_deploy.config.credentials import fault
 
     if username is None:
         if password_file is not None:
@@ -91,6 +92,9 @@ def _client_login(username: str | None, password_file: Path | None) -> ClientLog
         lines = [] if password_file is None else password_file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"--client-password-file: {error}") from None
+    for name, value in (("--client-username", username), ("--client-password-file", lines[0] if lines else "")):
+        if unfit := fault(value):
+            raise click.UsageError(f"{name}: {unfit}")
     return ClientLogin(username=username, password=lines[0] if lines else None)
 
 

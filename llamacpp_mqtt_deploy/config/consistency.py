@@ -87,6 +87,8 @@ def _mqtt(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
         )
     if mqtt.transport == "websockets" and not mqtt.websocket_path.startswith("/"):
         yield "mqtt.websocket_path", f'expected a path that begins with "/", found "{mqtt.websocket_path}"'
+    if mqtt.username is not None and (fault := credentials.fault(mqtt.username)):
+        yield "mqtt.username", fault
     if mqtt.password is not None and mqtt.password_file is not None:
         yield "mqtt.password_file", "mqtt.password is set too; keep one of them"
     try:

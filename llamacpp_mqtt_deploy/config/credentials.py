@@ -16,6 +16,8 @@ from llamacpp_mqtt_deploy.config.settings import EngineSettings, Settings
 MQTT_PASSWORD = "mqtt-password"  # noqa: S105 - the name of a credential
 ENGINE_API_KEY = "engine-api-key"
 DATABASE_PASSWORD = "database-password"  # noqa: S105 - as above
+MOST_BYTES = 65535
+"""Of a user name or a password in MQTT; no server takes a longer key."""
 
 
 class CredentialError(Exception):
@@ -69,6 +71,20 @@ def server_key(engine: EngineSettings, *, environ: Mapping[str, str] = os.enviro
     return _secret("engine.api_key", engine.api_key, engine.api_key_file, ENGINE_API_KEY, environ, encoding="latin-1")
 
 
+def fault(text: str, *, encoding: Literal["utf-8", "latin-1"] = "utf-8") -> str | None:
+    """Why nobody can be sent this user name or secret, without quoting it; None where it is fine."""
+    if any(unicodedata.category(char) == "Cc" for char in text):
+        # In a header a line break would begin another one, and libraries quote the whole value when they refuse it.
+        return "holds a line break or another control character inside; write it as one line of text"
+    try:
+        size = len(text.encode(encoding))
+    except UnicodeEncodeError:
+        if encoding == "latin-1":
+            return "holds a character that no HTTP header can carry (a typographic dash or quote?); copy the key anew"
+        return "is not UTF-8 text; write it as UTF-8"
+    return f"has {size} bytes, and at most {MOST_BYTES} can be sent" if size > MOST_BYTES else None
+
+
 def _secret(
     key: str,
     value: SecretStr | None,
@@ -84,24 +100,10 @@ def _secret(
     except CredentialError as error:
         error.key = f"{key}_file"
         raise
-    fault = _fault(secret, encoding)
-    if fault:
-        raise CredentialError(f"{where}{fault}", key=f"{key}_file" if where else key)
+    found = fault(secret, encoding=encoding)
+    if found:
+        raise CredentialError(f"{where}{found}", key=f"{key}_file" if where else key)
     return secret or None
-
-
-def _fault(secret: str, encoding: str) -> str | None:
-    """Why nobody can be sent this secret; says nothing of what it is."""
-    if any(unicodedata.category(char) == "Cc" for char in secret):
-        # In a header a line break would begin another one, and libraries quote the whole value when they refuse it.
-        return "holds a line break or another control character inside; write the secret as one line of text"
-    try:
-        secret.encode(encoding)
-    except UnicodeEncodeError:
-        if encoding == "latin-1":
-            return "holds a character that no HTTP header can carry (a typographic dash or quote?); copy the key anew"
-        return "is not UTF-8 text; write it as UTF-8"
-    return None
 
 
 def _found(value: SecretStr | None, file: Path | None, name: str, environ: Mapping[str, str]) -> tuple[str, str]:

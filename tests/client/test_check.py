@@ -272,6 +272,24 @@ def test_on_a_pipe_each_finding_is_a_plain_line(environment: dict[str, str]) -> 
     assert b"\x1b" not in result.stdout
 
 
+@pytest.mark.parametrize("command", [["check"], ["ask", "hi"], ["run"]], ids=lambda command: str(command[0]))
+def test_a_password_that_is_not_utf_8_is_told_under_its_name(command: list[str], environment: dict[str, str]) -> None:
+    environment |= {"LMD_MQTT__USERNAME": "u", "LMD_MQTT__PASSWORD": "p\udce4ss"}
+    result = lmd(*command, "--set", f"mqtt.port={free_port()}", environment=environment)
+    assert result.returncode == (1 if command == ["check"] else 2)
+    told = (result.stdout + result.stderr).decode()
+    assert "[mqtt] password: is not UTF-8 text" in told
+    assert "Traceback" not in told
+
+
+def test_the_login_of_a_client_that_cannot_be_sent_is_wrong_usage(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "password").write_bytes(b"a\x00b\n")
+    flags = ["--client-username", "u", "--client-password-file", str(tmp_path / "password")]
+    result = lmd("check", *flags, environment=environment)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert b"--client-password-file: holds a line break or another control character" in result.stderr
+
+
 def test_a_secret_that_a_finding_quotes_is_masked(environment: dict[str, str]) -> None:
     environment |= {"LMD_MQTT__USERNAME": "u", "LMD_MQTT__PASSWORD": "sesame-opens"}
     for form in ([], ["--json"]):

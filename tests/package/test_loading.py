@@ -256,6 +256,25 @@ def test_a_secret_that_cannot_be_one_is_named_by_its_field_and_not_shown(char: s
     assert SECRET not in "".join(told)
 
 
+@pytest.mark.parametrize("bad", ["p\udce4ss", "pa\x00ss", "pa\rss", "x" * 65536, "\u20ac" * 21846])
+def test_a_user_or_password_that_mqtt_cannot_send_is_named(bad: str, tmp_path: Path) -> None:
+    assert problems(environ={"LMD_MQTT__USERNAME": bad})[0].startswith("[mqtt] username: ")
+    assert problems(overrides={"mqtt.username": bad})[0].startswith("[mqtt] username: ")
+    by_value = problems(environ={"LMD_MQTT__USERNAME": "u", "LMD_MQTT__PASSWORD": bad})
+    assert by_value[0].startswith("[mqtt] password: ")
+    file = tmp_path / "password"
+    file.write_bytes(bad.replace("\r", "\x0b").encode("utf-8", "surrogateescape"))
+    by_file = problems(environ={"LMD_MQTT__USERNAME": "u", "LMD_MQTT__PASSWORD_FILE": str(file)})
+    assert by_file[0].startswith("[mqtt] password_file: ")
+    assert all(len(told) < 400 for told in [*by_value, *by_file])
+
+
+def test_the_longest_user_and_password_of_mqtt_are_fine() -> None:
+    most = "x" * 65535
+    settings = load(environ={"LMD_MQTT__USERNAME": most, "LMD_MQTT__PASSWORD": most}).settings
+    assert (settings.mqtt.username, mqtt_password(settings, environ={})) == (most, most)
+
+
 @pytest.mark.parametrize("by_systemd", [False, True])
 def test_a_key_in_a_file_that_no_header_can_carry_is_named_with_its_file(tmp_path: Path, by_systemd: bool) -> None:
     file = tmp_path / "engine-api-key"
