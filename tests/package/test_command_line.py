@@ -26,6 +26,7 @@ from llamacpp_mqtt_deploy.cli import COMMANDS, main
 from llamacpp_mqtt_deploy.commands.config import _print_rich, example, schema
 from llamacpp_mqtt_deploy.config import keys
 from llamacpp_mqtt_deploy.config.settings import Settings
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 LMD = [sys.executable, "-m", "llamacpp_mqtt_deploy"]
@@ -113,6 +114,42 @@ def test_a_shell_finds_its_completion(shell: str) -> None:
 def test_words_are_completed(before: list[str], begun: str, offered: str) -> None:
     completion = BashComplete(main, {}, "lmd", "_LMD_COMPLETE")
     assert [found.value for found in completion.get_completions(before, begun)] == [offered]
+
+
+@pytest.mark.parametrize(
+    "closed,words,code",
+    [
+        ("<&-", ["ask"], 2),
+        (">&-", ["config"], 0),
+        (">&-", ["status"], 3),
+        ("2>&-", ["status"], 3),
+        ("<&- >&- 2>&-", ["run", "--set", "limits.startup_timeout_s=0.1"], 3),
+    ],
+)
+def test_a_closed_stream_is_read_as_empty_and_written_to_nobody(
+    closed: str, words: list[str], code: int, tmp_path: Path
+) -> None:
+    flags = ["--set", "mqtt.host=127.0.0.1", "--set", f"mqtt.port={free_port()}"]
+    flags += ["--set", f"sessions.path={tmp_path}/state.db"] if words[0] == "run" else []
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *LMD, *words, *flags],
+        capture_output=True, text=True, timeout=60, check=False, env=clean_environment() | {"LMD_CONFIG": os.devnull},
+    )  # fmt: skip
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    if words == ["ask"]:
+        assert "The prompt is empty." in ended.stderr
+
+
+def test_a_file_of_its_own_never_becomes_a_standard_stream(tmp_path: Path) -> None:
+    program = (
+        "import os; from llamacpp_mqtt_deploy.cli import open_closed_streams; open_closed_streams();"
+        f"assert os.open({str(tmp_path)!r}, os.O_RDONLY) > 2; print('seen by nobody');"
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(input.__name__)'], check=True)"
+    )
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        ended = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", program], check=False)
+        assert ended.returncode == 0, closed
 
 
 def test_a_mistyped_command_is_recognised() -> None:
