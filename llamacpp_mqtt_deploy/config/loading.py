@@ -340,5 +340,5 @@ def _line(path: Iterable[str], text: str, origins: Mapping[str, str]) -> str:
 
 def _secrets_in(file: Path | None, origins: Mapping[str, str]) -> Iterable[str]:
     for key, origin in origins.items():
-        if file is not None and origin.startswith("file ") and keys.is_secret(key.split(".")):
+        if file is not None and origin.startswith("file ") and keys.names_a_secret(key.split(".")):
             yield from exposed({key: file})

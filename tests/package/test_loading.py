@@ -325,6 +325,14 @@ def test_an_engines_key_that_nothing_renews_is_what_the_settings_say(key: str | 
     assert [read(), read()] == [key, key]
 
 
+def test_an_empty_table_in_a_file_that_everybody_may_read_is_no_secret(write: Path) -> None:
+    write.write_text("[mqtt]\n[engine]\n[mqtt.tls]\n")
+    write.chmod(0o644)
+    assert load(write, environ={}).warnings == ()
+    write.write_text(f'[mqtt]\nusername = "u"\npassword = "{SECRET}"\n[engine]\n')
+    assert [warning.partition(":")[0] for warning in load(write, environ={}).warnings] == ["mqtt.password"]
+
+
 def test_a_readable_secret_file_is_warned_about_and_a_missing_one_is_a_problem(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("pw")
