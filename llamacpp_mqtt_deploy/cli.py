@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,24 @@ COMMANDS: Mapping[str, str] = {
 }
 
 
+CANCELLED = 130
+"""The exit code of every command after Ctrl-C; as in `commands.terminal`, which would have to be loaded for it."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         open_closed_streams()
         return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _ctrl_c_as_documented():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _ctrl_c_as_documented():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -77,6 +90,15 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             ctx.fail(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def _ctrl_c_as_documented() -> Iterator[None]:
+    """Ctrl-C where no command is there to take it, as while its modules load; click would say `Aborted!` and end with 1."""
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):
+        raise click.exceptions.Exit(CANCELLED) from None
 
 
 def open_closed_streams() -> None:

@@ -152,6 +152,25 @@ def test_a_file_of_its_own_never_becomes_a_standard_stream(tmp_path: Path) -> No
         assert ended.returncode == 0, closed
 
 
+def test_ctrl_c_while_a_commands_modules_load_ends_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamacpp_mqtt_deploy.cli.importlib.import_module", interrupted)
+    ended = CliRunner().invoke(main, ["status"])
+    assert (ended.exit_code, ended.output) == (130, "")
+
+
+def test_ctrl_c_that_a_command_does_not_take_ends_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamacpp_mqtt_deploy.config.loading.load", interrupted)
+    for words in (["status"], ["admin", "drain"], ["config"], ["ask", "hi"]):
+        ended = CliRunner().invoke(main, words)
+        assert (ended.exit_code, ended.output) == (130, ""), words
+
+
 def test_a_mistyped_command_is_recognised() -> None:
     result = lmd("cofnig")
     assert result.returncode == 2
