@@ -29,6 +29,12 @@ SYSTEM_FILE = Path("/etc/llamacpp-mqtt-deploy/config.toml")
 # A configuration is a few kilobytes; whoever names a model file by mistake gets a sentence and not a full memory.
 MAX_FILE_BYTES = 4 * 1024 * 1024
 
+# What merges, checks and shows values follows them by calling itself, and Python allows about a thousand calls.
+MAX_DEPTH = 100
+_TOO_DEEP = f"is nested too deeply; at most {MAX_DEPTH} lists and tables in each other"
+_SHOWN_LEVELS = 3
+"""As many names has the longest key; of one that is nested too deeply no more are told."""
+
 Tree = dict[str, Any]
 
 
@@ -136,10 +142,36 @@ def _from_file(file: Path | None, problems: list[str]) -> list[Given]:
         problems.append(_syntax_problem(file, text, str(error)))
         return []
     except RecursionError:
-        problems.append(f"{file}: is nested too deeply")
+        problems.append(f"{file}: {_TOO_DEEP}")
         return []
     lines = _key_lines(text)
+    if _depth(values) > MAX_DEPTH:
+        path = _deepest(values)
+        problems.append(_line(path, _TOO_DEEP, {".".join(path): _file_origin(file, path, lines)}))
+        return []
     return [(path, value, _file_origin(file, path, lines)) for path, value in keys.leaves(values)]
+
+
+def _depth(value: object) -> int:
+    """How many lists and tables stand in each other, counted a little further than is allowed."""
+    level, depth = [value], 0
+    while depth <= MAX_DEPTH:
+        nodes = [node for node in level if isinstance(node, dict | list)]
+        if not nodes:
+            break
+        level = [child for node in nodes for child in (node.values() if isinstance(node, dict) else node)]
+        depth += 1
+    return depth
+
+
+def _deepest(values: Tree) -> tuple[str, ...]:
+    """The key with the deepest value, with as many names as keys have."""
+    path: list[str] = []
+    node: object = values
+    while isinstance(node, dict) and node and len(path) < _SHOWN_LEVELS:
+        name, node = max(node.items(), key=lambda item: _depth(item[1]))
+        path.append(name)
+    return tuple(path)
 
 
 def _syntax_problem(file: Path, text: str, message: str) -> str:
@@ -184,6 +216,10 @@ def _file_origin(file: Path, path: tuple[str, ...], lines: Mapping[str, int]) ->
     return f"file {file}"
 
 
+class _TooDeepError(Exception):
+    """A value is nested too deeply to be read or shown."""
+
+
 class _Variables(EnvSettingsSource):
     """pydantic-settings' reading of one variable at a time, so that each value and each problem keeps its variable's name."""
 
@@ -191,9 +227,15 @@ class _Variables(EnvSettingsSource):
         super().__init__(Settings)
 
     def read(self, name: str, value: str) -> Tree:
-        """The nested values that this variable sets; empty when it names no setting. Raises SettingsError."""
+        """The nested values that this variable sets; empty when it names no setting. Raises SettingsError, _TooDeepError."""
         self.env_vars = {name: value}
-        return self()
+        try:
+            values = self()
+        except RecursionError:
+            raise _TooDeepError from None
+        if _depth(values) > MAX_DEPTH:
+            raise _TooDeepError
+        return values
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         """A list or table as JSON or as TOML writes it; a list also as plain items with commas between them."""
@@ -215,6 +257,10 @@ def _from_environment(environ: Mapping[str, str], problems: list[str]) -> list[G
         origin = f"environment {name}"
         try:
             values = variables.read(name.lower(), value)
+        except _TooDeepError:
+            path = name.removeprefix(PREFIX).lower().split("__")[:_SHOWN_LEVELS]
+            problems.append(_line(path, _TOO_DEEP, {".".join(path): origin}))
+            continue
         except (SettingsError, ValueError):
             path = name.removeprefix(PREFIX).lower().split("__")
             problems.append(
@@ -250,6 +296,10 @@ def _from_flags(overrides: Mapping[str, str], problems: list[str]) -> list[Given
             continue
         try:
             values = variables.read(PREFIX.lower() + "__".join(path), value)
+        except _TooDeepError:
+            path = path[:_SHOWN_LEVELS]
+            problems.append(_line(path, _TOO_DEEP, {".".join(path): "flag"}))
+            continue
         except (SettingsError, ValueError):
             problems.append(_line(path, f"expected {keys.expected_at(path)}, written as JSON", {dotted: "flag"}))
             continue

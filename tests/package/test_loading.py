@@ -201,6 +201,37 @@ def test_overlapping_routes_are_refused(write: Path) -> None:
     assert "routes.maze.request" in problems(write)[0]
 
 
+@pytest.mark.parametrize("levels", [5000, 900, 150])
+@pytest.mark.parametrize(
+    "key,beginning,end",
+    [
+        ("engine.models", "[", "]"),
+        ("engine.aliases", '{"a":', "}"),
+        ("routes.x.tools", "[", "]"),
+    ],
+)
+def test_a_value_that_is_nested_too_deeply_is_named(key: str, beginning: str, end: str, levels: int) -> None:
+    value = beginning * levels + "1" + end * levels
+    *section, name = key.split(".")
+    expected = f"[{'.'.join(section)}] {name}: is nested too deeply"
+    [told] = problems(overrides={key: value})
+    assert told.startswith(expected)
+    [told] = problems(environ={f"LMD_{key.upper().replace('.', '__')}": value})
+    assert told.startswith(expected)
+
+
+@pytest.mark.parametrize("levels", [5000, 150])
+@pytest.mark.parametrize("table", ["engine.aliases", "routes.x.fields"])
+def test_dotted_keys_that_are_nested_too_deeply_are_named(table: str, levels: int, write: Path) -> None:
+    write.write_text(f"[{table}]\n{'.'.join(['a'] * levels)} = 1\n")
+    [told] = problems(write)
+    assert told.startswith(
+        "[engine.aliases] a: is nested" if table == "engine.aliases" else "[routes.x] fields: is nested"
+    )
+    assert str(write) in told
+    assert len(told) < 400
+
+
 # --- secrets -----------------------------------------------------------------------------------------------------------
 
 SECRET = "hunter2-hunter2"
