@@ -228,7 +228,9 @@ def test_a_key_that_changes_counts_for_the_next_request_of_an_open_socket(world:
         headers = {"x-api-key": gateway.keys["alice"]}
         eventually(lambda: not httpx.get(f"{gateway.url}/v1/models", headers=headers).json()["data"], 5)
         say(socket, type="request", session="s", request_id="r2", prompt="hi")
-        assert [event["code"] for event in events_of(socket, "r2")] == ["model_not_found"]  # the one it may name is not served
+        assert [event["code"] for event in events_of(socket, "r2")] == [
+            "model_not_found"
+        ]  # the one it may name is not served
 
 
 def test_a_request_that_is_sent_again_counts_for_the_rate(world: World) -> None:

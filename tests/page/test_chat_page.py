@@ -224,7 +224,9 @@ def test_two_tabs_show_the_same_chats(page: ChatPage) -> None:
         page.browser.switch_to.window(second)
         page.run("document.querySelector('#chats .remove').click()")
         page.find("#remove .danger").click()
-        page.until(lambda: page.text("#title") == "New chat")  # a tab that is hidden at once tells of the dialog's end only later
+        page.until(
+            lambda: page.text("#title") == "New chat"
+        )  # a tab that is hidden at once tells of the dialog's end only later
         page.browser.switch_to.window(first)
         page.until(lambda: page.text("#title") == "New chat")
         page.ask("A new one")
