@@ -192,7 +192,8 @@ def tell(message: object) -> None:
 
 
 class Interrupts:
-    """While the block runs, Ctrl-C and SIGTERM only count; the second one leaves the program at once."""
+    """While the block runs, Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) only count; the second one leaves the program at
+    once."""
 
     def __init__(self) -> None:
         self.code: int | None = None
@@ -200,7 +201,10 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue  # Windows has none; under nohup it means nothing
             # Outside the main thread Python refuses handlers: a program that embeds the command keeps its own.
             with contextlib.suppress(ValueError):
                 self._before[number] = signal.signal(number, self._count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -231,6 +232,22 @@ def test_ctrl_c_cancels_on_the_worker_and_prints_what_came(broker: Mosquitto, en
         terminal.interrupt()
         assert terminal.wait() == 130
     assert "partial text" in terminal.text.replace("^C", "")
+    assert "Traceback" not in terminal.text
+
+
+def test_a_terminal_that_is_closed_cancels_on_the_worker(broker: Mosquitto, environment: dict[str, str]) -> None:
+    def begin(worker: PlayedWorker, session: str, request: dict[str, Any]) -> None:
+        worker.say(session, request, type="chunk", seq=0, content="partial")
+
+    with (
+        PlayedWorker(broker.port, play=begin) as worker,
+        Terminal(["ask", "--port", str(broker.port), "hi"], environment=environment) as terminal,
+    ):
+        terminal.shows("partial")
+        terminal.signal(signal.SIGHUP)
+        eventually(lambda: any(control["action"] == "cancel" for _, control in worker.controls))
+        terminal.signal(signal.SIGHUP)
+        assert terminal.wait(3) == 143
     assert "Traceback" not in terminal.text
 
 
