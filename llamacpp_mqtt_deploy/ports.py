@@ -462,7 +462,7 @@ class Store(Protocol):
 
     def clock_was_set(self, forward_s: float, *, now: float) -> None:
         """The clock was set forward by so many seconds while this worker ran, to `now`: what is remembered is as old as it was,
-        and not older by that."""
+        and what waits has waited no longer, than without that."""
 
     def trouble(self) -> str:
         """Why it takes no writes at the moment and what to do, for the operator; empty when it takes them. May look at the

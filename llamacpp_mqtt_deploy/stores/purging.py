@@ -39,6 +39,12 @@ def shift_times(db: sqlite3.Connection, forward_s: float, now: float) -> None:
     """After the clock was set forward: whatever was old then is as old now. What was written since has its right time."""
     for table, column in (("entries", "ended_at"), ("sessions", "last_used")):
         db.execute(f"UPDATE {table} SET {column} = min(?, {column} + ?) WHERE {column} < ?", (now, forward_s, now))
+    # What waits has waited no longer by that: its time limit is a span.
+    db.execute(
+        "UPDATE entries SET accepted_at = min(:now, accepted_at + :forward), "
+        "expires_at = expires_at + min(:now - accepted_at, :forward) WHERE state <> 'ended' AND accepted_at < :now",
+        {"now": now, "forward": forward_s},
+    )
 
 
 class Dropped:

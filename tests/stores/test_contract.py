@@ -506,6 +506,21 @@ def test_a_clock_that_is_set_forward_makes_nothing_older(store: Store) -> None:
     assert purge(store, now=then + 30 * DAY_S - 299) == {"entries": 0, "sessions": 1}
 
 
+def test_a_clock_that_is_set_forward_takes_nothing_of_the_time_limit_of_what_waits(store: Store) -> None:
+    year_s = 365 * DAY_S
+    then = NOW + 300 + year_s
+    store.accept([entry("waits", expires_at=NOW + 900), entry("without a limit")])
+    store.accept([entry("streams", expires_at=NOW + 600)])
+    store.mark_streaming(key("streams"))
+    store.accept([entry("later", accepted_at=then, expires_at=then + 60), entry("young", accepted_at=then - 1)])
+    store.clock_was_set(year_s, now=then)
+    found = {name: store.find(key(name)) for name in ("waits", "without a limit", "streams", "later", "young")}
+    left = {name: None if each is None else each.left_s(then) for name, each in found.items()}
+    waited = {name: None if each is None else each.waited_s(then) for name, each in found.items()}
+    assert left == {"waits": 600, "without a limit": None, "streams": 300, "later": 60, "young": None}
+    assert waited == {"waits": 300, "without a limit": 300, "streams": 300, "later": 0, "young": 0}
+
+
 def test_a_clock_that_was_ahead_does_not_keep_things_for_ever(store: Store) -> None:
     talk(store, SESSION, at=NOW + 10 * 365 * 86400)
     assert purge(store, now=NOW) == {"entries": 0, "sessions": 0}

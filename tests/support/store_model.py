@@ -205,6 +205,13 @@ class ModelStore:
             for record in self._records.values():
                 if (ended_at := record.entry.ended_at) is not None and ended_at < now:
                     record.entry = replace(record.entry, ended_at=min(now, ended_at + forward_s))
+                elif record.entry.state != "ended" and (waits_s := now - record.entry.accepted_at) > 0:
+                    by_s, expires_at = min(waits_s, forward_s), record.entry.expires_at
+                    record.entry = replace(
+                        record.entry,
+                        accepted_at=record.entry.accepted_at + by_s,
+                        expires_at=None if expires_at is None else expires_at + by_s,
+                    )
             for session in self._sessions.values():
                 session.last_used = max(session.last_used, min(now, session.last_used + forward_s))
 

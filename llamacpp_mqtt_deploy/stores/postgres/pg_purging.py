@@ -32,6 +32,12 @@ def shift_times(db: BoundedConnection, forward_s: float, now: float) -> None:
         db.execute(
             text(f"UPDATE {table} SET {column} = least(%s, {column} + %s) WHERE {column} < %s"), (now, forward_s, now)
         )
+    # What waits has waited no longer by that: its time limit is a span.
+    db.execute(
+        "UPDATE entries SET accepted_at = least(%(now)s, accepted_at + %(forward)s), "
+        "expires_at = expires_at + least(%(now)s - accepted_at, %(forward)s) WHERE state <> 'ended' AND accepted_at < %(now)s",
+        {"now": now, "forward": forward_s},
+    )
 
 
 def old_entries(db: BoundedConnection, dropped: Dropped, *, now: float, remember_s: float) -> None:
