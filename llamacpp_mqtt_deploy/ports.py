@@ -460,9 +460,10 @@ class Store(Protocol):
         One call drops a few hundred of a kind and a few megabytes at most, so that nobody waits for long; it says when more
         is left. Never an unfinished request, nor a session with one."""
 
-    def clock_was_set(self, forward_s: float, *, now: float) -> None:
+    def clock_was_set(self, forward_s: float, *, now: float) -> Pending:
         """The clock was set forward by so many seconds while this worker ran, to `now`: what is remembered is as old as it was,
-        and what waits has waited no longer, than without that."""
+        and what waits has waited no longer, than without that. Tell it once, and again only where the write failed: `purge` moves
+        what is remembered, some at a time, and drops nothing until it has moved all of it."""
 
     def trouble(self) -> str:
         """Why it takes no writes at the moment and what to do, for the operator; empty when it takes them. May look at the

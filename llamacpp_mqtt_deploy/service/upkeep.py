@@ -75,8 +75,11 @@ class Upkeep:
 
     def _mind_the_clock(self) -> float:
         """The time; one that was set forward must not make everything look forgotten by its clients."""
-        now, forward_s = self._parts.clock.now(), self._parts.clock.set_forward_s
+        clock = self._parts.clock
+        now, forward_s = clock.now(), clock.set_forward_s
         if forward_s:
-            self._parts.store.clock_was_set(forward_s, now=now)
-            self._parts.clock.told(forward_s)
+            write = self._parts.store.clock_was_set(forward_s, now=now)
+            # Not when it is written: a disk that takes long would be told twice.
+            clock.told(forward_s)
+            write.on_done(lambda problem: clock.told(-forward_s) if problem is not None else None)
         return now

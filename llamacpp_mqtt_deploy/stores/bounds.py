@@ -16,6 +16,9 @@ PURGE_ROWS = 500
 PURGE_BYTES = 4 * 1024 * 1024
 """Most bytes of a kind that one `purge` drops, for the same reason."""
 
+MOVED_ROWS = 2000
+"""Most rows whose times one `purge` changes after the clock was set, for the same reason."""
+
 MAX_JOURNAL_BYTES = 64 * 1024 * 1024
 """Most bytes of ended requests, where the configuration says nothing else."""
 
@@ -33,6 +36,24 @@ LEDGER_DAYS = 62
 
 LEDGER_LEVELS = 500
 """First levels of a day with a row of their own: about 3 MB for all days. The others share one."""
+
+
+class Portion:
+    """How much of a kind one transaction has done, up to what it may."""
+
+    def __init__(self, most: int = PURGE_ROWS) -> None:
+        self.rows = 0
+        self._most = most
+        self._bytes = 0
+        self.full = False
+
+    def takes(self, size: int) -> bool:
+        """Count one more row; False when it has to wait for the next transaction."""
+        self.full = self.full or self.rows >= self._most or (self.rows > 0 and self._bytes + size > PURGE_BYTES)
+        if not self.full:
+            self.rows += 1
+            self._bytes += size
+        return not self.full
 
 
 def first_level_of(session: str) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import sqlite3
 
-from llamacpp_mqtt_deploy.core.wallclock import CLOCK_SET_S, CLOCK_SLACK_S
 from llamacpp_mqtt_deploy.stores import entries, histories
 from llamacpp_mqtt_deploy.stores.bounds import (
     LEVEL_SHARE,
-    PURGE_BYTES,
     PURGE_ROWS,
     ROW_BYTES,
     UNDELIVERED_S,
+    Portion,
     excess,
 )
 
@@ -23,48 +22,7 @@ VACUUM_PAGES = 256
 """Most free pages beyond those that one purge gives back to the disk."""
 
 
-def mend_times(db: sqlite3.Connection, now: float) -> None:
-    for table, column, where in (
-        # Both values are named so that the index is used: this runs with every purge.
-        ("entries", "ended_at", "state = 'ended' AND delivered IN (0, 1) AND"),
-        ("sessions", "last_used", ""),
-    ):
-        statement = f"UPDATE {table} SET {column} = ? WHERE {where} {column}"
-        db.execute(f"{statement} > ?", (now, now + CLOCK_SLACK_S))
-        if now >= CLOCK_SET_S:
-            db.execute(f"{statement} < ?", (now, CLOCK_SET_S))
-
-
-def shift_times(db: sqlite3.Connection, forward_s: float, now: float) -> None:
-    """After the clock was set forward: whatever was old then is as old now. What was written since has its right time."""
-    for table, column in (("entries", "ended_at"), ("sessions", "last_used")):
-        db.execute(f"UPDATE {table} SET {column} = min(?, {column} + ?) WHERE {column} < ?", (now, forward_s, now))
-    # What waits has waited no longer by that: its time limit is a span.
-    db.execute(
-        "UPDATE entries SET accepted_at = min(:now, accepted_at + :forward), "
-        "expires_at = expires_at + min(:now - accepted_at, :forward) WHERE state <> 'ended' AND accepted_at < :now",
-        {"now": now, "forward": forward_s},
-    )
-
-
-class Dropped:
-    """How much one purge has dropped of a kind, up to what one transaction may."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._bytes = 0
-        self.full = False
-
-    def takes(self, size: int) -> bool:
-        """Count one more row; False when it has to wait for the next purge."""
-        self.full = self.full or self.rows >= PURGE_ROWS or (self.rows > 0 and self._bytes + size > PURGE_BYTES)
-        if not self.full:
-            self.rows += 1
-            self._bytes += size
-        return not self.full
-
-
-def old_entries(db: sqlite3.Connection, dropped: Dropped, *, now: float, remember_s: float) -> None:
+def old_entries(db: sqlite3.Connection, dropped: Portion, *, now: float, remember_s: float) -> None:
     """Ended requests that nobody will ask for again."""
     # Two halves, since an OR would read the whole index.
     rows = db.execute(
@@ -77,7 +35,7 @@ def old_entries(db: sqlite3.Connection, dropped: Dropped, *, now: float, remembe
     entries.drop(db, [(entry_id,) for entry_id, size in rows if dropped.takes(size)])
 
 
-def excess_entries(db: sqlite3.Connection, dropped: Dropped, *, max_bytes: int) -> None:
+def excess_entries(db: sqlite3.Connection, dropped: Portion, *, max_bytes: int) -> None:
     """The oldest ended requests of whoever holds too much."""
     if _used_bytes(db) <= max_bytes * LEVEL_SHARE:
         return
@@ -104,7 +62,7 @@ def excess_entries(db: sqlite3.Connection, dropped: Dropped, *, max_bytes: int) 
             return
 
 
-def old_sessions(db: sqlite3.Connection, dropped: Dropped, *, now: float, ttl_s: float, max_sessions: int) -> None:
+def old_sessions(db: sqlite3.Connection, dropped: Portion, *, now: float, ttl_s: float, max_sessions: int) -> None:
     """Sessions that nobody used for long, and the least recently used ones of whoever holds most."""
     idle = (
         "NOT EXISTS (SELECT 1 FROM entries e WHERE e.route = s.route AND e.session = s.session AND e.state <> 'ended')"
@@ -136,7 +94,7 @@ def free_pages(db: sqlite3.Connection) -> None:
         db.execute("PRAGMA incremental_vacuum(1)")
 
 
-def _drop_sessions(db: sqlite3.Connection, dropped: Dropped, rows: list[tuple[str, str, int]]) -> None:
+def _drop_sessions(db: sqlite3.Connection, dropped: Portion, rows: list[tuple[str, str, int]]) -> None:
     for route, session, size in rows:
         if not dropped.takes(size):
             return

@@ -97,6 +97,16 @@ _ADDED = (
         PRIMARY KEY (route, session)
     ) {_STRICT}
     """,
+    # The clock was set forward by `forward_s`: rows with numbers up to these are still to be moved, to `up_to` at most.
+    f"""
+    CREATE TABLE IF NOT EXISTS clock_moves (
+        id INTEGER PRIMARY KEY,
+        forward_s REAL NOT NULL,
+        up_to REAL NOT NULL,
+        entries_left INTEGER NOT NULL,
+        sessions_left INTEGER NOT NULL
+    ) {_STRICT}
+    """,
 )
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)

@@ -21,8 +21,8 @@ from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
 from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import entries as rows
-from llamacpp_mqtt_deploy.stores import histories, ledger, purging, session_prompts
-from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
+from llamacpp_mqtt_deploy.stores import histories, journal_times, ledger, purging, session_prompts
+from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES, Portion
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
 from llamacpp_mqtt_deploy.stores.histories import SessionKey
 from llamacpp_mqtt_deploy.stores.known_keys import KnownKeys
@@ -272,23 +272,26 @@ class SqliteStore:
     ) -> Purged:
         self._note_uses()
         writer = self._opened().writer
-        entries, sessions = purging.Dropped(), purging.Dropped()
+        entries, sessions, times_are_right = Portion(), Portion(), False
 
         def drop_entries(db: sqlite3.Connection) -> None:
-            nonlocal entries
-            entries = purging.Dropped()
-            purging.mend_times(db, now)
-            purging.old_entries(db, entries, now=now, remember_s=remember_s)
-            purging.excess_entries(db, entries, max_bytes=max_bytes)
+            nonlocal entries, times_are_right
+            entries = Portion()
+            times_are_right = journal_times.mend_some(db, now)
+            if times_are_right:
+                purging.old_entries(db, entries, now=now, remember_s=remember_s)
+                purging.excess_entries(db, entries, max_bytes=max_bytes)
 
         def drop_sessions(db: sqlite3.Connection) -> None:
             nonlocal sessions
-            sessions = purging.Dropped()
+            sessions = Portion()
             purging.old_sessions(db, sessions, now=now, ttl_s=ttl_s, max_sessions=max_sessions)
 
         # One after the other, so that what others write has its turn in between.
         for step in (drop_entries, drop_sessions, purging.free_pages):
             writer.submit(step, urgent=True).wait(PURGE_TIMEOUT_S)
+            if not times_are_right:
+                return Purged(entries=0, sessions=0, more=True)
         opened = self._opened()
         if opened.known.is_full():
             opened.known.renew(_all_keys(self._some_keys))
@@ -307,10 +310,9 @@ class SqliteStore:
         with self._read() as db:
             return rows.keys(db, after=after, most=_KEYS_AT_ONCE)
 
-    def clock_was_set(self, forward_s: float, *, now: float) -> None:
+    def clock_was_set(self, forward_s: float, *, now: float) -> Pending:
         self._note_uses()
-        write = self._opened().writer.submit(lambda db: purging.shift_times(db, forward_s, now), urgent=True)
-        write.wait(PURGE_TIMEOUT_S)
+        return self._opened().writer.submit(lambda db: journal_times.set_forward(db, forward_s, now), urgent=True)
 
     # --- connections ---------------------------------------------------------------------------------------------------
 

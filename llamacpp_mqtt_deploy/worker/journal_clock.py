@@ -58,6 +58,6 @@ class JournalClock:
         return now
 
     def told(self, forward_s: float) -> None:
-        """The store knows of so much of it."""
+        """The store knows of so much of it; less than nothing where it has not taken what it was told."""
         with self._lock:
             self.set_forward_s -= forward_s

@@ -13,7 +13,10 @@ import pytest
 
 from llamacpp_mqtt_deploy.core.spending import REST, LedgerRow, Spent, day_of
 from llamacpp_mqtt_deploy.ports import HistoryChange, Pending, Store, StoreError
+from llamacpp_mqtt_deploy.stores import journal_times
 from llamacpp_mqtt_deploy.stores.bounds import LEDGER_DAYS, LEDGER_LEVELS
+from llamacpp_mqtt_deploy.stores.postgres import pg_times
+from llamacpp_mqtt_deploy.stores.sqlite import WRITE_TIMEOUT_S
 from tests.support.store_cases import MEMBERS, NOW, SESSION, change, entry, key, new_store, talk
 from tests.support.waiting import eventually
 
@@ -506,6 +509,40 @@ def test_a_clock_that_is_set_forward_makes_nothing_older(store: Store) -> None:
     assert purge(store, now=then + 30 * DAY_S - 299) == {"entries": 0, "sessions": 1}
 
 
+@pytest.fixture
+def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One purge changes the times of three rows."""
+    monkeypatch.setattr(journal_times, "MOVED_ROWS", 3)
+    monkeypatch.setattr(pg_times, "MOVED_ROWS", 3)
+
+
+@pytest.mark.usefixtures("small_portions")
+def test_after_a_clock_was_set_forward_times_are_moved_some_at_a_time_and_each_once(store: Store) -> None:
+    for number in range(5):
+        talk(store, ("default", f"s{number}"), at=NOW + number)
+    store.clock_was_set(9 * DAY_S, now=NOW + 9 * DAY_S + 100)
+    talk(store, ("default", "between"), at=NOW + 9 * DAY_S + 150)
+    assert purge(store, now=NOW + 9 * DAY_S + 160, ttl_s=700.0) == {"entries": 0, "sessions": 0, "more": 1}
+    store.clock_was_set(9 * DAY_S, now=NOW + 18 * DAY_S + 200)
+    talk(store, ("default", "after"), at=NOW + 18 * DAY_S + 250)
+    rounds = 1
+    while purge(store, now=NOW + 18 * DAY_S + 600, ttl_s=700.0) == {"entries": 0, "sessions": 0, "more": 1}:
+        rounds += 1
+    assert rounds >= 7, "five of both, and six of both, less the first three"
+    for at in (0, 1, 2, 3, 4, 150, 250):
+        assert purge(store, now=NOW + 18 * DAY_S + at + 700, ttl_s=700.0)["sessions"] == 0
+        assert purge(store, now=NOW + 18 * DAY_S + at + 700.5, ttl_s=700.0)["sessions"] == 1
+
+
+@pytest.mark.usefixtures("small_portions")
+def test_after_a_clock_was_ahead_times_are_mended_some_at_a_time(store: Store) -> None:
+    for number in range(5):
+        talk(store, ("default", f"s{number}"), at=NOW + 365 * DAY_S + number)
+    mended = [purge(store, now=NOW) for _ in range(4)]
+    assert [mended[n].get("more", 0) for n in (0, 1, 3)] == [1, 1, 0]
+    assert purge(store, now=NOW + 601, ttl_s=600.0) == {"entries": 5, "sessions": 5}
+
+
 def test_a_clock_that_is_set_forward_takes_nothing_of_the_time_limit_of_what_waits(store: Store) -> None:
     year_s = 365 * DAY_S
     then = NOW + 300 + year_s
@@ -513,7 +550,7 @@ def test_a_clock_that_is_set_forward_takes_nothing_of_the_time_limit_of_what_wai
     store.accept([entry("streams", expires_at=NOW + 600)])
     store.mark_streaming(key("streams"))
     store.accept([entry("later", accepted_at=then, expires_at=then + 60), entry("young", accepted_at=then - 1)])
-    store.clock_was_set(year_s, now=then)
+    store.clock_was_set(year_s, now=then).wait(WRITE_TIMEOUT_S)
     found = {name: store.find(key(name)) for name in ("waits", "without a limit", "streams", "later", "young")}
     left = {name: None if each is None else each.left_s(then) for name, each in found.items()}
     waited = {name: None if each is None else each.waited_s(then) for name, each in found.items()}

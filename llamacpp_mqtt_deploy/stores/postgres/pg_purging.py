@@ -5,42 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamacpp_mqtt_deploy.core.wallclock import CLOCK_SET_S, CLOCK_SLACK_S
-from llamacpp_mqtt_deploy.stores.bounds import LEVEL_SHARE, PURGE_ROWS, ROW_BYTES, UNDELIVERED_S, excess
+from llamacpp_mqtt_deploy.stores.bounds import LEVEL_SHARE, PURGE_ROWS, ROW_BYTES, UNDELIVERED_S, Portion, excess
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries, pg_histories
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
-from llamacpp_mqtt_deploy.stores.purging import Dropped
-
-_TIMES = (
-    # Both values are named so that the index is used: this runs with every purge.
-    ("entries", "ended_at", "state = 'ended' AND delivered = ANY('{true,false}') AND"),
-    ("sessions", "last_used", ""),
-)
 
 
-def mend_times(db: BoundedConnection, now: float) -> None:
-    for table, column, where in _TIMES:
-        statement = f"UPDATE {table} SET {column} = %s WHERE {where} {column}"
-        db.execute(text(f"{statement} > %s"), (now, now + CLOCK_SLACK_S))
-        if now >= CLOCK_SET_S:
-            db.execute(text(f"{statement} < %s"), (now, CLOCK_SET_S))
-
-
-def shift_times(db: BoundedConnection, forward_s: float, now: float) -> None:
-    """After the clock was set forward: whatever was old then is as old now. What was written since has its right time."""
-    for table, column, _ in _TIMES:
-        db.execute(
-            text(f"UPDATE {table} SET {column} = least(%s, {column} + %s) WHERE {column} < %s"), (now, forward_s, now)
-        )
-    # What waits has waited no longer by that: its time limit is a span.
-    db.execute(
-        "UPDATE entries SET accepted_at = least(%(now)s, accepted_at + %(forward)s), "
-        "expires_at = expires_at + least(%(now)s - accepted_at, %(forward)s) WHERE state <> 'ended' AND accepted_at < %(now)s",
-        {"now": now, "forward": forward_s},
-    )
-
-
-def old_entries(db: BoundedConnection, dropped: Dropped, *, now: float, remember_s: float) -> None:
+def old_entries(db: BoundedConnection, dropped: Portion, *, now: float, remember_s: float) -> None:
     """Ended requests that nobody will ask for again."""
     one = "(SELECT id, bytes, ended_order FROM entries WHERE state = 'ended' AND delivered = %s AND ended_at < %s)"
     old = now - remember_s
@@ -51,7 +21,7 @@ def old_entries(db: BoundedConnection, dropped: Dropped, *, now: float, remember
     pg_entries.drop(db, [entry_id for entry_id, size in rows if dropped.takes(size)])
 
 
-def excess_entries(db: BoundedConnection, dropped: Dropped, *, max_bytes: int) -> None:
+def excess_entries(db: BoundedConnection, dropped: Portion, *, max_bytes: int) -> None:
     """The oldest ended requests of whoever holds too much."""
     if _used_bytes(db) <= max_bytes * LEVEL_SHARE:
         return
@@ -77,7 +47,7 @@ def excess_entries(db: BoundedConnection, dropped: Dropped, *, max_bytes: int) -
             return
 
 
-def old_sessions(db: BoundedConnection, dropped: Dropped, *, now: float, ttl_s: float, max_sessions: int) -> None:
+def old_sessions(db: BoundedConnection, dropped: Portion, *, now: float, ttl_s: float, max_sessions: int) -> None:
     """Sessions that nobody used for long, and the least recently used ones of whoever holds most."""
     idle = (
         "NOT EXISTS (SELECT 1 FROM entries e WHERE e.route = s.route AND e.session = s.session AND e.state <> 'ended')"
@@ -107,7 +77,7 @@ def old_sessions(db: BoundedConnection, dropped: Dropped, *, now: float, ttl_s: 
     _drop_sessions(db, dropped, victims)
 
 
-def _drop_sessions(db: BoundedConnection, dropped: Dropped, rows: Sequence[tuple[str, str, int]]) -> None:
+def _drop_sessions(db: BoundedConnection, dropped: Portion, rows: Sequence[tuple[str, str, int]]) -> None:
     for route, session, size in rows:
         if not dropped.takes(size):
             return

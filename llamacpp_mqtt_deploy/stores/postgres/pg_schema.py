@@ -244,9 +244,23 @@ _V2 = (
     "CREATE INDEX queue_in_turn ON queue (route, session, id) WHERE in_turn",
 )
 
+_V3 = (
+    # The clock was set forward by `forward_s`: rows with numbers up to these are still to be moved, to `up_to` at most.
+    """
+    CREATE TABLE clock_moves (
+        id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        forward_s DOUBLE PRECISION NOT NULL,
+        up_to DOUBLE PRECISION NOT NULL,
+        entries_left BIGINT NOT NULL,
+        sessions_left BIGINT NOT NULL
+    )
+    """,
+)
+
 MIGRATIONS: tuple[LayoutStep, ...] = (
     LayoutStep(statements=_V1, works_with=1),
     LayoutStep(statements=_V2, works_with=1),
+    LayoutStep(statements=_V3, works_with=1),
 )
 """Step N brings the tables from version N to N + 1; released steps never change."""
 

@@ -27,7 +27,7 @@ from llamacpp_mqtt_deploy.ports import (
     StoreInUse,
     ToldEnd,
 )
-from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES
+from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES, Portion
 from llamacpp_mqtt_deploy.stores.histories import SessionKey, encoded
 from llamacpp_mqtt_deploy.stores.postgres import pg_ends as ends
 from llamacpp_mqtt_deploy.stores.postgres import pg_entries as rows
@@ -35,11 +35,11 @@ from llamacpp_mqtt_deploy.stores.postgres import pg_histories as histories
 from llamacpp_mqtt_deploy.stores.postgres import pg_purging as purging
 from llamacpp_mqtt_deploy.stores.postgres import pg_schema
 from llamacpp_mqtt_deploy.stores.postgres import pg_sessions as sessions
+from llamacpp_mqtt_deploy.stores.postgres import pg_times as times
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
 from llamacpp_mqtt_deploy.stores.postgres.pg_ends import RequestEnd
 from llamacpp_mqtt_deploy.stores.postgres.pg_steps import Later
 from llamacpp_mqtt_deploy.stores.postgres.pg_writer import PgWriter
-from llamacpp_mqtt_deploy.stores.purging import Dropped
 from llamacpp_mqtt_deploy.stores.told_ends import ToldEnds
 
 WRITE_TIMEOUT_S = 30.0
@@ -54,6 +54,7 @@ READERS = 3
 """Most connections that read at once."""
 
 _CLAIM_TRIES_S = 2.0
+_TIMES_TO_MEND = Purged(entries=0, sessions=0, more=True)
 
 log = structlog.get_logger(__name__)
 
@@ -310,8 +311,9 @@ class PostgresStore:
         def drop_entries(db: BoundedConnection) -> Purged | None:
             if not self._may_purge(db):
                 return None
-            dropped, at = Dropped(), self._time(db, now)
-            purging.mend_times(db, at)
+            dropped, at = Portion(), self._time(db, now)
+            if not times.mend_some(db, at):
+                return _TIMES_TO_MEND
             purging.old_entries(db, dropped, now=at, remember_s=remember_s)
             purging.excess_entries(db, dropped, max_bytes=max_bytes)
             purging.forget_writers(db)
@@ -321,7 +323,10 @@ class PostgresStore:
         def drop_sessions(db: BoundedConnection) -> Purged | None:
             if not self._may_purge(db):
                 return None
-            dropped, at = Dropped(), self._time(db, now)
+            dropped, at = Portion(), self._time(db, now)
+            # Another worker may have begun to move them meanwhile.
+            if not times.mend_some(db, at):
+                return _TIMES_TO_MEND
             purging.old_sessions(db, dropped, now=at, ttl_s=ttl_s, max_sessions=max_sessions)
             return Purged(entries=0, sessions=dropped.rows, more=dropped.full)
 
@@ -332,6 +337,8 @@ class PostgresStore:
             write.wait(PURGE_TIMEOUT_S)
             if isinstance(write.result, Purged):
                 done.append(write.result)
+            if write.result == _TIMES_TO_MEND:
+                break
         return Purged(
             entries=sum(each.entries for each in done),
             sessions=sum(each.sessions for each in done),
@@ -346,9 +353,8 @@ class PostgresStore:
     def _time(self, db: BoundedConnection, now: float) -> float:
         return now
 
-    def clock_was_set(self, forward_s: float, *, now: float) -> None:
-        write = self._write().submit(lambda db: purging.shift_times(db, forward_s, now), urgent=True)
-        write.wait(PURGE_TIMEOUT_S)
+    def clock_was_set(self, forward_s: float, *, now: float) -> Pending:
+        return self._write().submit(lambda db: times.set_forward(db, forward_s, now), urgent=True)
 
     # --- connections ---------------------------------------------------------------------------------------------------
 

@@ -162,8 +162,9 @@ class SharedPostgresJournal(PostgresStore):
         with self._read() as db:
             return sessions.begun_in_pool(db, route, age_s=_age_s(created_by))
 
-    def clock_was_set(self, forward_s: float, *, now: float) -> None:
-        """Nothing: what is kept here bears the time of the database."""
+    def clock_was_set(self, forward_s: float, *, now: float) -> Pending:
+        """Writes nothing: what is kept here bears the time of the database."""
+        return self._submit(lambda _: None)
 
     def purge(
         self,
