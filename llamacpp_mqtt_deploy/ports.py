@@ -457,6 +457,9 @@ class Store(Protocol):
         of them the oldest ones of whoever (first topic level) holds most, or more than half, the delivered ones first;
         sessions unused for `ttl_s`, and, over `max_sessions`, the least recently used one of whoever holds most.
 
+        What has ended and sessions become no older while no worker purges for more than a day (`core/wallclock.AWAY_S`): a machine
+        that was off, or whose clock was wrong when it booted, forgets nothing for it.
+
         One call drops a few hundred of a kind and a few megabytes at most, so that nobody waits for long; it says when more
         is left. Never an unfinished request, nor a session with one."""
 

@@ -242,7 +242,7 @@ class SessionsSettings(Section):
     database_schema: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,63}$")] | None = None
     """Schema of the tables in that database; made of `lmd_` and `mqtt.root` when absent, so that each root has its own."""
     ttl_s: Annotated[float, Field(ge=1)] = 30 * 86400.0
-    """Seconds after its last use when a session is forgotten."""
+    """Seconds after its last use when a session is forgotten; a pause of more than a day without a worker does not count."""
     max_sessions: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     """Sessions kept; beyond it the oldest of whoever has most is forgotten."""
     history_tokens: Annotated[int, Field(ge=0)] | None = None

@@ -9,6 +9,17 @@ moment the clock is."""
 CLOCK_SLACK_S = 3600.0
 """A time further ahead of now than this was written under a wrong clock."""
 
+AWAY_S = 86400.0
+"""Where the last purge is longer ago than that, no worker ran in between, or one of the two ran under a wrong clock."""
+
+PURGE_NOTED_EVERY_S = 3600.0
+"""Not every one: an idle worker would write to its disk every few seconds."""
+
+
+def away_s(purged_at: float, now: float) -> float:
+    """Seconds since the last purge in which nothing has become older."""
+    return now - purged_at if now - purged_at > AWAY_S else 0.0
+
 
 def mended(moment: float, now: float) -> float:
     """The moment as the clock of now would have written it: now itself, where one of the two clocks was wrong."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from llamacpp_mqtt_deploy.core.wallclock import CLOCK_SET_S, CLOCK_SLACK_S
+from llamacpp_mqtt_deploy.core.wallclock import CLOCK_SET_S, CLOCK_SLACK_S, PURGE_NOTED_EVERY_S, away_s
 from llamacpp_mqtt_deploy.stores.bounds import MOVED_ROWS, Portion
 
 # Both values are named so that the index is used: this runs with every purge.
@@ -28,10 +28,19 @@ def set_forward(db: sqlite3.Connection, forward_s: float, now: float) -> None:
         {"now": now, "forward": forward_s},
     )
     _begin_move(db, forward_s, now)
+    _note_purge(db, now)
 
 
 def mend_some(db: sqlite3.Connection, now: float) -> bool:
-    """Change some of the times that have to be; True when all are right."""
+    """Change some of the times that have to be; True when all are right.
+
+    Time in which no worker ran makes nothing older: whether it has passed, or was that of a wrong clock, nobody can tell.
+    """
+    row = db.execute("SELECT purged_at FROM last_purge").fetchone()
+    if row is None or abs(now - row[0]) >= PURGE_NOTED_EVERY_S:
+        if row is not None and (forward_s := away_s(row[0], now)):
+            _begin_move(db, forward_s, now)
+        _note_purge(db, now)
     return _move_some(db) and _mend_some(db, now)
 
 
@@ -41,6 +50,10 @@ def _begin_move(db: sqlite3.Connection, forward_s: float, now: float) -> None:
         "(?, ?, (SELECT coalesce(max(id), 0) FROM entries), (SELECT coalesce(max(id), 0) FROM sessions))",
         (forward_s, now),
     )
+
+
+def _note_purge(db: sqlite3.Connection, now: float) -> None:
+    db.execute("INSERT OR REPLACE INTO last_purge (id, purged_at) VALUES (1, ?)", (now,))
 
 
 def _move_some(db: sqlite3.Connection) -> bool:

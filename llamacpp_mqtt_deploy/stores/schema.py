@@ -107,6 +107,8 @@ _ADDED = (
         sessions_left INTEGER NOT NULL
     ) {_STRICT}
     """,
+    # When a worker was here: nothing becomes older while there is none.
+    f"CREATE TABLE IF NOT EXISTS last_purge (id INTEGER PRIMARY KEY CHECK (id = 1), purged_at REAL NOT NULL) {_STRICT}",
 )
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)

@@ -506,6 +506,8 @@ def test_a_clock_that_is_set_forward_makes_nothing_older(store: Store) -> None:
     assert purge(store, now=then) == {"entries": 0, "sessions": 0}
     assert purge(store, now=then + 301) == {"entries": 1, "sessions": 0}, "the one that had waited for 300 s"
     assert purge(store, now=then + 601) == {"entries": 1, "sessions": 0}
+    for day in range(1, 30):
+        assert purge(store, now=then + day * DAY_S) == {"entries": 0, "sessions": 0}
     assert purge(store, now=then + 30 * DAY_S - 299) == {"entries": 0, "sessions": 1}
 
 
@@ -562,6 +564,44 @@ def test_a_clock_that_was_ahead_does_not_keep_things_for_ever(store: Store) -> N
     talk(store, SESSION, at=NOW + 10 * 365 * 86400)
     assert purge(store, now=NOW) == {"entries": 0, "sessions": 0}
     assert purge(store, now=NOW + 601, ttl_s=600) == {"entries": 1, "sessions": 1}
+
+
+def test_a_boot_under_a_wrong_clock_forgets_nothing_when_the_clock_is_right_again(store: Store) -> None:
+    """A board without a clock of its own boots with the date of its system: plausible, and years behind."""
+    talk(store, SESSION, at=NOW)
+    assert purge(store, now=NOW + 5) == {"entries": 0, "sessions": 0}
+    wrong = NOW - 3 * 365 * DAY_S
+    talk(store, OTHER, at=wrong)
+    assert purge(store, now=wrong + 5) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 3600) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 3600 + 590) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 3600 + 610, ttl_s=86400) == {"entries": 2, "sessions": 0}
+    assert store.history(SESSION)
+    assert store.history(OTHER)
+
+
+def test_a_boot_under_a_clock_that_is_far_ahead_forgets_nothing(store: Store) -> None:
+    talk(store, SESSION, at=NOW)
+    assert purge(store, now=NOW + 5) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 20 * 365 * DAY_S) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 60) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + 60 + 601, ttl_s=600) == {"entries": 1, "sessions": 1}
+
+
+def test_what_no_broker_has_taken_waits_its_day_for_one_while_a_worker_runs(store: Store) -> None:
+    store.accept([entry()])
+    store.finish(key(), b"end", now=NOW)
+    assert purge(store, now=NOW + 3600)["entries"] == 0
+    month_s = 30 * DAY_S
+    assert purge(store, now=NOW + month_s) == {"entries": 0, "sessions": 0}, "the worker was off"
+    assert purge(store, now=NOW + month_s + DAY_S - 3700)["entries"] == 0
+    assert purge(store, now=NOW + month_s + DAY_S - 3500)["entries"] == 1
+
+
+def test_a_day_without_a_worker_counts_for_the_age_of_what_is_kept(store: Store) -> None:
+    talk(store, SESSION, at=NOW)
+    assert purge(store, now=NOW) == {"entries": 0, "sessions": 0}
+    assert purge(store, now=NOW + DAY_S, ttl_s=DAY_S - 1) == {"entries": 1, "sessions": 1}
 
 
 # --- life ------------------------------------------------------------------------------------------------------------

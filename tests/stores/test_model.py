@@ -105,6 +105,14 @@ class Stores(RuleBasedStateMachine):
         ]
         assert done[0] == done[1]
 
+    @rule(forward=seconds)
+    def set_the_clock_forward(self, forward: float) -> None:
+        self.now += forward
+        self.real.clock_was_set(forward, now=self.now).wait(10.0)
+        self.model.clock_was_set(forward, now=self.now)
+        # What it has begun to move is moved.
+        self.purge(200_000.0, 200_000.0, 100, 0.0)
+
     @rule()
     def restart(self) -> None:
         self.real.close()

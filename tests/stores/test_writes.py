@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,3 +283,18 @@ def test_a_key_that_is_accepted_twice_in_one_transaction_is_there_once(opened: O
     assert store.unfinished() == [entry("ended", payload=b"again"), entry("new", payload=b"anew")]
     assert store.undelivered() == []
     assert store.chunks(key("ended")) is None
+
+
+def test_an_idle_worker_notes_on_its_disk_once_an_hour_that_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = SqliteStore(path)
+    store.open()
+    talk(store, SESSION)
+    shell = sqlite3.connect(path)
+    seen = []
+    for passed in (0, 5, 3590, 3605, 3610):
+        store.purge(now=NOW + passed, remember_s=86400.0, ttl_s=86400.0, max_sessions=10)
+        seen.append(shell.execute("PRAGMA data_version").fetchone()[0])
+    shell.close()
+    store.close()
+    assert seen[0] == seen[1] == seen[2] < seen[3] == seen[4]

@@ -11,7 +11,7 @@ import orjson
 
 from llamacpp_mqtt_deploy.core.deltas import Message
 from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent, day_of
-from llamacpp_mqtt_deploy.core.wallclock import mended
+from llamacpp_mqtt_deploy.core.wallclock import PURGE_NOTED_EVERY_S, away_s, mended
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores.bounds import (
     MAX_HISTORY_BYTES,
@@ -48,6 +48,7 @@ class ModelStore:
         self._lock = threading.Lock()
         self._open = False
         self._order = 0
+        self._purged_at: float | None = None
         self._records: dict[EntryKey, _Record] = {}
         self._sessions: dict[SessionKey, _Session] = {}
         self._ledger: dict[tuple[int, str], LedgerRow] = {}
@@ -192,6 +193,7 @@ class ModelStore:
     def purge(self, *, now: float, remember_s: float, ttl_s: float, max_sessions: int) -> Purged:
         with self._lock:
             self._check_open()
+            self._note_purge(now)
             self._mend_times(now)
             return Purged(
                 entries=self._purge_entries(now, remember_s),
@@ -203,17 +205,15 @@ class ModelStore:
         with self._lock:
             self._check_open()
             for record in self._records.values():
-                if (ended_at := record.entry.ended_at) is not None and ended_at < now:
-                    record.entry = replace(record.entry, ended_at=min(now, ended_at + forward_s))
-                elif record.entry.state != "ended" and (waits_s := now - record.entry.accepted_at) > 0:
+                if record.entry.state != "ended" and (waits_s := now - record.entry.accepted_at) > 0:
                     by_s, expires_at = min(waits_s, forward_s), record.entry.expires_at
                     record.entry = replace(
                         record.entry,
                         accepted_at=record.entry.accepted_at + by_s,
                         expires_at=None if expires_at is None else expires_at + by_s,
                     )
-            for session in self._sessions.values():
-                session.last_used = max(session.last_used, min(now, session.last_used + forward_s))
+            self._move_times(forward_s, now)
+            self._purged_at = now
 
     # --- under the lock ----------------------------------------------------------------------------------------------
 
@@ -244,6 +244,20 @@ class ModelStore:
             tokens_out=so_far.tokens_out + spent.tokens_out,
             engine_s=so_far.engine_s + spent.engine_s,
         )
+
+    def _note_purge(self, now: float) -> None:
+        last = self._purged_at
+        if last is None or abs(now - last) >= PURGE_NOTED_EVERY_S:
+            if last is not None and (forward_s := away_s(last, now)):
+                self._move_times(forward_s, now)
+            self._purged_at = now
+
+    def _move_times(self, forward_s: float, now: float) -> None:
+        for record in self._records.values():
+            if (ended_at := record.entry.ended_at) is not None and ended_at < now:
+                record.entry = replace(record.entry, ended_at=min(now, ended_at + forward_s))
+        for session in self._sessions.values():
+            session.last_used = max(session.last_used, min(now, session.last_used + forward_s))
 
     def _mend_times(self, now: float) -> None:
         for record in self._records.values():

@@ -255,6 +255,8 @@ _V3 = (
         sessions_left BIGINT NOT NULL
     )
     """,
+    # When a worker was here: nothing becomes older while there is none.
+    "CREATE TABLE last_purge (id INTEGER PRIMARY KEY CHECK (id = 1), purged_at DOUBLE PRECISION NOT NULL)",
 )
 
 MIGRATIONS: tuple[LayoutStep, ...] = (

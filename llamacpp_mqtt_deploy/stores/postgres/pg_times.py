@@ -3,7 +3,7 @@
 # ruff: noqa: S608  every statement is joined from constants of this package; values are bound
 from __future__ import annotations
 
-from llamacpp_mqtt_deploy.core.wallclock import CLOCK_SET_S, CLOCK_SLACK_S
+from llamacpp_mqtt_deploy.core.wallclock import CLOCK_SET_S, CLOCK_SLACK_S, PURGE_NOTED_EVERY_S, away_s
 from llamacpp_mqtt_deploy.stores.bounds import MOVED_ROWS
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 
@@ -26,10 +26,19 @@ def set_forward(db: BoundedConnection, forward_s: float, now: float) -> None:
         {"now": now, "forward": forward_s},
     )
     _begin_move(db, forward_s, now)
+    _note_purge(db, now)
 
 
 def mend_some(db: BoundedConnection, now: float) -> bool:
-    """Change some of the times that have to be; True when all are right."""
+    """Change some of the times that have to be; True when all are right.
+
+    Time in which no worker ran makes nothing older: whether it has passed, or was that of a wrong clock, nobody can tell.
+    """
+    row = db.execute("SELECT purged_at FROM last_purge").fetchone()
+    if row is None or abs(now - row[0]) >= PURGE_NOTED_EVERY_S:
+        if row is not None and (forward_s := away_s(row[0], now)):
+            _begin_move(db, forward_s, now)
+        _note_purge(db, now)
     return _move_some(db) and _mend_some(db, now)
 
 
@@ -38,6 +47,13 @@ def _begin_move(db: BoundedConnection, forward_s: float, now: float) -> None:
         "INSERT INTO clock_moves (forward_s, up_to, entries_left, sessions_left) VALUES "
         "(%s, %s, (SELECT coalesce(max(id), 0) FROM entries), (SELECT coalesce(max(id), 0) FROM sessions))",
         (forward_s, now),
+    )
+
+
+def _note_purge(db: BoundedConnection, now: float) -> None:
+    db.execute(
+        "INSERT INTO last_purge (id, purged_at) VALUES (1, %s) ON CONFLICT (id) DO UPDATE SET purged_at = excluded.purged_at",
+        (now,),
     )
 
 
