@@ -194,9 +194,9 @@ class SharedJournal(Store, Protocol):
     def running_in(self, session: tuple[str, str]) -> int:
         """How many requests of the session some worker has and has not ended."""
 
-    def begun_sessions(self, route: str, *, created_by: float) -> Sequence[str]:
-        """Sessions of the route with requests under way that were there at this time (seconds since the epoch, by this worker's clock):
-        of some of them nothing else is known yet."""
+    def begun_sessions(self, route: str, *, age_s: float) -> Sequence[str]:
+        """Sessions of the route with requests under way that were there so many seconds ago: of some of them nothing else is known
+        yet."""
 
     def ask_snapshot(self, key: EntryKey) -> bool:
         """Ask the worker that runs it to publish a snapshot; False when none does."""

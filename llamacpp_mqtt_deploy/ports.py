@@ -487,8 +487,11 @@ class SessionPrompts(Protocol):
         """Keep it as long as the session, which begins with it if need be; None takes it away. `reset`: forget the messages in
         the same transaction."""
 
-    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
-        """Sessions of this route in the order of their names, those behind `after`, that were there at this time."""
+    def newest_session(self) -> int:
+        """The number of the session that began last; one that begins later has a higher one, whatever the clock says."""
+
+    def sessions(self, route: str, *, up_to: int, most: int) -> tuple[tuple[int, str], ...]:
+        """Numbers and names of sessions of this route, those with the highest numbers up to this one."""
 
 
 class StoreError(Exception):

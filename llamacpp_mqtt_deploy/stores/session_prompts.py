@@ -29,10 +29,14 @@ def write(db: sqlite3.Connection, session: SessionKey, prompt: str | None, *, no
     db.execute("INSERT OR REPLACE INTO system_prompts (route, session, prompt) VALUES (?, ?, ?)", (*session, prompt))
 
 
-def names(db: sqlite3.Connection, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
-    """Sessions of the route in the order of their names."""
+def newest(db: sqlite3.Connection) -> int:
+    """The highest number of a session."""
+    return int(db.execute("SELECT coalesce(max(id), 0) FROM sessions").fetchone()[0])
+
+
+def numbered(db: sqlite3.Connection, route: str, *, up_to: int, most: int) -> tuple[tuple[int, str], ...]:
+    """Sessions of the route, the newest first: a number that is free again is above those that are asked for next."""
     rows = db.execute(
-        "SELECT session FROM sessions WHERE route = ? AND session > ? AND created <= ? ORDER BY session LIMIT ?",
-        (route, after, created_by, most),
+        "SELECT id, session FROM sessions WHERE route = ? AND id <= ? ORDER BY id DESC LIMIT ?", (route, up_to, most)
     )
-    return tuple(row[0] for row in rows)
+    return tuple((row[0], row[1]) for row in rows)

@@ -257,9 +257,13 @@ class SqliteStore:
         size = len(prompt or "")
         self._opened().writer.submit(step, size=size, durable=True, urgent=True).wait(WRITE_TIMEOUT_S)
 
-    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+    def newest_session(self) -> int:
         with self._read() as db:
-            return session_prompts.names(db, route, after=after, created_by=created_by, most=most)
+            return session_prompts.newest(db)
+
+    def sessions(self, route: str, *, up_to: int, most: int) -> tuple[tuple[int, str], ...]:
+        with self._read() as db:
+            return session_prompts.numbered(db, route, up_to=up_to, most=most)
 
     def purge(
         self,

@@ -321,9 +321,9 @@ class Controls:
         cancelled = self._forget_jobs(jobs)
         self._change(session, change, cancelled, cancels=cancels)
 
-    def begun_elsewhere(self, route: str, *, created_by: float) -> Sequence[str]:
+    def begun_elsewhere(self, route: str, *, age_s: float) -> Sequence[str]:
         """Sessions of the route with requests that wait for any worker of the pool, or that one of them runs. Raises StoreError."""
-        return () if self._pool is None else self._pool.begun(route, created_by=created_by)
+        return () if self._pool is None else self._pool.begun(route, age_s=age_s)
 
     def _hold(self, session: tuple[str, str], *, cancels: bool) -> list[Job]:
         """Let nothing new of the session begin; what is to be stopped of it."""

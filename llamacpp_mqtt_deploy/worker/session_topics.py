@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import get_args
@@ -166,7 +167,7 @@ class SessionTopics:
             self._whole_routes.add(address.route)
         jobs = [job for job in self._registry.all() if job.key.route == address.route]
         begun = sorted({job.key.session for job in jobs})
-        change = _WholeRoute(wanted, address, begun, created_by=self._now())
+        change = _WholeRoute(wanted, address, begun, asked_at=time.monotonic())
         if not self._work.run(address.first_level, partial(self._go_on, change)):
             self._end_all(change)
             raise Busy("too many of your controls wait already; send this one again", retry_after_s=1.0)
@@ -187,7 +188,8 @@ class SessionTopics:
         """Change some; False when there are no more."""
         try:
             if change.elsewhere is None:
-                change.elsewhere = self._controls.begun_elsewhere(change.address.route, created_by=change.created_by)
+                age_s = time.monotonic() - change.asked_at
+                change.elsewhere = self._controls.begun_elsewhere(change.address.route, age_s=age_s)
             sessions = change.next(self._prompts())
         except StoreError as problem:
             log.error("journal.failed", step=change.wanted.kind, problem=str(problem), route=change.address.route)
@@ -234,27 +236,28 @@ class SessionTopics:
 class _WholeRoute:
     """A change of all sessions of a route, and how far it has come."""
 
-    def __init__(self, wanted: WantedChange, address: Address, begun: list[str], *, created_by: float) -> None:
+    def __init__(self, wanted: WantedChange, address: Address, begun: list[str], *, asked_at: float) -> None:
         self.wanted = wanted
         self.address = address
-        self.created_by = created_by
+        self.asked_at = asked_at
         self.elsewhere: Sequence[str] | None = None
         """Those that other workers of a pool have begun; None until the database was asked."""
         self._begun = begun
         """Sessions with requests under way: the store may not know them yet."""
-        self._after = ""
+        self._up_to: int | None = None
+        """The number of the newest session that is still to be changed; None until its first turn."""
 
     def next(self, store: SessionPrompts) -> list[str]:
         """The next sessions; none when all were changed."""
+        if self._up_to is None:
+            self._up_to = store.newest_session()
         if self.elsewhere:
             self._begun = sorted({*self._begun, *self.elsewhere})
             self.elsewhere = ()
         if self._begun:
             taken, self._begun = self._begun[:_SESSIONS_AT_ONCE], self._begun[_SESSIONS_AT_ONCE:]
             return taken
-        found = store.sessions(
-            self.address.route, after=self._after, created_by=self.created_by, most=_SESSIONS_AT_ONCE
-        )
+        found = store.sessions(self.address.route, up_to=self._up_to, most=_SESSIONS_AT_ONCE)
         if found:
-            self._after = found[-1]
-        return list(found)
+            self._up_to = found[-1][0] - 1
+        return [name for _, name in found]

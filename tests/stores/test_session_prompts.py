@@ -57,14 +57,37 @@ def test_a_session_that_is_forgotten_takes_its_prompt_along(store: Any) -> None:
     assert store.system_prompt(OTHER) is None
 
 
-def test_the_sessions_of_a_route_are_told_in_pieces(store: Any) -> None:
+def test_the_sessions_of_a_route_are_told_in_pieces_and_none_that_began_later_whatever_the_clock_says(
+    store: Any,
+) -> None:
     for number in range(5):
         store.set_system_prompt(("maze", f"s{number}"), "x", now=NOW, reset=True)
-    store.set_system_prompt(("maze", "young"), "x", now=NOW + 10, reset=True)
     store.set_system_prompt(OTHER, "x", now=NOW, reset=True)
-    assert store.sessions("maze", after="", created_by=NOW, most=3) == ("s0", "s1", "s2")
-    assert store.sessions("maze", after="s2", created_by=NOW, most=3) == ("s3", "s4")
-    assert store.sessions("maze", after="s4", created_by=NOW, most=3) == ()
+    up_to = store.newest_session()
+    for name, at in (("young", NOW + 10), ("young by a clock that was set back", NOW - 86400)):
+        store.set_system_prompt(("maze", name), "x", now=at, reset=True)
+    pieces = []
+    while found := store.sessions("maze", up_to=up_to, most=2):
+        pieces.append([name for _, name in found])
+        up_to = found[-1][0] - 1
+        for name in pieces[-1]:
+            store.delete(("maze", name))
+        store.set_system_prompt(("maze", f"young{len(pieces)}"), "x", now=NOW, reset=True)
+    assert pieces == [["s4", "s3"], ["s2", "s1"], ["s0"]]
+
+
+def test_numbers_of_sessions_that_are_free_again_are_not_told_once_more(store: Any) -> None:
+    for number in range(3):
+        store.set_system_prompt(("maze", f"s{number}"), "x", now=NOW, reset=True)
+    up_to = store.newest_session()
+    told = []
+    while found := store.sessions("maze", up_to=up_to, most=1):
+        ((number, name),) = found
+        told.append(name)
+        up_to = number - 1
+        store.delete(("maze", name))
+        store.set_system_prompt(("maze", f"again {name}"), "x", now=NOW, reset=True)
+    assert told == ["s2", "s1", "s0"]
 
 
 def test_a_prompt_survives_a_restart_and_a_file_of_an_older_worker_gets_its_place(tmp_path: Path) -> None:

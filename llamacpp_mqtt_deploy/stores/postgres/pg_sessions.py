@@ -33,29 +33,26 @@ def write_prompt(db: BoundedConnection, session: SessionKey, prompt: str | None,
     )
 
 
-def names(db: BoundedConnection, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
-    """Sessions of the route in the order of their names."""
-    rows = db.execute(
-        "SELECT session FROM sessions WHERE route = %s AND session > %s AND created <= %s ORDER BY session LIMIT %s",
-        (route, after, created_by, most),
-    ).fetchall()
-    return tuple(row[0] for row in rows)
+def newest(db: BoundedConnection) -> int:
+    """The highest number of a session."""
+    row = db.execute("SELECT coalesce(max(id), 0) FROM sessions").fetchone()
+    return 0 if row is None else int(row[0])
 
 
-def names_in_pool(db: BoundedConnection, route: str, *, after: str, age_s: float, most: int) -> tuple[str, ...]:
-    """The same, of those that are so old by the database's clock."""
+def numbered(db: BoundedConnection, route: str, *, up_to: int, most: int) -> tuple[tuple[int, str], ...]:
+    """Sessions of the route, the newest first."""
     rows = db.execute(
-        "SELECT session FROM sessions WHERE route = %s AND session > %s "
-        "AND created <= extract(epoch FROM clock_timestamp()) - %s ORDER BY session LIMIT %s",
-        (route, after, age_s, most),
+        "SELECT id, session FROM sessions WHERE route = %s AND id <= %s ORDER BY id DESC LIMIT %s", (route, up_to, most)
     ).fetchall()
-    return tuple(row[0] for row in rows)
+    return tuple((row[0], row[1]) for row in rows)
 
 
 def begun_in_pool(db: BoundedConnection, route: str, *, age_s: float) -> tuple[str, ...]:
-    """Those with a request that waits or that some worker runs, and came so long ago."""
+    """Those with a request that waits or that some worker runs, without those that came in the last so many seconds. One that came
+    later than now is older: the database's clock was set back since."""
     rows = db.execute(
-        "SELECT DISTINCT session FROM queue WHERE route = %s AND arrived <= clock_timestamp() - make_interval(secs => %s)",
+        "SELECT DISTINCT session FROM queue, (SELECT clock_timestamp() AS now) AS clock WHERE route = %s "
+        "AND NOT (arrived > now - make_interval(secs => %s) AND arrived <= now)",
         (route, age_s),
     ).fetchall()
     return tuple(row[0] for row in rows)

@@ -295,9 +295,13 @@ class PostgresStore:
         write = self._write().submit(step, size=len(prompt or ""), durable=True, urgent=True)
         write.wait(WRITE_TIMEOUT_S)
 
-    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+    def newest_session(self) -> int:
         with self._read() as db:
-            return sessions.names(db, route, after=after, created_by=created_by, most=most)
+            return sessions.newest(db)
+
+    def sessions(self, route: str, *, up_to: int, most: int) -> tuple[tuple[int, str], ...]:
+        with self._read() as db:
+            return sessions.numbered(db, route, up_to=up_to, most=most)
 
     def purge(
         self,

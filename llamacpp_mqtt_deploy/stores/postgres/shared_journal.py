@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,13 +153,9 @@ class SharedPostgresJournal(PostgresStore):
         row = db.execute("SELECT extract(epoch FROM clock_timestamp())").fetchone()
         return now if row is None else float(row[0])
 
-    def sessions(self, route: str, *, after: str, created_by: float, most: int) -> tuple[str, ...]:
+    def begun_sessions(self, route: str, *, age_s: float) -> tuple[str, ...]:
         with self._read() as db:
-            return sessions.names_in_pool(db, route, after=after, age_s=_age_s(created_by), most=most)
-
-    def begun_sessions(self, route: str, *, created_by: float) -> tuple[str, ...]:
-        with self._read() as db:
-            return sessions.begun_in_pool(db, route, age_s=_age_s(created_by))
+            return sessions.begun_in_pool(db, route, age_s=age_s)
 
     def clock_was_set(self, forward_s: float, *, now: float) -> Pending:
         """Writes nothing: what is kept here bears the time of the database."""
@@ -487,8 +482,3 @@ class SharedPostgresJournal(PostgresStore):
             raise
         assert isinstance(write.result, list)
         return write.result
-
-
-def _age_s(created_by: float) -> float:
-    """This worker's clock may not be the database's."""
-    return max(0.0, time.time() - created_by)

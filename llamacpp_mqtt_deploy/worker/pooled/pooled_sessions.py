@@ -90,9 +90,9 @@ class PooledSessions:
             self._journal.free_session(session)
         return {"cancelled": stopped}
 
-    def begun(self, route: str, *, created_by: float) -> Sequence[str]:
+    def begun(self, route: str, *, age_s: float) -> Sequence[str]:
         """Sessions of the route with requests under way, at any worker."""
-        return self.patiently(lambda: self._journal.begun_sessions(route, created_by=created_by))
+        return self.patiently(lambda: self._journal.begun_sessions(route, age_s=age_s))
 
     def _end(self, found: Cancelled, *, forget: bool) -> int:
         for key in found.running_here:
