@@ -330,10 +330,13 @@ class StateFile:
         for suffix in ("", *_SIDE_FILES):
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).rename(target.with_name(target.name + suffix))
+        # Not the one just made, though by a clock that is behind its name is the oldest.
         copies = sorted(
-            p for p in self.path.parent.glob(f"{self.path.name}.corrupt-*") if not p.name.endswith(_SIDE_FILES)
+            copy
+            for copy in self.path.parent.glob(f"{self.path.name}.corrupt-*")
+            if copy != target and not copy.name.endswith(_SIDE_FILES)
         )
-        for old in copies[:-KEPT_CORRUPT_FILES]:
+        for old in copies[: 1 - KEPT_CORRUPT_FILES]:
             for suffix in ("", *_SIDE_FILES):
                 with contextlib.suppress(OSError):
                     old.with_name(old.name + suffix).unlink()

@@ -322,3 +322,17 @@ def test_neither_connection_keeps_more_than_half_a_mebibyte_of_a_large_file(path
         assert writer is not reader
         assert [db.execute("PRAGMA cache_size").fetchone() for db in (writer, reader)] == [(-500,), (-500,)]
     store.close()
+
+
+def test_a_damaged_file_that_was_just_moved_aside_is_kept_though_the_clock_is_behind(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    newer = [path.with_name(f"{path.name}.corrupt-29{year}0101T000000.000000Z") for year in range(10, 14)]
+    for copy in newer:
+        copy.write_bytes(b"an older one")
+    filled(path)
+    path.write_bytes(path.read_bytes()[:100] + b"\xff" * 8000)
+    store = SqliteStore(path)
+    store.open()
+    store.close()
+    assert store.moved_aside is not None
+    assert sorted(path.parent.glob(f"{path.name}.corrupt-*")) == [store.moved_aside, *newer[-2:]]
