@@ -111,12 +111,18 @@ _ADDED = (
     f"CREATE TABLE IF NOT EXISTS last_purge (id INTEGER PRIMARY KEY CHECK (id = 1), purged_at REAL NOT NULL) {_STRICT}",
 )
 
+_ORPHANS = (
+    "FROM system_prompts WHERE NOT EXISTS "
+    "(SELECT 1 FROM sessions s WHERE s.route = system_prompts.route AND s.session = system_prompts.session)"
+)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)
 """Statements that bring a file from version N to N + 1, for N = 0, 1, ...; released steps never change."""
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the database to the newest version, one transaction for each step, and add what stands beside the versions."""
+    """Bring the database to the newest version, one transaction for each step, and add and tidy what stands beside the
+    versions."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     for target, statements in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.execute("BEGIN IMMEDIATE")
@@ -132,3 +138,11 @@ def migrate(connection: sqlite3.Connection) -> None:
             raise
     for statement in _ADDED:
         connection.execute(statement)
+    _forget_orphans(connection)
+
+
+def _forget_orphans(connection: sqlite3.Connection) -> None:
+    """An older worker has forgotten the session and knows nothing of its prompt."""
+    # Asked first: a start needs no lock to write.
+    if connection.execute(f"SELECT 1 {_ORPHANS} LIMIT 1").fetchone() is not None:
+        connection.execute(f"DELETE {_ORPHANS}")

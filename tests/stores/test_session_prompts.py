@@ -106,3 +106,20 @@ def test_a_prompt_survives_a_restart_and_a_file_of_an_older_worker_gets_its_plac
     third.open()
     assert third.system_prompt(SESSION) == "Be kind."
     third.close()
+
+
+def test_a_prompt_whose_session_an_older_worker_has_forgotten_is_not_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = SqliteStore(path)
+    store.open()
+    for session in (SESSION, OTHER):
+        store.set_system_prompt(session, "Be kind.", now=NOW, reset=True)
+    store.close()
+    with sqlite3.connect(path) as older:
+        older.execute("DELETE FROM sessions WHERE session = ?", (SESSION[1],))
+    older.close()
+    store.open()
+    talk(store, SESSION)
+    assert store.system_prompt(SESSION) is None
+    assert store.system_prompt(OTHER) == "Be kind."
+    store.close()
