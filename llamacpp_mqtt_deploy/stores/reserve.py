@@ -27,10 +27,10 @@ class Reserve:
         self._tried_at = -_TRY_EVERY_S
 
     def there(self) -> bool:
-        """Whether the room is kept; tries, once a second at most, to have it again."""
+        """Whether the room is kept; looks once a second, and tries to have it again: somebody may have removed the file."""
         with self._lock:
             now = time.monotonic()
-            if not self._held and now - self._tried_at >= _TRY_EVERY_S:
+            if now - self._tried_at >= _TRY_EVERY_S:
                 self._tried_at = now
                 self._held = self._take()
             return self._held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,17 @@ def test_a_look_leaves_no_file_open(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     assert Reserve(tmp_path / "reserve", size=SIZE).there()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_room_that_somebody_has_removed_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: passed[0])
+    file = tmp_path / "reserve"
+    reserve = Reserve(file, size=SIZE)
+    assert reserve.there()
+    file.unlink()
+    assert reserve.there()
+    assert not file.exists(), "looked for once a second"
+    passed[0] += 1.0
+    assert reserve.there()
+    assert file.stat().st_size == SIZE
