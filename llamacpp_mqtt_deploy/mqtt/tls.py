@@ -91,10 +91,12 @@ def build_context(tls: TlsSettings) -> ssl.SSLContext:
 def stamps(tls: TlsSettings) -> tuple[tuple[int, int], ...]:
     """What changes when one of the files is renewed."""
     found = []
-    for path in (tls.ca_file, tls.cert_file, tls.key_file):
+    # Without a file of its own the system's list counts, which packages renew; OpenSSL reads it once.
+    system = ssl.get_default_verify_paths().cafile if tls.ca_file is None else None
+    for path in (tls.ca_file or system, tls.cert_file, tls.key_file):
         if path is not None:
             try:
-                state = path.stat()
+                state = Path(path).stat()
                 found.append((state.st_mtime_ns, state.st_size))
             except OSError:
                 found.append((0, -1))

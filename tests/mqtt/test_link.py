@@ -199,6 +199,24 @@ def test_what_tls_refuses_is_said_in_a_sentence(
     assert case.link.info().state == "refused"
 
 
+def test_the_systems_list_of_authorities_may_be_renewed_while_the_worker_runs(
+    authority: Authority,
+    start_mosquitto: StartMosquitto,
+    new_case: NewCase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broker = start_mosquitto(tls=(authority.ca_file, *authority.issue("broker")))
+    old, listed = Authority(tmp_path / "old", "Old Authority").ca_file, tmp_path / "bundle.pem"
+    listed.write_bytes(old.read_bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(listed))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    case = new_case(port=broker.tls_port, tls={"enabled": True}, wait=False)
+    detail(case, "not trusted")
+    listed.write_bytes(old.read_bytes() + authority.ca_file.read_bytes())
+    case.online(30)
+
+
 def test_an_insecure_link_connects_and_warns(
     authority: Authority, start_mosquitto: StartMosquitto, new_case: NewCase
 ) -> None:
