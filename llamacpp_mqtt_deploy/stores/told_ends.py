@@ -74,6 +74,10 @@ class ToldEnds:
             lines = self._path.read_bytes().splitlines()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            # Its requests run once more, or end as interrupted: better than a worker that does not start.
+            log.error("store.told_ends_unreadable", path=str(self._path), why=error.strerror or str(error))
+            return []
         return list(_readable(lines))
 
     def clear(self) -> None:

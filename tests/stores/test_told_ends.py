@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.core.spending import Spent
 from llamacpp_mqtt_deploy.ports import HistoryChange, StoreError, ToldEnd
@@ -93,6 +94,15 @@ def test_an_end_of_a_request_that_is_forgotten_changes_no_history(path: Path) ->
         assert store.set_aside([_end()])
     with _opened(path) as store:
         assert store.history(SESSION) == ()
+
+
+def test_a_file_that_cannot_be_read_is_told_and_keeps_no_worker_from_starting(path: Path) -> None:
+    with _opened(path) as store:
+        store.accept([entry("r1")])
+    path.with_name(f"{path.name}.ends").mkdir()
+    with capture_logs() as lines, _opened(path) as store:
+        assert [one.key for one in store.unfinished()] == [key("r1")]
+    assert [line["event"] for line in lines if line["log_level"] == "error"] == ["store.told_ends_unreadable"]
 
 
 def test_what_was_set_aside_can_be_cleared(path: Path) -> None:
