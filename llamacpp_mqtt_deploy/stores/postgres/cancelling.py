@@ -137,15 +137,16 @@ def runner_of(db: BoundedConnection, key: EntryKey) -> str | None:
 
 def release(db: BoundedConnection, fence: int, keys: Sequence[EntryKey]) -> int:
     """Give back what has no chunk yet, or is only to be ended; returns how many."""
-    return db.execute(
+    released = db.execute(
         "UPDATE queue q SET owner = NULL, ending = coalesce(ending, asked), asked = NULL "
         "FROM unnest(%s::text[], %s::text[], %s::text[]) AS given (r, s, i) "
         "WHERE q.route = r AND q.session = s AND q.request_id = i AND q.owner = %s "
-        "AND (NOT q.streaming OR q.ending IS NOT NULL)",
+        "AND (NOT q.streaming OR q.ending IS NOT NULL) RETURNING q.id",
         (
             [key.route for key in keys],
             [key.session for key in keys],
             [key.request_id for key in keys],
             fence,
         ),
-    ).rowcount
+    ).fetchall()  # not `rowcount`: within a pipeline that is -1
+    return len(released)

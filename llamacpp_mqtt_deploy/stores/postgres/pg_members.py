@@ -166,7 +166,8 @@ def inherit(db: BoundedConnection, fence: int, dead: int) -> Inheritance:
         "RETURNING id, ending, by_own_level",
         (fence, dead),
     ).fetchall()
-    waiting = db.execute("UPDATE queue SET owner = NULL WHERE owner = %s", (dead,)).rowcount
+    # Not `rowcount`: within a pipeline that is -1.
+    waiting = len(db.execute("UPDATE queue SET owner = NULL WHERE owner = %s RETURNING id", (dead,)).fetchall())
     ended = db.execute(
         "UPDATE entries SET fence = %s WHERE fence = %s AND state = 'ended' AND NOT delivered RETURNING ended_order, id",
         (fence, dead),

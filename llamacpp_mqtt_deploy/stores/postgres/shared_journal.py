@@ -199,13 +199,12 @@ class SharedPostgresJournal(PostgresStore):
 
     def _take_back(self, db: BoundedConnection, key: EntryKey, worker_id: str, fence: int) -> bool:
         """Whether the request was this worker's in an earlier life and nobody has taken it over."""
-        return bool(
-            db.execute(
-                "UPDATE queue SET owner = %s FROM members m WHERE m.fence = queue.owner AND m.worker_id = %s "
-                "AND route = %s AND session = %s AND request_id = %s",
-                (fence, worker_id, *rows.named(key)),
-            ).rowcount
-        )
+        mine = db.execute(
+            "UPDATE queue SET owner = %s FROM members m WHERE m.fence = queue.owner AND m.worker_id = %s "
+            "AND route = %s AND session = %s AND request_id = %s RETURNING queue.id",
+            (fence, worker_id, *rows.named(key)),
+        ).fetchone()  # not `rowcount`: within a pipeline that is -1
+        return mine is not None
 
     def update(self, member: Member) -> None:
         fence = self._own_fence()
