@@ -41,7 +41,7 @@ class Measuring:
         self._link = link
         self._store = store
         self._presence = presence
-        self._started_at = time.time()
+        self._started = time.monotonic()
         self.hanging = ""
         """What the watchdog says of a thread that hangs; empty when all turn."""
 
@@ -58,7 +58,7 @@ class Measuring:
                 "machine": bool(presence.short),
                 "thread": bool(self.hanging),
             },
-            started_at=self._started_at,
+            started_at=time.time() - (time.monotonic() - self._started),
             tally=self._counters.tally(),
             load=self._registry.load(),
             queue_size=settings.limits.queue_size,
