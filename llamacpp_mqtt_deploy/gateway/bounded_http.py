@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import h11
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -62,11 +61,9 @@ class BoundedHttp(H11Protocol):
         """Uvicorn reads nothing behind a request before that is answered, and so would not see that a client has left that sent but
         a line end more: its answer would go on for nobody."""
         super().handle_events()
-        if (
-            self.flow.read_paused
-            and self.conn.their_state is h11.DONE
-            and len(self.conn.trailing_data[0]) <= MOST_BEHIND_BYTES
-        ):
+        cycle: RequestResponseCycle | None = self.cycle
+        is_whole = cycle is not None and not cycle.more_body
+        if self.flow.read_paused and is_whole and len(self.conn.trailing_data[0]) <= MOST_BEHIND_BYTES:
             self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
