@@ -192,7 +192,7 @@ class SamplingSettings(Section):
     """Push away tokens that appeared at all."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Push away tokens by how often they appeared."""
-    repeat_penalty: Annotated[float, Field(ge=1e-30, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """llama.cpp's penalty on repeated tokens; 1 is none."""
     max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Longest answer in tokens."""

@@ -24,7 +24,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_METADATA_BYTES = 4096
-LEAST_REPEAT_PENALTY = 1e-30  # engines divide by it, and what is much less is 0 in their 32 bits
+LEAST_REPEAT_PENALTY = 0.01  # engines divide by it, and what is much less is 0 in their 32 bits
 MAX_AWAKE_S = 7 * 86400  # for longer there is no limit at all
 
 Lane = Literal["interactive", "normal", "batch"]
@@ -130,7 +130,7 @@ class RequestFields(WireModel):
     frequency_penalty: Annotated[Annotated[float, Field(ge=-2, le=2)] | None, Expect("a number from -2 to 2")] = None
     """Push away tokens by how often they appeared."""
     repeat_penalty: Annotated[
-        Annotated[float, Field(ge=LEAST_REPEAT_PENALTY, le=10)] | None, Expect("a number from 1e-30 to 10")
+        Annotated[float, Field(ge=LEAST_REPEAT_PENALTY, le=10)] | None, Expect("a number from 0.01 to 10")
     ] = None
     """llama.cpp's penalty on repeated tokens; 1 is none."""
     logit_bias: Annotated[
