@@ -36,6 +36,9 @@ KEPT_FILTERS = 64  # reply subscriptions that are kept for the next request of t
 UNSENT_CANCELS = 1000
 UNSENT_CANCELS_S = 600.0
 """How long a cancel waits for the broker: what it would stop has met the worker's own limit by then."""
+UNHEARD_CANCELS_S = 120.0
+"""How long a cancel is repeated that the broker had nobody to give to: a worker may take longer than we to come back to it."""
+REPEAT_CANCELS_S = 1.0
 
 
 class Publisher(Protocol):
@@ -105,6 +108,9 @@ class Traffic(Generic[C, F, K]):
         """Held while subscriptions are given up, over calls into the connection: never taken in its callbacks."""
         self._unsent_cancels: dict[tuple[str, str], float] = {}
         """Sessions and ids of the cancels that the broker has not acknowledged, oldest first, and since when."""
+        self._unheard_cancels: list[tuple[str, str]] = []
+        """Those of them that the broker had nobody to give to."""
+        self._repeated_at = 0.0
         self._closed = False
 
     def topic(self, kind: str, rest: str) -> str:
@@ -240,15 +246,32 @@ class Traffic(Generic[C, F, K]):
         session, request_id = key
         payload = orjson.dumps({"action": "cancel", "request_id": request_id})
 
-        def acknowledged(_value: int, _reason: str) -> None:
+        def acknowledged(value: int, _reason: str) -> None:
             with self._lock:
-                self._unsent_cancels.pop(key, None)
+                if value == NO_MATCHING_SUBSCRIBERS and key in self._unsent_cancels:
+                    self._unheard_cancels.append(key)
+                else:
+                    self._unsent_cancels.pop(key, None)
             taken()
 
         try:
             return self.connection.publish(self.topic("control", session), payload, on_ack=acknowledged)
         except BusError:
             return False
+
+    def repeat_cancels(self, now: float) -> None:
+        """Send the cancels again that nobody has heard."""
+        with self._lock:
+            if not self._unheard_cancels or now < self._repeated_at + REPEAT_CANCELS_S:
+                return
+            self._repeated_at = now
+            unheard = set(self._unheard_cancels) & self._unsent_cancels.keys()
+            self._unheard_cancels = []
+            for key in [key for key in unheard if self._unsent_cancels[key] < now - UNHEARD_CANCELS_S]:
+                unheard.discard(key)
+                del self._unsent_cancels[key]
+        for key in unheard:
+            self._send_cancel(key)
 
     def _cancel_again(self, answer: F) -> None:
         """A request that was to be stopped while the connection was lost went out again: it is stopped behind it."""
@@ -321,6 +344,7 @@ class Traffic(Generic[C, F, K]):
             self._unsent_cancels = {key: at for key, at in self._unsent_cancels.items() if at >= since}
             awaited = {key for key, answer in self._live.items() if not answer.ended}
             unsent = [key for key in self._unsent_cancels if key not in awaited]  # those follow their requests
+            self._unheard_cancels = []
         for key in unsent:
             self._send_cancel(key)
         self.wake()

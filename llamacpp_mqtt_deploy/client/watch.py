@@ -41,6 +41,7 @@ def look_after(traffic: Traffic[Any, Any, Any], *, offline_limit_s: float) -> fl
             # The others are looked after all the same.
             log.exception("bus.answer_failed request=%s session=%s", answer.request_id, answer.session)
             answer.fail(AnswerLost(f"The request could not be followed ({type(error).__name__}: {error})."))
+    traffic.repeat_cancels(now)
     return max(0.01, nearest - now)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,16 @@ from llamacpp_mqtt_deploy.client.acks import PendingAck
 from llamacpp_mqtt_deploy.client.address import BrokerAddress
 from llamacpp_mqtt_deploy.client.exceptions import AnswerLost
 from llamacpp_mqtt_deploy.client.followed import FollowedAnswer
+from llamacpp_mqtt_deploy.client.paho_client import NO_MATCHING_SUBSCRIBERS
 from llamacpp_mqtt_deploy.client.retry import RetryRules
-from llamacpp_mqtt_deploy.client.traffic import KEPT_FILTERS, UNSENT_CANCELS, Traffic, expiry_of
+from llamacpp_mqtt_deploy.client.traffic import (
+    KEPT_FILTERS,
+    REPEAT_CANCELS_S,
+    UNHEARD_CANCELS_S,
+    UNSENT_CANCELS,
+    Traffic,
+    expiry_of,
+)
 from llamacpp_mqtt_deploy.client.watch import look_after
 from llamacpp_mqtt_deploy.client.workers import StatusBoard
 
@@ -28,6 +37,7 @@ class Line:
         self.sent: list[tuple[str, Any]] = []
         self.given_up: list[str] = []
         self.acknowledges = True
+        self.code = 0
 
     def publish(
         self, topic: str, payload: bytes, *, on_ack: Callable[[int, str], None] = lambda *_: None, **_options: Any
@@ -36,7 +46,7 @@ class Line:
             return False
         self.sent.append((topic, json.loads(payload)))
         if self.acknowledges:
-            on_ack(0, "Success")
+            on_ack(self.code, "of the broker")
         return True
 
     def unsubscribe(self, topic_filter: str) -> None:
@@ -88,6 +98,36 @@ def test_a_cancel_without_an_acknowledgement_is_sent_again(traffic: Traffic[Any,
     line.back()
     line.back()
     assert cancels(line) == ["left", "left"]
+
+
+def test_a_cancel_that_no_worker_could_hear_is_repeated_until_one_does(
+    traffic: Traffic[Any, Held, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamacpp_mqtt_deploy.client.traffic.REPEAT_CANCELS_S", 0.0)
+    line = traffic.connection
+    line.code = NO_MATCHING_SUBSCRIBERS  # the worker is not back at the broker yet
+    traffic.cancel(Held("left"))
+    look_after(traffic, offline_limit_s=60)
+    line.code = 0
+    for _ in range(3):
+        look_after(traffic, offline_limit_s=60)
+    assert cancels(line) == ["left"] * 3
+
+
+def test_a_cancel_is_not_repeated_for_ever_where_there_is_no_worker(
+    traffic: Traffic[Any, Held, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = traffic.connection
+    line.code = NO_MATCHING_SUBSCRIBERS
+    traffic.cancel(Held("left"))
+    now = time.monotonic()
+    traffic.repeat_cancels(now)
+    traffic.repeat_cancels(now + REPEAT_CANCELS_S / 2)
+    assert cancels(line) == ["left"] * 2, "not more often than that"
+    traffic.repeat_cancels(now + UNHEARD_CANCELS_S + 1)
+    traffic.repeat_cancels(now + UNHEARD_CANCELS_S + 3)
+    line.back()
+    assert cancels(line) == ["left"] * 2
 
 
 def test_the_cancel_of_a_request_that_goes_out_again_follows_it(traffic: Traffic[Any, Held, Any]) -> None:
