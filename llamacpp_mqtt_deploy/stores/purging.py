@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from llamacpp_mqtt_deploy.stores import entries, histories
+from llamacpp_mqtt_deploy.stores import entries, held_bytes, histories
 from llamacpp_mqtt_deploy.stores.bounds import (
     LEVEL_SHARE,
     PURGE_ROWS,
@@ -36,15 +36,10 @@ def old_entries(db: sqlite3.Connection, dropped: Portion, *, now: float, remembe
 
 
 def excess_entries(db: sqlite3.Connection, dropped: Portion, *, max_bytes: int) -> None:
-    """The oldest ended requests of whoever holds too much."""
+    """The oldest ended requests of whoever holds too much; `held_bytes` has counted them for this connection."""
     if _used_bytes(db) <= max_bytes * LEVEL_SHARE:
         return
-    held = db.execute(
-        "SELECT first_level, delivered, sum(bytes + ?) FROM entries WHERE state = 'ended' AND delivered IN (0, 1) "
-        "GROUP BY first_level, delivered",
-        (ROW_BYTES,),
-    ).fetchall()
-    for first_level, delivered, too_much in excess({(row[0], bool(row[1])): row[2] for row in held}, max_bytes):
+    for first_level, delivered, too_much in excess(held_bytes.read(db), max_bytes):
         rows = db.execute(
             "SELECT id, bytes FROM entries WHERE state = 'ended' AND first_level = ? AND delivered = ? "
             "ORDER BY ended_order LIMIT ?",

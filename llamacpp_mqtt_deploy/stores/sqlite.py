@@ -21,7 +21,7 @@ from llamacpp_mqtt_deploy.core.histogram import COMMIT_BOUNDS_S, Histogram
 from llamacpp_mqtt_deploy.core.spending import LedgerRow, Spent
 from llamacpp_mqtt_deploy.ports import Entry, EntryKey, HistoryChange, Pending, Purged, StoreError, ToldEnd
 from llamacpp_mqtt_deploy.stores import entries as rows
-from llamacpp_mqtt_deploy.stores import histories, journal_times, ledger, purging, session_prompts
+from llamacpp_mqtt_deploy.stores import held_bytes, histories, journal_times, ledger, purging, session_prompts
 from llamacpp_mqtt_deploy.stores.bounds import MAX_HISTORY_BYTES, MAX_JOURNAL_BYTES, Portion
 from llamacpp_mqtt_deploy.stores.group_commit import GroupCommit
 from llamacpp_mqtt_deploy.stores.histories import SessionKey
@@ -372,6 +372,7 @@ class _Open:
     def _look(self, connection: sqlite3.Connection) -> None:
         self.places = itertools.count(rows.last_place(connection) + 1)
         self.uses = SessionUses(connection)
+        held_bytes.count(connection)
         self.known = KnownKeys(_all_keys(lambda after: rows.keys(connection, after=after, most=_KEYS_AT_ONCE)))
 
     @contextlib.contextmanager

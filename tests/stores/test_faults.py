@@ -585,9 +585,9 @@ def test_an_older_file_is_migrated_with_all_it_knows(path: Path, monkeypatch: py
 def test_a_file_of_the_first_version_is_migrated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
-        store = SqliteStore(path)
-        store.open()
-        store.close()
+        file = statefile.StateFile(path)
+        file.open(lambda _: None).close()
+        file.release()
     db = sqlite3.connect(path)
     db.execute(
         "INSERT INTO entries (id, route, session, request_id, topic, digest, accepted_at, state, starts, terminal, "
