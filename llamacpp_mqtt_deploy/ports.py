@@ -418,10 +418,17 @@ class Store(Protocol):
     ) -> Pending: ...
 
     def ledger(
-        self, *, since_day: int, first_level: str | None = None, skip: int = 0, most: int = 1000
+        self,
+        *,
+        since_day: int,
+        until_day: int | None = None,
+        first_level: str | None = None,
+        skip: int = 0,
+        most: int = 1000,
     ) -> list[LedgerRow]:
-        """What first levels have spent since this day, the newest day first and within it who took most tokens first. A bounded
-        number of days is kept, and of levels within a day; the others stand together under `REST`."""
+        """What first levels have spent in these days, both included, the newest day first and within it who took most tokens
+        first. A bounded number of days is kept, and of levels within a day; the others stand together under `REST`. A day stays
+        the one that the clock told, also where the clock was ahead; of too many days those ahead of now are forgotten first."""
 
     def set_aside(self, ends: Sequence[ToldEnd]) -> bool:
         """Keep these ends outside of the journal, which does not take them: the next `open` gives them to it, where it has not

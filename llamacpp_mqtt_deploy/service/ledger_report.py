@@ -39,17 +39,23 @@ class LedgerReport:
     def reconcile(self, registry: JobRegistry) -> None:
         """Let the quotas of today know what the ledger has: at the start, and now and then, since the workers of a pool have one."""
         try:
-            registry.reconcile(self._store.ledger(since_day=day_of(self._now())))
+            today = day_of(self._now())
+            registry.reconcile(self._store.ledger(since_day=today, until_day=today))
         except StoreError as problem:
             log.warning(
                 "ledger.unreadable", problem=str(problem), message="quotas go by what was counted since the start"
             )
 
     def answer(self, asked: AdminCommand) -> Mapping[str, Any]:
-        """The fields of the ack: as many rows as were asked for and fit into one event, and where to go on."""
+        """The fields of the ack: as many rows as were asked for and fit into one event, and where to go on. A
+        day after tomorrow is none that has been: the clock was ahead."""
         today = day_of(self._now())
         found = self._store.ledger(
-            since_day=today - asked.days + 1, first_level=asked.first_level, skip=asked.offset, most=asked.limit + 1
+            since_day=today - asked.days + 1,
+            until_day=today + 1,
+            first_level=asked.first_level,
+            skip=asked.offset,
+            most=asked.limit + 1,
         )
         limits = self._limits()
         left = self._max_event_bytes() - _ROOM_BYTES

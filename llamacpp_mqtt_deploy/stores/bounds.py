@@ -56,6 +56,19 @@ class Portion:
         return not self.full
 
 
+def days_to_forget(days: Sequence[int], today: int, *, most: int = LEDGER_DAYS) -> list[int]:
+    """Of the ledger's days, the oldest first, those beyond so many: the oldest ones, whatever their age.
+
+    A day after tomorrow was written under a clock that was ahead, if it is not the clock of now that is behind; where most days are
+    not ahead, it was. Such a day goes first.
+    """
+    kept, gone = list(days), []
+    while len(kept) > most:
+        ahead = sum(day > today + 1 for day in kept)
+        gone.append(kept.pop(-1 if 0 < 2 * ahead < len(kept) else 0))
+    return gone
+
+
 def first_level_of(session: str) -> str:
     """The level that a broker's access list binds to an identity."""
     return session.partition("/")[0]

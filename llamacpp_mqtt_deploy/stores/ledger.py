@@ -5,17 +5,17 @@ from __future__ import annotations
 import sqlite3
 
 from llamacpp_mqtt_deploy.core.spending import REST, LedgerRow, Spent, day_of
-from llamacpp_mqtt_deploy.stores.bounds import LEDGER_DAYS, LEDGER_LEVELS
+from llamacpp_mqtt_deploy.stores.bounds import LEDGER_DAYS, LEDGER_LEVELS, days_to_forget
 
 
 def add(db: sqlite3.Connection, spent: Spent, now: float) -> None:
-    """Count one request. The first of a new day forgets the oldest day beyond the bound."""
+    """Count one request. The first of a new day forgets a day beyond the bound."""
     day, first_level = day_of(now), spent.first_level
     if _add_to(db, day, first_level, spent):
         return
     levels = db.execute("SELECT count(*) FROM ledger WHERE day = ?", (day,)).fetchone()[0]
     if levels == 0:
-        _forget_oldest(db)
+        _make_room(db, day)
     if levels >= LEDGER_LEVELS:
         first_level = REST
         if _add_to(db, day, first_level, spent):
@@ -26,13 +26,15 @@ def add(db: sqlite3.Connection, spent: Spent, now: float) -> None:
     )
 
 
-def rows(db: sqlite3.Connection, *, since_day: int, first_level: str | None, skip: int, most: int) -> list[LedgerRow]:
+def rows(
+    db: sqlite3.Connection, *, since_day: int, until_day: int | None, first_level: str | None, skip: int, most: int
+) -> list[LedgerRow]:
     """The newest day first, and within it who took most tokens first."""
     found = db.execute(
         "SELECT day, first_level, requests, tokens_in, tokens_out, engine_s FROM ledger "
-        "WHERE day >= :since AND (:level IS NULL OR first_level = :level) "
+        "WHERE day >= :since AND (:until IS NULL OR day <= :until) AND (:level IS NULL OR first_level = :level) "
         "ORDER BY day DESC, tokens_in + tokens_out DESC, first_level LIMIT :most OFFSET :skip",
-        {"since": since_day, "level": first_level, "most": most, "skip": skip},
+        {"since": since_day, "until": until_day, "level": first_level, "most": most, "skip": skip},
     )
     return [
         LedgerRow(day=row[0], first_level=row[1], requests=row[2], tokens_in=row[3], tokens_out=row[4], engine_s=row[5])
@@ -50,8 +52,7 @@ def _add_to(db: sqlite3.Connection, day: int, first_level: str, spent: Spent) ->
     return changed.rowcount > 0
 
 
-def _forget_oldest(db: sqlite3.Connection) -> None:
-    """By the number of days, not by their age: a clock that is wrong for a while must not forget them all."""
-    days = db.execute("SELECT count(DISTINCT day) FROM ledger").fetchone()[0]
-    if days >= LEDGER_DAYS:
-        db.execute("DELETE FROM ledger WHERE day = (SELECT min(day) FROM ledger)")
+def _make_room(db: sqlite3.Connection, today: int) -> None:
+    days = [row[0] for row in db.execute("SELECT DISTINCT day FROM ledger ORDER BY day")]
+    gone = days_to_forget(days, today, most=LEDGER_DAYS - 1)
+    db.executemany("DELETE FROM ledger WHERE day = ?", [(day,) for day in gone])

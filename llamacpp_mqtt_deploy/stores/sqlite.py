@@ -209,10 +209,18 @@ class SqliteStore:
         return True
 
     def ledger(
-        self, *, since_day: int, first_level: str | None = None, skip: int = 0, most: int = 1000
+        self,
+        *,
+        since_day: int,
+        until_day: int | None = None,
+        first_level: str | None = None,
+        skip: int = 0,
+        most: int = 1000,
     ) -> list[LedgerRow]:
         with self._read() as db:
-            return ledger.rows(db, since_day=since_day, first_level=first_level, skip=skip, most=most)
+            return ledger.rows(
+                db, since_day=since_day, until_day=until_day, first_level=first_level, skip=skip, most=most
+            )
 
     def chunks(self, key: EntryKey) -> bytes | None:
         with self._read() as db:

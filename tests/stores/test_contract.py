@@ -720,6 +720,51 @@ def test_the_ledger_outlives_what_a_purge_forgets(store: Store) -> None:
     assert [row.first_level for row in store.ledger(since_day=0)] == ["alice"]
 
 
+def test_the_ledger_tells_of_days_up_to_one(store: Store) -> None:
+    for day in range(4):
+        spend(store, f"r{day}", at=NOW + day * DAY_S)
+    assert [row.day for row in store.ledger(since_day=TODAY + 1, until_day=TODAY + 2)] == [TODAY + 2, TODAY + 1]
+    assert [row.day for row in store.ledger(since_day=0, until_day=TODAY)] == [TODAY]
+
+
+def purge_all(store: Store, *, now: float) -> None:
+    while purge(store, now=now).get("more"):
+        pass
+
+
+def test_a_day_of_a_clock_that_was_ahead_keeps_no_place_in_the_ledger(store: Store) -> None:
+    spend(store, "ahead", at=NOW + 10 * 365 * DAY_S)
+    spend(store, "farther ahead", at=NOW + 20 * 365 * DAY_S)
+    for day in range(LEDGER_DAYS):
+        spend(store, f"r{day}", at=NOW + day * DAY_S)
+    purge_all(store, now=NOW + (LEDGER_DAYS - 1) * DAY_S)
+    assert [row.day for row in store.ledger(since_day=0)] == [TODAY + day for day in reversed(range(LEDGER_DAYS))]
+
+
+def test_a_clock_that_is_behind_for_a_while_forgets_no_new_days_of_the_ledger(store: Store) -> None:
+    """To such a clock most days are ahead."""
+    for day in range(LEDGER_DAYS):
+        spend(store, f"r{day}", at=NOW + day * DAY_S)
+    behind = NOW - 3 * 365 * DAY_S
+    spend(store, "behind", at=behind)
+    purge_all(store, now=behind)
+    spend(store, "right again", at=NOW + LEDGER_DAYS * DAY_S)
+    purge_all(store, now=NOW + LEDGER_DAYS * DAY_S)
+    kept = [row.day for row in store.ledger(since_day=0)]
+    assert kept == [TODAY + day for day in range(LEDGER_DAYS, 0, -1)][: len(kept)]
+    assert len(kept) >= LEDGER_DAYS - 1
+
+
+def test_the_clock_of_a_day_ago_takes_the_last_day_for_no_day_ahead(store: Store) -> None:
+    for day in range(LEDGER_DAYS):
+        spend(store, f"r{day}", at=NOW + 2 * day * DAY_S)
+    last = NOW + 2 * (LEDGER_DAYS - 1) * DAY_S
+    spend(store, "set back", at=last - DAY_S)
+    purge_all(store, now=last - DAY_S)
+    assert [row.day for row in store.ledger(since_day=0)][:2] == [day_of(last), day_of(last) - 1]
+    assert len(store.ledger(since_day=0)) == LEDGER_DAYS
+
+
 def test_the_ledger_keeps_the_newest_days(tmp_path: Path) -> None:
     store = new_store("sqlite", tmp_path)
     store.open()

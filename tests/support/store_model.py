@@ -142,11 +142,18 @@ class ModelStore:
             return None if record is None else record.chunks
 
     def ledger(
-        self, *, since_day: int, first_level: str | None = None, skip: int = 0, most: int = 1000
+        self,
+        *,
+        since_day: int,
+        until_day: int | None = None,
+        first_level: str | None = None,
+        skip: int = 0,
+        most: int = 1000,
     ) -> list[LedgerRow]:
         with self._lock:
             self._check_open()
             rows = [r for r in self._ledger.values() if r.day >= since_day and first_level in (None, r.first_level)]
+            rows = [r for r in rows if until_day is None or r.day <= until_day]
         return sorted(rows, key=lambda r: (-r.day, -r.tokens, r.first_level))[skip : skip + most]
 
     def mark_delivered(self, keys: Sequence[EntryKey]) -> None:

@@ -223,6 +223,27 @@ def test_a_ledger_that_cannot_be_read_is_told_to_the_operator_and_stops_no_worke
     assert (_usage(bus)["status"], _usage(bus)["code"]) == ("error", "internal")
 
 
+def test_days_of_a_clock_that_was_ahead_are_no_usage_and_hide_nobodys_spending_of_today(bus: Bus) -> None:
+    worker = bus.worker(limits__tokens_per_day=100)
+    parts = worker.daemon.parts
+    now = parts.clock.now()
+
+    def spend(first_level: str, at: float, tokens: int) -> None:
+        key = EntryKey("default", f"{first_level}/elsewhere", f"{at}")
+        parts.store.accept([Entry(key=key, topic=f"llm/request/{key.session}", payload=b"{}", digest="d")])
+        parts.store.finish(key, b"{}", now=at, spent=Spent(first_level=first_level, tokens_in=tokens))
+
+    spend("alice", now, 100)
+    spend("alice", now + DAY_S, 7)  # the clock was set back over midnight
+    for day in range(2, 5):
+        for number in range(400):
+            spend(f"user{number}", now + day * DAY_S, 1)
+    assert [(row["first_level"], row["tokens_in"]) for row in _usage(bus)["usage"]] == [("alice", 7), ("alice", 100)]
+    worker.daemon.upkeep.purge_soon()  # as it does every few seconds
+    eventually(lambda: parts.registry._quotas.spent("alice", now) == 100)
+    assert _ask(bus, "r1")["code"] == "rate_limited"
+
+
 def test_a_day_has_the_name_that_people_write() -> None:
     assert day_name(day_of(1_800_000_000.0)) == "2027-01-15"
     assert day_name(0) == "1970-01-01"

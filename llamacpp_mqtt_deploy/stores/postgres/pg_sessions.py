@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamacpp_mqtt_deploy.core.spending import LedgerRow
-from llamacpp_mqtt_deploy.stores.bounds import LEDGER_DAYS, first_level_of
+from llamacpp_mqtt_deploy.stores.bounds import days_to_forget, first_level_of
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection
 
 SessionKey = tuple[str, str]
@@ -58,13 +58,16 @@ def begun_in_pool(db: BoundedConnection, route: str, *, age_s: float) -> tuple[s
     return tuple(row[0] for row in rows)
 
 
-def ledger(db: BoundedConnection, *, since_day: int, first_level: str | None, skip: int, most: int) -> list[LedgerRow]:
+def ledger(
+    db: BoundedConnection, *, since_day: int, until_day: int | None, first_level: str | None, skip: int, most: int
+) -> list[LedgerRow]:
     """The newest day first, and within it who took most tokens first; of all workers together."""
     found = db.execute(
         "SELECT day, first_level, sum(requests), sum(tokens_in), sum(tokens_out), sum(engine_s) FROM ledger "
-        "WHERE day >= %(since)s AND (%(level)s::text IS NULL OR first_level = %(level)s) GROUP BY day, first_level "
+        "WHERE day >= %(since)s AND (%(until)s::bigint IS NULL OR day <= %(until)s) "
+        "AND (%(level)s::text IS NULL OR first_level = %(level)s) GROUP BY day, first_level "
         "ORDER BY day DESC, sum(tokens_in) + sum(tokens_out) DESC, first_level LIMIT %(most)s OFFSET %(skip)s",
-        {"since": since_day, "level": first_level, "most": most, "skip": skip},
+        {"since": since_day, "until": until_day, "level": first_level, "most": most, "skip": skip},
     ).fetchall()
     return [
         LedgerRow(
@@ -80,8 +83,7 @@ def ledger(db: BoundedConnection, *, since_day: int, first_level: str | None, sk
 
 
 def tidy_ledger(db: BoundedConnection, today: int) -> None:
-    """Add up what workers have written into rows of their own on days that are over, and forget the oldest days: by their number,
-    not by their age, since a clock that is wrong for a while must not forget them all."""
+    """Add up what workers have written into rows of their own on days that are over, and forget days beyond the bound."""
     db.execute(
         "WITH gone AS (DELETE FROM ledger WHERE day < %s AND part <> '' RETURNING *) "
         "INSERT INTO ledger AS l (day, first_level, part, requests, tokens_in, tokens_out, engine_s) "
@@ -91,8 +93,6 @@ def tidy_ledger(db: BoundedConnection, today: int) -> None:
         "tokens_out = l.tokens_out + excluded.tokens_out, engine_s = l.engine_s + excluded.engine_s",
         (today - 1,),
     )
-    db.execute(
-        "DELETE FROM ledger WHERE day < (SELECT min(day) FROM "
-        "(SELECT DISTINCT day FROM ledger ORDER BY day DESC LIMIT %s) AS newest)",
-        (LEDGER_DAYS,),
-    )
+    days = [row[0] for row in db.execute("SELECT DISTINCT day FROM ledger ORDER BY day").fetchall()]
+    if gone := days_to_forget(days, today):
+        db.execute("DELETE FROM ledger WHERE day = ANY(%s)", (gone,))
