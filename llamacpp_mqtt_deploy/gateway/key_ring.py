@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from llamacpp_mqtt_deploy.core.fields import Lane
 from llamacpp_mqtt_deploy.core.rates import RateLimiter
+from llamacpp_mqtt_deploy.durable_file import replace_file
 from llamacpp_mqtt_deploy.gateway.problems import Forbidden, Unauthorized
 
 Level = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -230,23 +231,16 @@ def hash_of(key: str) -> str:
 def write_keys(file: Path, entries: Mapping[str, KeyEntry]) -> None:
     """Replace the file in one step; only its owner, and the group that it had, may read it. Raises KeysFileError."""
     text = "".join(_lines(entries))
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         before = file.stat() if file.exists() else None
-        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
+
+        def as_before(draft: Path) -> None:
             if before is not None:
-                beside.chmod(stat.S_IMODE(before.st_mode) & 0o640)
+                draft.chmod(stat.S_IMODE(before.st_mode) & 0o640)
                 if os.geteuid() == 0:
-                    os.chown(beside, before.st_uid, before.st_gid)
-            beside.replace(file)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+                    os.chown(draft, before.st_uid, before.st_gid)
+
+        replace_file(file, text, prepare=as_before)
     except OSError as error:
         raise KeysFileError(f"cannot write the keys file {file} ({error.strerror or error})") from error
 

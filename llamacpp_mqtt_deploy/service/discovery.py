@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.home_assistant import DEFAULT_PREFIX, DiscoveredWorker, discovery_message
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
+from llamacpp_mqtt_deploy.durable_file import replace_file
 from llamacpp_mqtt_deploy.io_loop import IoLoop
 from llamacpp_mqtt_deploy.ports import Delivery, EngineInfo, Link
 from llamacpp_mqtt_deploy.worker.background import Background
@@ -104,12 +104,8 @@ class Remembered:
             if not topics:
                 self._file.unlink(missing_ok=True)
                 return
-            # Under another name first: a power cut must not leave half of it.
-            draft = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-            draft.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft.touch(mode=0o600)
-            draft.write_text("\n".join(topics) + "\n", "utf-8")
-            draft.replace(self._file)
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            replace_file(self._file, "\n".join(topics) + "\n")
         except OSError as problem:
             log.warning("discovery.not_remembered", file=str(self._file), why=problem.strerror)
 

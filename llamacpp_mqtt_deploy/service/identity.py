@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 from llamacpp_mqtt_deploy.config.settings import Settings
+from llamacpp_mqtt_deploy.durable_file import replace_file
 
 log = structlog.get_logger(__name__)
 
@@ -51,11 +52,8 @@ def _kept(file: Path) -> str:
     if file.exists() and _KEPT.fullmatch(found := file.read_text(errors="replace").strip()):
         return found
     part = secrets.token_hex(_RANDOM_BYTES)
-    # Under another name first: a power cut must not leave half of it.
-    draft = file.with_name(f"{file.name}.{os.getpid()}")
-    draft.touch(mode=0o600)
-    draft.write_text(part + "\n")
-    draft.replace(file)
+    # Another one after a power cut would leave a session at the broker, with the requests that wait in it.
+    replace_file(file, part + "\n")
     return part
 
 
