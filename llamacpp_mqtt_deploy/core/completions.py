@@ -43,6 +43,8 @@ _FINISH_REASONS: Mapping[str, FinishReason] = {
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
 }
+_LONE = "\ufffd"
+"""What half of a surrogate pair becomes, of which no other half came."""
 _CONTROL = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _ADDRESS = re.compile(r"\b\w+://\S+")
 _PATH = re.compile(r"(?<![\w#/.:~])(?:~|\.{1,2}|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}")
@@ -122,8 +124,13 @@ class CompletionReader:
         self._deltas += deltas
 
     def rest(self) -> list[Delta]:
-        """What was held back when the stream ended; it could have been the beginning of a tag."""
-        return [] if self._thinking is None else list(self._thinking.end())
+        """What was held back when the stream ended; it could have been the beginning of a tag, or half of a surrogate pair."""
+        calls = [
+            ToolCall(index, None, None, _LONE)
+            for index in range(len(self._calls))
+            if self._halves.pop(f"arguments of {index}", "")
+        ]
+        return [*self._rest_of_reasoning(), *self._rest_of_content(), *calls]
 
     def finished(self) -> Finished:
         """The end of the stream."""
@@ -139,17 +146,20 @@ class CompletionReader:
             content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
         if halves:
             reasoning = self._whole("reasoning", reasoning)
-            content = self._whole("content", content)
         if reasoning and isinstance(reasoning, str):
-            deltas.extend(self.rest())
+            deltas.extend(self._rest_of_content())
             self._thinking = None
             deltas.append(Reasoning(reasoning))
             self._deltas += 1
+        if halves:
+            content = self._whole("content", content)
         if content:
+            deltas.extend(self._rest_of_reasoning())
             deltas.extend([Text(content)] if self._thinking is None else self._thinking.feed(content))
             self._deltas += 1
         if calls := delta.get("tool_calls"):
-            deltas.extend(self.rest())
+            deltas.extend(self._rest_of_reasoning())
+            deltas.extend(self._rest_of_content())
             for call in calls:
                 self._read_call(call, deltas, halves=halves)
             self._deltas += 1
@@ -253,6 +263,15 @@ class CompletionReader:
             cached_tokens=cached,
             reasoning_tokens=count(_section(usage, "completion_tokens_details").get("reasoning_tokens")),
         )
+
+    def _rest_of_reasoning(self) -> list[Delta]:
+        return [Reasoning(_LONE)] if self._halves.pop("reasoning", "") else []
+
+    def _rest_of_content(self) -> list[Delta]:
+        lone = _LONE if self._halves.pop("content", "") else ""
+        if self._thinking is None:
+            return [Text(lone)] if lone else []
+        return [*self._thinking.feed(lone), *self._thinking.end()]
 
     def _whole(self, kind: str, text: object) -> str:
         """Join the halves of a surrogate pair that a server cut into two deltas; a half alone becomes U+FFFD."""

@@ -93,6 +93,53 @@ def test_half_a_pair_becomes_a_replacement_character() -> None:
     assert joined(read(chunk(content="\ud83d"), chunk(content="a\ude00"))[0]) == "\ufffda\ufffd"
 
 
+HALF = "\ud83d"
+
+
+def test_half_a_pair_at_the_end_becomes_a_replacement_character() -> None:
+    assert joined(read(chunk(content="a" + HALF), chunk("length"), b"[DONE]")[0]) == "a\ufffd"
+    reader = CompletionReader()
+    assert reader.read(chunk(content=HALF)) == []
+    assert reader.rest() == [Text("\ufffd")]
+    assert (reader.rest(), reader.holds_half) == ([], False)
+
+
+def test_half_a_pair_in_the_arguments_of_a_call_that_breaks_off_becomes_a_replacement_character() -> None:
+    pieces = [
+        {"index": index, "id": f"c{index}", "function": {"name": "f", "arguments": '"' + HALF}} for index in (0, 1)
+    ]
+    other_half = {"index": 0, "function": {"arguments": '\ude00"'}}
+    deltas, _ = read(chunk(tool_calls=pieces), chunk(tool_calls=[other_half]), b"[DONE]")
+    calls = [delta for delta in deltas if isinstance(delta, ToolCall)]
+    told = {index: "".join(call.arguments for call in calls if call.index == index) for index in (0, 1)}
+    assert told == {0: '"\U0001f600"', 1: '"\ufffd'}
+    assert deltas[-1] == ToolCall(1, None, None, "\ufffd")
+
+
+def test_half_a_pair_is_told_before_what_follows_it() -> None:
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    assert read(chunk(reasoning_content="a" + HALF), chunk(content="b" + HALF), chunk(tool_calls=[call]))[0] == [
+        Reasoning("a"),
+        Reasoning("\ufffd"),
+        Text("b"),
+        Text("\ufffd"),
+        ToolCall(0, "c", "f", "{}"),
+    ]
+    assert read(chunk(content=HALF), chunk(reasoning_content="a"))[0] == [Text("\ufffd"), Reasoning("a")]
+    both = read(chunk(reasoning_content="a" + HALF, content="b" + HALF), b"[DONE]")[0]
+    assert both == [Reasoning("a"), Reasoning("\ufffd"), Text("b"), Text("\ufffd")]
+
+
+def test_half_a_pair_at_the_end_of_thinking_or_after_it_is_in_its_place() -> None:
+    for text, told in (
+        ("<think>hm" + HALF, [Reasoning("hm"), Reasoning("\ufffd")]),
+        ("<think>hm</think>a" + HALF, [Reasoning("hm"), Text("a"), Text("\ufffd")]),
+        ("<th" + HALF, [Text("<th\ufffd")]),
+    ):
+        reader = CompletionReader(thinking=ThinkingSplitter("<think>", "</think>"))
+        assert [*reader.read(chunk(content=text)), *reader.read(b"[DONE]")] == told
+
+
 def test_broken_utf8_is_read_with_replacement_characters() -> None:
     assert joined(read(b'{"choices":[{"delta":{"content":"a\xff\xfeb"}}]}')[0]) == "a\ufffd\ufffdb"
 

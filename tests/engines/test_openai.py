@@ -134,6 +134,18 @@ def test_an_answer_that_finished_counts_without_done(sham: ShamServer) -> None:
     assert deltas[-1].finish_reason == "length"
 
 
+@pytest.mark.parametrize("end", [(delta("length"), DONE), (delta("length"),), ()], ids=["done", "closed", "document"])
+def test_half_a_surrogate_pair_at_the_end_of_an_answer_becomes_a_replacement_character(
+    sham: ShamServer, end: tuple[bytes, ...]
+) -> None:
+    half = delta(content="HALF").replace(b"HALF", rb"a\ud83d")
+    document = {"choices": [{"finish_reason": "length", "message": {"content": "a\ud83d"}}]}
+    sham.on(CHAT, stream(half, *end) if end else reply(200, document))
+    deltas = play(engine_at(sham.url))
+    assert said(deltas) == "a\ufffd"
+    assert isinstance(deltas[-1], Finished)
+
+
 def test_an_answer_that_did_not_finish_is_lost(sham: ShamServer) -> None:
     sham.on(CHAT, stream(delta(content="half")))
     with pytest.raises(EngineLost):
