@@ -6,6 +6,7 @@ them always, and a worker has its own settings for them, so they are ignored, as
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -146,32 +147,47 @@ def _message(message: BodyFields, calls: _OpenCalls) -> dict[str, Any]:
             raise bad(message.path("role"), "system, user, assistant or tool")
 
 
+_NOTHING = ("", "")
+"""What a result names that tells neither an id nor a tool."""
+
+
 class _OpenCalls:
     """Gives the calls of tools ids, where their results name the tool or nothing at all."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._open: list[tuple[str, str]] = []  # id and name of calls without a result
+        self._open: dict[int, str] = {}
+        """The ids of calls without a result, by their numbers."""
+        self._numbers: defaultdict[tuple[str, str], deque[int]] = defaultdict(deque)
+        """The numbers of calls, oldest first, by what a result may name; also of those that have a result by now. A body may hold
+        tens of thousands of both: nothing may look at all calls for each result."""
 
     def made(self, message: BodyFields) -> Iterator[dict[str, Any]]:
         for call in message.objects("tool_calls"):
             function = BodyFields.of(call.get("function"), call.path("function"))
             name, given = function.needed_text("name"), function.get("arguments")
             call_id = call.text("id") or f"call_{self._count}"
+            self._open[self._count] = call_id
+            for named in (("id", call_id), ("name", name), _NOTHING):
+                self._numbers[named].append(self._count)
             self._count += 1
-            self._open.append((call_id, name))
             arguments = given if isinstance(given, str) else orjson.dumps(given or {}).decode()
             yield {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def answered(self, message: BodyFields) -> str:
         told, name = message.text("tool_call_id"), message.text("tool_name") or message.text("name")
-        for number, (call_id, tool) in enumerate(self._open):
-            if told == call_id or (not told and name in (None, tool)):
-                del self._open[number]
+        call_id = self._oldest(("id", told) if told else _NOTHING if name is None else ("name", name)) or told
+        if not call_id:
+            raise bad(message.own_path, "the result of a tool that the message before it calls")
+        return call_id
+
+    def _oldest(self, named: tuple[str, str]) -> str | None:
+        """The id of the oldest call without a result among these, which has one now."""
+        numbers = self._numbers.get(named) or deque()
+        while numbers:
+            if (call_id := self._open.pop(numbers.popleft(), None)) is not None:
                 return call_id
-        if told:
-            return told
-        raise bad(message.own_path, "the result of a tool that the message before it calls")
+        return None
 
 
 def _content(text: str, pictures: list[dict[str, Any]]) -> str | list[dict[str, Any]]:

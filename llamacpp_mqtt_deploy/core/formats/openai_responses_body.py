@@ -120,12 +120,12 @@ class _Talk:
     messages: list[dict[str, Any]] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
     instructions: str = ""
-    reasoning: str = ""
+    reasoning: list[str] = field(default_factory=list)
 
     def add(self, path: str, message: dict[str, Any]) -> None:
-        if message["role"] == "assistant" and self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        self.reasoning = ""
+        if message["role"] == "assistant" and (reasoning := "".join(self.reasoning)):
+            message["reasoning_content"] = reasoning
+        self.reasoning = []
         self.messages.append(message)
         self.origins.append(path)
 
@@ -174,7 +174,7 @@ def _add_item(talk: _Talk, item: BodyFields) -> None:
             output = _output(item)
             talk.add(item.own_path, {"role": "tool", "tool_call_id": item.needed_text("call_id"), "content": output})
         case "reasoning":
-            talk.reasoning += "".join(part.text("text") or "" for part in item.objects("content"))
+            talk.reasoning += [text for part in item.objects("content") if (text := part.text("text"))]
         case _:
             raise unserved(item.path("type"), "items are message, function_call, function_call_output or reasoning")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -199,6 +200,35 @@ def test_results_find_the_calls_that_they_answer_by_the_name_of_the_tool() -> No
     assert [call["id"] for call in assistant["tool_calls"]] == ["call_0", "call_1"]
     assert assistant["tool_calls"][0]["function"] == {"name": "a", "arguments": '{"x":1}'}
     assert (of_b["tool_call_id"], of_a["tool_call_id"]) == ("call_1", "call_0")
+
+
+def test_a_result_takes_the_oldest_call_that_has_none() -> None:
+    def call(name: str, **more: str) -> dict[str, Any]:
+        return {"function": {"name": name}} | more
+
+    calls = [call("a"), call("b", id="x"), call("a"), call("b"), call("b", id="x")]
+    results: list[dict[str, Any]] = [
+        {"tool_name": "a"}, {"tool_call_id": "x"}, {"tool_name": "b"}, {"tool_call_id": "elsewhere"}, {}, {"tool_call_id": "x"},
+    ]  # fmt: skip
+    talk = [
+        *HELLO,
+        {"role": "assistant", "tool_calls": calls},
+        *({"role": "tool", "content": "", **result} for result in results),
+    ]
+    told = [message["tool_call_id"] for message in parsed(messages=talk)["messages"][2:]]
+    assert told == ["call_0", "x", "call_3", "elsewhere", "call_2", "x"]
+    with pytest.raises(RequestError):
+        parsed(messages=[*talk, {"role": "tool", "content": ""}])
+
+
+@pytest.mark.parametrize("result", [{"tool_call_id": "x"}, {}])
+def test_tens_of_thousands_of_calls_and_results_are_refused_at_once(result: dict[str, str]) -> None:
+    calls = [{"function": {"name": "a"}}] * 40_000
+    results = [{"role": "tool", "content": "", **result}] * 30_000
+    started = time.process_time()
+    with pytest.raises(RequestError):
+        parsed(messages=[*HELLO, {"role": "assistant", "tool_calls": calls}, *results])
+    assert time.process_time() - started < 10.0  # a quadratic way takes a minute
 
 
 def test_pictures_become_parts_of_the_message() -> None:
