@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from llamacpp_mqtt_deploy.core.conversation import (
     MAX_TOOLS,
@@ -23,6 +23,7 @@ MAX_MESSAGES = 2048
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
+_BIASES = f"an object of at most {MAX_LOGIT_BIAS} token ids (digits), each with a number from -100 to 100"
 MAX_METADATA_BYTES = 4096
 LEAST_REPEAT_PENALTY = 0.01  # engines divide by it, and what is much less is 0 in their 32 bits
 MAX_AWAKE_S = 7 * 86400  # for longer there is no limit at all
@@ -38,6 +39,13 @@ _SESSION_NUMBER = {"minimum": 0, "maximum": 2**64 - 1, "type": "integer"}
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
     if len(orjson.dumps(value)) > MAX_METADATA_BYTES:
         raise fault(f"an object of at most {MAX_METADATA_BYTES} bytes as JSON")
+    return value
+
+
+def _few_biases(value: Any) -> Any:
+    # Before any of them is looked at: for each wrong one pydantic writes an error, of which eight are told.
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise fault(_BIASES)
     return value
 
 
@@ -140,9 +148,10 @@ class RequestFields(WireModel):
                 Annotated[float, Field(ge=-100, le=100)],
             ],
             Field(max_length=MAX_LOGIT_BIAS),
+            BeforeValidator(_few_biases),
         ]
         | None,
-        Expect(f"an object of at most {MAX_LOGIT_BIAS} token ids (digits), each with a number from -100 to 100"),
+        Expect(_BIASES),
     ] = None
     """Push tokens, by id, up or down."""
     tools: Tools = None

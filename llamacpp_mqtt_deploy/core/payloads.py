@@ -26,6 +26,8 @@ _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
+_NOT_MARKS = bytes(set(range(256)) - set(b"[]{},"))
+
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # The largest integers that the JSON writer of events, SQLite and most other languages can hold.
@@ -33,9 +35,12 @@ _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 _MAX_INT_CHARS = 20
 
 
-def decode_payload(payload: bytes, *, max_bytes: int, left_out: int = 0) -> str | dict[str, Any] | None:
+def decode_payload(
+    payload: bytes, *, max_bytes: int, left_out: int = 0, max_marks: int | None = None
+) -> str | dict[str, Any] | None:
     """The content of a message: a text, a JSON object when its first non-blank byte is `{`, None when it is blank.
-    `left_out`: it has so many bytes more, which are not here.
+    `left_out`: it has so many bytes more, which are not here. `max_marks` bounds the brackets and commas of an object, and so how
+    long a parser takes for what has few bytes in each of its values.
 
     An object that comes out has at most `MAX_DEPTH` levels, no doubled key, no lone surrogate, and only numbers that are
     finite and fit 64 bits. Raises PayloadTooLarge and BadRequest; work is linear in the size of the payload.
@@ -46,7 +51,11 @@ def decode_payload(payload: bytes, *, max_bytes: int, left_out: int = 0) -> str 
     if is_blank(payload):
         return None
     text = _decoded(payload)
-    return _object(payload, text) if payload.lstrip(_BLANK).startswith(b"{") else text
+    if not payload.lstrip(_BLANK).startswith(b"{"):
+        return text
+    if max_marks is not None and _has_more_marks(payload, max_marks):
+        raise _refused(f"more than {max_marks} brackets and commas", "a JSON object with fewer values")
+    return _object(payload, text)
 
 
 def too_large(size: int, max_bytes: int, **details: Any) -> PayloadTooLarge:
@@ -73,6 +82,24 @@ def nesting(payload: bytes) -> int:
     """How deep the objects and lists of a JSON text go; brackets in strings do not count."""
     brackets = _STRINGS.sub(b"", payload).translate(None, _NOT_BRACKETS)
     return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def marks(payload: bytes) -> int:
+    """How many brackets and commas it has, those in strings included."""
+    return len(payload.translate(None, _NOT_MARKS))
+
+
+def _has_more_marks(payload: bytes, most: int) -> bool:
+    """Whether a JSON text has more brackets and commas than this outside of its strings, or more strings than go with them."""
+    if len(payload) <= most:
+        return False
+    found = end = 0
+    for number, string in enumerate(_STRINGS.finditer(payload)):
+        found += marks(payload[end : string.start()])
+        end = string.end()
+        if found > most or number > 2 * most:
+            return True
+    return found + marks(payload[end:]) > most
 
 
 def _decoded(payload: bytes) -> str:

@@ -22,7 +22,6 @@ from llamacpp_mqtt_deploy.core.formats.ollama import ollama_failure
 from llamacpp_mqtt_deploy.core.formats.openai_errors import openai_failure
 from llamacpp_mqtt_deploy.core.formats.plain import ASK_EVENTS
 from llamacpp_mqtt_deploy.core.formats.rendering import HttpReply, error_event
-from llamacpp_mqtt_deploy.gateway.bodies import read_object
 from llamacpp_mqtt_deploy.gateway.exchange import AnswerEndpoint, Ask, AskEndpoint, Services, note
 from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES, Journaled, PlainHead, SamePlace
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
@@ -118,8 +117,7 @@ def _lists(services: Services) -> list[BaseRoute]:
         )
 
     async def show(request: Request, owner: Owner) -> HttpReply:
-        settings = services.settings
-        fields = await read_object(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+        fields = await services.bodies.read_object(request, owner.name)
         name = fields.get("model", fields.get("name"))
         return model_lists.ollama_show(catalog.find(owner, name if isinstance(name, str) else ""))
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge, TimedOut
-from llamacpp_mqtt_deploy.core.payloads import decode_payload
+from llamacpp_mqtt_deploy.core.payloads import decode_payload, marks
+from llamacpp_mqtt_deploy.gateway.long_bodies import LongBodies
+
+T = TypeVar("T")
+Content = str | dict[str, Any] | None
+"""As `decode_payload` has it."""
+
+MAX_MARKS = 65536
+"""Brackets and commas of an object; 2048 messages and 128 tools of 50 fields have half of that. Each of its values takes a parser time
+in which it lets nobody else work."""
+LONG_BYTES = 64 * 1024
+LONG_MARKS = 4096
+"""A body of more is long. Any other takes some milliseconds at most, and mostly less than the way to a thread."""
 
 
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
@@ -29,9 +41,41 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
     return bytes(body)
 
 
-async def read_object(request: Request, *, max_bytes: int, timeout_s: float) -> Mapping[str, Any]:
-    """The body as a JSON object; raises as `read_body`, and BadRequest."""
-    content = decode_payload(await read_body(request, max_bytes=max_bytes, timeout_s=timeout_s), max_bytes=max_bytes)
+class Bodies:
+    """Reads and understands the bodies of requests; long ones beside the loop, and with a bound on what they hold."""
+
+    def __init__(self, *, max_bytes: int, timeout_s: float) -> None:
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._long = LongBodies(within_s=timeout_s)
+
+    async def read(self, request: Request, owner: str, understand: Callable[[Content], T]) -> T:
+        """What `understand` makes of the content; raises as `read_body` and `content` do, and what it raises."""
+        raw = await read_body(request, max_bytes=self._max_bytes, timeout_s=self._timeout_s)
+        return await self.work(owner, raw, lambda: understand(self._content(raw)))
+
+    async def read_object(self, request: Request, owner: str) -> Mapping[str, Any]:
+        """The body as a JSON object; raises as `read`."""
+        return await self.read(request, owner, object_of)
+
+    async def content(self, owner: str, raw: bytes) -> Content:
+        """What a body or frame holds; raises BadRequest, PayloadTooLarge and Busy."""
+        return await self.work(owner, raw, lambda: self._content(raw))
+
+    async def work(self, owner: str, raw: bytes, work: Callable[[], T]) -> T:
+        """What `work` makes of what is in `raw`; raises what it raises, and Busy."""
+        is_long = len(raw) > LONG_BYTES or marks(raw) > LONG_MARKS
+        return await self._long.understand(owner, work) if is_long else work()
+
+    def close(self) -> None:
+        self._long.close()
+
+    def _content(self, raw: bytes) -> Content:
+        return decode_payload(raw, max_bytes=self._max_bytes, max_marks=MAX_MARKS)
+
+
+def object_of(content: Content) -> Mapping[str, Any]:
+    """The content where it is a JSON object; raises BadRequest."""
     if isinstance(content, dict):
         return content
     raise BadRequest("The body must be a JSON object.", fields={"body": "a JSON object"})

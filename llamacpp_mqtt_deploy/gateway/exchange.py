@@ -23,10 +23,9 @@ from llamacpp_mqtt_deploy.core.errors import BadRequest, RequestError
 from llamacpp_mqtt_deploy.core.formats.asked import Asked
 from llamacpp_mqtt_deploy.core.formats.plain import ASK_EVENTS, ASK_TEXT
 from llamacpp_mqtt_deploy.core.formats.rendering import Dialect, Occasion, error_event
-from llamacpp_mqtt_deploy.core.payloads import decode_payload
 from llamacpp_mqtt_deploy.core.routes import is_level
 from llamacpp_mqtt_deploy.gateway.answer_response import AnswerResponse, Pace
-from llamacpp_mqtt_deploy.gateway.bodies import read_body, read_object
+from llamacpp_mqtt_deploy.gateway.bodies import Bodies, Content, object_of
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.catalog import Catalog
 from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, Owner
@@ -60,6 +59,7 @@ class Services:
     catalog: Catalog
     capacity: Capacity
     running: Running
+    bodies: Bodies
 
     @property
     def pace(self) -> Pace:
@@ -180,8 +180,7 @@ class AnswerEndpoint:
             note(request.scope, owner=owner.name, dialect=self._dialect.name)
             services.count(owner)
             stack.enter_context(services.capacity.place(owner.level))
-            fields = await self._read(request)
-            asked = self._dialect.parse(fields)
+            fields, asked = await services.bodies.read(request, owner.name, self._understand)
             ready = errand(services, owner, asked, request_id=self._request_id(request, fields))
             if not asked.request and self._dialect.idle is not None:
                 return http(self._dialect.idle(asked, ready.occasion))
@@ -193,9 +192,13 @@ class AnswerEndpoint:
             log.warning("request.not_sent", why=str(error))
             return http(self._dialect.failure(told(error)))
 
-    async def _read(self, request: Request) -> Mapping[str, Any]:
-        settings = self._services.settings
-        return await read_object(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    def _understand(self, content: Content) -> tuple[Mapping[str, Any], Asked]:
+        fields = self._fields(content)
+        return fields, self._dialect.parse(fields)
+
+    def _fields(self, content: Content) -> Mapping[str, Any]:
+        """Raises BadRequest."""
+        return object_of(content)
 
     def _request_id(self, request: Request, fields: Mapping[str, Any]) -> str | None:
         """The id that the client gave; None where it gave none. Raises BadRequest."""
@@ -229,10 +232,7 @@ def note(scope: Scope, **fields: Any) -> None:
 class AskEndpoint(AnswerEndpoint):
     """`POST /ask`: a text, or a request as the protocol has it, answered by text, or by events to who accepts them."""
 
-    async def _read(self, request: Request) -> Mapping[str, Any]:
-        settings = self._services.settings
-        raw = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-        content = decode_payload(raw, max_bytes=settings.max_body_bytes)
+    def _fields(self, content: Content) -> Mapping[str, Any]:
         if content is None:
             raise BadRequest("The body is empty; send a question.", fields={"body": "a text, or a JSON object"})
         if isinstance(content, str):

@@ -19,6 +19,7 @@ from llamacpp_mqtt_deploy.client.exceptions import BusError, NotPermitted
 from llamacpp_mqtt_deploy.config.settings import GatewaySettings, Settings
 from llamacpp_mqtt_deploy.core.routes import is_level
 from llamacpp_mqtt_deploy.gateway.app import build
+from llamacpp_mqtt_deploy.gateway.bodies import Bodies
 from llamacpp_mqtt_deploy.gateway.bounded_http import BoundedHttp
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
@@ -131,6 +132,7 @@ class Gateway:
             max_answer_chars=self._settings.max_answer_bytes,
         )
         self._running = Running(bus, retry_grace_s=self._settings.retry_grace_s)
+        bodies = Bodies(max_bytes=self._settings.max_body_bytes, timeout_s=self._settings.body_timeout_s)
         services = Services(
             settings=self._settings,
             bus=bus,
@@ -139,6 +141,7 @@ class Gateway:
             catalog=Catalog(bus),
             capacity=self._capacity,
             running=self._running,
+            bodies=bodies,
         )
         self._server = _Server(self._config(build(services)), closing=self._close)
         if signals:
@@ -156,6 +159,7 @@ class Gateway:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
             await bus.close()
+            bodies.close()
             log.info("gateway.stopped")
 
     def stop(self) -> None:

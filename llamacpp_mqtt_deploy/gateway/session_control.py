@@ -14,7 +14,6 @@ from llamacpp_mqtt_deploy.core.errors import BadRequest, RequestError
 from llamacpp_mqtt_deploy.core.formats.framing import json_line
 from llamacpp_mqtt_deploy.core.formats.rendering import HttpReply, error_event
 from llamacpp_mqtt_deploy.core.routes import is_level
-from llamacpp_mqtt_deploy.gateway.bodies import read_object
 from llamacpp_mqtt_deploy.gateway.exchange import Services, note, session_path
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
 from llamacpp_mqtt_deploy.gateway.problems import COME_BACK_S, BrokerAway, NobodyServes
@@ -67,12 +66,12 @@ class ControlEndpoint:
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, settings = Request(scope, receive), self._services.settings
+        request = Request(scope, receive)
         try:
             owner = self._services.owner(request)
             note(scope, owner=owner.name)
             self._services.count(owner)
-            fields = await read_object(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+            fields = await self._services.bodies.read_object(request, owner.name)
             ack = await ask_control(self._services, owner, fields)
             reply = HttpReply(status=200 if ack.get("status") == "ok" else 400, body=json_line(ack))
         except RequestError as error:

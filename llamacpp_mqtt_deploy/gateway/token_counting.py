@@ -13,7 +13,7 @@ from llamacpp_mqtt_deploy.core.formats.anthropic import anthropic_failure, token
 from llamacpp_mqtt_deploy.core.formats.anthropic_body import parse_messages
 from llamacpp_mqtt_deploy.core.formats.rendering import HttpReply, error_event
 from llamacpp_mqtt_deploy.core.requests import COUNTED_FIELDS
-from llamacpp_mqtt_deploy.gateway.bodies import read_object
+from llamacpp_mqtt_deploy.gateway.bodies import object_of
 from llamacpp_mqtt_deploy.gateway.exchange import Services, errand, note
 from llamacpp_mqtt_deploy.gateway.problems import told
 from llamacpp_mqtt_deploy.gateway.replies import http
@@ -42,13 +42,13 @@ class CountEndpoint:
         await http(reply)(scope, receive, send)
 
     async def _reply(self, request: Request) -> HttpReply:
-        services, settings = self._services, self._services.settings
+        services = self._services
         owner = services.owner(request)
         note(request.scope, owner=owner.name, dialect="anthropic")
         services.count(owner)
         with services.capacity.place(owner.level):
-            body = await read_object(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-            ready = errand(services, owner, parse_messages(body), request_id=None)
+            asked = await services.bodies.read(request, owner.name, lambda content: parse_messages(object_of(content)))
+            ready = errand(services, owner, asked, request_id=None)
             counted: dict[str, Any] = {
                 name: value for name, value in ready.request.items() if name in COUNTED_FIELDS and value is not None
             }

@@ -19,7 +19,6 @@ from llamacpp_mqtt_deploy.core.errors import BadRequest, Busy, Internal, Request
 from llamacpp_mqtt_deploy.core.events import encode
 from llamacpp_mqtt_deploy.core.formats.plain import parse_ask
 from llamacpp_mqtt_deploy.core.formats.rendering import error_event
-from llamacpp_mqtt_deploy.core.payloads import decode_payload
 from llamacpp_mqtt_deploy.core.routes import is_level
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.exchange import SUBPROTOCOL, Services, errand, note
@@ -99,14 +98,14 @@ class _Conversation:
         fields: Mapping[str, Any] = {}
         try:
             raw = frame.encode("utf-8", "replace") if isinstance(frame, str) else frame
-            content = decode_payload(raw, max_bytes=self._services.settings.max_body_bytes)
+            content = await self._services.bodies.content(self._owner.name, raw)
             if not isinstance(content, dict):
                 raise BadRequest("A frame must be a JSON object.", fields={"frame": "a JSON object"})
             fields = content
             self._look_at_the_key()
             match content.get("type", "request"):
                 case "request":
-                    self._request(content)
+                    await self._request(content, raw)
                 case "control":
                     self._control(content)
                 case _:
@@ -127,7 +126,7 @@ class _Conversation:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _request(self, fields: Mapping[str, Any]) -> None:
+    async def _request(self, fields: Mapping[str, Any], raw: bytes) -> None:
         given = fields.get("request_id")
         if given is not None and not (isinstance(given, str) and is_level(given)):
             raise BadRequest(
@@ -137,7 +136,7 @@ class _Conversation:
         body = {name: value for name, value in fields.items() if name not in ("type", "session")}
         if "session" in fields:
             body["session_id"] = fields["session"]
-        asked = parse_ask(body)
+        asked = await self._services.bodies.work(self._owner.name, raw, lambda: parse_ask(body))
         ready = errand(self._services, self._owner, asked, request_id=given or secrets.token_hex(12))
         name = (ready.occasion.session, ready.occasion.request_id)
         known = self._tasks.get(name)

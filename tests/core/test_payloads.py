@@ -113,6 +113,30 @@ def test_a_payload_made_to_exhaust_the_parser_is_refused_at_once(name: str) -> N
 
 
 @pytest.mark.parametrize(
+    "inner, marks",
+    [
+        (b"[[],[]]", 7),
+        (b'[{"b":1},"c"]', 5),
+        (b'"[{,}]"', 0),
+        (b'["\\"[[[,","\\\\",[]]', 6),
+        (b'"' + b",]" * 1000 + b'"', 0),
+    ],
+)
+def test_brackets_and_commas_outside_of_strings_are_bounded(inner: bytes, marks: int) -> None:
+    payload = b'{"a":' + inner + b"}" + b" " * 100
+    whole = decode_payload(payload, max_bytes=MIB)
+    assert decode_payload(payload, max_bytes=MIB, max_marks=marks + 2) == whole
+    with pytest.raises(BadRequest, match="brackets and commas"):
+        decode_payload(payload, max_bytes=MIB, max_marks=marks + 1)
+
+
+def test_strings_are_bounded_with_what_must_stand_between_them_and_texts_are_not() -> None:
+    with pytest.raises(BadRequest, match="brackets and commas"):
+        decode_payload(b"{" + b'""' * 1000 + b"}", max_bytes=MIB, max_marks=100)
+    assert decode_payload(b"[" * 1000, max_bytes=MIB, max_marks=100) == "[" * 1000
+
+
+@pytest.mark.parametrize(
     "payload, words",
     [
         (b'{"a":1,"a":2}', "twice"),

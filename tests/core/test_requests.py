@@ -213,6 +213,12 @@ def test_a_refusal_says_what_was_expected() -> None:
     }
 
 
+def test_too_many_wrong_biases_are_one_fault() -> None:
+    with pytest.raises(ValidationError) as caught:
+        RequestFields.model_validate({"prompt": "Hi", "logit_bias": dict.fromkeys(map(str, range(100_000)), "")})
+    assert caught.value.error_count() == 1
+
+
 def test_all_faults_come_in_one_answer() -> None:
     assert set(refused({"prompt": "x", "temperature": 9, "seed": "1", "stream": "yes"})) == {
         "temperature",
