@@ -32,6 +32,9 @@ class BoundedSocket(WebSocketsSansIOProtocol):
     @override
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if self.ping_timeout is not None:
+            # A ping stands behind all that waits for this client, and its answer is not read while too much does.
+            self.ping_timeout = max(self.ping_timeout, self.slow_reader_s)
         self._ending = ClosingWatch(transport, self.loop, within_s=self.slow_reader_s)
         self._slices = Slices(
             self.turns,

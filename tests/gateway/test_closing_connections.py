@@ -14,8 +14,9 @@ from uvicorn.server import ServerState
 from llamacpp_mqtt_deploy.gateway.bounded_http import BoundedHttp
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
-from tests.gateway.raw_frames import UPGRADE
+from tests.gateway.raw_frames import PING, PONG, UPGRADE, frame
 
+PING_BYTE = 0x80 | PING
 SOME = b"x" * 60_000  # less than what makes asyncio say that a client is slow
 
 
@@ -74,5 +75,36 @@ def test_a_client_that_takes_nothing_of_a_closed_connection_is_cut_in_the_end(
             async with asyncio.timeout(10):
                 await lost.wait()
             assert transport.get_extra_info("socket").fileno() == -1
+
+    asyncio.run(work())
+
+
+def test_a_slow_reader_may_answer_a_ping_as_late_as_it_may_read() -> None:
+    """The ping stands behind all that waits for it: it comes to it, and is answered, later than uvicorn waits."""
+
+    async def listen(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await receive()
+
+    async def work() -> None:
+        config = uvicorn.Config(listen, lifespan="off", log_config=None, ws_ping_interval=0.05, ws_ping_timeout=0.05)
+        config.load()
+        protocol = BoundedSocket(config, ServerState(), {})
+        protocol.slow_reader_s = 30.0
+        protocol.turns = ReadingTurns()
+        ours, theirs = socket.socketpair()
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, ours)
+        reader, writer = await asyncio.open_connection(sock=theirs)
+        async with asyncio.timeout(20):
+            writer.write(UPGRADE + b"\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            for _ in range(2):
+                opcode, size = await reader.readexactly(2)
+                assert opcode == PING_BYTE
+                await asyncio.sleep(0.3)
+                writer.write(frame(PONG, await reader.readexactly(size)))
+        writer.close()
+        await asyncio.sleep(0.1)
 
     asyncio.run(work())
