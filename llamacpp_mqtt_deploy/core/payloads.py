@@ -13,6 +13,9 @@ import orjson
 from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
 
 MAX_DEPTH = 32
+MAX_MARKS = 65536
+"""Brackets and commas of an object; 2048 messages and 128 tools of 50 fields have half of that. Each of its values takes time in which
+nobody else is served."""
 """Deepest nesting of objects and lists; every parser and serializer on the way recurses."""
 
 MAX_NAME_SHOWN = 64
@@ -35,15 +38,12 @@ _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 _MAX_INT_CHARS = 20
 
 
-def decode_payload(
-    payload: bytes, *, max_bytes: int, left_out: int = 0, max_marks: int | None = None
-) -> str | dict[str, Any] | None:
+def decode_payload(payload: bytes, *, max_bytes: int, left_out: int = 0) -> str | dict[str, Any] | None:
     """The content of a message: a text, a JSON object when its first non-blank byte is `{`, None when it is blank.
-    `left_out`: it has so many bytes more, which are not here. `max_marks` bounds the brackets and commas of an object, and so how
-    long a parser takes for what has few bytes in each of its values.
+    `left_out`: it has so many bytes more, which are not here.
 
-    An object that comes out has at most `MAX_DEPTH` levels, no doubled key, no lone surrogate, and only numbers that are
-    finite and fit 64 bits. Raises PayloadTooLarge and BadRequest; work is linear in the size of the payload.
+    An object that comes out has at most `MAX_DEPTH` levels and `MAX_MARKS` brackets and commas, no doubled key, no lone
+    surrogate, and only numbers that are finite and fit 64 bits. Raises PayloadTooLarge and BadRequest; work is linear in the size of the payload.
     """
     if left_out or len(payload) > max_bytes:
         raise too_large(len(payload) + left_out, max_bytes)
@@ -53,8 +53,8 @@ def decode_payload(
     text = _decoded(payload)
     if not payload.lstrip(_BLANK).startswith(b"{"):
         return text
-    if max_marks is not None and _has_more_marks(payload, max_marks):
-        raise _refused(f"more than {max_marks} brackets and commas", "a JSON object with fewer values")
+    if _has_too_many_marks(payload):
+        raise _refused(f"more than {MAX_MARKS} brackets and commas", "a JSON object with fewer values")
     return _object(payload, text)
 
 
@@ -89,17 +89,17 @@ def marks(payload: bytes) -> int:
     return len(payload.translate(None, _NOT_MARKS))
 
 
-def _has_more_marks(payload: bytes, most: int) -> bool:
-    """Whether a JSON text has more brackets and commas than this outside of its strings, or more strings than go with them."""
-    if len(payload) <= most:
-        return False
+def _has_too_many_marks(payload: bytes) -> bool:
+    """Whether a JSON text has more than `MAX_MARKS` outside of its strings, or more strings than go with them."""
+    if len(payload) <= MAX_MARKS or (marks(payload) <= MAX_MARKS and payload.count(b'"') <= 4 * MAX_MARKS):
+        return False  # as all but hostile ones, pictures included
     found = end = 0
     for number, string in enumerate(_STRINGS.finditer(payload)):
         found += marks(payload[end : string.start()])
         end = string.end()
-        if found > most or number > 2 * most:
+        if found > MAX_MARKS or number > 2 * MAX_MARKS:
             return True
-    return found + marks(payload[end:]) > most
+    return found + marks(payload[end:]) > MAX_MARKS
 
 
 def _decoded(payload: bytes) -> str:

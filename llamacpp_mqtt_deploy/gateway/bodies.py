@@ -16,9 +16,6 @@ T = TypeVar("T")
 Content = str | dict[str, Any] | None
 """As `decode_payload` has it."""
 
-MAX_MARKS = 65536
-"""Brackets and commas of an object; 2048 messages and 128 tools of 50 fields have half of that. Each of its values takes a parser time
-in which it lets nobody else work."""
 LONG_BYTES = 64 * 1024
 LONG_MARKS = 4096
 """A body of more is long. Any other takes some milliseconds at most, and mostly less than the way to a thread."""
@@ -71,7 +68,7 @@ class Bodies:
         self._long.close()
 
     def _content(self, raw: bytes) -> Content:
-        return decode_payload(raw, max_bytes=self._max_bytes, max_marks=MAX_MARKS)
+        return decode_payload(raw, max_bytes=self._max_bytes)
 
 
 def object_of(content: Content) -> Mapping[str, Any]:

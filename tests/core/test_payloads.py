@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamacpp_mqtt_deploy.core import payloads
 from llamacpp_mqtt_deploy.core.errors import BadRequest, PayloadTooLarge
 from llamacpp_mqtt_deploy.core.payloads import _checked, _flat, decode_payload, nesting, shown
 
@@ -122,18 +123,22 @@ def test_a_payload_made_to_exhaust_the_parser_is_refused_at_once(name: str) -> N
         (b'"' + b",]" * 1000 + b'"', 0),
     ],
 )
-def test_brackets_and_commas_outside_of_strings_are_bounded(inner: bytes, marks: int) -> None:
+def test_brackets_and_commas_outside_of_strings_are_bounded(
+    inner: bytes, marks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     payload = b'{"a":' + inner + b"}" + b" " * 100
-    whole = decode_payload(payload, max_bytes=MIB)
-    assert decode_payload(payload, max_bytes=MIB, max_marks=marks + 2) == whole
+    whole = read(payload)
+    monkeypatch.setattr(payloads, "MAX_MARKS", marks + 2)
+    assert read(payload) == whole
+    monkeypatch.setattr(payloads, "MAX_MARKS", marks + 1)
     with pytest.raises(BadRequest, match="brackets and commas"):
-        decode_payload(payload, max_bytes=MIB, max_marks=marks + 1)
+        read(payload)
 
 
 def test_strings_are_bounded_with_what_must_stand_between_them_and_texts_are_not() -> None:
     with pytest.raises(BadRequest, match="brackets and commas"):
-        decode_payload(b"{" + b'""' * 1000 + b"}", max_bytes=MIB, max_marks=100)
-    assert decode_payload(b"[" * 1000, max_bytes=MIB, max_marks=100) == "[" * 1000
+        read(b"{" + b'""' * 3 * payloads.MAX_MARKS + b"}")
+    assert read(b"[" * 2 * payloads.MAX_MARKS) == "[" * 2 * payloads.MAX_MARKS
 
 
 @pytest.mark.parametrize(

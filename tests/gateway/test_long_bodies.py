@@ -14,7 +14,8 @@ import pytest
 from websockets.sync.client import connect
 
 from llamacpp_mqtt_deploy.core.errors import BadRequest, Busy
-from llamacpp_mqtt_deploy.gateway.bodies import LONG_BYTES, LONG_MARKS, MAX_MARKS, Bodies
+from llamacpp_mqtt_deploy.core.payloads import MAX_MARKS
+from llamacpp_mqtt_deploy.gateway.bodies import LONG_BYTES, LONG_MARKS, Bodies
 from llamacpp_mqtt_deploy.gateway.long_bodies import LongBodies
 from tests.gateway.world import World
 
