@@ -55,7 +55,7 @@ def prepared(
     return Asking(
         session=session,
         request_id=request_id,
-        payload=_written({name: value for name, value in request.items() if value is not None}),
+        payload=written({name: value for name, value in request.items() if value is not None}),
         rules=RetryRules(
             streams=stream is not False,
             timeout_s=timeout_s,
@@ -87,16 +87,31 @@ def check_timeout(timeout_s: object) -> None:
         raise ValueError(f"timeout_s {timeout_s!r}: a number of seconds above 0")
 
 
-def _written(request: Mapping[str, Any]) -> bytes:
+def written(message: Mapping[str, Any]) -> bytes:
+    """The message as JSON; raises ValueError with the name of the field that JSON cannot hold."""
     try:
-        return orjson.dumps(request)
+        payload = orjson.dumps(message)
     except TypeError:
-        for name, value in request.items():  # the error does not say where in a request of many fields
+        for name, value in message.items():  # the error does not say where in a request of many fields
             try:
                 orjson.dumps(value)
             except TypeError as error:
                 raise ValueError(f"{name}: cannot be written as JSON: {error}") from error
         raise
+    if b"null" in payload:  # as orjson writes nan and inf too, and the worker would read that nothing is said
+        for name, value in message.items():
+            if _not_finite(value):
+                raise ValueError(f"{name}: cannot be written as JSON: nan and inf are no numbers there")
+    return payload
+
+
+def _not_finite(value: object) -> bool:
+    """Whether some number in it is nan or inf."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, Mapping):
+        return any(map(_not_finite, value.values()))
+    return isinstance(value, list | tuple) and any(map(_not_finite, value))
 
 
 def session_below(first: str, name: str) -> str:

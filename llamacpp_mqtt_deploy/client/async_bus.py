@@ -10,11 +10,17 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import orjson
-
 from llamacpp_mqtt_deploy.client.acks import new_transaction
 from llamacpp_mqtt_deploy.client.address import BrokerAddress, Transport, Version, not_permitted, tls_context
-from llamacpp_mqtt_deploy.client.asking import Patience, check_names, counted_of, history_of, own_session, prepared
+from llamacpp_mqtt_deploy.client.asking import (
+    Patience,
+    check_names,
+    counted_of,
+    history_of,
+    own_session,
+    prepared,
+    written,
+)
 from llamacpp_mqtt_deploy.client.async_answer import AsyncAnswer
 from llamacpp_mqtt_deploy.client.async_connection import AsyncConnection
 from llamacpp_mqtt_deploy.client.exceptions import AnswerLost, BrokerUnreachable, BusError, NotPermitted, NoWorker
@@ -278,7 +284,7 @@ class AsyncBusClient:
         """Publish a control message and wait for its ack."""
         with self._traffic.acks.awaiting() as ack:
             message = {"action": action, "transaction": ack.transaction, "request_id": request_id, **fields}
-            payload = orjson.dumps({name: value for name, value in message.items() if value is not None})
+            payload = written({name: value for name, value in message.items() if value is not None})
 
             def acknowledged(value: int, reason: str) -> None:
                 if value >= REFUSED:

@@ -15,7 +15,15 @@ import orjson
 from llamacpp_mqtt_deploy.client.acks import PendingAck
 from llamacpp_mqtt_deploy.client.address import BrokerAddress, Transport, Version, not_permitted, tls_context
 from llamacpp_mqtt_deploy.client.answer import Answer
-from llamacpp_mqtt_deploy.client.asking import Patience, check_names, counted_of, history_of, own_session, prepared
+from llamacpp_mqtt_deploy.client.asking import (
+    Patience,
+    check_names,
+    counted_of,
+    history_of,
+    own_session,
+    prepared,
+    written,
+)
 from llamacpp_mqtt_deploy.client.connection import Connection
 from llamacpp_mqtt_deploy.client.exceptions import AnswerLost, BrokerUnreachable, BusError, NotPermitted, NoWorker
 from llamacpp_mqtt_deploy.client.paho_client import REFUSED
@@ -222,7 +230,7 @@ class BusClient:
         unanswered = f"On {topic} {action} was not answered within {timeout_s:g} s"
         with self._traffic.acks.awaiting() as ack:
             message = {"action": action, "transaction": ack.transaction, **fields}
-            payload = orjson.dumps({name: value for name, value in message.items() if value is not None})
+            payload = written({name: value for name, value in message.items() if value is not None})
 
             def acknowledged(value: int, reason: str) -> None:
                 if value >= REFUSED:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llamacpp_mqtt_deploy.commands.options import finite
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
     FAILED,
@@ -81,6 +82,7 @@ def _add(name: str) -> None:
         "--timeout",
         "timeout_s",
         type=click.FloatRange(0.1, 3600),
+        callback=finite,
         default=10.0,
         show_default=True,
         metavar="SECONDS",
@@ -115,7 +117,7 @@ def _add(name: str) -> None:
     if name == "log-level":
         act = click.argument("level", type=click.Choice(["debug", "info", "warning", "error"]))(act)
     elif name == "keep-awake":
-        act = click.argument("seconds", type=click.FloatRange(0, MAX_AWAKE_S), required=False)(act)
+        act = click.argument("seconds", type=click.FloatRange(0, MAX_AWAKE_S), callback=finite, required=False)(act)
     elif name == "model":
         act = click.argument("model", metavar="NAME")(act)
     command.add_command(click.command(name, help=f"{_HELP[name]}\n\n{inspect.cleandoc(EXIT_CODES)}")(act))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
+from llamacpp_mqtt_deploy.commands.options import finite
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
     EXIT_CODES,
@@ -45,17 +46,17 @@ def request_options(function: Any) -> Any:
         [
             click.option("--system", "system_prompt", metavar="TEXT", help="System prompt of this request."),
             click.option("--model", help="One of the worker's models."),
-            click.option("--temperature", type=float, help="Randomness; 0 is always the most likely token."),
-            click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
+            click.option("--temperature", type=float, callback=finite, help="Randomness; 0 is always the most likely token."),
+            click.option("--top-p", type=float, callback=finite, help="Keep the likeliest tokens up to this probability."),
             click.option("--top-k", type=int, help="Keep this many of the likeliest tokens."),
-            click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one."),
+            click.option("--min-p", type=float, callback=finite, help="Drop tokens below this share of the likeliest one."),
             click.option("--max-tokens", type=int, help="Longest answer in tokens."),
             click.option("--seed", type=int, help="Seed of the random numbers."),
             click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text; may be repeated."),
             click.option("--thinking/--no-thinking", default=None, help="Let a reasoning model think first, or not."),
             click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Lane of the queue."),
-            click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
-                         help="Overall limit, waiting included."),
+            click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), callback=finite,
+                         metavar="SECONDS", help="Overall limit, waiting included."),
             click.option("--raw", multiple=True, metavar="FIELD=JSON", callback=_raw_fields,
                          help="Any other request field, as in --raw response_format='{\"type\":\"json_object\"}'."),
             click.option("--show-reasoning/--hide-reasoning", "reasoning", default=None,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamacpp_mqtt_deploy.commands.bench_load import Ask, AskFailed, Round, Sampled, compared, run_round, summary
+from llamacpp_mqtt_deploy.commands.options import finite
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
     FAILED,
@@ -60,8 +61,8 @@ _USUAL = "Tell a story about a lighthouse keeper and the number"
 @click.option("--model", help="One of the worker's models.")
 @click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Lane of the queue.")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", default=300.0,
-    show_default=True, help="Overall limit of a request, waiting included.",
+    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), callback=finite, metavar="SECONDS",
+    default=300.0, show_default=True, help="Overall limit of a request, waiting included.",
 )  # fmt: skip
 @click.option(
     "--direct", metavar="URL", help="Ask the engine's server as well, in turn with the bus (http://host:8080)."

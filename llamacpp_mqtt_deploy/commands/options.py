@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -58,6 +59,13 @@ def tell_problems(problems: tuple[str, ...]) -> NoReturn:
         click.echo(f"  {_one_line(problem)}", err=True)
     click.echo("`lmd config --example` prints every key with its meaning.", err=True)
     raise click.exceptions.Exit(WRONG_CONFIGURATION)
+
+
+def finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """The callback of every option that is a number: click takes `nan` for any range, and `inf` where no end is given."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number; found {value}")
+    return value
 
 
 def _overrides(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llamacpp_mqtt_deploy.commands.options import finite
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
     NO_WORKER,
@@ -59,6 +60,7 @@ class WorkerRow:
     "--timeout",
     "timeout_s",
     type=click.FloatRange(0.1, 3600),
+    callback=finite,
     default=2.0,
     show_default=True,
     metavar="SECONDS",

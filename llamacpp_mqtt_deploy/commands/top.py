@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamacpp_mqtt_deploy.commands.fleet import LANES, Fleet, WorkerPicture, figure, share, span
+from llamacpp_mqtt_deploy.commands.options import finite
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
     NO_WORKER,
@@ -44,6 +45,7 @@ _TITLES = ("worker", "state", "engine", "slots", "queue", "i/n/b", "tok/s", "fir
     "--every",
     "every_s",
     type=click.FloatRange(0.1, 3600),
+    callback=finite,
     default=None,
     metavar="SECONDS",
     help="How often to look. Default: 0.5 on a terminal, 5 on a pipe.",
@@ -52,6 +54,7 @@ _TITLES = ("worker", "state", "engine", "slots", "queue", "i/n/b", "tok/s", "fir
     "--timeout",
     "timeout_s",
     type=click.FloatRange(0.1, 3600),
+    callback=finite,
     default=2.0,
     show_default=True,
     metavar="SECONDS",

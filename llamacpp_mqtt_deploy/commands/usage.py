@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamacpp_mqtt_deploy.commands.admin import choose
+from llamacpp_mqtt_deploy.commands.options import finite
 from llamacpp_mqtt_deploy.commands.terminal import (
     CANCELLED,
     FAILED,
@@ -57,6 +58,7 @@ _TITLES = ("day", "first level", "requests", "tokens in", "tokens out", "engine"
     "--timeout",
     "timeout_s",
     type=click.FloatRange(0.1, 3600),
+    callback=finite,
     default=10.0,
     show_default=True,
     metavar="SECONDS",

@@ -34,9 +34,10 @@ UserPath = Annotated[Path, AfterValidator(_expand_home)]
 
 
 class Section(BaseModel):
-    """A table of the configuration file; unknown keys are errors, so that a typing mistake is found at start."""
+    """A table of the configuration file; unknown keys are errors, so that a typing mistake is found at start. So are `inf` and
+    `nan`, which TOML has: no key means them, and JSON cannot show them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def default_worker_id() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import threading
@@ -654,6 +655,24 @@ def test_a_session_that_is_no_session_path_is_refused_before_anything_is_sent(se
 def test_a_time_limit_beyond_what_mqtt_can_tell_is_asked_for_all_the_same(broker: Mosquitto, timeout_s: float) -> None:
     with PlayedWorker(broker.port), Client("127.0.0.1", broker.port, protocol="5") as bus:
         assert bus.ask("hello", timeout_s=timeout_s).result(10).content == "hello"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_does_not_have_is_refused_with_the_name_of_its_field(
+    broker: Mosquitto, number: float
+) -> None:
+    with PlayedWorker(broker.port) as worker, Client("127.0.0.1", broker.port) as bus:
+        for field, value in (
+            ("temperature", number),
+            ("logit_bias", {"1": number}),
+            ("metadata", {"a": [None, (number,)]}),
+        ):
+            with pytest.raises(ValueError, match=rf"^{field}: .* nan and inf"):
+                bus.ask("hi", **{field: value})
+        with pytest.raises(ValueError, match=r"^tools: .* nan and inf"):
+            bus.count_tokens("hi", tools=[{"parameters": {"minimum": number}}])
+        bus.ask("hi", metadata={"a": None}).result(10)
+    assert [json.loads(payload)["metadata"] for _, payload in worker.requests] == [{"a": None}]
 
 
 def test_the_request_on_the_wire_holds_only_what_was_asked_for(broker: Mosquitto) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,31 @@ def test_every_command_that_help_lists_is_there_and_explains_itself() -> None:
         result = CliRunner().invoke(main, [name, "--help"])
         assert result.exit_code == 0, f"{name}: {result.output}"
         assert "Examples:" in result.stdout, f"{name} --help shows no example"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400"])
+def test_no_option_takes_a_number_that_json_does_not_have(number: str) -> None:
+    asked = 0
+    for words, parameter in _parameters(main, ()):
+        if isinstance(parameter.type, click.types.FloatParamType):
+            given = [f"{parameter.opts[0]}={number}"] if isinstance(parameter, click.Option) else ["--", number]
+            result = CliRunner().invoke(main, [*words, *given])
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else str(parameter.name).upper()
+            assert result.exit_code == 2, (words, given)
+            assert re.search(rf"Invalid value for '\[?{name}", result.stderr), result.stderr
+            asked += 1
+    assert asked > 15
+
+
+def _parameters(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Parameter]]:
+    """The parameters of a command and of all below it, each with the words that call its command."""
+    yield from ((words, parameter) for parameter in command.params)
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from _parameters(below, (*words, name))
 
 
 def test_the_man_page_names_every_command_and_option() -> None:

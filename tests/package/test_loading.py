@@ -128,6 +128,18 @@ def test_all_problems_are_told_at_once_each_with_section_key_expectation_and_pla
     )
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400"])
+def test_no_key_takes_a_number_that_json_does_not_have(number: str) -> None:
+    floats = [key for table in keys.tables() for key in table.keys if "a number" in key.expected]
+    assert len(floats) > 30
+    for key in floats:
+        name = ".".join(key.path).replace(keys.ANY_NAME, "maze")
+        found = problems(overrides={name: number})
+        section, last = name.rsplit(".", 1)
+        place = f"[{name}] 0" if "a list" in key.expected else f"[{section}] {last}"
+        assert [problem.split(": expected ")[0] for problem in found] == [place]
+
+
 def test_a_level_is_a_user_or_a_route(write: Path) -> None:
     write.write_text(
         '[levels.alice]\ntokens_per_day = 5\n[levels."route:maze"]\nmax_priority = "batch"\n'
