@@ -50,9 +50,18 @@ def test_the_dialect_is_found_out_and_the_first_model_taken(openai_server: OpenA
     assert deltas[-1].usage.completion_tokens > 0
 
 
-@pytest.mark.parametrize("given", ["/my models/модель", "/my%20models/модель/v1/"])
-def test_an_address_with_blanks_and_letters_of_any_language_is_asked_as_one(given: str) -> None:
-    asked = "/my%20models/%D0%BC%D0%BE%D0%B4%D0%B5%D0%BB%D1%8C"
+@pytest.mark.parametrize(
+    "given, asked",
+    [
+        ("/my models/модель", "/my%20models/%D0%BC%D0%BE%D0%B4%D0%B5%D0%BB%D1%8C"),
+        ("/my%20models/модель/v1/", "/my%20models/%D0%BC%D0%BE%D0%B4%D0%B5%D0%BB%D1%8C"),
+        ("/100%/v1", "/100%25"),
+        ("/my%20models/%zz", "/my%20models/%25zz"),
+    ],
+)
+def test_an_address_with_blanks_percent_signs_and_letters_of_any_language_is_asked_as_one(
+    given: str, asked: str
+) -> None:
     with ShamServer() as server:
         server.on(asked + "/props", reply(200, PROPS))
         server.on(asked + CHAT, stream(delta(content="hi"), delta("stop"), DONE))

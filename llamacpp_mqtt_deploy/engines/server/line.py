@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,8 @@ from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
 
 from llamacpp_mqtt_deploy.engines.server.polling import NON_BLOCKING, connect_within
+
+_STRAY_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
 class ServerAddress:
@@ -25,7 +28,8 @@ class ServerAddress:
         elif parts.scheme in ("http", "https") and parts.hostname and _has_port_or_none(parts):
             self.unix_path = None
             # The request line is written as it is: what requests would quote by itself has to be quoted here.
-            prefix = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%:@!$&'()*+,;=~")
+            path = _STRAY_PERCENT.sub("%25", parts.path.rstrip("/").removesuffix("/v1"))
+            prefix = quote(path, safe="/%:@!$&'()*+,;=~")
             base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{prefix}"
         else:
             raise ValueError("engine.url must be http://host:port, https://host or unix:///path/to/the.sock")
