@@ -188,18 +188,20 @@ class CompletionReader:
         if known is None:
             deltas.append(self._told(checked_call(index, call_id, name, arguments)))
             return
-        news_id = call_id if opened.id is None else None
+        news_id = None if index in self._ids else call_id
         news_name = name if opened.name is None else None
         opened.id, opened.name = opened.id or call_id, opened.name or name
         if news_id or news_name or arguments:
             deltas.append(self._told(checked_call(index, news_id, news_name, arguments)))
 
     def _told(self, call: ToolCall) -> ToolCall:
-        """The piece with an id that no other call of this answer has: by it the client says which call a result is for."""
-        if call.id is None:
+        """The piece; the first with an id or a name has an id that no other call of this answer has: by it the client says which
+        call a result is for. One that the server tells later is not passed on.
+        """
+        if call.index in self._ids or not (call.id or call.name):
             return call
-        given = {other for index, other in self._ids.items() if index != call.index}
-        new_id, number = call.id, call.index
+        given = set(self._ids.values())
+        new_id, number = call.id or f"call_{call.index}", call.index
         while new_id in given:
             new_id, number = f"call_{number}", number + 1
         self._ids[call.index] = new_id

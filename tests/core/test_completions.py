@@ -452,13 +452,13 @@ def test_calls_without_numbers_of_their_own_are_told_apart_by_id_and_name(index:
 
 def test_calls_without_numbers_and_ids_are_told_apart_by_their_names() -> None:
     whole = [_piece(None, None, name, "{}") for name in ("f", "g", "g")]
-    calls = [ToolCall(0, None, "f", "{}"), ToolCall(1, None, "g", "{}"), ToolCall(2, None, "g", "{}")]
+    calls = [ToolCall(0, "call_0", "f", "{}"), ToolCall(1, "call_1", "g", "{}"), ToolCall(2, "call_2", "g", "{}")]
     assert _calls(*whole) == calls
     assert read(chunk("tool_calls", tool_calls=whole))[0] == calls
     assert _calls(_piece(None, None, "f", '{"a":'), _piece(None, None, None, "1}"), whole[1]) == [
-        ToolCall(0, None, "f", '{"a":'),
+        ToolCall(0, "call_0", "f", '{"a":'),
         ToolCall(0, None, None, "1}"),
-        ToolCall(1, None, "g", "{}"),
+        ToolCall(1, "call_1", "g", "{}"),
     ]
     assert len({call.index for call in _calls(_piece(None, None, None, "{"), _piece(None, None, "f", "}"))}) == 1
 
@@ -487,8 +487,16 @@ def test_calls_with_the_same_id_get_ids_by_which_their_results_can_be_told_apart
 
 
 def test_an_id_that_comes_late_is_no_other_calls_either() -> None:
-    told = _calls(_piece(0, "a", "f", "{}"), _piece(1, None, "g", "{}"), _piece(1, "a", None, None))
-    assert told[-1] == ToolCall(1, "call_1", None, "")
+    told = _calls(_piece(0, "a", "f", "{}"), _piece(1, None, None, "{"), _piece(1, "a", "g", "}"))
+    assert told[1:] == [ToolCall(1, None, None, "{"), ToolCall(1, "call_1", "g", "}")]
+
+
+def test_a_call_without_an_id_gets_one_with_its_name_that_no_other_call_has() -> None:
+    assert _calls(_piece(0, "call_1", "f", "{}"), _piece(1, None, "g", "{}"), _piece(2, "call_2", "h", "{}")) == [
+        ToolCall(0, "call_1", "f", "{}"),
+        ToolCall(1, "call_2", "g", "{}"),
+        ToolCall(2, "call_3", "h", "{}"),
+    ]
 
 
 def test_an_id_or_a_name_alone_begins_no_new_call() -> None:
@@ -508,9 +516,9 @@ def test_an_id_and_a_name_that_come_late_are_passed_on_once() -> None:
         ToolCall(0, None, "f", ""),
         ToolCall(0, None, None, "1"),
     ]
-    assert _calls(_piece(0, None, "f", "1"), _piece(0, "a", "f", "2")) == [
-        ToolCall(0, None, "f", "1"),
-        ToolCall(0, "a", None, "2"),
+    assert _calls(_piece(0, None, "f", "1"), _piece(0, "a", "f", "2"), _piece(0, "a", None, None)) == [
+        ToolCall(0, "call_0", "f", "1"),
+        ToolCall(0, None, None, "2"),
     ]
 
 
