@@ -33,6 +33,8 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:argument
 _NAMED = re.compile(r"\s*([A-Za-z0-9_.-]{1,128})\s*(?:\[CALL_ID\][^\[\]{}]*)?(?:\[ARGS\])?\s*(?=\{)")
 _MAYBE_NAMED = re.compile(r"\s*[A-Za-z0-9_.-]{0,128}\s*(\[[A-Z_]*\]?[^\[\]{}]*){0,2}\s*$")
 _MISTRAL: frozenset[ToolStyle] = frozenset({"mistral", "mistral_args"})
+# Characters up to the arguments; what is longer is read when the object is whole. Each piece has all of them looked at again.
+_LONGEST_HEAD = 1024
 _LONGEST_NAMED = 512  # characters of a name with its marks; what is longer is no call
 _LONGEST_TAIL = 4096  # characters of keys behind the arguments; nobody writes them
 
@@ -200,19 +202,19 @@ class ToolCallReader:
 
     def _head(self, out: list[Text | ToolCall]) -> bool:
         """The beginning of a call's object, up to its arguments."""
-        head = _HEAD.match(self._held)
-        if head:
-            name = _loads(head[1])
-            if name in self._names:
-                self._begin(out, str(name), self._held[head.end() :])
-                return True
-            return self._no_call(out)
         start = self._held.lstrip()
-        if start and not start.startswith("{"):
-            return self._no_call(out)
         blanks = len(self._held) - len(start)
         self._open(blanks)
         self._seen = max(0, self._seen - blanks)
+        head = _HEAD.match(start, 0, _LONGEST_HEAD) if self._seen < _LONGEST_HEAD else None
+        if head:
+            name = _loads(head[1])
+            if name in self._names:
+                self._begin(out, str(name), start[head.end() :])
+                return True
+            return self._no_call(out)
+        if start and not start.startswith("{"):
+            return self._no_call(out)
         end = self._extent.feed(start, self._seen)
         self._seen = len(start)
         return self._whole(out, start[:end], start[end:]) if end is not None else False

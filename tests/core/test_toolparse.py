@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy.core.deltas import Text, ToolCall
 from llamacpp_mqtt_deploy.core.gbnf import NotConvertible, grammar_of, literal, tool_grammar
 from llamacpp_mqtt_deploy.core.toolparse import MARKS, JsonExtent, ToolCallReader, ToolStyle, style_of
+from tests.support.effort import seconds_of
 
 NAMES = ("get_weather", "get_time")
 
@@ -176,12 +177,52 @@ def test_the_name_comes_before_the_arguments_are_complete() -> None:
     assert reader.complete == 1
 
 
-def test_a_long_unfinished_head_costs_no_quadratic_time() -> None:
+@pytest.mark.parametrize(
+    "begun, more, ended",
+    [
+        ('{"arguments": {"a": "', "abcde", '"}, "name": "get_time"}'),
+        ('{"name": "get_time', "\\u0041", '", "name": "get_time"}'),
+        ("{", "     ", '"name": "get_time"}'),
+        ('{"name"', "     ", ': "get_time"}'),
+        ('{"name": "get_time"', "     ", "}"),
+        ('{"name": "get_time", "arguments":', "     ", "{}}"),
+    ],
+)
+def test_a_long_unfinished_head_costs_no_quadratic_time(begun: str, more: str, ended: str) -> None:
     reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
-    reader.feed('<tool_call>{"arguments": {"a": "')
-    for _ in range(20_000):
-        reader.feed("abcde")
-    assert reader.feed('"}, "name": "get_time"}</tool_call>')
+    reader.feed("<tool_call>" + begun)
+
+    def go_on() -> None:
+        for _ in range(20_000):
+            assert reader.feed(more) == []
+
+    assert seconds_of(go_on) < 5
+    told = reader.feed(ended + "</tool_call>")
+    assert isinstance(told[0], ToolCall)
+    assert told[0].name == "get_time"
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 400, 1000, 1024]), min_size=5, max_size=5),
+    st.sampled_from(["get_time", "x" * 1000]),
+    st.sampled_from(['{"a": 1}}', '"1"}', '{"a": 1', "]"]),
+    st.lists(st.integers(0, 8000), max_size=6),
+)
+def test_the_cut_does_not_matter_also_for_long_heads(blanks: list[int], name: str, end: str, cuts: list[int]) -> None:
+    words = ["<tool_call>", "{", '"name"', f': "{name}"', ', "arguments":']
+    text = "".join(word + " " * count for word, count in zip(words, blanks, strict=True)) + end
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    pieces = [text[start:end] for start, end in itertools.pairwise(places)]
+    assert read("hermes", pieces)[:2] == read("hermes", [text])[:2]
+
+
+def test_a_head_of_more_than_a_thousand_characters_is_read_when_its_object_is_whole() -> None:
+    reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
+    head = '{"name": "get_time", "arguments":'
+    assert reader.feed("<tool_call>" + head.ljust(1023) + "{")
+    reader = ToolCallReader("hermes", names=NAMES, new_id=lambda: "id")
+    assert reader.feed("<tool_call>" + head.ljust(1024) + "{") == []
+    assert reader.feed("}}") == [ToolCall(0, "id", "get_time", "{}")]
 
 
 @pytest.mark.parametrize(
