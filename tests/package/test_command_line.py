@@ -177,6 +177,35 @@ def test_a_file_of_its_own_never_becomes_a_standard_stream(tmp_path: Path) -> No
         assert ended.returncode == 0, closed
 
 
+INTERRUPTING = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGINT)
+sys.path.remove(os.path.dirname(os.path.dirname(__file__)))
+del sys.modules["click"]
+import click
+"""
+"""A module in front of click, in whose loading somebody presses Ctrl-C."""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_the_command_line_loads_ends_as_documented(tmp_path: Path, ignored: bool) -> None:
+    (tmp_path / "click").mkdir()
+    (tmp_path / "click" / "__init__.py").write_text(INTERRUPTING)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["lmd"]
+    module, function = script.split(":")
+    for program in (["-m", "llamacpp_mqtt_deploy"], ["-c", f"from {module} import {function}; {function}()"]):
+        ended = subprocess.run(
+            ["sh", "-c", 'trap "" INT; exec "$@"' if ignored else 'exec "$@"', "sh", sys.executable, *program, "--version"],
+            capture_output=True, text=True, timeout=60, check=False, env=clean_environment() | {"PYTHONPATH": path},
+        )  # fmt: skip
+        assert ended.stderr == ""
+        if ignored:
+            assert (ended.returncode, ended.stdout.split()[-1:]) == (0, [__version__])
+        else:
+            assert (ended.returncode, ended.stdout) == (130, "")
+
+
 def test_ctrl_c_while_a_commands_modules_load_ends_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_name: str) -> None:
         raise KeyboardInterrupt
