@@ -476,8 +476,8 @@ class Store(Protocol):
         what is remembered, some at a time, and drops nothing until it has moved all of it."""
 
     def trouble(self) -> str:
-        """Why it takes no writes at the moment and what to do, for the operator; empty when it takes them. May look at the
-        disk; never raises."""
+        """Why it takes no writes at the moment, or what else is wrong with it, and what to do, for the operator; empty when all is
+        well. May look at the disk; never raises."""
 
     def close(self) -> None: ...
 

@@ -188,6 +188,12 @@ class GroupCommit:
         with self._connection_lock:
             yield self._connection
 
+    def replace(self, make: Callable[[sqlite3.Connection], sqlite3.Connection]) -> None:
+        """Go on with the connection that `make` returns for the present one, between two transactions."""
+        with self._connection_lock:
+            self._connection = make(self._connection)
+            self._durable = None
+
     def close(self, timeout_s: float) -> bool:
         """Commit what waits, then end the thread; False when the disk did not let it end in time."""
         with self._lock:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llamacpp_mqtt_deploy.ports import StoreError
 from llamacpp_mqtt_deploy.stores import schema
+from llamacpp_mqtt_deploy.stores.statefile import Missing
 
 
 class MemoryFile:
@@ -33,6 +34,18 @@ class MemoryFile:
     def suspect(self, error: sqlite3.Error) -> bool:
         """False: there is nothing to look at again, a database in memory does not outlive its damage."""
         return False
+
+    unmended = None
+
+    def missing(self) -> Missing:
+        """Nothing: there is no path at which it could lie."""
+        return ""
+
+    def mend(self, _missing: Missing, connection: sqlite3.Connection) -> sqlite3.Connection:
+        return connection
+
+    def mended(self) -> StoreError | None:
+        return None
 
     def full(self) -> StoreError | None:
         """None: there is no disk."""

@@ -28,7 +28,7 @@ from llamacpp_mqtt_deploy.stores.histories import SessionKey
 from llamacpp_mqtt_deploy.stores.known_keys import KnownKeys
 from llamacpp_mqtt_deploy.stores.memory import MemoryFile
 from llamacpp_mqtt_deploy.stores.session_uses import SessionUses
-from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
+from llamacpp_mqtt_deploy.stores.statefile import Missing, StateFile, translated
 
 WRITE_TIMEOUT_S = 30.0
 """How long the methods that wait for their write do so: an SD card that collects garbage takes seconds."""
@@ -58,6 +58,7 @@ class SqliteStore:
         self._lock = threading.Lock()
         self._open: _Open | None = None
         self.commit_times = Histogram(COMMIT_BOUNDS_S)
+        self._mending: threading.Thread | None = None
         self._damage: StoreError | None = None
         """What a read found; writes may go on for a while."""
 
@@ -84,6 +85,8 @@ class SqliteStore:
     def close(self) -> None:
         """Commit what waits, fold the log into the file and let go of the lock; idempotent, never raises."""
         with self._lock:
+            if self._mending is not None:
+                self._mending.join(CLOSE_TIMEOUT_S)  # what it has not written anew by then is lost
             if self._open is not None:
                 with contextlib.suppress(StoreError):
                     self._open.writer.submit(self._open.uses.note, urgent=True)
@@ -92,7 +95,10 @@ class SqliteStore:
 
     def trouble(self) -> str:
         opened = self._open
-        found = None if opened is None else self._damage or opened.writer.trouble or self._file.full()
+        if opened is None:
+            return ""
+        file = self._file
+        found = self._damage or file.unmended or opened.writer.trouble or file.full() or file.mended()
         return "" if found is None else str(found)
 
     # --- journal -----------------------------------------------------------------------------------------------------
@@ -102,9 +108,9 @@ class SqliteStore:
 
     def accept_soon(self, entries: Sequence[Entry], *, unhurried: bool = False) -> Pending:
         opened, taken = self._opened(), tuple(entries)
-        full = self._file.full()
-        if full is not None:
-            raise full
+        refused = self._file.unmended or self._file.full()
+        if refused is not None:
+            raise type(refused)(*refused.args)
 
         def step(db: sqlite3.Connection) -> None:
             for entry in taken:
@@ -282,6 +288,7 @@ class SqliteStore:
         max_sessions: int,
         max_bytes: int = MAX_JOURNAL_BYTES,
     ) -> Purged:
+        self._mind_the_path()
         self._note_uses()
         writer = self._opened().writer
         entries, sessions, times_are_right = Portion(), Portion(), False
@@ -308,6 +315,22 @@ class SqliteStore:
         if opened.known.is_full():
             opened.known.renew(_all_keys(self._some_keys))
         return Purged(entries=entries.rows, sessions=sessions.rows, more=entries.full or sessions.full)
+
+    def _mind_the_path(self) -> None:
+        """Somebody may have removed or replaced the file, of which nothing that is open would notice."""
+        opened, missing = self._opened(), self._file.missing()
+        if not missing or self._damage is not None or (self._mending is not None and self._mending.is_alive()):
+            return
+
+        def mend() -> None:
+            # What fails is told by `trouble` until the next purge.
+            with contextlib.suppress(StoreError):
+                opened.mend(missing)
+
+        # A thread of its own: a large file takes long, and whoever calls `purge` is watched.
+        self._mending = threading.Thread(target=mend, name="state-file", daemon=True)
+        self._mending.start()
+        self._mending.join(PURGE_TIMEOUT_S)
 
     def _note_uses(self) -> None:
         """Some at a time, so that what others write has its turn in between."""
@@ -385,12 +408,37 @@ class _Open:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        if self._reader is None:
-            with self.writer.exclusive() as db:
-                yield db
-        else:
-            with self._reader_lock:
+        with self._reader_lock:
+            if self._reader is not None:
                 yield self._reader
+                return
+        with self.writer.exclusive() as db:
+            yield db
+
+    def mend(self, missing: Missing) -> None:
+        """Put what is missing at its path again, and go on there. Raises StoreError."""
+
+        def go_on(old: sqlite3.Connection) -> sqlite3.Connection:
+            if missing == "log":
+                self._read_with(None)
+            self._connection = self._file.mend(missing, old)
+            if missing != "lock":
+                self._read_with(None)  # whatever it knows has another place now
+                with contextlib.suppress(StoreError):  # reads then take turns with writes
+                    self._read_with(self._file.reader())
+            return self._connection
+
+        old = self._connection
+        self.writer.replace(go_on)
+        if old is not self._connection:
+            with contextlib.suppress(sqlite3.Error):
+                old.close()
+
+    def _read_with(self, reader: sqlite3.Connection | None) -> None:
+        with self._reader_lock:
+            before, self._reader = self._reader, reader
+            if before is not None:
+                before.close()
 
     def close(self) -> None:
         if self.writer.close(CLOSE_TIMEOUT_S):

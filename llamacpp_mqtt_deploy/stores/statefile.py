@@ -7,9 +7,11 @@ import errno
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -27,8 +29,11 @@ WAL_LIMIT_BYTES = 8 * 1024 * 1024
 CACHE_KIB = 500
 """What each connection keeps of the file. The system keeps its pages too: with 10,000 sessions SQLite's own 2 MiB are no faster."""
 
-KEPT_CORRUPT_FILES = 3
-"""A dying disk damages the file again and again: the copies must not fill what is left of it."""
+KEPT_COPIES = 3
+"""A dying disk damages the file again and again: what is moved aside must not fill what is left of it."""
+
+MENDED_TOLD_FOR_S = 600.0
+"""How long it is told that the file had to be written anew: nobody looks at every second, and it may happen again."""
 
 _LITTLE_BYTES = 256 * 1024
 """With less than this free, whatever went wrong at the opening went wrong for lack of room."""
@@ -38,6 +43,10 @@ _MARK = b"llamacpp-mqtt-deploy state"
 _SUSPECT = b"damaged"
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SIDE_FILES = ("-wal", "-shm")
+_LOCK = ".lock"
+
+Missing = Literal["", "lock", "log", "file"]
+"""What of ours does not lie at its path any more; of several that whose loss is the worst."""
 
 log = structlog.get_logger(__name__)
 
@@ -112,7 +121,11 @@ class StateFile:
         """Where a damaged file went when this one was opened."""
         self.reserve = Reserve(path.with_name(path.name + ".reserve"))
         self.told_ends = ToldEnds(path.with_name(path.name + ".ends"))
-        self._lock_path = path.with_name(path.name + ".lock")
+        self.unmended: StoreError | None = None
+        """Why nothing new should be written: the file does not lie at its path any more, and could not be put there again."""
+        self._mended: tuple[float, StoreError] | None = None
+        self._ours: dict[str, tuple[int, int] | None] = {}
+        self._lock_path = path.with_name(path.name + _LOCK)
         self._lock_fd: int | None = None
         self._notes = b""
         self._wal = False
@@ -147,6 +160,8 @@ class StateFile:
             self._notes = self._lock()
             connection = self._connect_or_begin_anew(first_look)
             self._sign()
+            self._ours = self._there()
+            self.unmended = self._mended = None
         except BaseException as error:
             self.release()
             if isinstance(error, sqlite3.Error | OSError):
@@ -193,6 +208,101 @@ class StateFile:
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    # --- the path ----------------------------------------------------------------------------------------------------
+
+    def missing(self) -> Missing:
+        """What somebody has removed or replaced while it was open; costs a few calls of `stat`."""
+        there = self._there()
+        changed = {suffix for suffix, was in self._ours.items() if there.get(suffix) != was}
+        if not changed:
+            self.unmended = None  # a mount that came back
+            return ""
+        if "" in changed:
+            return "file"
+        return "log" if changed.intersection(_SIDE_FILES) else "lock"
+
+    def mend(self, missing: Missing, connection: sqlite3.Connection) -> sqlite3.Connection:
+        """Put at its path again what is missing there; returns the connection to go on with, which may be a new one with all that
+        the old one knows. Raises StoreError; the old one serves on then. There must be no reader where the log is missing."""
+        what, how = f"{self.path} ({_MISSING[missing]})", "removed or replaced"
+        try:
+            self._make_directory()
+            self._lock_again()
+            if missing == "file":
+                aside = self._clear_the_path()
+                how = "removed" if aside is None else f"replaced by what is now {aside}"
+                connection = self._write_anew(connection)
+            elif missing == "log":
+                # Leaving this mode folds in what is in the log, though it has no name any more.
+                connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+                self._choose_log(connection)
+            self._sign()
+        except (StoreError, sqlite3.Error, OSError) as error:
+            problem = error if isinstance(error, StoreError) else translated(error, self.path)
+            self.unmended = StoreError(f"{what} was {how} while the worker worked with it. {_UNMENDED} {problem}")
+            raise self.unmended from error
+        told = StoreError(f"{what} was {how} while the worker worked with it. {_MENDED}")
+        self._ours, self.unmended, self._mended = self._there(), None, (time.monotonic(), told)
+        return connection
+
+    def mended(self) -> StoreError | None:
+        """What was missing of late, and is there again."""
+        if self._mended is None or time.monotonic() - self._mended[0] > MENDED_TOLD_FOR_S:
+            return None
+        return self._mended[1]
+
+    def _there(self) -> dict[str, tuple[int, int] | None]:
+        side_files = _SIDE_FILES if self._wal else ()
+        return {suffix: self._identity(suffix) for suffix in ("", *side_files, _LOCK)}
+
+    def _identity(self, suffix: str) -> tuple[int, int] | None:
+        try:
+            found = self._beside(suffix).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            return self._ours.get(suffix)  # a disk that does not say is another trouble
+        return found.st_dev, found.st_ino
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
+
+    def _make_directory(self) -> None:
+        directory = self.path.parent
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            message = (
+                f"Make the directory {directory} again, writable for uid {os.getuid()} ({error.strerror or error})."
+            )
+            raise StoreError(message) from error
+
+    def _clear_the_path(self) -> Path | None:
+        """Make room for the file; returns where something went that is not ours to remove, perhaps a backup to be restored."""
+        for suffix in _SIDE_FILES:
+            if self._identity(suffix) == self._ours.get(suffix):
+                self._beside(suffix).unlink(missing_ok=True)  # of the old file: it would spoil any other one
+        if self._identity("") is None:
+            return None
+        aside = self._move_aside("replaced")
+        log.warning("store.put_aside", path=str(self.path), moved_to=str(aside))
+        return aside
+
+    def _write_anew(self, old: sqlite3.Connection) -> sqlite3.Connection:
+        """All that is in the file that lost its name, in one transaction, with that name."""
+
+        def copy(new: sqlite3.Connection) -> None:
+            old.backup(new, progress=_must_not_wait)
+            new.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+        try:
+            return self._connect(copy)
+        except BaseException:
+            for suffix in ("", *_SIDE_FILES):
+                with contextlib.suppress(OSError):
+                    self._beside(suffix).unlink(missing_ok=True)
+            raise
+
     # --- the lock ----------------------------------------------------------------------------------------------------
 
     def suspect(self, error: sqlite3.Error) -> bool:
@@ -222,6 +332,22 @@ class StateFile:
             log.warning("store.unlocked", path=str(self._lock_path), reason=error.strerror)
         return held
 
+    def _lock_again(self) -> None:
+        """Where the lock file is gone another worker could start: the lock that we have is on a file that it does not see."""
+        if self._identity(_LOCK) == self._ours[_LOCK]:
+            return
+        held = self._lock_fd
+        try:
+            self._lock()
+        except BaseException:
+            if self._lock_fd != held:
+                self.release()
+                self._lock_fd = held
+            raise
+        if held is not None:
+            os.close(held)
+        self._ours[_LOCK] = self._identity(_LOCK)
+
     def _sign(self) -> None:
         """Write mark and pid into the lock file; only after the file opened, so that a wrong path leaves no mark."""
         self._write_notes(b"")
@@ -249,7 +375,7 @@ class StateFile:
                 )
                 raise StoreError(message) from error
             # A worker without an operator must come back by itself; the old file is kept for whoever wants to look.
-            self.moved_aside = self._move_aside()
+            self.moved_aside = self._move_aside("corrupt")
             log.error(
                 "store.moved_aside",
                 reason=str(error),
@@ -300,10 +426,7 @@ class StateFile:
         if not tables:
             # Only a file without tables can choose it: pages that purge freed go back to the disk, a few at a time.
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        self._wal = mode == "wal"
-        if not self._wal:
-            log.warning("store.without_wal", path=str(self.path), mode=mode, reason="the file system cannot")
+        self._choose_log(connection)
         # Savepoints must not need a second disk that is full or read-only.
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
@@ -324,23 +447,46 @@ class StateFile:
         elif version < len(schema.MIGRATIONS):
             log.info("store.migrated", path=str(self.path), was=version, schema=len(schema.MIGRATIONS))
 
-    def _move_aside(self) -> Path:
+    def _choose_log(self, connection: sqlite3.Connection) -> None:
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        self._wal = mode == "wal"
+        if not self._wal:
+            log.warning("store.without_wal", path=str(self.path), mode=mode, reason="the file system cannot")
+
+    def _move_aside(self, why: Literal["corrupt", "replaced"]) -> Path:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        target = self.path.with_name(f"{self.path.name}.corrupt-{stamp}")
+        target = self.path.with_name(f"{self.path.name}.{why}-{stamp}")
         for suffix in ("", *_SIDE_FILES):
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).rename(target.with_name(target.name + suffix))
         # Not the one just made, though by a clock that is behind its name is the oldest.
         copies = sorted(
             copy
-            for copy in self.path.parent.glob(f"{self.path.name}.corrupt-*")
+            for copy in self.path.parent.glob(f"{self.path.name}.{why}-*")
             if copy != target and not copy.name.endswith(_SIDE_FILES)
         )
-        for old in copies[: 1 - KEPT_CORRUPT_FILES]:
+        for old in copies[: 1 - KEPT_COPIES]:
             for suffix in ("", *_SIDE_FILES):
                 with contextlib.suppress(OSError):
                     old.with_name(old.name + suffix).unlink()
         return target
+
+
+_MISSING = {"": "", "file": "the database itself", "log": "its -wal or -shm", "lock": "its .lock"}
+_MENDED = (
+    "The worker put it there again and nothing is lost. Find what did this: a cleaning script, tmpfiles, a sync tool. To restore a "
+    "backup, stop the worker first."
+)
+_UNMENDED = (
+    "The worker still has all of it, takes no new requests and tries every few seconds to put it there again; if it stops before "
+    "that, what it has is lost."
+)
+
+
+def _must_not_wait(status: int, _left: int, _total: int) -> None:
+    """Python tries for ever to copy into a database that another program holds."""
+    if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        raise StoreError("Another program holds the new file (an open sqlite3 shell, a backup): end it.")
 
 
 def _number(connection: sqlite3.Connection, pragma: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -173,6 +174,39 @@ def test_a_database_that_is_damaged_at_work_is_a_problem_in_the_status_until_the
     start_worker(broker.port, llama_server.url)
     assert _answered(watcher, "after")["type"] == "done"
     assert not _problem(watcher)
+
+
+def test_a_state_directory_that_is_removed_at_work_is_written_anew_and_told_and_no_request_is_lost(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, llama_server: LlamaServer, watch: Watch, tmp_path: Path
+) -> None:
+    broker = start_mosquitto(settings=["max_queued_messages 100000"])
+    watcher = watch(broker.port)
+    path = tmp_path / "state" / "state.db"
+    worker = start_worker(broker.port, llama_server.url, sessions__path=str(path))
+    assert _answered(watcher, "before")["type"] == "done"
+    watcher.ask("kitchen", "go on", request_id="running", max_tokens=4000)
+    watcher.first(type="chunk", request_id="running")
+    shutil.rmtree(path.parent)
+    path.parent.write_text("in its way")
+    eventually(lambda: f"Make the directory {path.parent} again" in _problem(watcher))
+    assert _answered(watcher, "refused")["code"] == "internal"
+    path.parent.unlink()
+    eventually(lambda: "nothing is lost" in _problem(watcher))
+    assert [str(path) in line["problem"] for line in worker.log("store.troubled")] == [True, True]
+    assert watcher.terminal("running")["type"] == "done"
+    check_stream(watcher.of("running"))
+    watcher.ask("hall", "and on", request_id="cut-off", max_tokens=4000)
+    watcher.first(type="chunk", request_id="cut-off")
+    worker.kill()
+    start_worker(broker.port, llama_server.url, sessions__path=str(path))
+    assert watcher.terminal("cut-off")["code"] == "interrupted"
+    assert not _problem(watcher)
+    assert _answered(watcher, "after")["type"] == "done"
+    with contextlib.closing(sqlite3.connect(path)) as shell:
+        kept = shell.execute(
+            "SELECT count(*) FROM entries WHERE request_id IN ('before', 'running', 'cut-off')"
+        ).fetchone()
+    assert kept == (3,)
 
 
 def _said(text: str) -> list[dict[str, str]]:
