@@ -18,6 +18,7 @@ class MemoryFile:
     moved_aside: Path | None = None
     told_ends = None
     """Nothing of it outlives the process."""
+    unmended = unfolded = None
 
     def open(self, first_look: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=128)
@@ -35,14 +36,19 @@ class MemoryFile:
         """False: there is nothing to look at again, a database in memory does not outlive its damage."""
         return False
 
-    unmended = None
-
     def missing(self) -> Missing:
         """Nothing: there is no path at which it could lie."""
         return ""
 
     def mend(self, _missing: Missing, connection: sqlite3.Connection) -> sqlite3.Connection:
         return connection
+
+    def log_is_long(self) -> bool:
+        """False: there is no log."""
+        return False
+
+    def cut_log(self, _connection: sqlite3.Connection) -> None:
+        """Nothing is cut."""
 
     def mended(self) -> StoreError | None:
         return None

@@ -58,7 +58,7 @@ class SqliteStore:
         self._lock = threading.Lock()
         self._open: _Open | None = None
         self.commit_times = Histogram(COMMIT_BOUNDS_S)
-        self._mending: threading.Thread | None = None
+        self._minding: threading.Thread | None = None
         self._damage: StoreError | None = None
         """What a read found; writes may go on for a while."""
 
@@ -85,8 +85,8 @@ class SqliteStore:
     def close(self) -> None:
         """Commit what waits, fold the log into the file and let go of the lock; idempotent, never raises."""
         with self._lock:
-            if self._mending is not None:
-                self._mending.join(CLOSE_TIMEOUT_S)  # what it has not written anew by then is lost
+            if self._minding is not None:
+                self._minding.join(CLOSE_TIMEOUT_S)  # what it has not written anew by then is lost
             if self._open is not None:
                 with contextlib.suppress(StoreError):
                     self._open.writer.submit(self._open.uses.note, urgent=True)
@@ -98,8 +98,10 @@ class SqliteStore:
         if opened is None:
             return ""
         file = self._file
-        found = self._damage or file.unmended or opened.writer.trouble or file.full() or file.mended()
-        return "" if found is None else str(found)
+        hindrance = self._damage or file.unmended or opened.writer.trouble or file.full()
+        # A log that grows may be what fills the disk.
+        found = (hindrance, file.unfolded or file.mended())
+        return " ".join(str(each) for each in found if each is not None)
 
     # --- journal -----------------------------------------------------------------------------------------------------
 
@@ -288,7 +290,7 @@ class SqliteStore:
         max_sessions: int,
         max_bytes: int = MAX_JOURNAL_BYTES,
     ) -> Purged:
-        self._mind_the_path()
+        self._mind_the_file()
         self._note_uses()
         writer = self._opened().writer
         entries, sessions, times_are_right = Portion(), Portion(), False
@@ -316,21 +318,26 @@ class SqliteStore:
             opened.known.renew(_all_keys(self._some_keys))
         return Purged(entries=entries.rows, sessions=sessions.rows, more=entries.full or sessions.full)
 
-    def _mind_the_path(self) -> None:
-        """Somebody may have removed or replaced the file, of which nothing that is open would notice."""
+    def _mind_the_file(self) -> None:
+        """Somebody may have removed or replaced it, of which nothing that is open would notice, or may read in it without end."""
         opened, missing = self._opened(), self._file.missing()
-        if not missing or self._damage is not None or (self._mending is not None and self._mending.is_alive()):
+        if not missing and not self._file.log_is_long():
+            return
+        if self._damage is not None or (self._minding is not None and self._minding.is_alive()):
             return
 
-        def mend() -> None:
-            # What fails is told by `trouble` until the next purge.
-            with contextlib.suppress(StoreError):
-                opened.mend(missing)
+        def mind() -> None:
+            # What fails is told by `trouble`, and tried again at the next purge.
+            with contextlib.suppress(StoreError, sqlite3.Error):
+                if missing:
+                    opened.mend(missing)
+                else:
+                    opened.fold_log()
 
         # A thread of its own: a large file takes long, and whoever calls `purge` is watched.
-        self._mending = threading.Thread(target=mend, name="state-file", daemon=True)
-        self._mending.start()
-        self._mending.join(PURGE_TIMEOUT_S)
+        self._minding = threading.Thread(target=mind, name="state-file", daemon=True)
+        self._minding.start()
+        self._minding.join(PURGE_TIMEOUT_S)
 
     def _note_uses(self) -> None:
         """Some at a time, so that what others write has its turn in between."""
@@ -433,6 +440,13 @@ class _Open:
         if old is not self._connection:
             with contextlib.suppress(sqlite3.Error):
                 old.close()
+
+    def fold_log(self) -> None:
+        """Fold the log into the database and cut it, unless another program reads there."""
+        with self.writer.exclusive() as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # which may take long, while our reads go on
+            with self._reader_lock:
+                self._file.cut_log(db)
 
     def _read_with(self, reader: sqlite3.Connection | None) -> None:
         with self._reader_lock:

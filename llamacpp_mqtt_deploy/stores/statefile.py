@@ -26,6 +26,9 @@ BUSY_TIMEOUT_S = 1.0
 WAL_LIMIT_BYTES = 8 * 1024 * 1024
 """The log file is cut to this after a checkpoint; one large transaction would leave it large for ever."""
 
+LONG_LOG_BYTES = 64 * 1024 * 1024
+"""No healthy log comes near it, whatever the size of the database: it is folded in at 4 MiB, and one transaction adds a few."""
+
 CACHE_KIB = 500
 """What each connection keeps of the file. The system keeps its pages too: with 10,000 sessions SQLite's own 2 MiB are no faster."""
 
@@ -123,6 +126,8 @@ class StateFile:
         self.told_ends = ToldEnds(path.with_name(path.name + ".ends"))
         self.unmended: StoreError | None = None
         """Why nothing new should be written: the file does not lie at its path any more, and could not be put there again."""
+        self.unfolded: StoreError | None = None
+        """Why the log grows without end."""
         self._mended: tuple[float, StoreError] | None = None
         self._ours: dict[str, tuple[int, int] | None] = {}
         self._lock_path = path.with_name(path.name + _LOCK)
@@ -161,7 +166,7 @@ class StateFile:
             connection = self._connect_or_begin_anew(first_look)
             self._sign()
             self._ours = self._there()
-            self.unmended = self._mended = None
+            self.unmended = self.unfolded = self._mended = None
         except BaseException as error:
             self.release()
             if isinstance(error, sqlite3.Error | OSError):
@@ -244,6 +249,28 @@ class StateFile:
         told = StoreError(f"{what} was {how} while the worker worked with it. {_MENDED}")
         self._ours, self.unmended, self._mended = self._there(), None, (time.monotonic(), told)
         return connection
+
+    def log_is_long(self) -> bool:
+        """Whether it should be cut; costs a call of `stat`."""
+        if self._log_bytes() > LONG_LOG_BYTES:
+            return True
+        self.unfolded = None
+        return False
+
+    def cut_log(self, connection: sqlite3.Connection) -> None:
+        """Cut a log that is folded in. One who reads in it hinders that, so there must be no reader of ours; he is not waited for."""
+        connection.execute("PRAGMA busy_timeout = 0").fetchall()
+        try:
+            hindered = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}").fetchall()
+        self.unfolded = _read_by_others(self.path, self._log_bytes()) if hindered else None
+
+    def _log_bytes(self) -> int:
+        try:
+            return _size(self._beside("-wal")) if self._wal else 0
+        except OSError:
+            return 0  # a disk that does not say is another trouble
 
     def mended(self) -> StoreError | None:
         """What was missing of late, and is there again."""
@@ -481,6 +508,17 @@ _UNMENDED = (
     "The worker still has all of it, takes no new requests and tries every few seconds to put it there again; if it stops before "
     "that, what it has is lost."
 )
+
+
+def _read_by_others(path: Path, log_bytes: int) -> StoreError:
+    told = LONG_LOG_BYTES
+    while 2 * told <= log_bytes:
+        told *= 2  # the sentence becomes another one a few times, not every few seconds
+    return StoreError(
+        f"{path}-wal is larger than {told // 2**20} MiB and grows until the disk is full: another program has {path} open and reads in "
+        f"it without end (an open sqlite3 shell, a backup). End it; `fuser -v {path}` names it beside the worker, pid {os.getpid()}. "
+        "The file then shrinks by itself."
+    )
 
 
 def _must_not_wait(status: int, _left: int, _total: int) -> None:

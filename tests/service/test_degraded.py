@@ -209,6 +209,28 @@ def test_a_state_directory_that_is_removed_at_work_is_written_anew_and_told_and_
     assert kept == (3,)
 
 
+def test_a_log_that_another_program_makes_grow_is_a_problem_in_the_status_until_it_ends(
+    start_worker: StartWorker, start_mosquitto: StartMosquitto, llama_server: LlamaServer, watch: Watch
+) -> None:
+    broker = start_mosquitto()
+    watcher = watch(broker.port)
+    worker = start_worker(broker.port, llama_server.url)
+    path = Path(worker.settings["sessions.path"])
+    log = path.with_name(path.name + "-wal")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM entries").fetchall()
+        with contextlib.closing(sqlite3.connect(path)) as shell:
+            shell.execute("CREATE TABLE another (a)")
+            shell.execute("INSERT INTO another VALUES (zeroblob(70000000))")
+            shell.commit()
+        eventually(lambda: f"{log} is larger than 64 MiB" in _problem(watcher))
+        assert _answered(watcher, "meanwhile")["type"] == "done"
+    eventually(lambda: not _problem(watcher))
+    assert log.stat().st_size < 8 * 1024 * 1024
+    assert len(worker.log("store.troubled")) == 1
+
+
 def _said(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 

@@ -14,13 +14,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from llamacpp_mqtt_deploy.ports import StoreError, StoreFull, StoreInUse
-from llamacpp_mqtt_deploy.stores import schema
+from llamacpp_mqtt_deploy.stores import schema, statefile
 from llamacpp_mqtt_deploy.stores.memory import MemoryFile
 from llamacpp_mqtt_deploy.stores.sqlite import SqliteStore
 from llamacpp_mqtt_deploy.stores.statefile import StateFile, translated
 from tests.support.store_cases import NOW, SESSION, entry, key, talk
 
 PATH = Path("/var/lib/lmd/state.db")
+MIB = 1024 * 1024
 
 
 @pytest.fixture
@@ -177,6 +178,54 @@ SETTINGS = {
 
 
 # --- whose file it is ------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_another_program_keeps_from_being_folded_in_is_told_until_that_program_ends(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statefile, "LONG_LOG_BYTES", MIB)
+    wal = path.with_name(path.name + "-wal")
+    store = SqliteStore(path)
+    store.open()
+
+    def grown_to(mebibytes: int) -> str:
+        number = 0
+        while wal.stat().st_size <= mebibytes * MIB:
+            number += 1
+            store.accept([entry(f"{mebibytes}-{number}", payload=b"x" * 200_000)])
+        store.purge(now=NOW, remember_s=600, ttl_s=86400, max_sessions=100)
+        return store.trouble()
+
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM entries").fetchall()
+    told = grown_to(2)
+    assert f"{wal} is larger than 2 MiB and grows until the disk is full: another program has {path} open" in told
+    assert grown_to(3) == told, "not another line in the log every few seconds"
+    assert "is larger than 4 MiB" in grown_to(5)
+    reader.close()
+    store.purge(now=NOW, remember_s=600, ttl_s=86400, max_sessions=100)
+    assert not store.trouble(), "without a further write"
+    assert wal.stat().st_size == 0
+    assert not grown_to(2), "what is long for a moment, with nobody to read in it, is cut and not told"
+    assert wal.stat().st_size < MIB
+    store.close()
+
+
+def test_a_program_that_reads_is_not_waited_for_with_a_long_log(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each writer would wait behind."""
+    monkeypatch.setattr(statefile, "LONG_LOG_BYTES", 1)
+    monkeypatch.setattr(statefile, "BUSY_TIMEOUT_S", 600.0)
+    store = SqliteStore(path)
+    store.open()
+    store.accept([entry()])
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM entries").fetchall()
+    store.purge(now=NOW, remember_s=600, ttl_s=86400, max_sessions=100)
+    assert "another program" in store.trouble()
+    reader.close()
+    store.close()
 
 
 def damaged_copy(path: Path, directory: Path) -> Path:
