@@ -40,7 +40,9 @@ class MemoryFile:
         """Nothing: there is no path at which it could lie."""
         return ""
 
-    def mend(self, _missing: Missing, connection: sqlite3.Connection) -> sqlite3.Connection:
+    def mend(
+        self, _missing: Missing, connection: sqlite3.Connection, _first_look: Callable[[sqlite3.Connection], None]
+    ) -> sqlite3.Connection:
         return connection
 
     def log_is_long(self) -> bool:

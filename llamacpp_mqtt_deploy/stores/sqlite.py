@@ -428,7 +428,7 @@ class _Open:
         def go_on(old: sqlite3.Connection) -> sqlite3.Connection:
             if missing == "log":
                 self._read_with(None)
-            self._connection = self._file.mend(missing, old)
+            self._connection = self._file.mend(missing, old, held_bytes.count)
             if missing != "lock":
                 self._read_with(None)  # whatever it knows has another place now
                 with contextlib.suppress(StoreError):  # reads then take turns with writes

@@ -226,9 +226,12 @@ class StateFile:
             return "file"
         return "log" if changed.intersection(_SIDE_FILES) else "lock"
 
-    def mend(self, missing: Missing, connection: sqlite3.Connection) -> sqlite3.Connection:
-        """Put at its path again what is missing there; returns the connection to go on with, which may be a new one with all that
-        the old one knows. Raises StoreError; the old one serves on then. There must be no reader where the log is missing."""
+    def mend(
+        self, missing: Missing, connection: sqlite3.Connection, first_look: Callable[[sqlite3.Connection], None]
+    ) -> sqlite3.Connection:
+        """Put at its path again what is missing there; returns the connection to go on with, which may be a new one, looked at
+        first, with all that the old one knows. Raises StoreError; the old one serves on then. There must be no reader where the
+        log is missing."""
         what, how = f"{self.path} ({_MISSING[missing]})", "removed or replaced"
         try:
             self._make_directory()
@@ -236,7 +239,7 @@ class StateFile:
             if missing == "file":
                 aside = self._clear_the_path()
                 how = "removed" if aside is None else f"replaced by what is now {aside}"
-                connection = self._write_anew(connection)
+                connection = self._write_anew(connection, first_look)
             elif missing == "log":
                 # Leaving this mode folds in what is in the log, though it has no name any more.
                 connection.execute("PRAGMA journal_mode = DELETE").fetchall()
@@ -315,12 +318,15 @@ class StateFile:
         log.warning("store.put_aside", path=str(self.path), moved_to=str(aside))
         return aside
 
-    def _write_anew(self, old: sqlite3.Connection) -> sqlite3.Connection:
+    def _write_anew(
+        self, old: sqlite3.Connection, first_look: Callable[[sqlite3.Connection], None]
+    ) -> sqlite3.Connection:
         """All that is in the file that lost its name, in one transaction, with that name."""
 
         def copy(new: sqlite3.Connection) -> None:
             old.backup(new, progress=_must_not_wait)
             new.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            first_look(new)
 
         try:
             return self._connect(copy)

@@ -123,6 +123,20 @@ def test_whatever_is_removed_or_replaced_is_there_again_after_the_next_purge_wit
     assert not store.trouble()
 
 
+def test_a_file_that_was_written_anew_is_kept_small_as_before(store: SqliteStore, path: Path) -> None:
+    """What each client holds of it is counted along with the connection that writes."""
+    names = [f"r{number}" for number in range(20)]
+    store.accept([entry(name) for name in names])
+    for name in names:
+        store.finish(key(name), b"x" * 3000, now=NOW)
+    path.unlink()
+    _purge(store)
+    store.mark_delivered([key(name) for name in names])
+    dropped = store.purge(now=NOW, remember_s=600, ttl_s=86400, max_sessions=100, max_bytes=10 * 3512).entries
+    assert dropped == 15, "a single client may hold half"
+    assert [name for name in names if store.find(key(name)) is None] == names[:15]
+
+
 def test_what_lies_at_the_path_instead_is_kept_aside_whole(store: SqliteStore, path: Path, tmp_path: Path) -> None:
     """A backup that somebody restored while the worker ran, beside the log of the file that it replaced."""
     backup = tmp_path / "backup.db"
