@@ -158,6 +158,8 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
   return { requestId: body.request_id, session, reader, cancel, done };
 }
 
+const COMES_BACK = 4000; // tells the gateway that the answers are asked for again: after a plain close it would cancel them
+
 /** Through the gateway's WebSocket: one socket for all requests, opened when needed, opened again when lost. */
 export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, onState } = {}) {
   const entries = new Set();
@@ -199,7 +201,7 @@ export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, o
     renew() {
       const old = socket;
       socket = null;
-      old?.close();
+      old?.close(COMES_BACK);
       all("down");
       open();
     },
@@ -259,9 +261,10 @@ export function overMqtt(client, { root = "llm" } = {}) {
   const entries = new Set();
   const decoder = new TextDecoder();
   const topic = (kind, session) => `${root}/${kind}/${session}`;
+  const reply = ({ session }) => topic("reply", session);
   const subscribe = (entry) =>
-    client.subscribe(topic("reply", entry.session), { qos: 1 }, (error, granted) => {
-      if (error || granted?.some(({ qos }) => qos > 2)) entry.fail("not_permitted", `The broker refuses ${topic("reply", entry.session)}.`);
+    client.subscribe(reply(entry), { qos: 1 }, (error, granted) => {
+      if (error || granted?.some(({ qos }) => qos > 2)) entry.fail("not_permitted", `The broker refuses ${reply(entry)}.`);
       else if (entries.has(entry)) entry.up();
     });
   const publish = (kind, session, body) => client.publish(topic(kind, session), JSON.stringify(body), { qos: 1 });
@@ -269,7 +272,7 @@ export function overMqtt(client, { root = "llm" } = {}) {
   const lost = () => entries.forEach((entry) => entry.down());
   const received = (name, payload, { retain }) => {
     const event = retain ? null : parsed(decoder.decode(payload));
-    if (event) for (const entry of [...entries]) if (name === topic("reply", entry.session)) entry.event(event);
+    if (event) for (const entry of [...entries]) if (name === reply(entry)) entry.event(event);
   };
   client.on("connect", connected).on("close", lost).on("message", received);
   return {
@@ -278,7 +281,7 @@ export function overMqtt(client, { root = "llm" } = {}) {
       if (client.connected) subscribe(entry);
       return () => {
         entries.delete(entry);
-        if (![...entries].some(({ session }) => session === entry.session)) client.unsubscribe(topic("reply", entry.session));
+        if (![...entries].some(({ session }) => session === entry.session)) client.unsubscribe(reply(entry));
       };
     },
     send: ({ session }, body) => publish("request", session, body),

@@ -33,8 +33,9 @@ class HandSocket {
   say(event) {
     this.onmessage({ data: typeof event === "string" ? event : JSON.stringify(event) });
   }
-  close() {
+  close(code) {
     this.readyState = 3;
+    this.code = code;
     this.onclose();
   }
 }
@@ -103,6 +104,7 @@ test("a WebSocket that says nothing for three heartbeats is replaced by another 
   HandSocket.all[0].say({ type: "start", request_id: asked.requestId });
   for (let second = 0; second < 46; second += 1) mock.timers.tick(1000);
   assert.equal(HandSocket.all.length, 2);
+  assert.equal(HandSocket.all[0].code, 4000, "after a plain close the gateway would cancel the answers of all who share the socket");
   HandSocket.all[1].accept();
   assert.deepEqual(HandSocket.all[1].frames, HandSocket.all[0].frames);
 });

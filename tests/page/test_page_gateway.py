@@ -77,6 +77,21 @@ def test_a_gateway_that_dies_and_comes_back_costs_no_word_and_doubles_none(
         gateway.close()
 
 
+def test_a_machine_that_comes_back_to_the_network_goes_on_with_the_answer(
+    page: ChatPage, engine: ScriptedEngine
+) -> None:
+    gate = Gate()
+    engine.play("One, ", "two, ", gate, "three.")
+    page.ask("Count")
+    page.until(lambda: "two" in page.answer())
+    page.run("dispatchEvent(new Event('online'))")
+    page.until(lambda: page.text("#connection") == "Connected")
+    gate.open()
+    page.ended()
+    assert page.answer() == "One, two, three."
+    assert len(engine.calls) == 1
+
+
 def test_a_gateway_with_keys_is_used_with_the_key_of_the_settings(
     browser: Any, broker: Mosquitto, worker: LiveWorker, tmp_path: Path
 ) -> None:
