@@ -107,7 +107,8 @@ export function ask(bus: Bus, request: Request, options?: Options): Asked;
 
 /**
  * Through the gateway's WebSocket: one socket for all requests, opened when needed, opened again when lost. `close()` cancels what is under
- * way; with a code from 4000 to 4999 the answers go on for a while, to be asked for again over another socket.
+ * way; with a code from 4000 to 4999 the answers go on for a while, to be asked for again over another socket. Those that are still waited
+ * for end with `offline` after `offlineS`.
  */
 export function overWebSocket(url: string, options?: WebSocketOptions): Bus & Required<Pick<Bus, "control" | "renew" | "close">>;
 

@@ -109,6 +109,20 @@ test("a WebSocket that says nothing for three heartbeats is replaced by another 
   assert.deepEqual(HandSocket.all[1].frames, HandSocket.all[0].frames);
 });
 
+test("a WebSocket that was closed stays closed, also where an answer was under way", async () => {
+  const bus = socketBus();
+  const options = { offlineS: 60 };
+  const [one, two] = [ask(bus, { session: "s", prompt: "1" }, options), ask(bus, { session: "s", prompt: "2" }, options)];
+  HandSocket.all[0].accept();
+  HandSocket.all[0].say({ type: "start", request_id: one.requestId });
+  bus.close();
+  two.cancel();
+  assert.equal((await two.done).end.finish_reason, "cancelled");
+  for (let second = 0; second < 61; second += 1) mock.timers.tick(1000);
+  assert.equal((await one.done).end.code, "offline");
+  assert.equal(HandSocket.all.length, 1);
+});
+
 // --- fetch ---
 
 /** A response whose body the test writes. */

@@ -207,6 +207,7 @@ export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, o
     },
     close(code = 1000) {
       clearTimeout(waiting);
+      all("down"); // for good: nothing opens it again for them
       entries.clear();
       socket?.close(code);
     },
