@@ -80,7 +80,8 @@ export interface Entry {
   readonly session: string;
   event(event: unknown): void;
   up(): void;
-  down(): void;
+  /** `unsent`: what was sent last reached nobody, and so does not count as a delivery in vain. */
+  down(unsent?: boolean): void;
   fail(code: string, message: string, more?: object): void;
 }
 

@@ -115,6 +115,28 @@ test("a connection that stays away is given up", async () => {
   assert.equal((await asked.done).end.code, "offline");
 });
 
+test("a request that ends every connection is given up", async () => {
+  const asked = ask(bus, { prompt: "x".repeat(3e6) });
+  for (let connection = 0; connection < 10; connection += 1) {
+    bus.entry.down();
+    bus.entry.up();
+  }
+  assert.equal((await asked.done).end.code, "lost");
+  assert.equal(bus.sent.length, 5);
+});
+
+test("connections that are lost again and again end no answer that goes on meanwhile", async () => {
+  const asked = ask(bus, { prompt: "Hello" });
+  for (let seq = 0; seq < 10; seq += 1) {
+    bus.say(chunk(seq, "a"));
+    bus.entry.down();
+    wait(200);
+    bus.entry.up();
+  }
+  bus.say({ ...END, seq: 10, full_content: "a".repeat(10) });
+  assert.equal((await asked.done).content, "a".repeat(10));
+});
+
 test("a signal cancels on the worker, and the answer ends with the text so far", async () => {
   const abort = new AbortController();
   const asked = ask(bus, { session: "s", prompt: "Hello" }, { signal: abort.signal });

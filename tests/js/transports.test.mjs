@@ -189,6 +189,41 @@ test("a stream that breaks off is asked for again, and the text is neither lost 
   assert.equal(told.join(""), "ab");
 });
 
+/** Lets the clock run, and what is done meanwhile. */
+async function pass(seconds) {
+  for (let second = 0; second < seconds; second += 1) {
+    for (let turn = 0; turn < 10; turn += 1) await settled();
+    mock.timers.tick(1000);
+  }
+}
+
+test("a gateway that is away is waited for, and that has an end", async () => {
+  let there = false;
+  const answer = async (_, { body }) => {
+    if (!there) throw new TypeError("Failed to fetch");
+    return new Response(`data: ${JSON.stringify({ ...END, request_id: JSON.parse(body).request_id })}\n\n`);
+  };
+  const bus = overFetch("/ask/events", { fetch: answer });
+  const given = ask(bus, { prompt: "1" });
+  await pass(290);
+  there = true;
+  await pass(3);
+  assert.equal((await given.done).content, "ab");
+  there = false;
+  const away = ask(bus, { prompt: "1" });
+  await pass(302);
+  assert.equal((await away.done).end.code, "offline");
+});
+
+test("a server that answers with another page is not asked for ever", async () => {
+  let posts = 0;
+  const bus = overFetch("/ask/events", { fetch: async () => ((posts += 1), new Response("<html>A page</html>")) });
+  const asked = ask(bus, { prompt: "1" });
+  await pass(10);
+  assert.equal((await asked.done).end.code, "lost");
+  assert.equal(posts, 5);
+});
+
 test("a cancel closes the HTTP request, which is how the gateway learns of it", async () => {
   let signal;
   const bus = overFetch("/ask/events", { fetch: async (_, given) => ((signal = given.signal), streamed()) });

@@ -90,7 +90,7 @@ export class Reader {
 export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, signal, heartbeatS = 15, offlineS = 300 } = {}) {
   body.request_id ??= randomId();
   const reader = new Reader(body.request_id, body.stream !== false || body.full_content !== false);
-  let [downAt, sentAt, heardAt, cancelledAt, vain] = [Date.now(), 0, 0, 0, 0];
+  let [isUp, lostAt, sentAt, heardAt, cancelledAt, vain] = [false, Date.now(), 0, 0, 0, 0];
   let resolve, close, timer;
   const done = new Promise((settle) => (resolve = settle));
 
@@ -105,6 +105,7 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
   };
   const finish = (end) => take(reader.feed({ final: true, made_here: true, ...end, request_id: body.request_id }));
   const fail = (code, message, more) => finish({ type: "error", code, message, retryable: true, partial_content: reader.content, ...more });
+  const lost = () => fail("lost", "The answer broke off.");
   const stopped = () => finish({ type: "done", finish_reason: "cancelled", full_content: reader.content });
   const send = () => {
     sentAt = Date.now();
@@ -115,16 +116,22 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
     session,
     fail,
     up() {
-      downAt = 0;
+      isUp = true;
+      if (vain > 4) return lost(); // it may be this very request that the connections end for
       send(); // what came meanwhile is lost
     },
-    down() {
-      downAt ||= Date.now();
+    down(unsent) {
+      isUp = false;
+      lostAt ||= Date.now();
+      if (unsent) vain -= 1;
     },
     event(event) {
       const known = reader.next;
       const news = reader.feed(event);
-      if (event?.request_id === body.request_id) heardAt = Date.now();
+      if (event?.request_id === body.request_id) {
+        heardAt = Date.now();
+        lostAt = 0;
+      }
       if (heardAt && (!reader.lacks || reader.next > known)) vain = 0;
       take(news);
       if (reader.lacks && !news) check();
@@ -133,11 +140,11 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
   const check = () => {
     const now = Date.now();
     if (cancelledAt && now > cancelledAt + 15e3) return stopped();
-    if (downAt) return now > downAt + offlineS * 1e3 && fail("offline", "The connection did not come back.");
+    if (!isUp) return now > lostAt + offlineS * 1e3 && fail("offline", "The connection did not come back.");
     const silence = reader.heard || body.stream === false ? 3e3 * heartbeatS : 5e3;
     const due = reader.lacks ? sentAt + Math.min(500 * 2 ** vain, 1e4) : Math.max(sentAt, heardAt) + silence;
     if (now < due) return;
-    if (vain >= (reader.heard ? 5 : 3)) return reader.heard ? fail("lost", "The answer broke off.") : fail("no_worker", "No worker answers.");
+    if (vain > (reader.heard ? 4 : 2)) return reader.heard ? lost() : fail("no_worker", "No worker answers.");
     if (bus.renew && !reader.lacks) bus.renew(); // which sends it, when connected again
     else send();
   };
@@ -145,7 +152,7 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
     if (reader.end || cancelledAt) return;
     cancelledAt = Date.now();
     bus.control?.(session, { action: "cancel", request_id: body.request_id });
-    if (downAt || !bus.control) stopped();
+    if (!isUp || !bus.control) stopped();
   };
 
   if (signal?.aborted) stopped();
@@ -187,16 +194,17 @@ export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, o
       if (entries.size) waiting = setTimeout(open, pause * (0.5 + Math.random() / 2));
     };
   };
-  const say = (frame) => socket?.readyState === 1 && socket.send(JSON.stringify(frame));
+  const isOpen = () => socket?.readyState === 1;
+  const say = (type, session, body) => isOpen() && socket.send(JSON.stringify({ type, session, ...body }));
   return {
     open(entry) {
       entries.add(entry);
-      if (socket?.readyState === 1) entry.up();
+      if (isOpen()) entry.up();
       else if (!socket && !waiting) open();
       return () => entries.delete(entry);
     },
-    send: ({ session }, body) => say({ type: "request", session, ...body }),
-    control: (session, body) => say({ type: "control", session, ...body }),
+    send: ({ session }, body) => say("request", session, body),
+    control: (session, body) => say("control", session, body),
     /** A socket that says nothing may be dead without knowing it: another one takes its place. */
     renew() {
       const old = socket;
@@ -230,8 +238,9 @@ export function overFetch(url = "/ask/events", { headers, fetch: get = (...given
       running.get(entry)?.abort();
       const http = new AbortController();
       running.set(entry, http);
+      let response;
       try {
-        const response = await get(url, {
+        response = await get(url, {
           method: "POST",
           headers: { "content-type": "application/json", accept: "text/event-stream", "idempotency-key": body.request_id, ...headers },
           body: JSON.stringify({ session_id: entry.session, ...body }),
@@ -250,8 +259,8 @@ export function overFetch(url = "/ask/events", { headers, fetch: get = (...given
       } catch {
         // cut off: asked again below
       }
-      if (http.signal.aborted || running.get(entry) !== http) return;
-      entry.down();
+      if (running.get(entry) !== http) return; // ended, or sent anew
+      entry.down(!response);
       setTimeout(() => running.get(entry) === http && entry.up(), 1e3);
     },
   };
@@ -272,8 +281,7 @@ export function overMqtt(client, { root = "llm" } = {}) {
   const connected = () => entries.forEach(subscribe);
   const lost = () => entries.forEach((entry) => entry.down());
   const received = (name, payload, { retain }) => {
-    const event = retain ? null : parsed(decoder.decode(payload));
-    if (event) for (const entry of [...entries]) if (name === reply(entry)) entry.event(event);
+    if (!retain) for (const entry of [...entries]) if (name === reply(entry)) entry.event(parsed(decoder.decode(payload)));
   };
   client.on("connect", connected).on("close", lost).on("message", received);
   return {
