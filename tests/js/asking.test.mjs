@@ -157,6 +157,19 @@ test("a cancel that nobody answers ends all the same", async () => {
   assert.deepEqual([end.finish_reason, end.full_content, end.made_here], ["cancelled", "a", true]);
 });
 
+test("a cancel that was lost with the connection is said again over the next one", async () => {
+  const asked = ask(bus, { session: "s", prompt: "Hello" });
+  bus.say({ type: "start" }, chunk(0, "a"));
+  asked.cancel();
+  bus.entry.down();
+  wait(2);
+  bus.entry.up();
+  const cancel = { session: "s", action: "cancel", request_id: asked.requestId };
+  assert.deepEqual(bus.controls, [cancel, cancel]);
+  bus.say({ ...END, seq: 1, finish_reason: "cancelled", full_content: "a" });
+  assert.equal((await asked.done).end.made_here, undefined);
+});
+
 test("a cancel without a connection ends at once", async () => {
   const asked = ask(bus, { prompt: "Hello" });
   bus.entry.down();

@@ -119,6 +119,7 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
       isUp = true;
       if (vain > 4) return lost(); // it may be this very request that the connections end for
       send(); // what came meanwhile is lost
+      if (cancelledAt) tell(); // as may be the cancel
     },
     down(unsent) {
       isUp = false;
@@ -148,10 +149,11 @@ export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, si
     if (bus.renew && !reader.lacks) bus.renew(); // which sends it, when connected again
     else send();
   };
+  const tell = () => bus.control?.(session, { action: "cancel", request_id: body.request_id });
   const cancel = () => {
     if (reader.end || cancelledAt) return;
     cancelledAt = Date.now();
-    bus.control?.(session, { action: "cancel", request_id: body.request_id });
+    tell();
     if (!isUp || !bus.control) stopped();
   };
 
