@@ -169,6 +169,25 @@ test("a refused POST without a body that can be read tells the status", async ()
   assert.deepEqual([end.code, end.message], ["http_502", "As said"]);
 });
 
+test("what a callback throws over POST is told to the program, and does not break off the answer", async () => {
+  let posts = 0;
+  const response = streamed();
+  const bus = overFetch("/ask/events", { fetch: async () => ((posts += 1), response) });
+  const asked = ask(bus, { prompt: "1" }, { onNews: () => { throw new Error("of the program"); } });
+  const told = [];
+  process.setUncaughtExceptionCaptureCallback((error) => told.push(error.message));
+  try {
+    await settled();
+    response.say(`data: ${JSON.stringify({ type: "start", request_id: asked.requestId })}\n\n`);
+    response.say(`data: ${JSON.stringify({ ...END, request_id: asked.requestId })}\n\n`);
+    assert.equal((await asked.done).content, "ab");
+    await settled();
+  } finally {
+    process.setUncaughtExceptionCaptureCallback(null);
+  }
+  assert.deepEqual([told, posts], [["of the program", "of the program"], 1]);
+});
+
 test("a stream that breaks off is asked for again, and the text is neither lost nor doubled", async () => {
   const responses = [streamed(), streamed()];
   const bodies = [];

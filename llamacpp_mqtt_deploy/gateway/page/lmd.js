@@ -256,7 +256,8 @@ export function overFetch(url = "/ask/events", { headers, fetch: get = (...given
         for (let rest = "", piece; !(piece = await reader.read()).done; ) {
           const lines = (rest + piece.value).split("\n");
           rest = lines.pop();
-          for (const line of lines) if (line.startsWith("data:")) entry.event(parsed(line.slice(5)));
+          // Not within this `try`: what a callback throws is no lost connection.
+          for (const line of lines) if (line.startsWith("data:")) queueMicrotask(() => entry.event(parsed(line.slice(5))));
         }
       } catch {
         // cut off: asked again below
