@@ -103,6 +103,11 @@ def test_a_gateway_with_keys_is_used_with_the_key_of_the_settings(
         page.ask("Hello")
         page.ended()
         assert page.answer() == "Hello"
+        page.settings["key"] = f" “{gateway.keys['ada']}” "
+        page.open()
+        page.ask("With what was copied along")
+        page.ended()
+        assert page.answer() == "With what was copied along"
         page.settings["key"] = "lmd-wrong"
         page.open(connected=False)
         page.ask("Hello")

@@ -10,7 +10,9 @@ export async function connect(settings, onState) {
   return settings.way === "broker" ? broker(settings, onState) : gateway(settings, onState);
 }
 
-function gateway({ key }, onState) {
+function gateway({ key: given }, onState) {
+  // A blank or a quotation mark that was copied with the key names no subprotocol: the browser would not even begin to connect.
+  const key = given.replace(/[^\w!#$%&'*+.^`|~-]/g, "");
   const address = new URL("ws", document.baseURI);
   address.protocol = address.protocol.replace("http", "ws");
   const entries = new Map();
