@@ -18,6 +18,16 @@ EXPIRES_RENEWALS = 3
 DEFAULT_PREFIX = "homeassistant"
 PROJECT = "llamacpp-mqtt-deploy"
 
+ABSENT: Mapping[str, Mapping[str, Any]] = {
+    "restart_engine": {"platform": "button"},
+    "unload": {"platform": "button"},
+    "keep_awake": {"platform": "switch"},
+    "choose_model": {"platform": "select"},
+    "ask": {"platform": "notify"},
+    "answer": {"platform": "sensor"},
+}
+"""What not every worker has. Home Assistant keeps an entity that a later message leaves out; its platform alone takes it away."""
+
 # What Home Assistant renders. A status may be the will, which has little in it, or empty, when somebody has removed it.
 _STATUS = "{% set s = value_json | default({}) %}{% set engine = s.engine | default({}) %}"
 _STATE = (
@@ -106,7 +116,7 @@ def discovery_message(worker: DiscoveredWorker) -> dict[str, Any]:
         "origin": {"name": PROJECT, "sw_version": worker.version},
         "availability": [{"topic": status, "value_template": _AVAILABLE}],
         "qos": 1,
-        "components": components,
+        "components": {**ABSENT, **components},
     }
 
 

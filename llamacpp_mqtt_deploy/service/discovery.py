@@ -13,7 +13,7 @@ from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.config.settings import RouteSettings, Settings
 from llamacpp_mqtt_deploy.core.addresses import TopicMap
 from llamacpp_mqtt_deploy.core.events import encode
-from llamacpp_mqtt_deploy.core.home_assistant import DEFAULT_PREFIX, DiscoveredWorker, discovery_message
+from llamacpp_mqtt_deploy.core.home_assistant import ABSENT, DEFAULT_PREFIX, DiscoveredWorker, discovery_message
 from llamacpp_mqtt_deploy.core.routes import DEFAULT_ROUTE
 from llamacpp_mqtt_deploy.durable_file import replace_file
 from llamacpp_mqtt_deploy.io_loop import IoLoop
@@ -217,7 +217,7 @@ class Discovery:
         message = discovery_message(worker)
         payload, limit = encode(message), self._link.max_payload_bytes()
         if limit is not None and len(payload) > limit:
-            message["components"].pop("choose_model", None)  # the only part without a bound of its own
+            message["components"]["choose_model"] = ABSENT["choose_model"]  # the only part without a bound of its own
             payload = encode(message)
         if limit is not None and len(payload) > limit:
             log.error(

@@ -139,6 +139,18 @@ async def test_a_worker_that_dies_is_offline_and_the_rest_of_it_unavailable(
     assert complaints(caplog) == []
 
 
+async def test_what_the_worker_can_no_longer_do_goes(
+    connected: HomeAssistant, device: ScriptedWorker, start_worker: StartWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    await becomes(connected, "select.llm_live_model_of_requests", "scripted")
+    await device.stop()
+    await start_worker(home_assistant__discovery="true", status__health_every_s="1")
+    await becomes(connected, "sensor.llm_live_state", "online")
+    await until(lambda: state_of(connected, "select.llm_live_model_of_requests") is None)
+    assert "select.llm_live_model_of_requests" not in entity_registry.async_get(connected).entities
+    assert complaints(caplog) == []
+
+
 async def test_switched_off_again_the_device_goes(
     connected: HomeAssistant, device: ScriptedWorker, start_worker: StartWorker
 ) -> None:

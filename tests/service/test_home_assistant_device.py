@@ -64,11 +64,12 @@ class House:
 
     @property
     def device(self) -> Mapping[str, Any]:
-        """The discovery message."""
+        """The discovery message, without the entities that are taken away: those of a platform alone."""
         eventually(lambda: any(topic.endswith("/config") for topic in list(self.latest)), 20)
         (topic,) = [each for each in list(self.latest) if each.endswith("/config")]
         found: Mapping[str, Any] = self.latest[topic]
-        return found
+        there = {key: entity for key, entity in found["components"].items() if set(entity) != {"platform"}}
+        return {**found, "components": there}
 
     def entity(self, key: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.device["components"][key]
