@@ -41,6 +41,7 @@ class Asking:
         self._rules = rules
         self._deliver = deliver
         self._cancel = cancel
+        self._given_up: WhyEnded | None = None
         self._changed = asyncio.Event()
         self._pieces: deque[Piece] = deque()
         self._loop = asyncio.get_running_loop()
@@ -75,6 +76,11 @@ class Asking:
         self._rules.back()
         self._changed.set()
 
+    def give_up(self, why: WhyEnded) -> None:
+        """No event of it can come any more."""
+        self._given_up = why
+        self._changed.set()
+
     async def pieces(self) -> AsyncIterator[Piece]:
         """What is new, until the end; raises `Unanswered` where there is none to be had."""
         while True:
@@ -83,6 +89,8 @@ class Asking:
                 yield self._pieces.popleft()
             if self.reader.end is not None:
                 return
+            if self._given_up is not None:
+                raise Unanswered(self._given_up)
             now = self._loop.time()
             move = self._rules.decide(now, lacks=self.reader.lacks, cut_short=self.reader.cut_short)
             if isinstance(move, Abandon):

@@ -264,5 +264,7 @@ class BusWorker:
             if timer is not None:
                 timer()
         self._stale = self._gone = None
+        for asking in tuple(self._askings.values()):
+            asking.give_up("lost")  # its replies are no longer subscribed
         self._listeners.clear()
         ir.async_delete_issue(self.hass, DOMAIN, self.issue_id)

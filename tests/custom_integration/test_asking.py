@@ -123,3 +123,22 @@ def test_whoever_stops_waiting_cancels_on_the_worker() -> None:
         assert wire.cancels == 1
 
     asyncio.run(ask())
+
+
+def test_what_is_given_up_from_outside_tells_what_has_come_and_is_cancelled() -> None:
+    async def ask() -> None:
+        wire = Wire()
+        pieces = wire.asking.pieces()
+        first = asyncio.ensure_future(anext(pieces))
+        await wire.sent.wait()
+        wire.event("chunk", seq=0, content="a")
+        assert await first == asking.Piece("content", "a")
+        wire.event("chunk", seq=1, content="b")
+        wire.asking.give_up("lost")
+        assert await anext(pieces) == asking.Piece("content", "b")
+        with pytest.raises(asking.Unanswered, match="lost"):
+            await anext(pieces)
+        wire.asking.close()
+        assert (wire.deliveries, wire.cancels) == (1, 1)
+
+    asyncio.run(ask())

@@ -128,6 +128,18 @@ async def test_a_task_that_is_cancelled_cancels_the_answer(home: Home, scripted:
     await scripted.until("ended", "cancelled")
 
 
+async def test_an_answer_under_way_ends_where_its_options_are_changed(home: Home, scripted: ScriptedWorker) -> None:
+    scripted.play("One ", {"gate": "never"}, "two.")
+    saying = asyncio.create_task(home.refusal("Count"))
+    await scripted.until("reached", "never")
+    await home.hass.config_entries.async_reload(home.entry.entry_id)
+    async with asyncio.timeout(30):  # else it is given up after minutes of silence
+        assert await saying == "The answer of live broke off. Please ask again."
+    await scripted.until("ended", "cancelled")
+    await until(lambda: home.entry.runtime_data.available)
+    assert await home.answer("Still there?") == "Still there?"
+
+
 @pytest.mark.parametrize("how", ["restarted", "killed"])
 async def test_a_broker_that_restarts_in_mid_answer_costs_no_word_and_doubles_none(
     home: Home, scripted: ScriptedWorker, broker: Mosquitto, how: str
