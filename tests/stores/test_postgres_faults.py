@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,31 @@ def test_while_the_database_is_away_everything_is_refused_at_once_and_then_goes_
     eventually(lambda: takes_writes(store, "after"), 20.0)
     assert store.trouble() == ""
     assert [e.key.request_id for e in store.unfinished()] == ["before", "after"]
+
+
+def test_reads_go_on_as_soon_as_the_database_is_back_however_long_it_was_away(
+    start_postgres: Callable[..., PostgresServer], tmp_path: Path, opened: Callable[[Database], PostgresStore]
+) -> None:
+    server = start_postgres()
+    store = opened(database_in(server, tmp_path))
+    store.accept([entry("before")])
+    with contextlib.ExitStack() as held:
+        for _ in range(postgres_store.READERS):
+            held.enter_context(store._read())
+    server.stop()
+    # Nobody writes, so that it is the reads that find out.
+    readers = store._readers
+    assert readers is not None
+
+    def has_tried_often() -> bool:
+        with pytest.raises(StoreError):
+            store.find(key("before"))
+        return readers.get_stats()["connections_errors"] >= 4 * postgres_store.READERS
+
+    eventually(has_tried_often, 60.0)
+    server.start()
+    found = store.find(key("before"))
+    assert found is not None
 
 
 def test_a_database_that_crashes_in_the_middle_of_everything_loses_and_doubles_nothing(

@@ -396,6 +396,9 @@ class PostgresStore:
             min_size=1,
             max_size=READERS,
             timeout=READ_TIMEOUT_S,
+            # The pool doubles its pauses between attempts: those of a longer absence would go on long after its end. What has
+            # given up begins anew with the next read.
+            reconnect_timeout=READ_TIMEOUT_S,
             check=psycopg_pool.ConnectionPool.check_connection,
             max_waiting=256,
             name="readers",
