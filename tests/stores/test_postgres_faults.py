@@ -17,6 +17,7 @@ from llamacpp_mqtt_deploy.ports import StoreError, StoreInUse
 from llamacpp_mqtt_deploy.stores.postgres import database as database_module
 from llamacpp_mqtt_deploy.stores.postgres import pg_schema, postgres_store
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, Database
+from llamacpp_mqtt_deploy.stores.postgres.database_probe import look_at
 from llamacpp_mqtt_deploy.stores.postgres.pg_writer import PgWriter
 from llamacpp_mqtt_deploy.stores.postgres.postgres_store import PostgresStore
 from tests.support.cable import Cable
@@ -463,6 +464,25 @@ def test_a_database_that_cannot_hold_every_text_is_refused(postgres: PostgresSer
 
 
 # --- the layout --------------------------------------------------------------------------------------------------------------
+
+
+class _BehindAPooler(Database):
+    """What the server hears of a connection behind a pooler that ignores its options."""
+
+    def _options(self) -> str:
+        return ""
+
+
+def test_a_pooler_that_ignores_the_options_of_a_connection_is_refused_before_anything_is_made(
+    postgres: PostgresServer, database: Database
+) -> None:
+    pooled = _BehindAPooler(url=postgres.url, schema=database.schema)
+    with pytest.raises(StoreError, match="connection pooler"):
+        PostgresStore(pooled).open()
+    with pytest.raises(StoreError, match="connection pooler"):
+        look_at(pooled)
+    assert postgres.sql("SELECT 1 FROM pg_tables WHERE tablename = 'layout' AND schemaname = 'public'") == []
+    assert postgres.sql(f"SELECT 1 FROM pg_namespace WHERE nspname = '{database.schema}'") == []
 
 
 def test_a_worker_of_this_version_works_on_while_and_after_a_newer_one_extends_the_tables(

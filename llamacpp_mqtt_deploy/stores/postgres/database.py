@@ -123,7 +123,7 @@ class Database:
 
     def _options(self) -> str:
         settings = {
-            "search_path": f'"{self.schema}"',
+            "search_path": self._search_path,
             "statement_timeout": f"{STATEMENT_S * 1000:.0f}",
             "lock_timeout": f"{LOCK_S * 1000:.0f}",
             "idle_in_transaction_session_timeout": f"{self.idle_in_transaction_s * 1000:.0f}",
@@ -137,6 +137,10 @@ class Database:
         }
         return " ".join(f"-c {name}={value}" for name, value in settings.items())
 
+    @property
+    def _search_path(self) -> str:
+        return f'"{self.schema}"'
+
     def connect(self) -> BoundedConnection:
         """A connection in autocommit mode. Raises StoreError."""
         try:
@@ -147,7 +151,24 @@ class Database:
             version = db.info.parameter_status("server_version")
             db.close()
             raise StoreError(f"{self.shown} is PostgreSQL {version}; at least 13 is needed.")
+        try:
+            self._check_options(db)
+        except BaseException:
+            db.close()
+            raise
         return db
+
+    def _check_options(self, db: BoundedConnection) -> None:
+        """Without them the tables of all roots would be those of one schema, and nothing would keep a statement from waiting for ever."""
+        try:
+            row = db.execute("SELECT current_setting('search_path')").fetchone()
+        except psycopg.Error as error:
+            raise self.explained(error) from error
+        if row != (self._search_path,):
+            raise StoreError(
+                f"A connection pooler before {self.shown} ignores the options of a connection (PgBouncer: ignore_startup_parameters), in "
+                "which the worker names its schema and its time limits: let it hand them on, or connect to PostgreSQL itself."
+            )
 
     def judged(self, problem: StoreError) -> StoreError:
         """The same as a StoreAway where no connection came about for a reason that passes by itself, but that its words do not tell:
