@@ -357,6 +357,29 @@ def test_another_worker_ends_what_a_dead_one_streamed_and_runs_the_rest(pool: Ca
     assert fence > b.fence > a.fence
 
 
+def test_a_dead_worker_is_taken_over_although_the_clock_of_the_database_was_set_back(
+    pool: Callable[..., Worker], postgres: PostgresServer
+) -> None:
+    a, b, c = (pool(name, lease_s=3.0) for name in "abc")
+    a.enqueue(request("1"))
+    assert a.takes() == ["1"]
+    a.journal.mark_streaming(key("1"))
+    # All that the database has written was written an hour later than now.
+    postgres.sql(
+        f"UPDATE {a.journal._database.schema}.members SET lease_until = lease_until + interval '1 h', "
+        "fresh_since = fresh_since + interval '1 h'"
+    )
+
+    def seen() -> list[list[int]]:
+        for other in (b, c):
+            other.journal.renew()
+        return [[gone.fence for gone in other.journal.overdue()] for other in (b, c)]
+
+    assert seen() == [[], []]
+    eventually(lambda: seen() == [[a.fence], [a.fence]])
+    assert [taken.why for taken in c.journal.take_over(a.fence)] == ["interrupted"]
+
+
 def test_a_worker_that_comes_back_under_its_name_is_over_as_what_it_was(pool: Callable[..., Worker]) -> None:
     a = pool("a")
     a.enqueue(request("1"), request("2", OTHER))

@@ -21,11 +21,15 @@ _IS_OVER = f"""
     (m.lease_until = {_OVER} OR (
         m.lease_until < clock_timestamp()
         AND me.fresh_since < clock_timestamp() - make_interval(secs => %(lease_s)s)
-        AND pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => %(lease_s)s)
+        AND NOT pg_postmaster_start_time() BETWEEN clock_timestamp() - make_interval(secs => %(lease_s)s) AND clock_timestamp()
     ))
 """
 """Whether `m` may be taken over by `me`. Where the database was away all leases look over: so `me` must have renewed its own without
-a gap for as long as a lease lasts, in which time everybody who is alive has renewed his."""
+a gap for as long as a lease lasts, in which time everybody who is alive has renewed his. One that started later than now did so
+before its clock was set back."""
+
+_FAR = "lease_until > clock_timestamp() + make_interval(secs => %(lease_s)s)"
+"""A lease that nobody could get now: the database's clock was set back since."""
 
 
 def lost() -> LeaseLost:
@@ -80,19 +84,33 @@ def renew(db: BoundedConnection, fence: int, lease_s: float) -> list[tuple[Entry
     """Extend the lease; returns what this worker was asked to do with its requests."""
     row = db.execute(
         text(
-            "UPDATE members SET lease_until = clock_timestamp() + make_interval(secs => %s), fresh_since = "
-            "CASE WHEN lease_until < clock_timestamp() THEN clock_timestamp() ELSE fresh_since END "
-            f"WHERE fence = %s AND lease_until <> {_OVER} RETURNING fence"
+            f"WITH was AS (SELECT {_FAR} AS far FROM members WHERE fence = %(fence)s) "
+            "UPDATE members SET lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s), fresh_since = "
+            "CASE WHEN far OR clock_timestamp() NOT BETWEEN fresh_since AND lease_until THEN clock_timestamp() "
+            f"ELSE fresh_since END FROM was WHERE fence = %(fence)s AND lease_until <> {_OVER} RETURNING far"
         ),
-        (lease_s, fence),
+        {"fence": fence, "lease_s": lease_s},
     ).fetchone()
     if row is None:
         raise lost()
+    if row[0]:
+        _bring_near(db, lease_s)
     rows = db.execute(
         "SELECT route, session, request_id, asked FROM queue WHERE owner = %s AND asked IS NOT NULL ORDER BY id",
         (fence,),
     ).fetchall()
     return [(EntryKey(*row[:3]), row[3]) for row in rows]
+
+
+def _bring_near(db: BoundedConnection, lease_s: float) -> None:
+    """Those of the dead would last as much longer as the clock was set back. Whoever renews his at this moment lives."""
+    db.execute(
+        text(
+            "UPDATE members SET lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s) WHERE fence = ANY(ARRAY("
+            f"SELECT fence FROM members WHERE {_FAR} FOR NO KEY UPDATE SKIP LOCKED))"
+        ),
+        {"lease_s": lease_s},
+    )
 
 
 def leave(db: BoundedConnection, fence: int) -> None:
