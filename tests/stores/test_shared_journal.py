@@ -153,6 +153,21 @@ def test_a_request_moves_up_a_lane_while_it_waits(pool: Callable[..., Worker]) -
     assert a.takes(aging_s=0.05) == ["slow"]
 
 
+def test_what_came_before_the_clock_of_the_database_was_set_back_keeps_its_lane(
+    pool: Callable[..., Worker], postgres: PostgresServer
+) -> None:
+    a = pool("a", slots=9)
+    a.enqueue(request("old", ("default", "x")))
+    schema = a.journal._database.schema
+    postgres.sql(f"UPDATE {schema}.queue SET arrived = arrived + interval '1 h'")
+    assert a.journal.load().oldest_wait_s == 0
+    a.enqueue(request("batch", ("default", "y"), lane=2))
+    places = a.journal.watched([key("old", ("default", "x")), key("batch", ("default", "y"))])
+    assert list(places.values()) == [0, 0]
+    assert a.takes(1) == ["old"]
+    assert a.takes(1) == ["batch"]
+
+
 def test_a_model_goes_to_workers_that_serve_it(pool: Callable[..., Worker]) -> None:
     a, b = pool("a"), pool("b", models=("big",))
     a.enqueue(request("r1", model="big"), request("r2", OTHER))

@@ -25,6 +25,11 @@ _BY_KEYS = "unnest(%s::text[], %s::text[], %s::text[]) AS given (route, session,
 _MINE = "USING (route, session, request_id)"
 
 
+def arrived_s(table: str) -> str:
+    """When a request of this table came, in seconds from now: never later, as it looks after the database's clock was set back."""
+    return f"extract(epoch FROM least({table}.arrived, statement_timestamp()) - statement_timestamp())::float8"
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     entry: Entry
@@ -160,7 +165,7 @@ def waiting_queue(db: BoundedConnection, *, aging_s: float, most: int) -> Callab
     found = db.execute(
         text(
             "SELECT route, session, request_id, lane, first_level, in_turn, size, "
-            "extract(epoch FROM arrived - statement_timestamp())::float8, since, coalesce(turn, 0), in_turn AND EXISTS ("
+            f"{arrived_s('q')}, since, coalesce(turn, 0), in_turn AND EXISTS ("
             "SELECT 1 FROM queue e WHERE e.in_turn AND e.route = q.route AND e.session = q.session AND e.owner IS NOT NULL) "
             f"FROM queue q LEFT JOIN level_turns USING (first_level) WHERE {_WAITS} ORDER BY id LIMIT %s"
         ),

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 
 from llamacpp_mqtt_deploy.core.turns import LANES, Ticket, Turns
+from llamacpp_mqtt_deploy.stores.postgres.common_queue import arrived_s
 from llamacpp_mqtt_deploy.stores.postgres.database import BoundedConnection, text
 from llamacpp_mqtt_deploy.stores.postgres.queue_counts import THIS_WAITS
 
@@ -77,7 +78,7 @@ _CANDIDATES = f"""
         ) AS found
         UNION ALL SELECT wanted.model, wanted.lane, changed.first_level FROM lanes wanted CROSS JOIN changed
     ), ready AS (
-        SELECT best.*, greatest(0, best.lane - floor(extract(epoch FROM statement_timestamp() - best.arrived) / %(aging_s)s)::int) AS aged
+        SELECT best.*, greatest(0, best.lane - floor(-{arrived_s("best")} / %(aging_s)s)::int) AS aged
         FROM looked_at l CROSS JOIN LATERAL (
             SELECT * FROM {_FRONT} WHERE {_READY} ORDER BY since, arrived, id LIMIT %(most)s
         ) AS best
@@ -87,7 +88,7 @@ _CANDIDATES = f"""
         SELECT first_level, coalesce(turn, 0) AS turn FROM ranked LEFT JOIN level_turns USING (first_level) WHERE place = 1
         ORDER BY aged, coalesce(turn, 0), since, arrived, id LIMIT %(most)s
     )
-    SELECT id, lane, first_level, route, session, in_turn, extract(epoch FROM arrived - statement_timestamp())::float8, since, turn,
+    SELECT id, lane, first_level, route, session, in_turn, {arrived_s("ranked")}, since, turn,
         (SELECT count(*) FROM changed)
     FROM ranked JOIN heads USING (first_level) WHERE place <= %(most)s ORDER BY id
 """

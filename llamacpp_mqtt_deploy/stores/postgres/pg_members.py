@@ -204,7 +204,7 @@ def load(db: BoundedConnection) -> PoolLoad:
     return PoolLoad(
         members=tuple(_seen(row) for row in members),
         queued=queued,
-        oldest_wait_s=max((float(row[2]) for row in lanes), default=0.0),
+        oldest_wait_s=max([0.0, *(float(row[2]) for row in lanes)]),  # less than 0 after the clock was set back
     )
 
 
