@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from llamacpp_mqtt_deploy.config import credentials, listen_address
 from llamacpp_mqtt_deploy.config.settings import MetricsSettings, RouteSettings, Settings
@@ -191,6 +191,9 @@ def _bad_url(url: str) -> str | None:
         case "http" | "https":
             if not parts.hostname:
                 return f'found "{url}", which names no host'
+            # Some of our requests would have it resolved, others would be sent as it stands.
+            if any(unquote(step) in (".", "..") for step in parts.path.split("/")):
+                return f'found "{url}": write its path without "." and ".."'
             return "found port 0" if port == 0 else None
         case "unix":
             return (

@@ -399,6 +399,9 @@ def test_a_readable_secret_file_is_warned_about_and_a_missing_one_is_a_problem(t
         ({"engine.url": "ftp://host"}, "[engine] url"),
         ({"engine.url": "http://"}, "[engine] url"),
         ({"engine.url": "http://host:99999"}, "[engine] url"),
+        ({"engine.url": "http://host/a/../b"}, "[engine] url"),
+        ({"engine.url": "http://host/%2e%2E/b"}, "[engine] url"),
+        ({"engine.url": "http://host/./b"}, "[engine] url"),
         ({"engine.url": "unix://run/llama.sock"}, "[engine] url"),
         ({"mqtt.transport": "unix"}, "[mqtt] host"),
         ({"mqtt.transport": "unix", "mqtt.host": "/run/m.sock", "mqtt.port": "1883"}, "[mqtt] port"),
@@ -420,6 +423,7 @@ def test_contradictions_refuse_the_start(flags: dict[str, str], key: str) -> Non
     [
         {"engine.url": "unix:///run/llama-server/llama.sock"},
         {"engine.url": "https://host/v1"},
+        {"engine.url": "https://host/v1.5/..b"},
         {"engine.url": "http://[::1]:8080"},
         {"mqtt.transport": "unix", "mqtt.host": "/run/mosquitto.sock"},
         {"engine.kind": "managed", "engine.model_path": "/m.gguf"},
