@@ -8,6 +8,7 @@ import voluptuous as vol
 from homeassistant.components import conversation
 from homeassistant.config_entries import ConfigSubentry
 from homeassistant.const import CONF_MODEL
+from homeassistant.core import callback
 from homeassistant.helpers import device_registry as dr
 from homeassistant.helpers.entity import Entity
 
@@ -28,14 +29,12 @@ class BusEntity(Entity):
         self.entry = entry
         self.subentry = subentry
         self._attr_unique_id = subentry.subentry_id
-        status = self.worker.status
-        models = status.models if status is not None else ()
         self._attr_device_info = dr.DeviceInfo(
             identifiers={(DOMAIN, subentry.subentry_id)},
             name=subentry.title,
             manufacturer="llamacpp-mqtt-deploy",
-            model=subentry.data.get(CONF_MODEL) or (models[0] if models else None),
-            sw_version=status.version if status is not None else None,
+            model=self._model(),
+            sw_version=self._version(),
             entry_type=dr.DeviceEntryType.SERVICE,
         )
 
@@ -49,7 +48,24 @@ class BusEntity(Entity):
 
     async def async_added_to_hass(self) -> None:
         await super().async_added_to_hass()
-        self.async_on_remove(self.worker.listen(self.async_write_ha_state))
+        self.async_on_remove(self.worker.listen(self._worker_changed))
+
+    @callback
+    def _worker_changed(self) -> None:
+        # Home Assistant reads an entity's device_info once; the worker may come back as another version, with another model.
+        if self.device_entry is not None and self.worker.available:
+            dr.async_get(self.hass).async_update_device(
+                self.device_entry.id, model=self._model(), sw_version=self._version()
+            )
+        self.async_write_ha_state()
+
+    def _model(self) -> str | None:
+        status = self.worker.status
+        models = status.models if status is not None else ()
+        return self.subentry.data.get(CONF_MODEL) or (models[0] if models else None)
+
+    def _version(self) -> str | None:
+        return self.worker.status.version if self.worker.status is not None else None
 
     async def answer(
         self, chat_log: conversation.ChatLog, *, name: str | None = None, structure: vol.Schema | None = None

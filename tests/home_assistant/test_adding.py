@@ -10,6 +10,7 @@ import pytest
 from homeassistant.config_entries import SOURCE_USER, ConfigEntryState
 from homeassistant.core import HomeAssistant
 from homeassistant.data_entry_flow import FlowResultType
+from homeassistant.helpers import device_registry, entity_registry
 from homeassistant.setup import async_setup_component
 from pytest_homeassistant_custom_component.common import MockConfigEntry
 from pytest_homeassistant_custom_component.components.diagnostics import get_diagnostics_for_config_entry
@@ -17,7 +18,7 @@ from pytest_homeassistant_custom_component.typing import ClientSessionGenerator
 
 from custom_components.llamacpp_mqtt import config_flow
 from custom_components.llamacpp_mqtt.const import DOMAIN
-from tests.home_assistant.fixtures import Home, ScriptedWorker, StartWorker, speech, until
+from tests.home_assistant.fixtures import AGENT, Home, ScriptedWorker, StartWorker, speech, until
 from tests.support.mosquitto import Mosquitto
 
 
@@ -59,6 +60,28 @@ async def test_a_worker_that_is_set_up_is_not_found_again_by_its_renewals(home: 
     await until(lambda: home.entry.runtime_data.status.told["ts"] > seen)
     await home.hass.async_block_till_done()
     assert found(home.hass) == []
+
+
+async def test_the_device_shows_the_worker_that_came_back(
+    home: Home, scripted: ScriptedWorker, broker: Mosquitto
+) -> None:
+    def device() -> device_registry.DeviceEntry:
+        entity = entity_registry.async_get(home.hass).async_get(AGENT)
+        assert entity is not None
+        assert entity.device_id is not None
+        device = device_registry.async_get(home.hass).async_get(entity.device_id)
+        assert device is not None
+        return device
+
+    status = home.entry.runtime_data.status.told
+    assert (device().sw_version, device().model) == (status["version"], "scripted")
+    await scripted.stop()
+    await until(lambda: not home.entry.runtime_data.available)
+    assert device().sw_version == status["version"]
+    updated = json.dumps(status | {"version": "99.0.0", "models": ["newer", "scripted"]})
+    paho.mqtt.publish.single("llm/status/live", updated, qos=1, retain=True, hostname="127.0.0.1", port=broker.port)
+    await until(lambda: home.entry.runtime_data.available)
+    assert (device().sw_version, device().model) == ("99.0.0", "newer")
 
 
 @pytest.mark.parametrize(
