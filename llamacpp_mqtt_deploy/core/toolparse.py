@@ -265,7 +265,7 @@ class ToolCallReader:
     def _tail(self, out: list[Text | ToolCall]) -> bool:
         """The end of the call's object: its brace, perhaps after keys that nobody reads."""
         while True:
-            rest = self._held.lstrip(" \t\r\n,")
+            self._held = rest = self._held.lstrip(" \t\r\n,")
             if rest.startswith("}") or len(rest) > _LONGEST_TAIL:
                 self._finish(rest.removeprefix("}"))
                 return True
@@ -307,12 +307,15 @@ class ToolCallReader:
                 self._held = start.removeprefix("]")
                 self._in_list = False
                 self._step = self._text
+            else:
+                self._held = ""
             return bool(start)
         if self._style == "hermes":
             mark = "</tool_call>"
             if start.startswith(mark):
                 self._held = start[len(mark) :]
             elif mark.startswith(start):
+                self._held = start
                 return False
         self._step = self._text
         return True

@@ -202,6 +202,27 @@ def test_a_long_unfinished_head_costs_no_quadratic_time(begun: str, more: str, e
     assert told[0].name == "get_time"
 
 
+@pytest.mark.parametrize(
+    "style,begun,ended",
+    [
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": {}', "}</tool_call>"),
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": {}}', "</tool_call>"),
+        ("mistral", '[TOOL_CALLS][{"name": "get_time", "arguments": {}}', "]"),
+    ],
+)
+def test_blanks_behind_the_arguments_of_a_call_cost_no_quadratic_time(style: ToolStyle, begun: str, ended: str) -> None:
+    reader = ToolCallReader(style, names=NAMES, new_id=lambda: "id")
+    reader.feed(begun)
+
+    def go_on() -> None:
+        for _ in range(40_000):
+            assert reader.feed(" \n \t") == []
+
+    assert seconds_of(go_on) < 5
+    assert reader.feed(ended + " Done.") == [Text("Done.")]
+    assert reader.complete == 1
+
+
 @given(
     st.lists(st.sampled_from([0, 1, 400, 1000, 1024]), min_size=5, max_size=5),
     st.sampled_from(["get_time", "x" * 1000]),
