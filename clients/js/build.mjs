@@ -7,6 +7,6 @@ const { code } = await minify(readFileSync(new URL("lmd.js", import.meta.url), "
   module: true,
   ecma: 2022,
   compress: { passes: 3, unsafe_arrows: true, keep_fargs: false },
-  format: { comments: false, preamble: "// llamacpp-mqtt-deploy, MIT licence; readable: lmd.js" },
+  format: { comments: false, preamble: "// llamacpp-mqtt-deploy, MIT; see lmd.js" },
 });
 process.stdout.write(`${code}\n`);

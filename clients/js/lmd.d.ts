@@ -113,7 +113,10 @@ export function ask(bus: Bus, request: Request, options?: Options): Asked;
  */
 export function overWebSocket(url: string, options?: WebSocketOptions): Bus & Required<Pick<Bus, "control" | "renew" | "close">>;
 
-/** Through the gateway by POST and server-sent events: one HTTP request for each answer; a cancel closes it. */
+/**
+ * Through the gateway by POST and server-sent events: one HTTP request for each answer, and one for its cancel, to `control` beside an
+ * address that ends in `ask/events`. With any other address there is no `control`, and a cancel closes the request of the answer.
+ */
 export function overFetch(url?: string, options?: { headers?: Record<string, string>; fetch?: typeof fetch }): Bus;
 
 /** Straight over the broker, with a client of MQTT.js that the caller has connected. */

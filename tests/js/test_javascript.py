@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from llamacpp_mqtt_deploy import __version__
 from llamacpp_mqtt_deploy.core.events import EventReader
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine
+from tests.gateway.world import RunningGateway
 from tests.support.live_worker import LiveWorker
 from tests.support.lost_deliveries import deliveries
 from tests.support.mosquitto import Mosquitto
@@ -216,6 +217,23 @@ def test_an_abort_frees_the_slot_and_tells_the_text_so_far(
         end = program.ended("it")
         assert (end["end"]["finish_reason"], end["content"]) == ("cancelled", "one two ")
         assert "made_here" not in end["end"]
+
+
+@pytest.mark.broker
+def test_a_cancel_by_post_frees_the_slot_at_once_and_tells_the_text_so_far(
+    broker: Mosquitto, worker: LiveWorker, engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    engine.play("one ", "two ", Gate())
+    # Were the cancel only a request that is closed, the gateway would keep the slot for as long.
+    gateway = RunningGateway(broker.port, tmp_path / "gateway", gateway__retry_grace_s=600)
+    try:
+        gateway.wait_ready()
+        asked = {"url": f"{gateway.url}/ask/events", "cancelAt": "two ", "request": {"session": "s", "prompt": "Count"}}
+        told = json.loads(node("over_fetch.mjs", given=json.dumps(asked)))
+    finally:
+        gateway.close()
+    assert (told["end"]["finish_reason"], told["content"]) == ("cancelled", "one two ")
+    assert "made_here" not in told["end"], "it is the worker that ended it"
 
 
 @pytest.mark.broker

@@ -243,9 +243,43 @@ test("a server that answers with another page is not asked for ever", async () =
   assert.equal(posts, 5);
 });
 
-test("a cancel closes the HTTP request, which is how the gateway learns of it", async () => {
+test("a cancel over POST is a request of its own, and the answer ends with what the worker says", async () => {
+  const response = streamed();
+  const calls = [];
+  const answer = async (url, given) => (calls.push([url, given]), url.endsWith("control") ? new Response("{}") : response);
+  const asked = ask(overFetch("https://host/llm/ask/events", { headers: { authorization: "Bearer k" }, fetch: answer }), { session: "s", prompt: "1" });
+  await settled();
+  asked.cancel();
+  await settled();
+  const [[, { signal }], [url, { method, headers, body }]] = calls;
+  assert.deepEqual([url, method, headers.authorization], ["https://host/llm/control", "POST", "Bearer k"]);
+  assert.deepEqual(JSON.parse(body), { session_id: "s", action: "cancel", request_id: asked.requestId });
+  assert.equal(signal.aborted, false);
+  response.say(`data: ${JSON.stringify({ ...END, request_id: asked.requestId, finish_reason: "cancelled" })}\n\n`);
+  const { end, content } = await asked.done;
+  assert.deepEqual([end.made_here, content], [undefined, "ab"]);
+  assert.equal(calls.length, 2);
+});
+
+test("a cancel over POST that reaches nobody ends the answer here", async () => {
+  const response = streamed();
+  const answer = async (url) => {
+    if (url === "/control") throw new TypeError("Failed to fetch");
+    return response;
+  };
+  const asked = ask(overFetch("/ask/events", { fetch: answer }), { prompt: "1" });
+  await settled();
+  response.say(`data: ${JSON.stringify({ type: "chunk", request_id: asked.requestId, seq: 0, content: "a" })}\n\n`);
+  await settled();
+  asked.cancel();
+  await pass(17);
+  const { end, content } = await asked.done;
+  assert.deepEqual([end.finish_reason, end.made_here, content], ["cancelled", true, "a"]);
+});
+
+test("under another address a cancel closes the HTTP request, which is how the gateway learns of it", async () => {
   let signal;
-  const bus = overFetch("/ask/events", { fetch: async (_, given) => ((signal = given.signal), streamed()) });
+  const bus = overFetch("/api/chat", { fetch: async (_, given) => ((signal = given.signal), streamed()) });
   const asked = ask(bus, { prompt: "1" });
   await settled();
   asked.cancel();

@@ -2,7 +2,7 @@
 // worker. No dependencies. Types and documentation: lmd.d.ts and docs/javascript.md. MIT licence.
 
 export const randomId = () =>
-  Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  crypto.getRandomValues(new Uint8Array(8)).reduce((id, byte) => id + byte.toString(16).padStart(2, "0"), "");
 
 // What `whole` has beyond `known`; nothing when it does not begin with it: another answer may not be mixed in.
 const beyond = (known, whole) => (text(whole).startsWith(known) ? text(whole).slice(known.length) : "");
@@ -90,7 +90,12 @@ export class Reader {
 export function ask(bus, { session = `js-${randomId()}`, ...body }, { onNews, signal, heartbeatS = 15, offlineS = 300 } = {}) {
   body.request_id ??= randomId();
   const reader = new Reader(body.request_id, body.stream !== false || body.full_content !== false);
-  let [isUp, lostAt, sentAt, heardAt, cancelledAt, vain] = [false, Date.now(), 0, 0, 0, 0];
+  let isUp = false;
+  let lostAt = Date.now();
+  let sentAt = 0;
+  let heardAt = 0;
+  let cancelledAt = 0;
+  let vain = 0;
   let resolve, close, timer;
   const done = new Promise((settle) => (resolve = settle));
 
@@ -205,8 +210,7 @@ export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, o
       else if (!socket && !waiting) open();
       return () => entries.delete(entry);
     },
-    send: ({ session }, body) => say("request", session, body),
-    control: (session, body) => say("control", session, body),
+    ...saying(say),
     /** A socket that says nothing may be dead without knowing it: another one takes its place. */
     renew() {
       const old = socket;
@@ -224,30 +228,33 @@ export function overWebSocket(url, { protocols, Socket = globalThis.WebSocket, o
   };
 }
 
-/** Through the gateway by POST and server-sent events: one HTTP request for each answer; a cancel closes it. */
+/** Through the gateway by POST and server-sent events: one HTTP request for each answer, and one for its cancel. */
 export function overFetch(url = "/ask/events", { headers, fetch: get = (...given) => fetch(...given) } = {}) {
   const running = new Map();
+  const abort = (entry) => running.get(entry)?.abort();
+  const post = (to, session, body, signal) =>
+    get(to, {
+      method: "POST",
+      headers: { "content-type": "application/json", ...(signal && { "idempotency-key": body.request_id }), ...headers },
+      body: JSON.stringify({ session_id: session, ...body }),
+      signal,
+    });
   return {
     open(entry) {
       running.set(entry, null);
       queueMicrotask(() => running.has(entry) && entry.up());
       return () => {
-        running.get(entry)?.abort();
+        abort(entry);
         running.delete(entry);
       };
     },
     async send(entry, body) {
-      running.get(entry)?.abort();
+      abort(entry);
       const http = new AbortController();
       running.set(entry, http);
       let response;
       try {
-        response = await get(url, {
-          method: "POST",
-          headers: { "content-type": "application/json", accept: "text/event-stream", "idempotency-key": body.request_id, ...headers },
-          body: JSON.stringify({ session_id: entry.session, ...body }),
-          signal: http.signal,
-        });
+        response = await post(url, entry.session, body, http.signal);
         if (!response.ok) {
           const told = parsed(await response.text());
           return entry.fail(`http_${response.status}`, response.statusText, told?.code && { ...told, made_here: false });
@@ -266,6 +273,10 @@ export function overFetch(url = "/ask/events", { headers, fetch: get = (...given
       entry.down(!response);
       setTimeout(() => running.get(entry) === http && entry.up(), 1e3);
     },
+    // Where a program's own server passes the requests on, nobody knows an address for controls: there a cancel closes the request.
+    control: url.endsWith("ask/events")
+      ? (session, body) => post(url.slice(0, -10) + "control", session, body).catch(() => {})
+      : undefined,
   };
 }
 
@@ -284,7 +295,7 @@ export function overMqtt(client, { root = "llm" } = {}) {
   const connected = () => entries.forEach(subscribe);
   const lost = () => entries.forEach((entry) => entry.down());
   const received = (name, payload, { retain }) => {
-    if (!retain) for (const entry of [...entries]) if (name === reply(entry)) entry.event(parsed(decoder.decode(payload)));
+    if (!retain) for (const entry of entries) if (name === reply(entry)) entry.event(parsed(decoder.decode(payload)));
   };
   client.on("connect", connected).on("close", lost).on("message", received);
   return {
@@ -296,11 +307,15 @@ export function overMqtt(client, { root = "llm" } = {}) {
         if (![...entries].some(({ session }) => session === entry.session)) client.unsubscribe(reply(entry));
       };
     },
-    send: ({ session }, body) => publish("request", session, body),
-    control: (session, body) => publish("control", session, body),
+    ...saying(publish),
     close: () => client.off("connect", connected).off("close", lost).off("message", received),
   };
 }
+
+const saying = (say) => ({
+  send: ({ session }, body) => say("request", session, body),
+  control: (session, body) => say("control", session, body),
+});
 
 function parsed(text) {
   try {
