@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def without_websockets(browser: Any) -> Iterator[None]:
 
 
 def test_where_no_websocket_comes_through_answers_stream_by_posts(
-    without_websockets: None, page: ChatPage, engine: ScriptedEngine
+    without_websockets: None, page: ChatPage, engine: ScriptedEngine, tmp_path: Path
 ) -> None:
     gate = Gate()
     engine.play("One, ", "two, ", gate, "three.")
@@ -52,6 +54,16 @@ def test_where_no_websocket_comes_through_answers_stream_by_posts(
     page.ask("Is the slot free?")
     page.ended()
     assert page.answer() == "Is the slot free?"
+
+    def kept() -> int:
+        with contextlib.closing(sqlite3.connect(f"file:{tmp_path / 'state.db'}?mode=ro", uri=True)) as database:
+            found: int = database.execute("SELECT count(*) FROM messages").fetchone()[0]
+            return found
+
+    assert kept() > 0
+    page.run("document.querySelector('#chats .remove').click()")
+    page.find("#remove .danger").click()
+    page.until(lambda: kept() == 0)
 
 
 def test_a_gateway_that_dies_and_comes_back_costs_no_word_and_doubles_none(
