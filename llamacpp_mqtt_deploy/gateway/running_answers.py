@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ Name = tuple[str, str]
 """Session path and request id."""
 
 MOST_AWAITED = 1000
-"""Answers whose client may come back; beyond it they are cancelled at once."""
+"""Answers whose client may come back; for one more, the first level that has the most of them gives up its oldest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class _Read:
 class _Awaited:
     """An answer whose client may come back until the timer has run."""
 
+    answer: AsyncAnswer
     timer: asyncio.TimerHandle
     request: bytes
 
@@ -98,10 +100,12 @@ class Running:
         del self._answers[name]
         if answer.ended:
             return
-        if may_come_back and self._retry_grace_s > 0 and len(self._awaited) < MOST_AWAITED and not self._closing:
-            timer = asyncio.get_running_loop().call_later(self._retry_grace_s, self._give_up, name, answer)
-            self._awaited[name] = _Awaited(timer, read.request)
+        if may_come_back and self._retry_grace_s > 0 and not self._closing:
+            timer = asyncio.get_running_loop().call_later(self._retry_grace_s, self._give_up, name)
+            self._awaited[name] = _Awaited(answer, timer, read.request)
             answer.abandon()
+            if len(self._awaited) > MOST_AWAITED:
+                self._give_up_one()
         else:
             self._cancel(answer)
 
@@ -118,13 +122,24 @@ class Running:
     def count(self) -> int:
         return len(self._answers)
 
-    def _give_up(self, name: Name, answer: AsyncAnswer) -> None:
-        self._awaited.pop(name, None)
-        self._bus.cancel_request(answer)
+    def _give_up_one(self) -> None:
+        """Of who has the most, so that a key whose clients leave all the time takes no place from the others."""
+        levels = Counter(_first_level(session) for session, _ in self._awaited)
+        ((most, _),) = levels.most_common(1)
+        self._give_up(next(name for name in self._awaited if _first_level(name[0]) == most))
+
+    def _give_up(self, name: Name) -> None:
+        awaited = self._awaited.pop(name)
+        awaited.timer.cancel()
+        self._bus.cancel_request(awaited.answer)
 
     def _cancel(self, answer: AsyncAnswer, error: AnswerError | None = None) -> None:
         self._bus.cancel_request(answer)
         answer.fail(error or AnswerError("cancelled", "The client went away."))
+
+
+def _first_level(session: str) -> str:
+    return session.partition("/")[0]
 
 
 def _without_stream(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from llamacpp_mqtt_deploy.client import AsyncBusClient
 from llamacpp_mqtt_deploy.client.async_connection import AsyncConnection
 from llamacpp_mqtt_deploy.core.deltas import Delta, EngineCall, PromptProgress, Reasoning
 from llamacpp_mqtt_deploy.core.errors import ContextOverflow
+from llamacpp_mqtt_deploy.gateway import running_answers
 from llamacpp_mqtt_deploy.testing.scripted_engine import Gate, ScriptedEngine, Silence, Step
 from tests.gateway.world import RunningGateway, World
 from tests.support.ports import free_port
@@ -303,6 +304,38 @@ def test_whoever_does_not_come_back_in_time_is_cancelled(world: World) -> None:
         next(pieces(response))
     assert engine.busy == 1
     eventually(lambda: engine.busy == 0, 5)
+
+
+def test_a_key_whose_clients_leave_all_the_time_costs_others_no_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_answers, "MOST_AWAITED", 2)
+    gate = Gate()
+    engine = ScriptedEngine(slots=4)
+    world.worker(engine)
+    gateway = world.gateway(keys={"alice": {}, "bob": {}}, gateway__retry_grace_s=60)
+
+    def asking(name: str, request_id: str) -> Any:
+        headers = {"Authorization": f"Bearer {gateway.keys[name]}", "Idempotency-Key": request_id}
+        asked: Any = {"json": chat(stream=True), "headers": headers, "timeout": 20}
+        return httpx.stream("POST", f"{gateway.url}{CHAT}", **asked)
+
+    def leave(name: str, request_id: str, *steps: Step) -> None:
+        engine.play("begun", *steps)
+        with asking(name, request_id) as response:
+            next(pieces(response))
+
+    for request_id in ("a1", "a2", "a3"):
+        leave("alice", request_id, Silence())
+    eventually(lambda: engine.busy == 2, 5)
+    leave("bob", "b1", gate, " and ended")
+    eventually(lambda: engine.busy == 2, 5)
+    gate.open()
+    with asking("bob", "b1") as response:
+        assert (
+            "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces(response)) == "begun and ended"
+        )
+    assert len(engine.calls) == 4
 
 
 # --- errors have their status ----------------------------------------------------------------------------------------
