@@ -68,8 +68,10 @@ class Terminal:
         self._pid, self._master = pty.fork()
         if self._pid == 0:
             with contextlib.suppress(BaseException):
-                # As under a terminal: a shell starts what runs in its background with Ctrl-C ignored, and that is inherited.
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                # As under a terminal: a shell starts what runs in its background with Ctrl-C ignored, nohup all with SIGHUP, and
+                # that is inherited.
+                for number in (signal.SIGINT, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
                 os.environ.clear()
                 os.environ.update(environment)
                 os.execv(sys.executable, [sys.executable, "-m", "llamacpp_mqtt_deploy", *arguments])
