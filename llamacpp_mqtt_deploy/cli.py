@@ -51,7 +51,18 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         with _ctrl_c_as_documented():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.NoSuchOption as error:
+                key = error.option_name.lstrip("-")
+                if (
+                    "." in key
+                    and error.ctx is not None
+                    and any("--set" in each.opts for each in error.ctx.command.params)
+                ):
+                    told = f"{error.message} A key of the configuration is set by --set {key}=VALUE."
+                    raise click.NoSuchOption(error.option_name, told, ctx=error.ctx) from None
+                raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

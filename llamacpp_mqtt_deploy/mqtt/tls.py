@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 from pathlib import Path
@@ -44,7 +45,7 @@ class ClosingContext(ssl.SSLContext):
             wrapped.do_handshake()
         except (TimeoutError, ConnectionError) as error:
             wrapped.close()
-            raise HandshakeError("no TLS handshake") from error
+            raise HandshakeError(errno.EPROTO, "no TLS handshake") from error
         except BaseException:
             wrapped.close()
             raise

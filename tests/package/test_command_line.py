@@ -231,6 +231,15 @@ def test_a_mistyped_command_is_recognised() -> None:
     assert "did you mean 'config'?" in result.stderr
 
 
+def test_a_key_of_the_configuration_given_as_an_option_is_told_how_it_is_set() -> None:
+    result = lmd("run", "--engine.kind", "inprocess")
+    assert result.returncode == 2
+    assert (
+        "No such option '--engine.kind'. A key of the configuration is set by --set engine.kind=VALUE." in result.stderr
+    )
+    assert "--set" not in lmd("completion", "--engine.kind").stderr
+
+
 def test_run_documents_its_exit_codes() -> None:
     text = CliRunner().invoke(main, ["run", "--help"]).stdout
     for code in "0123":
