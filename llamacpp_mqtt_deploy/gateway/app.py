@@ -27,7 +27,7 @@ from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES, Journaled, PlainHead
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
 from llamacpp_mqtt_deploy.gateway.openapi import document, page
 from llamacpp_mqtt_deploy.gateway.pages import Pages, page_files
-from llamacpp_mqtt_deploy.gateway.problems import MethodNotAllowed, NotFound
+from llamacpp_mqtt_deploy.gateway.problems import MethodNotAllowed, NotFound, UpgradeRequired
 from llamacpp_mqtt_deploy.gateway.replies import http, plain_failure
 from llamacpp_mqtt_deploy.gateway.session_control import ControlEndpoint
 from llamacpp_mqtt_deploy.gateway.token_counting import COUNT_PATH, CountEndpoint
@@ -83,8 +83,8 @@ class _Posted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
-            error = MethodNotAllowed("This address takes POST.")
-            reply = http(plain_failure(error_event(error)), allow="POST")
+            failure = _failure_of(Request(scope))
+            reply = http(failure(error_event(MethodNotAllowed("This address takes POST."))), allow="POST")
             await reply(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -191,8 +191,15 @@ def _own(services: Services) -> list[BaseRoute]:
             headers={"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"},
         )
 
+    async def no_websocket(_request: Request) -> Response:
+        error = UpgradeRequired(
+            "This address takes WebSockets only. A proxy before the gateway has to pass the headers Upgrade and Connection on."
+        )
+        return http(plain_failure(error_event(error)), upgrade="websocket", connection="Upgrade")
+
     return [
         WebSocketRoute("/ws", Events(services)),
+        Route("/ws", no_websocket),
         Route("/healthz", alive),
         Route("/readyz", ready),
         Route("/openapi.json", openapi),

@@ -44,6 +44,12 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class UpgradeRequired(RequestError):
+    """The address is that of a WebSocket, and the request is none."""
+
+    code = "upgrade_required"
+
+
 class AnotherRequest(RequestError):
     """An id is used for a second request while the first one is under way."""
 

@@ -742,9 +742,17 @@ def test_what_is_not_there_is_told_in_the_form_of_its_api(http: httpx.Client, pa
     response = http.post(path, json={})
     assert response.status_code in (404, 405)
     assert "error" in response.json()
-    assert http.get(CHAT).status_code == 405
+    wrong_method = http.get(CHAT)
+    assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
+    assert wrong_method.json()["error"]["type"] == "invalid_request_error"
     assert http.get("/openapi.json").json()["openapi"].startswith("3.")
     assert "/v1/chat/completions" in http.get("/docs").text
+
+
+def test_the_address_of_the_websocket_tells_a_proxy_that_passes_no_upgrade_what_is_missing(http: httpx.Client) -> None:
+    response = http.get("/ws")
+    assert (response.status_code, response.headers["upgrade"]) == (426, "websocket")
+    assert "Upgrade and Connection" in response.json()["error"]["message"]
 
 
 # --- the start -------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ STATUS: Mapping[str, int] = {
     "not_found": 404,
     "method_not_allowed": 405,
     "duplicate_request": 409,
+    "upgrade_required": 426,
     "cancelled": 503,
     "no_worker": 503,
     "broker_unreachable": 503,
