@@ -83,6 +83,11 @@ class Running:
         """Raise AnotherRequest where a different request under this id is under way."""
         self._refuse_another((session, request_id), _mark(request))
 
+    def under_way(self, *, session: str, request_id: str) -> bool:
+        """Whether this request is read, or waits for its client to come back."""
+        name = (session, request_id)
+        return name in self._answers or name in self._awaited
+
     def _refuse_another(self, name: Name, mark: bytes) -> None:
         known = self._answers.get(name) or self._awaited.get(name)
         if known is not None and known.request != mark:

@@ -25,16 +25,24 @@ ACTIONS = ("cancel", "reset", "delete", "history", "ping")
 ANSWERED_WITHIN_S = 10.0
 
 
+def session_in(fields: Mapping[str, Any]) -> str | None:
+    """The session that a control or a frame names; as in a request, a whole number is as good as its digits. Raises BadRequest."""
+    session = fields.get("session", fields.get("session_id"))
+    if isinstance(session, int) and not isinstance(session, bool) and session >= 0:
+        return str(session)
+    if session is not None and not isinstance(session, str):
+        raise BadRequest("session: expected a text", fields={"session": "a text"})
+    return session
+
+
 async def ask_control(services: Services, owner: Owner, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Send `{session, action, request_id?, transaction?}` to the worker; its ack. Raises RequestError."""
-    action, session = fields.get("action"), fields.get("session", fields.get("session_id"))
+    action, session = fields.get("action"), session_in(fields)
     request_id, transaction = fields.get("request_id"), fields.get("transaction")
     if action not in ACTIONS:
         raise BadRequest(
             f"action: expected one of {', '.join(ACTIONS)}", fields={"action": f"one of {', '.join(ACTIONS)}"}
         )
-    if session is not None and not isinstance(session, str):
-        raise BadRequest("session: expected a text", fields={"session": "a text"})
     if session is None and action in ("reset", "delete", "history"):
         raise BadRequest(f"session: {action} needs one", fields={"session": "the session that is meant"})
     if request_id is not None and not (isinstance(request_id, str) and is_level(request_id)):

@@ -21,10 +21,10 @@ from llamacpp_mqtt_deploy.core.formats.plain import parse_ask
 from llamacpp_mqtt_deploy.core.formats.rendering import error_event
 from llamacpp_mqtt_deploy.core.routes import is_level
 from llamacpp_mqtt_deploy.gateway.capacity import Capacity
-from llamacpp_mqtt_deploy.gateway.exchange import SUBPROTOCOL, Services, errand, note
+from llamacpp_mqtt_deploy.gateway.exchange import SUBPROTOCOL, Services, errand, note, session_path
 from llamacpp_mqtt_deploy.gateway.key_ring import Owner
 from llamacpp_mqtt_deploy.gateway.problems import Unauthorized, told
-from llamacpp_mqtt_deploy.gateway.session_control import ask_control
+from llamacpp_mqtt_deploy.gateway.session_control import ask_control, session_in
 from llamacpp_mqtt_deploy.gateway.told_events import ToldEvents
 
 log = structlog.get_logger(__name__)
@@ -115,7 +115,28 @@ class _Conversation:
             await self._close(POLICY_VIOLATION)
             raise _Closed from error
         except RequestError as error:
-            await self._tell(_about(fields) | error_event(error) | {"final": True})
+            await self._tell(self._refusal(fields, error))
+
+    def _refusal(self, fields: Mapping[str, Any], error: RequestError) -> dict[str, Any]:
+        """What ends the request of a frame; a control, or another frame for a request that is under way, ends nothing."""
+        if fields.get("type") == "control":
+            ack = {"type": "ack", "action": fields.get("action"), "status": "error", "code": error.code}
+            ack |= {"message": error.message, **error.details}
+            transaction = fields.get("transaction")
+            return ack | ({"transaction": transaction} if isinstance(transaction, str) else {})
+        event = _about(fields) | error_event(error)
+        return event | ({"type": "rejected"} if self._is_under_way(fields) else {"final": True})
+
+    def _is_under_way(self, fields: Mapping[str, Any]) -> bool:
+        request_id = fields.get("request_id")
+        try:
+            session = session_path(self._owner, session_in(fields))
+        except BadRequest:
+            return False
+        if not isinstance(request_id, str):
+            return False
+        running = self._services.running  # which does not know one yet that waits for the broker
+        return (session, request_id) in self._tasks or running.under_way(session=session, request_id=request_id)
 
     def _look_at_the_key(self) -> None:
         """The keys may have changed since the handshake; raises Unauthorized when this one is gone, or stands for another level."""
@@ -208,12 +229,12 @@ class _Conversation:
         task.add_done_callback(self._controls.discard)
 
     async def _controlled(self, fields: Mapping[str, Any]) -> None:
-        try:
-            await self._tell(await ask_control(self._services, self._owner, fields))
-        except RequestError as error:
-            await self._tell({"type": "ack", "action": fields.get("action"), "status": "error"} | _brief(error))
-        except _Closed:
-            return
+        with contextlib.suppress(_Closed):
+            try:
+                ack = await ask_control(self._services, self._owner, fields)
+            except RequestError as error:
+                ack = self._refusal(fields, error)
+            await self._tell(ack)
 
     # --- the socket --------------------------------------------------------------------------------------------------
 
@@ -256,7 +277,3 @@ def _about(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(name: tuple[str, str]) -> dict[str, Any]:
     return {"session_id": name[0], "request_id": name[1]}
-
-
-def _brief(error: RequestError) -> dict[str, Any]:
-    return {"code": error.code, "message": error.message}

@@ -67,13 +67,14 @@ def test_many_requests_share_one_socket_and_each_gets_its_own_events(socket: Con
     assert texts == {f"r{number}": f"text number {number}" for number in range(10)}
 
 
-def test_a_control_cancels_and_is_acknowledged(socket: Connection, engine: ScriptedEngine) -> None:
+@pytest.mark.parametrize("session", ["s", 7])
+def test_a_control_cancels_and_is_acknowledged(socket: Connection, engine: ScriptedEngine, session: str | int) -> None:
     engine.play("begun", Silence())
-    say(socket, type="request", session="s", request_id="r", prompt="long")
+    say(socket, type="request", session=session, request_id="r", prompt="long")
     events = events_of(socket, "r")
     while next(events)["type"] != "chunk":
         pass
-    say(socket, type="control", session="s", action="cancel", request_id="r", transaction="t1")
+    say(socket, type="control", session=session, action="cancel", request_id="r", transaction="t1")
     seen = [json.loads(socket.recv(timeout=10)) for _ in range(2)]
     assert {event["type"] for event in seen} == {"ack", "done"}
     ack = next(event for event in seen if event["type"] == "ack")
@@ -242,7 +243,29 @@ def test_a_request_that_is_sent_again_counts_for_the_rate(world: World) -> None:
     with with_key(gateway, "alice") as socket:
         for _ in range(3):
             say(socket, type="request", session="s", request_id="r", prompt="hi")
-        assert any(event.get("code") == "rate_limited" for event in events_of(socket, "r"))
+        assert [event["code"] for event in events_of(socket, "r") if event["type"] == "rejected"] == ["rate_limited"]
+        gate.open()
+        assert [*events_of(socket, "r")][-1]["full_content"] == "one two"
+
+
+def test_a_control_that_is_refused_ends_no_request(world: World) -> None:
+    engine = ScriptedEngine(slots=2)
+    world.worker(engine)
+    gateway = world.gateway(keys={"alice": {"requests_per_minute": 1}})
+    gate = Gate()
+    engine.play("one", gate, " two")
+    with with_key(gateway, "alice") as socket:
+        say(socket, type="request", session="s", request_id="r", prompt="hi")
+        say(socket, type="control", session="s", action="cancel", request_id="r", transaction="t")
+        say(socket, type="control", session="s", action="explode", request_id="r", transaction="u")
+        acks: dict[str, dict[str, Any]] = {}
+        while len(acks) < 2:
+            event = json.loads(socket.recv(timeout=10))
+            assert event["type"] not in ("error", "done")
+            if event["type"] == "ack":
+                acks[event["transaction"]] = event
+        assert (acks["t"]["status"], acks["t"]["code"]) == ("error", "rate_limited")
+        assert acks["u"]["status"] == "error"
         gate.open()
         assert [*events_of(socket, "r")][-1]["full_content"] == "one two"
 
@@ -255,7 +278,10 @@ def test_another_request_under_the_id_of_one_under_way_changes_nothing_for_it(
     say(socket, type="request", session="s", request_id="r", prompt="count")
     next(event for event in events_of(socket, "r") if event["type"] == "chunk")
     say(socket, type="request", session="s", request_id="r", prompt="something else")
-    assert [*events_of(socket, "r")][-1]["code"] == "duplicate_request"
+    rejected = [*events_of(socket, "r")][-1]
+    assert (rejected["type"], rejected["code"]) == ("rejected", "duplicate_request")
+    say(socket, type="request", session="s", request_id="r", prompt="count", temperature="hot")
+    assert [*events_of(socket, "r")][-1]["type"] == "rejected"
     gate.open()
     assert [*events_of(socket, "r")][-1]["full_content"] == "one two"
     assert len(engine.calls) == 1
