@@ -447,7 +447,7 @@ class GatewaySettings(Section):
     header_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """Seconds within which the head of a request has to arrive."""
     body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """Seconds within which the body of a request has to arrive."""
+    """Seconds within which the body of a request, or a message of a WebSocket, has to arrive."""
     heartbeat_s: Annotated[float, Field(ge=0.1, le=600)] = 15.0
     """Seconds of silence in a stream after which a sign of life is sent, where the API has one."""
     slow_reader_s: Annotated[float, Field(ge=0.1, le=3600)] = 60.0

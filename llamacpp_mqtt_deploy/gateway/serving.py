@@ -26,6 +26,7 @@ from llamacpp_mqtt_deploy.gateway.capacity import Capacity
 from llamacpp_mqtt_deploy.gateway.catalog import Catalog
 from llamacpp_mqtt_deploy.gateway.exchange import Services
 from llamacpp_mqtt_deploy.gateway.guards import HEAD_BYTES
+from llamacpp_mqtt_deploy.gateway.incoming_bytes import IncomingBytes
 from llamacpp_mqtt_deploy.gateway.key_ring import KeyRing, Owner
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
 from llamacpp_mqtt_deploy.gateway.running_answers import Running
@@ -143,7 +144,7 @@ class Gateway:
             running=self._running,
             bodies=bodies,
         )
-        self._server = _Server(self._config(build(services)), closing=self._close)
+        self._server = _Server(self._config(build(services), bodies.incoming), closing=self._close)
         if signals:
             self._take_signals()
         chores = [asyncio.create_task(work) for work in (self._connect(bus), self._look_at_keys(), self._live())]
@@ -177,7 +178,7 @@ class Gateway:
         user = self._root_user
         return user if user is not None and is_level(user) else "web"
 
-    def _config(self, app: ASGIApp) -> uvicorn.Config:
+    def _config(self, app: ASGIApp, incoming: IncomingBytes) -> uvicorn.Config:
         settings, turns = self._settings, ReadingTurns()
         # Every client can make it say "Invalid HTTP request received."; what fails in the app, `Journaled` tells.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -192,7 +193,16 @@ class Gateway:
                     "turns": turns,
                 },
             ),
-            ws=type("_BoundedSocket", (BoundedSocket,), {"slow_reader_s": settings.slow_reader_s, "turns": turns}),
+            ws=type(
+                "_BoundedSocket",
+                (BoundedSocket,),
+                {
+                    "slow_reader_s": settings.slow_reader_s,
+                    "frame_timeout_s": settings.body_timeout_s,
+                    "incoming": incoming,
+                    "turns": turns,
+                },
+            ),
             ws_max_size=settings.max_body_bytes,
             ws_max_queue=16,
             ws_per_message_deflate=False,  # a small frame may unpack to a giant one, and chunks are too small to gain

@@ -69,3 +69,12 @@ def close_code(answer: bytes) -> int | None:
             return int.from_bytes(answer[at : at + 2], "big")
         at += size
     return None
+
+
+def until(wire: socket.socket, word: bytes) -> bytes:
+    seen = b""
+    while word not in seen:
+        part = wire.recv(65536)
+        assert part, seen
+        seen += part
+    return seen

@@ -13,6 +13,7 @@ from uvicorn.server import ServerState
 
 from llamacpp_mqtt_deploy.gateway.bounded_http import BoundedHttp
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
+from llamacpp_mqtt_deploy.gateway.incoming_bytes import IncomingBytes
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
 from tests.gateway.raw_frames import PING, PONG, UPGRADE, frame
 
@@ -35,7 +36,7 @@ async def _speak(scope: Any, receive: Any, send: Any) -> None:
 def _websocket(config: uvicorn.Config) -> asyncio.Protocol:
     protocol = BoundedSocket(config, ServerState(), {})
     protocol.slow_reader_s = 0.2
-    protocol.turns = ReadingTurns()
+    protocol.incoming, protocol.turns = IncomingBytes(total=1024, each=1024), ReadingTurns()
     protocol.close_timeout = 0.05
     return protocol
 
@@ -92,7 +93,7 @@ def test_a_slow_reader_may_answer_a_ping_as_late_as_it_may_read() -> None:
         config.load()
         protocol = BoundedSocket(config, ServerState(), {})
         protocol.slow_reader_s = 30.0
-        protocol.turns = ReadingTurns()
+        protocol.incoming, protocol.turns = IncomingBytes(total=1024, each=1024), ReadingTurns()
         ours, theirs = socket.socketpair()
         await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, ours)
         reader, writer = await asyncio.open_connection(sock=theirs)

@@ -25,6 +25,7 @@ from tests.gateway.raw_frames import (
     frame,
     plain,
     rest,
+    until,
     upgraded,
 )
 from tests.gateway.world import ScriptedWorker
@@ -52,7 +53,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedEngine) ->
         folder / "gateway",
         broker.port,
         gateway__header_timeout_s=1.0,
-        gateway__body_timeout_s=1.0,
+        gateway__body_timeout_s=20.0,
         gateway__slow_reader_s=1.0,
         gateway__max_body_bytes=MAX_BODY,
     )
@@ -212,15 +213,6 @@ def test_a_socket_that_is_cut_without_a_close_frame_may_come_back_to_its_request
 
 def sockets_ended(gateway: GatewayProcess) -> int:
     return sum(line["method"] == "WS" for line in gateway.log("http.answered"))
-
-
-def until(wire: socket.socket, word: bytes) -> bytes:
-    seen = b""
-    while word not in seen:
-        part = wire.recv(65536)
-        assert part, seen
-        seen += part
-    return seen
 
 
 def ended(wire: socket.socket) -> bool:

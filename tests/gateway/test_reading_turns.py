@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from llamacpp_mqtt_deploy.gateway.bounded_http import BoundedHttp
 from llamacpp_mqtt_deploy.gateway.bounded_socket import BoundedSocket
+from llamacpp_mqtt_deploy.gateway.incoming_bytes import IncomingBytes
 from llamacpp_mqtt_deploy.gateway.reading_turns import ReadingTurns
 from tests.gateway.raw_frames import BINARY, CONT, PONG, TEXT, UPGRADE, frame
 
@@ -48,6 +49,8 @@ async def _opened(kind: type[P], app: Any, number: int) -> AsyncIterator[list[tu
         ours, theirs = socket.socketpair()
         protocol = kind(config, state, {})
         protocol.turns = turns
+        if isinstance(protocol, BoundedSocket):
+            protocol.incoming = IncomingBytes(total=4 * ONE_READ, each=4 * ONE_READ)
         await _connect(protocol, ours)
         theirs.setblocking(False)
         opened.append((protocol, theirs))
